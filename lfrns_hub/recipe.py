@@ -1,0 +1,206 @@
+"""What the recipes share: their options, the output folder, and one line instead of a traceback for bad input."""
+
+import argparse
+import os
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from .measure import Record, format_table
+from .units import SlimPlan, UnitGroup
+
+# What a user can cause and mend; anything else is a bug and keeps its traceback.
+_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+
+
+def kept_fraction(text: str) -> float:
+    """Read a budget from the command line.
+
+    Args:
+        text: What stands after `--macs` or `--params`.
+    Returns:
+        The fraction of the dense model's to keep, in (0, 1].
+    Raises:
+        argparse.ArgumentTypeError: No number, or outside (0, 1].
+
+    Example:
+        >>> kept_fraction("0.5")
+        0.5
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text}: the fraction to keep must be in (0, 1]. For 50 % pass 0.5.")
+    return value
+
+
+def recipe_parser(
+    description: str,
+    *,
+    name: str,
+    model: str | None,
+    macs: float,
+    epochs: int,
+    batch_size: int,
+    dense_epochs: int | None,
+) -> argparse.ArgumentParser:
+    """Build the command line that all recipes have; a recipe adds what is its own.
+
+    Args:
+        description: The recipe's docstring.
+        name: Of the recipe; the default output folder is `out/<name>`.
+        model: Default of `--model`; None where the recipe builds its own.
+        macs: Default of `--macs`, the fraction kept.
+        epochs: Default of `--epochs`, retraining after slimming.
+        batch_size: Default of `--batch-size`, images per step over all processes.
+        dense_epochs: Default of `--dense-epochs`; None where the model decides.
+    Returns:
+        The parser.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data-dir", default=None, help="folder of parquet with the Hub's columns, or an image folder")
+    add("--model", default=model, help=f"name, repo id or folder of the dense model (default: {model or 'its own'})")
+    add("--macs", type=kept_fraction, default=macs, help="fraction of the MACs to keep (default: %(default)s)")
+    add("--epochs", type=int, default=epochs, help="retraining after slimming (default: %(default)s)")
+    add("--batch-size", type=int, default=batch_size, help="images a step, all processes (default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--dense-epochs", type=int, default=dense_epochs, help="training of the dense model (default: %(default)s)")
+    add("--output-dir", default=f"out/{name}", help="(default: %(default)s)")
+    add("--overwrite", action="store_true", help="empty the output folder first")
+    add("--resume", action="store_true", help="go on where a run stopped; nothing to do where all is done")
+    add("--push-to-hub", default=None, metavar="REPO", help="push the finished checkpoint, e.g. user/name")
+    add("--smoke", action="store_true", help="the whole way in under a minute, on a slice; figures mean nothing")
+    return parser
+
+
+def check_output_dir(directory: str | Path, *, resume: bool, overwrite: bool) -> Path:
+    """Say whether a run may write to a folder, before it does any work. Nothing is written or removed here.
+
+    Args:
+        directory: The output folder, there or not.
+        resume: What lies there is gone on with.
+        overwrite: What lies there may be removed.
+    Returns:
+        The folder.
+    Raises:
+        FileExistsError: It holds something, and neither was asked for.
+    """
+    directory = Path(directory)
+    if directory.is_file():
+        raise FileExistsError(f"--output-dir {directory}: is a file. Name a folder.")
+    if not (resume or overwrite) and directory.is_dir() and any(directory.iterdir()):
+        raise FileExistsError(
+            f"--output-dir {directory}: is not empty. Pass --resume to go on, --overwrite to empty it, or a new folder."
+        )
+    return directory
+
+
+def is_finished(directory: Path) -> bool:
+    """Say whether a run has ended in this folder: the record comes last."""
+    return (directory / "record.json").is_file()
+
+
+def empty_output_dir(directory: Path) -> None:
+    """Remove what an earlier run left, just before the first file of this one is written."""
+    if directory.is_dir():
+        shutil.rmtree(directory)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Keep a model's weights for `--resume`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    safetensors.torch.save_model(model, str(partial))
+    partial.replace(path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Put weights that `save_weights` kept back into a model of the same shape, strictly."""
+    safetensors.torch.load_model(model, str(path))
+
+
+def finish(directory: Path, save: Callable[[Path], Any]) -> None:
+    """Write a checkpoint under `work/`, then move it to the top: what lies at the top is whole.
+
+    Args:
+        directory: The output folder; `work/` in it is left as it is.
+        save: Writes the checkpoint to the folder that it is given.
+    """
+    staged = directory / "work" / "checkpoint"
+    if staged.exists():
+        shutil.rmtree(staged)
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    save(staged)
+    # The record marks a finished run, so it is moved last.
+    for file in sorted(staged.iterdir(), key=lambda file: file.name == "record.json"):
+        target = directory / file.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        file.replace(target)
+    staged.rmdir()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a recipe; bad input ends it with one line and exit code 1 (`LFRNS_TRACEBACK=1` shows where)."""
+    try:
+        main()
+    except _USER_ERRORS as error:
+        if os.environ.get("LFRNS_TRACEBACK"):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def describe_run(recipe: str) -> dict[str, str | None]:
+    """Tell how a run was started, for its record.
+
+    Args:
+        recipe: The recipe's `__file__`.
+    Returns:
+        `command`, as typed after `accelerate launch`, and `commit` of the checkout, None outside of one.
+    """
+    path = Path(recipe)
+    git = ["git", "-C", str(path.parent), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {"command": shlex.join(["accelerate", "launch", f"recipes/{path.name}", *sys.argv[1:]]), "commit": commit}
+
+
+def random_plan(plan: SlimPlan, groups: list[UnitGroup], seed: int) -> SlimPlan:
+    """Keep as many units of every group as a plan does, but any: the control that a criterion has to beat."""
+    draw = random.Random(seed)
+    sizes = {group.name: group.size for group in groups}
+    return SlimPlan({name: sorted(draw.sample(range(sizes[name]), len(keep))) for name, keep in plan.keep.items()})
+
+
+def print_results(record: Record, rows: list[dict[str, Any]], where: Path) -> None:
+    """Print what a finished run measured, dense against slim and the controls, and where the checkpoint lies."""
+    console = Console()
+    console.print(format_table(record))
+    if rows:
+        controls = Table("beside it", "top-1 %", "images", title="Controls")
+        for row in rows:
+            controls.add_row(row["name"], f"{row['top1_pct']:.2f}", str(row["images"]))
+        console.print(controls)
+    console.print(f"Checkpoint: {where}", soft_wrap=True)
+
+
+def dataset_name(data: str) -> str:
+    """Name a data set for a record: a Hub id as it is, of a folder its last part (a path says nothing to others)."""
+    return Path(data).resolve().name if Path(data).exists() else data

@@ -1,0 +1,155 @@
+"""Slim a CIFAR network of the literature on CIFAR-10: any `cifar_*` model, its weights given or trained here first.
+
+Makes:     cifar_resnet56 at half of its MACs
+Data:      CIFAR-10 from the Hub (`uoft-cs/cifar10`), or `--data-dir`; 2,000 training images calibrate
+Result:    not measured
+Hardware:  not measured
+Versions:  torch 2.14.1, timm 1.0.31, accelerate 1.15
+
+    accelerate launch recipes/resnet56_cifar10.py --weights dense.safetensors
+    accelerate launch recipes/resnet56_cifar10.py --model cifar_resnet20 --data-dir DIR --weights W --epochs 2
+"""
+
+import copy
+import sys
+
+from torch.utils.data import DataLoader
+
+import lfrns_hub as lfrns
+from lfrns_hub import recipe
+from lfrns_hub.measure import Record, evaluate
+from lfrns_hub.retrain import make_accelerator, set_seed
+from lfrns_hub.surgery import cut
+from lfrns_hub.zoo import check_images, create_dense, example_input, guard_against_chance, load_data, make_transform
+
+CALIBRATION_IMAGES = 2000
+DENSE_LEARNING_RATE = 0.1  # He et al. 2016, section 4.2
+DENSE_WEIGHT_DECAY = 1e-4  # the same
+RETRAIN_LEARNING_RATE = 0.02
+RETRAIN_WEIGHT_DECAY = 5e-4
+FCR_STEPS = 200
+
+
+def main() -> None:
+    parser = recipe.recipe_parser(
+        __doc__,
+        name="resnet56_cifar10",
+        model="cifar_resnet56",
+        macs=0.5,
+        epochs=40,
+        batch_size=128,
+        dense_epochs=None,
+    )
+    parser.add_argument("--weights", default=None, help="of the dense model: safetensors or .pth")
+    parser.add_argument("--no-controls", action="store_true", help="slim only, nothing trained beside it")
+    args = parser.parse_args()
+    out = recipe.check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
+    accelerator = make_accelerator(seed=args.seed)
+    main_process = accelerator.is_main_process
+    if args.resume and recipe.is_finished(out):
+        if main_process:
+            record = Record.load(out / "record.json")
+            recipe.print_results(record, record.setup["controls"], out)
+        return
+    # Without weights the network is trained for as long as in the literature; with them, not at all.
+    dense_epochs = args.dense_epochs if args.dense_epochs is not None else 0 if args.weights else 160
+    epochs, fcr_steps, limit = args.epochs, FCR_STEPS, None
+    if args.smoke:
+        dense_epochs, epochs, fcr_steps, limit = min(dense_epochs, 1), min(epochs, 1), 5, 256
+    set_seed(args.seed)
+
+    # Load.
+    dense = create_dense(args.model, num_classes=None if args.weights else 10, weights=args.weights)
+    data = args.data_dir or "uoft-cs/cifar10"
+    train_transform, test_transform = make_transform(dense, train=True), make_transform(dense, train=False)
+    train_set = load_data(data, "train", transform=train_transform, limit=limit, seed=args.seed)
+    calibration_images = min(limit or CALIBRATION_IMAGES, CALIBRATION_IMAGES)
+    calibration_set = load_data(data, "train", transform=test_transform, limit=calibration_images, seed=args.seed)
+    test_set = load_data(data, "validation", transform=test_transform, limit=limit, seed=args.seed)
+    train_loader = DataLoader(train_set, max(1, args.batch_size // accelerator.num_processes), shuffle=True)
+    calibration_loader = DataLoader(calibration_set, 250)
+    test_loader = DataLoader(test_set, 250)
+    check_images(dense, calibration_loader)
+
+    # The dense model.
+    kept_weights = out / "work" / "dense.safetensors"
+    if args.resume and kept_weights.exists():
+        recipe.load_weights(dense, kept_weights)
+    elif dense_epochs:
+        lfrns.retrain(
+            dense,
+            train_loader,
+            epochs=dense_epochs,
+            learning_rate=DENSE_LEARNING_RATE,
+            weight_decay=DENSE_WEIGHT_DECAY,
+            accelerator=accelerator,
+            seed=args.seed,
+        )
+    if not args.smoke:
+        guard_against_chance(dense, calibration_loader, data)
+    accelerator.wait_for_everyone()
+    if main_process:
+        if args.overwrite:
+            recipe.empty_output_dir(out)
+        recipe.save_weights(dense, kept_weights)
+
+    # Slim and retrain.
+    result = lfrns.slim(
+        dense, calibration_loader, macs=args.macs, fcr_steps=fcr_steps, accelerator=accelerator, seed=args.seed
+    )
+    before = evaluate(result.model, test_loader, teacher=dense, accelerator=accelerator)
+    if main_process:
+        print(f"Slim, not retrained: {before['top1_pct']:.2f} % top-1 of {before['images']} images", flush=True)
+    retraining = {
+        "teacher": dense,
+        "epochs": epochs,
+        "learning_rate": RETRAIN_LEARNING_RATE,
+        "weight_decay": RETRAIN_WEIGHT_DECAY,
+        "accelerator": accelerator,
+        "seed": args.seed,
+    }
+    lfrns.retrain(result.model, train_loader, **retraining)
+
+    # Beside it, equally trained: as many units drawn at random, and the dense model.
+    rows = [{"name": "slim, not retrained", "top1_pct": before["top1_pct"], "images": before["images"]}]
+    if not args.no_controls:
+        groups = lfrns.find_units(dense, example_input(dense))
+        controls = {
+            "random plan, same widths, equally retrained": cut(
+                dense, groups, recipe.random_plan(result.plan, groups, args.seed)
+            ),
+            "dense, retrained as long": copy.deepcopy(dense),
+        }
+        for name, model in controls.items():
+            lfrns.retrain(model, train_loader, **retraining)
+            score = evaluate(model, test_loader, accelerator=accelerator)
+            rows.append({"name": name, "top1_pct": score["top1_pct"], "images": score["images"]})
+
+    # Evaluate: the last epoch, on images that nothing was chosen by.
+    record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
+    record.setup.update(
+        recipe.describe_run(__file__),
+        dataset=recipe.dataset_name(data),
+        calibration_images=len(calibration_set),
+        seed=args.seed,
+        epochs=epochs,
+        dense_epochs=dense_epochs,
+        smoke=args.smoke,
+        label_names=test_set.class_names,
+        controls=rows,
+    )
+
+    # Save and push.
+    if main_process:
+        recipe.finish(
+            out, lambda folder: lfrns.save(result.model, folder, record=record, label_names=test_set.class_names)
+        )
+        recipe.print_results(record, rows, out)
+        if args.push_to_hub:
+            print(lfrns.push(out, args.push_to_hub))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe.run(main))

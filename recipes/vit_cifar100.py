@@ -1,0 +1,156 @@
+"""Slim a ViT from the Hub on CIFAR-100, or any timm or transformers classifier on your own pictures.
+
+Makes:     google/vit-base-patch16-224-in21k, fine-tuned, then slimmed to two thirds of its MACs
+Data:      CIFAR-100 from the Hub (`uoft-cs/cifar100`), or `--data-dir`; 2,000 training images calibrate
+Result:    not measured
+Hardware:  not measured
+Versions:  torch 2.14.1, transformers 5.23, timm 1.0.31, accelerate 1.15
+
+    accelerate launch recipes/vit_cifar100.py
+    accelerate launch recipes/vit_cifar100.py --data-dir DIR --model FOLDER --macs 0.67 --epochs 3
+"""
+
+import copy
+import sys
+
+from torch.utils.data import DataLoader
+
+import lfrns_hub as lfrns
+from lfrns_hub import recipe
+from lfrns_hub.measure import Record, evaluate
+from lfrns_hub.retrain import make_accelerator, set_seed
+from lfrns_hub.surgery import cut
+from lfrns_hub.zoo import (
+    check_images,
+    create_dense,
+    example_input,
+    guard_against_chance,
+    load_data,
+    make_transform,
+    num_classes_of,
+)
+
+CALIBRATION_IMAGES = 2000
+FINE_TUNE_EPOCHS = 3  # where the head does not fit the data
+LEARNING_RATE = 1e-4  # fine-tuning and retraining
+WEIGHT_DECAY = 0.05
+LABEL_SMOOTHING = 0.1
+FCR_STEPS = 200
+
+
+def main() -> None:
+    parser = recipe.recipe_parser(
+        __doc__,
+        name="vit_cifar100",
+        model="google/vit-base-patch16-224-in21k",
+        macs=0.67,
+        epochs=3,
+        batch_size=64,
+        dense_epochs=None,
+    )
+    parser.add_argument("--label-column", default=None, help="of the parquet files (default: fine_label or label)")
+    parser.add_argument("--no-controls", action="store_true", help="slim only, nothing trained beside it")
+    args = parser.parse_args()
+    out = recipe.check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
+    accelerator = make_accelerator(seed=args.seed)
+    main_process = accelerator.is_main_process
+    if args.resume and recipe.is_finished(out):
+        if main_process:
+            record = Record.load(out / "record.json")
+            recipe.print_results(record, record.setup["controls"], out)
+        return
+    epochs, fcr_steps, limit = (min(args.epochs, 1), 5, 128) if args.smoke else (args.epochs, FCR_STEPS, None)
+    set_seed(args.seed)
+
+    # Load; a head that does not fit the data is replaced, and has to be trained before units can be ranked.
+    dense = create_dense(args.model)
+    data = args.data_dir or "uoft-cs/cifar100"
+    options = {"label_column": args.label_column, "seed": args.seed}
+    train_transform, test_transform = make_transform(dense, train=True), make_transform(dense, train=False)
+    train_set = load_data(data, "train", transform=train_transform, limit=limit, **options)
+    calibration_images = min(limit or CALIBRATION_IMAGES, CALIBRATION_IMAGES)
+    calibration_set = load_data(data, "train", transform=test_transform, limit=calibration_images, **options)
+    test_set = load_data(data, "validation", transform=test_transform, limit=limit, **options)
+    label_names = test_set.class_names
+    head_fits = num_classes_of(dense) == len(label_names)
+    if not head_fits:
+        dense = create_dense(args.model, num_classes=len(label_names))
+    dense_epochs = args.dense_epochs if args.dense_epochs is not None else 0 if head_fits else FINE_TUNE_EPOCHS
+    if not head_fits and not dense_epochs:
+        raise ValueError(
+            f"--dense-epochs 0: the head of {args.model} does not fit {len(label_names)} classes and stays random. "
+            f"Fine-tune it: --dense-epochs {FINE_TUNE_EPOCHS}."
+        )
+    train_loader = DataLoader(train_set, max(1, args.batch_size // accelerator.num_processes), shuffle=True)
+    calibration_loader = DataLoader(calibration_set, args.batch_size)
+    test_loader = DataLoader(test_set, args.batch_size)
+    check_images(dense, calibration_loader)
+
+    # The dense model.
+    training = {
+        "learning_rate": LEARNING_RATE,
+        "weight_decay": WEIGHT_DECAY,
+        "label_smoothing": LABEL_SMOOTHING,
+        "accelerator": accelerator,
+        "seed": args.seed,
+    }
+    kept_weights = out / "work" / "dense.safetensors"
+    if args.resume and kept_weights.exists():
+        recipe.load_weights(dense, kept_weights)
+    elif dense_epochs:
+        lfrns.retrain(dense, train_loader, epochs=1 if args.smoke else dense_epochs, **training)
+    if not args.smoke:
+        guard_against_chance(dense, calibration_loader, data)
+    accelerator.wait_for_everyone()
+    if main_process:
+        if args.overwrite:
+            recipe.empty_output_dir(out)
+        recipe.save_weights(dense, kept_weights)
+
+    # Slim and retrain.
+    result = lfrns.slim(
+        dense, calibration_loader, macs=args.macs, fcr_steps=fcr_steps, accelerator=accelerator, seed=args.seed
+    )
+    lfrns.retrain(result.model, train_loader, teacher=dense, epochs=epochs, **training)
+
+    # Beside it, equally trained: as many units drawn at random, and the dense model.
+    rows = []
+    if not args.no_controls:
+        groups = lfrns.find_units(dense, example_input(dense))
+        controls = {
+            "random plan, same widths, equally retrained": cut(
+                dense, groups, recipe.random_plan(result.plan, groups, args.seed)
+            ),
+            "dense, retrained as long": copy.deepcopy(dense),
+        }
+        for name, model in controls.items():
+            lfrns.retrain(model, train_loader, teacher=dense, epochs=epochs, **training)
+            score = evaluate(model, test_loader, accelerator=accelerator)
+            rows.append({"name": name, "top1_pct": score["top1_pct"], "images": score["images"]})
+
+    # Evaluate: the last epoch, on images that nothing was chosen by.
+    record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
+    record.setup.update(
+        recipe.describe_run(__file__),
+        dataset=recipe.dataset_name(data),
+        calibration_images=len(calibration_set),
+        seed=args.seed,
+        epochs=epochs,
+        dense_epochs=dense_epochs,
+        smoke=args.smoke,
+        label_names=label_names,
+        controls=rows,
+    )
+
+    # Save and push.
+    if main_process:
+        recipe.finish(out, lambda folder: lfrns.save(result.model, folder, record=record, label_names=label_names))
+        recipe.print_results(record, rows, out)
+        if args.push_to_hub:
+            print(lfrns.push(out, args.push_to_hub))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe.run(main))
