@@ -1,0 +1,152 @@
+"""What of a slim model differs from its dense skeleton, as plain numbers, and a skeleton made that narrow again."""
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Shapes = dict[str, list[int]]
+Attrs = dict[str, dict[str, Any]]
+
+
+def describe(model: nn.Module, base: nn.Module | None) -> tuple[Shapes, Attrs]:
+    """Tell a narrow model from its skeleton: the shapes and the width attributes that differ, nothing else.
+
+    Args:
+        model: The slim model.
+        base: The dense skeleton, on any device, meta too. None states every shape and attribute, for a class whose
+            skeleton is not at hand.
+    Returns:
+        Shape by parameter or buffer name; int or list of ints by module name and attribute.
+    Raises:
+        ValueError: A tensor or module is in one of the two and not in the other.
+
+    Example:
+        >>> describe(nn.Linear(4, 2), nn.Linear(4, 3))
+        ({'weight': [2, 4], 'bias': [2]}, {'': {'out_features': 2}})
+    """
+    tensors, skeleton = _tensors(model), _tensors(base) if base is not None else {}
+    modules, base_modules = _modules(model), _modules(base) if base is not None else {}
+    if base is not None:
+        strangers = sorted(name for name in tensors.keys() - skeleton.keys() if not _may_create(base, name))
+        strangers += sorted(skeleton.keys() - tensors.keys()) + sorted(modules.keys() ^ base_modules.keys())
+        if strangers:
+            raise ValueError(
+                f"describe({type(model).__name__}): {_few(strangers)} not in both the model and its base "
+                f"{type(base).__name__}. Give the base this model was cut from."
+            )
+    shapes = {n: list(t.shape) for n, t in tensors.items() if n not in skeleton or t.shape != skeleton[n].shape}
+    attrs: Attrs = {}
+    for name, module in modules.items():
+        dense = _widths(base_modules[name]) if base is not None else {}
+        here = {k: v for k, v in _widths(module).items() if (k in dense and v != dense[k]) or base is None}
+        if here:
+            attrs[name] = here
+    return shapes, attrs
+
+
+def narrow(model: nn.Module, shapes: Shapes, attrs: Attrs) -> nn.Module:
+    """Give the named tensors the stated shapes, uninitialised, and the modules the stated widths, in place.
+
+    Every size is checked against the model's own before anything is allocated or changed: shapes and attrs come from
+    a config.json, which anybody may have written.
+
+    Args:
+        model: The dense skeleton, on any device, meta too.
+        shapes: Shape by parameter or buffer name; each size from 1 to the skeleton's.
+        attrs: By module name and attribute, an int or a list of ints, each from 0 to the skeleton's.
+    Returns:
+        The same model.
+    Raises:
+        ValueError: A name the model lacks, or a size beyond the model's own.
+    """
+    tensors, modules = _tensors(model), _modules(model)
+    for name, shape in shapes.items():
+        _check_shape(model, name, shape, tensors.get(name), shapes)
+    for name, values in attrs.items():
+        if name not in modules:
+            raise ValueError(f"narrow(attrs={{{name!r}: ...}}): {type(model).__name__} has no such module.")
+        for key, value in values.items():
+            _check_width(f"{name}.{key}", value, _widths(modules[name]).get(key))
+    made: dict[int, Tensor] = {}  # tied tensors stay tied
+    for name, shape in shapes.items():
+        owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
+        old = tensors[name] if name in tensors else owner.weight
+        new = made.get(id(old)) if name in tensors else None
+        if new is None:
+            new = torch.empty(shape, dtype=old.dtype, device=old.device)
+            if leaf in owner._parameters:
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            if name in tensors:
+                made[id(old)] = new
+        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = new
+    for name, values in attrs.items():
+        for key, value in values.items():
+            old = modules[name].__dict__[key]
+            modules[name].__dict__[key] = tuple(value) if isinstance(old, tuple) else value
+    return model
+
+
+def _check_shape(model: nn.Module, name: str, shape: Any, old: Tensor | None, shapes: Shapes) -> None:
+    """Refuse a tensor that the model lacks or that would be larger than the model's own."""
+    call = f"narrow(shapes={{{name!r}: {shape!r}}})"
+    if not _are_sizes(shape):
+        raise ValueError(f"{call}: a shape is a list of whole numbers.")
+    if old is None:
+        if not _may_create(model, name):
+            raise ValueError(f"{call}: {type(model).__name__} has no such parameter or buffer.")
+        weight = name.rpartition(".")[0] + ".weight" if "." in name else "weight"
+        limit = list(shapes.get(weight, _tensors(model)[weight].shape))[:1]  # a bias that the base goes without
+    else:
+        limit = list(old.shape)
+    within = len(shape) == len(limit) and all(1 <= s <= most or s == most for s, most in zip(shape, limit, strict=True))
+    if not within or prod(shape) > prod(limit):
+        raise ValueError(f"{call}: sizes must lie from 1 to the base's own {limit}. The file is damaged or hostile.")
+
+
+def _check_width(name: str, value: Any, old: Any) -> None:
+    """Refuse an attribute that the module lacks, or a width larger than the module's own."""
+    call = f"narrow(attrs: {name} = {value!r})"
+    if old is None:
+        raise ValueError(f"{call}: no such width, an int or tuple of ints, in the base model.")
+    new, most = ([value], [old]) if isinstance(old, int) else (value, old)
+    if not _are_sizes(new) or len(new) != len(most) or any(v != m and not 0 <= v <= m for v, m in zip(new, most)):  # noqa: B905
+        raise ValueError(f"{call}: widths must lie from 0 to the base's own {old}. The file is damaged or hostile.")
+
+
+def _are_sizes(value: Any) -> bool:
+    """Say whether a value is a list of ints (bools are none)."""
+    return isinstance(value, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """List parameters and buffers, tied ones under each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """List modules, shared ones under each of their names."""
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def _may_create(model: nn.Module, name: str) -> bool:
+    """Say whether a tensor is a bias that the base registers as None (folding puts an offset there)."""
+    owner = _modules(model).get(name.rpartition(".")[0])
+    return owner is not None and name.endswith("bias") and owner._parameters.get("bias", 0) is None
+
+
+def _widths(module: nn.Module) -> dict[str, int | list[int]]:
+    """List the attributes of one module that are ints or tuples of ints."""
+    found: dict[str, int | list[int]] = {}
+    for key, value in vars(module).items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            found[key] = value
+        elif isinstance(value, (tuple, list)) and value and _are_sizes(value):
+            found[key] = list(value)
+    return found
+
+
+def _few(names: list[str]) -> str:
+    """Name a few of many."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

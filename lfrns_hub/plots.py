@@ -1,0 +1,74 @@
+"""Pictures for the model card: matplotlib, no display needed."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+COLOURS = {"channel": "#0072B2", "head": "#D55E00", "neuron": "#009E73"}
+DENSE = "#E3E3E3"
+MAX_ROWS = 60  # beyond that, names overlap at the size a card shows
+
+
+def plot_widths(source: Any, path: str | Path) -> Path:
+    """Draw the kept width of every group of units, dense behind slim, as shares of the dense width.
+
+    Args:
+        source: A Record, its dict, a provenance with `widths`, or `{group: [kept, dense]}`.
+        path: The PNG to write.
+    Returns:
+        The path.
+    Raises:
+        ValueError: There are no widths in the source.
+    """
+    widths, kinds = _read_widths(source)
+    if not widths:
+        raise ValueError("plot_widths(): the source holds no widths. Give the record of a model that slim made.")
+    names = list(widths)
+    step = -(-len(names) // MAX_ROWS)
+    rows = range(len(names))
+    label_size = 8 if len(names) <= MAX_ROWS else 6
+    figure = Figure(figsize=(7.2, max(1.9, 1.1 + 0.2 * min(len(names), MAX_ROWS))), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.barh(rows, [1.0] * len(names), color=DENSE, height=0.84)
+    shares = [kept / dense if dense else 0.0 for kept, dense in widths.values()]
+    axes.barh(rows, shares, color=[COLOURS.get(kinds.get(name), "#666666") for name in names], height=0.84)
+    for row in rows[::step]:
+        kept, dense = widths[names[row]]
+        axes.text(1.01, row, f"{kept} of {dense}", va="center", fontsize=label_size, color="#333333")
+    axes.set_yticks(rows[::step], [_short(names[row]) for row in rows[::step]], fontsize=label_size)
+    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, 1.16)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "dense"], fontsize=8)
+    axes.set_xlabel("units kept", fontsize=9)
+    axes.tick_params(length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    present = [kind for kind in COLOURS if kind in {kinds.get(name) for name in names}]
+    handles = [Patch(color=COLOURS[kind], label=f"{kind}s kept") for kind in present]
+    handles.append(Patch(color=DENSE, label="removed"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.savefig(path, format="png")
+    return Path(path)
+
+
+def _read_widths(source: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Find widths and kinds in whichever form they come."""
+    if hasattr(source, "setup"):
+        source = {"setup": source.setup}
+    if "setup" in source:
+        source = source["setup"].get("provenance") or {}
+    if "widths" in source and isinstance(source["widths"], dict):
+        return source["widths"], source.get("kinds") or {}
+    pairs = all(isinstance(v, (list, tuple)) and len(v) == 2 for v in source.values())
+    return (dict(source), {}) if source and pairs else ({}, {})
+
+
+def _short(name: str) -> str:
+    """Keep the end of a long name, which tells layers apart."""
+    return name if len(name) <= 40 else "..." + name[-37:]
