@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .measure import Record, format_table
-from .units import SlimPlan, UnitGroup
+from lfrns_hub.measure import Record, format_table
+from lfrns_hub.units import SlimPlan, UnitGroup
 
 # What a user can cause and mend; anything else is a bug and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
@@ -132,27 +132,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
     safetensors.torch.load_model(model, str(path))
 
 
-def finish(directory: Path, save: Callable[[Path], Any]) -> None:
-    """Write a checkpoint under `work/`, then move it to the top: what lies at the top is whole.
-
-    Args:
-        directory: The output folder; `work/` in it is left as it is.
-        save: Writes the checkpoint to the folder that it is given.
-    """
-    staged = directory / "work" / "checkpoint"
-    if staged.exists():
-        shutil.rmtree(staged)
-    staged.parent.mkdir(parents=True, exist_ok=True)
-    save(staged)
-    # The record marks a finished run, so it is moved last.
-    for file in sorted(staged.iterdir(), key=lambda file: file.name == "record.json"):
-        target = directory / file.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        file.replace(target)
-    staged.rmdir()
-
-
 def run(main: Callable[[], None]) -> None:
     """Run a recipe; bad input ends it with one line and exit code 1 (`LFRNS_TRACEBACK=1` shows where)."""
     try:
@@ -201,6 +180,18 @@ def print_results(record: Record, rows: list[dict[str, Any]], where: Path) -> No
     console.print(f"Checkpoint: {where}", soft_wrap=True)
 
 
-def dataset_name(data: str) -> str:
-    """Name a data set for a record: a Hub id as it is, of a folder its last part (a path says nothing to others)."""
-    return Path(data).resolve().name if Path(data).exists() else data
+def describe_source(data: str, model: str | None = None) -> dict[str, str | None]:
+    """Name what a checkpoint was made from, for its record; the path of a folder says nothing to others.
+
+    Args:
+        data: A Hub id, or a folder.
+        model: A name or repo id of the dense model, or a folder.
+    Returns:
+        `dataset` (the Hub id, or the folder's own name), `dataset_id` and `base_model` (Hub ids, None of a folder).
+    """
+    base = model.removeprefix("hf-hub:") if model else None
+    return {
+        "dataset": Path(data).resolve().name if Path(data).exists() else data,
+        "dataset_id": None if Path(data).exists() else data,
+        "base_model": base if base and base.count("/") == 1 and not Path(base).exists() else None,
+    }

@@ -129,7 +129,7 @@ def main() -> None:
     record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
     record.setup.update(
         recipe.describe_run(__file__),
-        dataset=recipe.dataset_name(data),
+        **recipe.describe_source(data),
         calibration_images=len(calibration_set),
         seed=args.seed,
         epochs=epochs,
@@ -141,9 +141,7 @@ def main() -> None:
 
     # Save and push.
     if main_process:
-        recipe.finish(
-            out, lambda folder: lfrns.save(result.model, folder, record=record, label_names=test_set.class_names)
-        )
+        lfrns.save(result.model, out, record=record, label_names=test_set.class_names, overwrite=True)
         recipe.print_results(record, rows, out)
         if args.push_to_hub:
             print(lfrns.push(out, args.push_to_hub))

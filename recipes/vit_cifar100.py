@@ -132,7 +132,7 @@ def main() -> None:
     record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
     record.setup.update(
         recipe.describe_run(__file__),
-        dataset=recipe.dataset_name(data),
+        **recipe.describe_source(data, args.model),
         calibration_images=len(calibration_set),
         seed=args.seed,
         epochs=epochs,
@@ -144,7 +144,7 @@ def main() -> None:
 
     # Save and push.
     if main_process:
-        recipe.finish(out, lambda folder: lfrns.save(result.model, folder, record=record, label_names=label_names))
+        lfrns.save(result.model, out, record=record, label_names=label_names, overwrite=True)
         recipe.print_results(record, rows, out)
         if args.push_to_hub:
             print(lfrns.push(out, args.push_to_hub))

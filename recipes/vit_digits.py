@@ -25,7 +25,7 @@ from lfrns_hub.surgery import cut
 from lfrns_hub.zoo import create_dense, guard_against_chance
 
 TEST_IMAGES = 500
-LEARNING_RATE = 2e-3  # dense and from scratch
+LEARNING_RATE = 3e-3  # dense and from scratch
 RETRAIN_LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
@@ -152,12 +152,7 @@ def main() -> None:
         processor = ViTImageProcessor(
             size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True
         )
-        recipe.finish(
-            out,
-            lambda folder: lfrns.save(
-                result.model, folder, record=record, processor=processor, label_names=LABEL_NAMES
-            ),
-        )
+        lfrns.save(result.model, out, record=record, processor=processor, label_names=LABEL_NAMES, overwrite=True)
         recipe.print_results(record, rows, out)
         if args.push_to_hub:
             print(lfrns.push(out, args.push_to_hub))

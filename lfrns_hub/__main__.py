@@ -1,0 +1,5 @@
+"""`python -m lfrns_hub` and `accelerate launch -m lfrns_hub`: the command line."""
+
+from lfrns_hub.cli import main
+
+main()

@@ -1,0 +1,40 @@
+"""What all tests share: few threads, no talk to the Hub, and the real data where it lies beside the checkout."""
+
+import os
+
+# Read by huggingface_hub when it is imported, so before everything else.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with the real data and weights; the test is skipped where there is none."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("needs ../shared, the real data and weights")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random numbers."""
+    torch.manual_seed(0)

@@ -1,0 +1,137 @@
+"""Imports point one way, and each large dependency has its door: read from the source, so nothing can slip in."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "lfrns_hub"
+RECIPES = PACKAGE.parent / "recipes"
+
+# What every module may import: data and how a batch looks.
+COMMON = {"units", "batches"}
+# What else each may; a module that is not named here may import COMMON alone.
+ALLOWED = {
+    "trace": {"adapters"},
+    "responses": {"taps"},
+    "contribution": {"taps", "responses"},
+    "select": {"redundancy"},
+    "surgery": {"taps", "adapters", "narrow"},
+    "slim": {
+        "trace",
+        "responses",
+        "redundancy",
+        "contribution",
+        "select",
+        "surgery",
+        "taps",
+        "measure",
+    },
+    "retrain": {"measure"},
+    "zoo": {"models", "measure", "checkpoint"},
+    "checkpoint": {"zoo", "adapters", "surgery", "narrow", "models", "card", "hub", "plots"},
+    "card": {"measure", "plots"},
+    "plots": {"measure"},
+    "recipe": {"measure"},
+    "cli": {"", "recipe", "measure", "retrain", "zoo", "surgery"},
+    "__main__": {"cli"},
+    "__init__": {"adapters", "trace", "slim", "retrain", "measure", "checkpoint", "hub", "models"},
+}
+# One door per dependency.
+DOORS = {
+    "timm": {"zoo", "checkpoint", "models", "adapters"},
+    "transformers": {"zoo", "checkpoint", "adapters"},
+    "datasets": {"zoo", "checkpoint"},
+    "accelerate": {"retrain", "responses", "contribution"},
+    "huggingface_hub": {"hub", "card", "zoo", "checkpoint"},
+    "typer": {"cli"},
+    "matplotlib": {"plots"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, by its full name; `from a import b` gives a and a.b."""
+    names: set[str] = set()
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = (
+                ".".join([*parts[: len(parts) - node.level], *filter(None, [node.module])])
+                if node.level
+                else node.module
+            )
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def module_of(path: Path) -> str:
+    """The module of the layout a file belongs to: its own name, or its folder's."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+MODULES = {module_of(path) for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts)
+
+
+def edges(path: Path) -> set[str]:
+    """The modules of the package, other than its own, that a file imports; "" is the package itself."""
+    found = set()
+    for name in imported(path):
+        head, _, rest = name.partition(".")
+        if head == PACKAGE.name:
+            part = rest.partition(".")[0]
+            found.add(part if part in MODULES else "")
+    # `from lfrns_hub.units import UnitGroup` names the module itself, never the package.
+    plain = {name for name in imported(path) if name == PACKAGE.name}
+    return found - {module_of(path)} - (set() if plain else {""})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_lies_before_it(path: Path) -> None:
+    allowed = COMMON | ALLOWED.get(module_of(path), set())
+    # `from lfrns_hub import recipe` names the package too; where the module is allowed, so is that.
+    strange = edges(path) - allowed - {""}
+    assert not strange, f"{path.name} imports {sorted(strange)}; allowed: {sorted(allowed)}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        if module_of(path) not in ("__init__", "__main__"):
+            graph.setdefault(module_of(path), set()).update(edges(path) - {""})
+    while free := {name for name, targets in graph.items() if not targets & graph.keys()}:
+        graph = {name: targets for name, targets in graph.items() if name not in free}
+    assert not graph, f"a circle of imports among {sorted(graph)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_each_dependency_is_imported_at_its_door_alone(path: Path) -> None:
+    for dependency, doors in DOORS.items():
+        if dependency in {name.partition(".")[0] for name in imported(path)}:
+            assert module_of(path) in doors, f"{path.name} imports {dependency}; its doors are {sorted(doors)}"
+
+
+@pytest.mark.parametrize("path", [PACKAGE / "cli.py", *sorted(RECIPES.glob("*.py"))], ids=lambda path: path.name)
+def test_recipes_and_the_command_line_use_public_names_only(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name):
+            assert not [alias.name for alias in node.names if alias.name.startswith("_")]
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in ("lfrns", "recipe")
+        ):
+            assert not node.attr.startswith("_")
+
+
+def test_no_module_is_a_drawer_for_anything() -> None:
+    assert not MODULES & {"utils", "helpers", "common", "misc"}
+
+
+def test_nothing_pickles_and_nothing_asserts_on_input() -> None:
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert "pickle" not in imported(path), path.name
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)], f"{path.name} asserts"

@@ -1,0 +1,174 @@
+"""Every recipe runs, start to end, as a user starts it; what it must refuse, it refuses before it writes anything."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+import lfrns_hub as lfrns
+from lfrns_hub import recipe
+from lfrns_hub.units import SlimPlan
+
+RECIPES = ("vit_digits", "resnet56_cifar10", "vit_cifar100")
+
+
+def launch(repository: Path, name: str, *arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
+    """Run a recipe under accelerate, each process on one core."""
+    # `--multi_gpu` is how accelerate 1.15 starts several processes on a CPU; `--cpu` silently starts one.
+    several = ["--multi_gpu"] if processes > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*command, str(repository / "recipes" / f"{name}.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits as 32x32 pictures in parquet, with the columns and file names of CIFAR-10 on the Hub."""
+    folder = tmp_path_factory.mktemp("pictures")
+    digits = load_digits()
+    for split, rows in (("train", range(0, 300)), ("validation", range(300, 400))):
+        images = []
+        for row in rows:
+            buffer = io.BytesIO()
+            grey = Image.fromarray((digits.images[row] * 15.9).astype("uint8")).convert("RGB")
+            grey.resize((32, 32)).save(buffer, format="PNG")
+            images.append({"bytes": buffer.getvalue(), "path": None})
+        frame = pandas.DataFrame({"img": images, "label": digits.target[list(rows)]})
+        frame.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers ViT with ten classes and random weights, in a folder."""
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_labels=10,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def check_folder(folder: Path, macs: float) -> dict:
+    """The checkpoint is whole, loads, and keeps what was asked for; returns its record."""
+    for name in ("config.json", "model.safetensors", "README.md", "record.json"):
+        assert (folder / name).is_file(), name
+    record = json.loads((folder / "record.json").read_text())
+    assert record["slim"]["macs_g"] <= macs * record["dense"]["macs_g"] * (1 + 1e-9)
+    assert not lfrns.load(folder).training
+    return record
+
+
+@pytest.mark.slow
+def test_the_digits_recipe_runs_and_resuming_a_finished_run_only_prints(repository: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = launch(repository, "vit_digits", "--smoke", "--output-dir", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = check_folder(out, 0.5)
+    assert record["slim"]["images"] == 500
+    assert len(record["setup"]["controls"]) == 2
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    again = launch(repository, "vit_digits", "--smoke", "--output-dir", out, "--resume")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "Checkpoint" in again.stdout
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_the_cifar_recipe_runs(repository: Path, tmp_path: Path, pictures: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--smoke", "--model", "cifar_resnet20", "--data-dir", pictures, "--output-dir", out)
+    done = launch(repository, "resnet56_cifar10", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Slim, not retrained" in done.stdout
+    check_folder(out, 0.5)
+
+
+@pytest.mark.slow
+def test_the_vit_recipe_makes_the_same_plan_on_one_and_on_two_processes(
+    repository: Path, tmp_path: Path, pictures: Path, small_vit: Path
+) -> None:
+    plans = []
+    for processes in (1, 2):
+        out = tmp_path / f"out{processes}"
+        arguments = ("--smoke", "--no-controls", "--data-dir", pictures, "--model", small_vit, "--output-dir", out)
+        done = launch(repository, "vit_cifar100", *arguments, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        check_folder(out, 0.67)
+        plans.append(json.loads((out / "config.json").read_text())["slim"]["plan"])
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_folder_that_is_not_empty_is_refused_and_left_as_it_is(name: str, repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    done = launch(repository, name, "--smoke", "--output-dir", tmp_path)
+    assert done.returncode != 0
+    assert re.search(r"FileExistsError: --output-dir .* is not empty\. Pass --resume", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("1", 1.0)])
+def test_a_budget_is_read_as_a_fraction(text: str, value: float) -> None:
+    assert recipe.kept_fraction(text) == value
+
+
+@pytest.mark.parametrize("text", ["50", "0", "-0.5", "nan", "half"])
+def test_a_budget_outside_of_its_range_is_refused_with_its_value(text: str, capsys: pytest.CaptureFixture) -> None:
+    parser = recipe.recipe_parser("x", name="x", model=None, macs=0.5, epochs=1, batch_size=1, dense_epochs=1)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--macs={text}"])
+    assert f"{text}: the fraction to keep must be in (0, 1]" in capsys.readouterr().err
+
+
+def test_every_recipe_has_the_options_of_the_design(repository: Path) -> None:
+    options = {"--data-dir", "--model", "--macs", "--epochs", "--batch-size", "--seed", "--dense-epochs"}
+    options |= {"--output-dir", "--overwrite", "--resume", "--push-to-hub", "--smoke"}
+    parser = recipe.recipe_parser("x", name="x", model=None, macs=0.5, epochs=1, batch_size=1, dense_epochs=1)
+    assert options <= set(parser.format_help().replace("[", " ").replace("]", " ").split())
+    for path in (repository / "recipes").glob("*.py"):
+        assert "recipe_parser(" in path.read_text()
+
+
+def test_weights_kept_for_resume_come_back_equal(tmp_path: Path) -> None:
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    recipe.save_weights(model, tmp_path / "work" / "dense.safetensors")
+    recipe.load_weights(other, tmp_path / "work" / "dense.safetensors")
+    assert torch.equal(model.weight, other.weight)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["dense.safetensors"]
+
+
+def test_a_random_plan_has_the_widths_of_the_plan_and_follows_its_seed() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 12), torch.nn.ReLU(), torch.nn.Linear(12, 2)).eval()
+    groups = lfrns.find_units(model, torch.zeros(1, 4))
+    plan = SlimPlan({groups[0].name: [0, 1, 2, 3, 4]})
+    drawn = recipe.random_plan(plan, groups, seed=1).keep[groups[0].name]
+    assert len(set(drawn)) == 5
+    assert drawn == sorted(drawn)
+    assert max(drawn) < 12
+    assert drawn == recipe.random_plan(plan, groups, seed=1).keep[groups[0].name]
