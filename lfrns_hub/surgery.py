@@ -1,0 +1,189 @@
+"""Cut: make the layers physically narrower by a plan, and fold what was cut into the consumers' weights.
+
+The only file that edits weights. The result consists of the stock module classes; no forward is overridden.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lfrns_hub.adapters import registry
+from lfrns_hub.batches import read_logits
+from lfrns_hub.responses import Moments, best_fold, fold_offset
+from lfrns_hub.taps import channel_count, kept_channels, multiplier, watched
+from lfrns_hub.units import SlimPlan, UnitGroup
+
+
+def check_plan(groups: Sequence[UnitGroup], plan: SlimPlan) -> list[UnitGroup]:
+    """Give the groups that lose units.
+
+    Raises:
+        ValueError: The plan names an unknown or frozen group, or indices that do not fit.
+    """
+    by_name = {group.name: group for group in groups}
+    for name in plan.keep:
+        if name not in by_name:
+            raise ValueError(f"plan names the group {name!r}: the model has none of this name. List them by find_units.")
+    shrinking = [group for group in groups if plan.removed(group)]
+    for group in shrinking:
+        if group.frozen_reason:
+            raise ValueError(f"plan cuts {group.name!r}, which is frozen: {group.frozen_reason}. Leave it out of the plan.")
+    return shrinking
+
+
+def removed_at_taps(groups: Sequence[UnitGroup], plan: SlimPlan) -> dict[str, list[Tensor]]:
+    """Give the removed input channels of each consumer that loses some."""
+    removed: dict[str, list[Tensor]] = defaultdict(list)
+    for group in check_plan(groups, plan):
+        for tap in group.taps:
+            removed[tap.module].append(tap.index[plan.removed(group)])
+    return removed
+
+
+@contextmanager
+def masked(model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan) -> Iterator[None]:
+    """Run the dense model with the removed units zeroed at their taps.
+
+    Args:
+        model: The dense network; unchanged when the context ends.
+        groups: Its groups, from `find_units`.
+        plan: What stays.
+    """
+    hooks = {}
+    for module, removed in removed_at_taps(groups, plan).items():
+        factor = torch.ones(channel_count(model.get_submodule(module)))
+        for index in removed:
+            factor[index.flatten()] = 0
+        hooks[module] = multiplier(factor)
+    with watched(model, hooks):
+        yield
+
+
+def cut(
+    model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan, moments: dict[str, Moments] | None = None
+) -> nn.Module:
+    """Give a narrower copy of a model.
+
+    Args:
+        model: The dense network; untouched.
+        groups: Its groups, from `find_units`.
+        plan: What stays.
+        moments: Responses per consumer; given, the cut units are folded into the kept ones' weights.
+    Returns:
+        A new model of the same classes, in the same mode.
+    Raises:
+        ValueError: The plan does not fit the groups.
+    """
+    shrinking = check_plan(groups, plan)
+    slim = copy.deepcopy(model)
+    if moments is not None:
+        for module, removed in removed_at_taps(groups, plan).items():
+            fold(slim.get_submodule(module), moments[module], kept_channels(model, module, removed))
+    leaving: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+    for group in shrinking:
+        for part in group.slices:
+            leaving[part.tensor, part.dim].append(part.index[plan.removed(group)].flatten())
+    for (name, dim), indices in leaving.items():
+        narrow_axis(slim, name, dim, torch.cat(indices))
+    for name in {tensor.rpartition(".")[0] for tensor, _ in leaving}:
+        sync_widths(slim.get_submodule(name), model.get_submodule(name))
+    for group in shrinking:
+        if group.kind == "head":
+            sync_heads(slim, group, len(plan.kept(group)))
+    return slim
+
+
+def narrow_axis(model: nn.Module, name: str, dim: int, leaving: Tensor) -> None:
+    """Remove positions of one axis of a parameter or buffer."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = getattr(module, leaf)
+    stays = torch.ones(old.shape[dim], dtype=torch.bool)
+    stays[leaving] = False
+    new = old.detach().index_select(dim, stays.nonzero().flatten().to(old.device)).contiguous()
+    if isinstance(old, nn.Parameter):
+        setattr(module, leaf, nn.Parameter(new, old.requires_grad))
+    else:
+        module._buffers[leaf] = new
+
+
+def sync_widths(slim: nn.Module, dense: nn.Module) -> None:
+    """Let a stock layer's attributes state the widths of its new tensors."""
+    if isinstance(slim, nn.Linear):
+        slim.out_features, slim.in_features = slim.weight.shape
+    elif isinstance(slim, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if dense.groups > 1:
+            slim.groups = dense.groups * slim.weight.shape[0] // dense.out_channels
+        slim.out_channels, slim.in_channels = slim.weight.shape[0], slim.weight.shape[1] * slim.groups
+    elif isinstance(slim, nn.modules.batchnorm._NormBase):
+        slim.num_features = len(slim.running_mean if slim.running_mean is not None else slim.weight)
+    elif isinstance(slim, nn.GroupNorm):
+        if dense.num_groups > 1:
+            slim.num_groups = dense.num_groups * len(slim.weight) // len(dense.weight)
+        slim.num_channels = len(slim.weight)
+    elif isinstance(slim, nn.LayerNorm):
+        slim.normalized_shape = tuple(slim.weight.shape)
+
+
+def sync_heads(slim: nn.Module, group: UnitGroup, kept: int) -> None:
+    """Let the attributes that an adapter names follow the number of heads."""
+    owner = registry.find_owner(slim, group.taps[0].module)
+    if owner is None:
+        return
+    module = slim.get_submodule(owner[0])
+    for attribute in owner[1].heads:
+        value = getattr(module, attribute, None)
+        if isinstance(value, int):
+            setattr(module, attribute, value * kept // group.size)
+
+
+def fold(consumer: nn.Module, moments: Moments, keep: Tensor) -> None:
+    """Add the cut channels, as far as the kept ones express them, to a consumer's weights, in place.
+
+    Kept channels stand for themselves exactly. A padded convolution takes no offset: it would be wrong at the border.
+
+    Args:
+        consumer: A linear or convolution, still of its dense width D.
+        moments: Its input's moments.
+        keep: Channels that stay, [K], int64.
+    """
+    leave = torch.tensor([i for i in range(moments.width) if i not in set(keep.tolist())])
+    weights = best_fold(moments, consumer.weight.detach(), keep, leave)  # [cut, K]
+    if weights is None:
+        return
+    with torch.no_grad():
+        old = consumer.weight.detach().double()
+        added = torch.einsum("oc...,ck->ok...", old[:, leave], weights.to(old.device))
+        new = old.clone()
+        new[:, keep] += added
+        if moments.centred and consumer.bias is not None:
+            offset = fold_offset(moments, keep, leave, weights).to(old.device)  # [cut]
+            per_output = old[:, leave].flatten(2).sum(2) if old.ndim > 2 else old[:, leave]
+            consumer.bias += (per_output @ offset).to(consumer.bias)
+        consumer.weight.copy_(new)
+
+
+def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
+    """Give a copy whose BatchNorm statistics are those of the images.
+
+    Args:
+        model: A network with BatchNorm.
+        batches: Images, each [N, C, H, W]; their statistics are averaged.
+    """
+    copied = copy.deepcopy(model).eval()
+    norms = [m for m in copied.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        for images in batches:
+            read_logits(copied(images))
+    for norm, before in zip(norms, [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)], strict=True):
+        norm.momentum = before.momentum
+        norm.num_batches_tracked.copy_(before.num_batches_tracked)
+    return copied.train(model.training)

@@ -1,0 +1,146 @@
+"""Channel ids: every position of an activation's channel axes names the unit it belongs to.
+
+Ids are int64; `NONE` marks a position that belongs to no unit. Ties are edges, resolved once, by connected components.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+NONE = -1
+
+
+@dataclass
+class Axis:
+    """Ids along one axis of a parameter or buffer."""
+
+    tensor: str
+    dim: int
+    ids: Tensor
+    makes: bool  # the axis is the output of a conv or linear
+
+
+@dataclass
+class Consumer:
+    """A conv or linear that contracts its input's ids [in] into new ones."""
+
+    module: str
+    ids: Tensor
+
+
+@dataclass
+class MacsTerm:
+    """MACs of one operation, and the id axes on whose kept share they depend, each linearly."""
+
+    macs: int
+    axes: tuple[Tensor, ...]
+
+
+@dataclass
+class IdTable:
+    """All ids of a trace and what was learned of them."""
+
+    count: int = 0
+    starts: list[int] = field(default_factory=list)
+    from_tensor: list[bool] = field(default_factory=list)
+    edges: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    frozen: list[tuple[Tensor, str]] = field(default_factory=list)
+    deferred: list[tuple[Tensor, str | None]] = field(default_factory=list)
+    heads: list[Tensor] = field(default_factory=list)
+    activated: list[Tensor] = field(default_factory=list)
+    normed: list[Tensor] = field(default_factory=list)
+    axes: list[Axis] = field(default_factory=list)
+    consumers: list[Consumer] = field(default_factory=list)
+    macs: list[MacsTerm] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def fresh(self, count: int, from_tensor: bool = False) -> Tensor:
+        """Give new ids [count], one block."""
+        self.starts.append(self.count)
+        self.from_tensor.append(from_tensor)
+        self.count += count
+        return torch.arange(self.count - count, self.count)
+
+    def blocks(self, ids: Tensor) -> Tensor:
+        """Give the block of each id, NONE for none."""
+        starts = torch.tensor(self.starts or [0])
+        return torch.where(ids == NONE, NONE, torch.searchsorted(starts, ids.contiguous(), right=True) - 1)
+
+    def tie(self, one: Tensor, other: Tensor) -> None:
+        """Say that ids leave together, position by position; NONE ties nothing."""
+        one, other = one.reshape(-1), other.reshape(-1)
+        real = (one != NONE) & (other != NONE) & (one != other)
+        if real.any():
+            pairs = torch.unique(torch.stack([one[real], other[real]]), dim=1)
+            self.edges.append((pairs[0], pairs[1]))
+
+    def tie_all(self, ids: Tensor) -> None:
+        """Say that all of these ids leave together."""
+        ids = torch.unique(ids[ids != NONE])
+        if len(ids) > 1:
+            self.tie(ids[:-1], ids[1:])
+
+    def freeze(self, ids: Tensor, reason: str) -> None:
+        """Say that these ids never leave."""
+        ids = torch.unique(ids[ids != NONE])
+        if len(ids):
+            self.frozen.append((ids, reason))
+
+    def one_unit_per_row(self, rows: Tensor, freeze: str | None) -> None:
+        """Demand one unit in each row of ids [R, P]; where there are more they are approximate, or frozen."""
+        self.deferred.append((torch.unique(rows, dim=0), freeze))
+
+    def tie_rows(self, rows: Tensor) -> tuple[Tensor, bool]:
+        """Tie what one tensor, indexed by P, reads in rows of ids [R, P].
+
+        Returns:
+            Ids of the tensor's own axis [P], and True; or, where one row holds other units of the same producer than
+            another (a tensor shared by heads), ids of no axis, and False: then each row is tied into one unit.
+        """
+        rows = torch.unique(rows, dim=0)
+        if len(rows) > 1:
+            blocks = self.blocks(rows)
+            order = torch.argsort(blocks, dim=0, stable=True)
+            sorted_blocks, sorted_rows = blocks.gather(0, order), rows.gather(0, order)
+            same = (sorted_blocks[1:] == sorted_blocks[:-1]) & (sorted_blocks[1:] != NONE)
+            if (same & (sorted_rows[1:] != sorted_rows[:-1])).any():
+                for row in rows:
+                    self.tie_all(row)
+                return torch.full_like(rows[0], NONE), False
+            for row in rows[1:]:
+                self.tie(rows[0], row)
+            holes = (rows == NONE).any(0)
+            if holes.any():
+                self.freeze(rows[:, holes], "units meet a constant of fixed size")
+        return rows.max(0).values, True
+
+    def classes(self) -> np.ndarray:
+        """Resolve all ties: the unit number of each id, [count]."""
+        one = torch.cat([edge[0] for edge in self.edges]).numpy() if self.edges else np.zeros(0, np.int64)
+        other = torch.cat([edge[1] for edge in self.edges]).numpy() if self.edges else np.zeros(0, np.int64)
+        graph = coo_matrix((np.ones(len(one), np.int8), (one, other)), shape=(self.count, self.count))
+        return connected_components(graph, directed=False)[1]
+
+
+def collapse(*tensors: Tensor) -> list[Tensor]:
+    """Broadcast id tensors and keep one position of every axis on which none of them varies."""
+    tensors = list(torch.broadcast_tensors(*tensors))
+    for dim in range(tensors[0].ndim):
+        if all(t.stride(dim) == 0 for t in tensors) and tensors[0].shape[dim] > 1:
+            tensors = [t.narrow(dim, 0, 1) for t in tensors]
+    return tensors
+
+
+def as_rows(ids: Tensor, dims: list[int]) -> Tensor:
+    """Give ids as rows [R, P]: P runs over `dims`, R over all other axes, each row once."""
+    dims = [d % ids.ndim for d in dims]
+    for dim in range(ids.ndim):
+        if dim not in dims and ids.stride(dim) == 0 and ids.shape[dim] > 1:
+            ids = ids.narrow(dim, 0, 1)
+    rest = [d for d in range(ids.ndim) if d not in dims]
+    columns = int(np.prod([ids.shape[d] for d in dims]))
+    return torch.unique(ids.permute(*rest, *dims).reshape(-1, columns), dim=0)

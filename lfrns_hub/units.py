@@ -1,0 +1,107 @@
+"""Data only: what leaves the network together (`UnitGroup`) and what stays (`SlimPlan`)."""
+
+import json
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One axis of a parameter or buffer on which units of a group lie.
+
+    Attributes:
+        tensor: Name of the parameter or buffer, as in the state_dict or `named_buffers`.
+        dim: The axis.
+        index: Positions of each unit along the axis, [U, width], int64.
+    """
+
+    tensor: str
+    dim: int
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Tap:
+    """The input of a consumer where units are read.
+
+    Attributes:
+        module: Name of the consumer, an `nn.Linear` or a convolution.
+        index: Positions of each unit in the consumer's input channels, [U, width], int64.
+    """
+
+    module: str
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """All units of one place in the network, with every slice that must go with each of them.
+
+    Attributes:
+        name: Name of the module that makes the units.
+        kind: "channel", "head" or "neuron".
+        size: Number of units.
+        exact: Whether removing a unit equals zeroing it at its taps (False across LayerNorm and the like).
+        frozen_reason: Why it is never cut, or None.
+        slices: The parameter slices of the units.
+        taps: Where the units are read.
+    """
+
+    name: str
+    kind: str
+    size: int
+    exact: bool = True
+    frozen_reason: str | None = None
+    slices: tuple[Slice, ...] = ()
+    taps: tuple[Tap, ...] = ()
+
+
+@dataclass
+class SlimPlan:
+    """Which units stay: group name to ascending indices kept. A group that is not named keeps all.
+
+    Example:
+        >>> SlimPlan.from_json(SlimPlan({"fc1": [0, 2]}).to_json()).keep
+        {'fc1': [0, 2]}
+    """
+
+    keep: dict[str, list[int]] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Give the plan as JSON text."""
+        return json.dumps({"keep": self.keep})
+
+    @classmethod
+    def from_json(cls, text: str) -> "SlimPlan":
+        """Read a plan from JSON text.
+
+        Raises:
+            ValueError: The text is not a plan.
+        """
+        try:
+            keep = json.loads(text)["keep"]
+            plan = cls({str(name): [int(i) for i in kept] for name, kept in keep.items()})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f'SlimPlan.from_json({text[:60]!r}): a plan reads {{"keep": {{group: [indices]}}}}.') from error
+        return plan
+
+    def kept(self, group: UnitGroup) -> list[int]:
+        """Give the ascending indices of a group's units that stay.
+
+        Raises:
+            ValueError: The plan's indices do not fit the group.
+        """
+        kept = self.keep.get(group.name)
+        if kept is None:
+            return list(range(group.size))
+        if not kept or sorted(set(kept)) != list(kept) or kept[0] < 0 or kept[-1] >= group.size:
+            raise ValueError(
+                f"SlimPlan.keep[{group.name!r}]: indices must ascend within [0, {group.size}) and one must stay."
+            )
+        return list(kept)
+
+    def removed(self, group: UnitGroup) -> list[int]:
+        """Give the ascending indices of a group's units that leave."""
+        kept = set(self.kept(group))
+        return [i for i in range(group.size) if i not in kept]
