@@ -1,0 +1,243 @@
+import copy
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lfrns_hub.measure import evaluate
+from lfrns_hub.retrain import _loss, _rate, make_accelerator, retrain
+
+
+def make_model(classes: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, classes))
+
+
+def make_images(count: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images whose brightest colour is their class."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(count) % 3
+    images = 0.3 * torch.randn(count, 3, 6, 6, generator=generator)
+    images[torch.arange(count), labels] += 1
+    return images, labels
+
+
+def make_loader(count: int = 24, batch_size: int = 8, shuffle: bool = True) -> DataLoader:
+    return DataLoader(TensorDataset(*make_images(count)), batch_size=batch_size, shuffle=shuffle)
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_model_learns_in_place_and_comes_back_as_it_was():
+    model = make_model().eval()
+    model[1].train()
+    before = state_of(model)
+    returned = retrain(model, make_loader(), epochs=8, learning_rate=0.05, progress=False)
+    assert returned is model and not same(before, state_of(model))
+    assert evaluate(model, make_loader(), progress=False)["top1_pct"] > 90
+    assert not model.training and model[1].training
+    assert "forward" not in vars(model) and set(state_of(model)) == set(before)
+    copy.deepcopy(model)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    states = []
+    for seed in (5, 5, 6):
+        model = make_model()
+        retrain(model, make_loader(), epochs=2, seed=seed, progress=False)
+        states.append(state_of(model))
+    assert same(states[0], states[1]) and not same(states[0], states[2])
+
+
+def test_the_same_accelerator_serves_twice_with_the_same_result():
+    accelerator = make_accelerator(seed=2)
+    states = []
+    for _ in range(2):
+        model = make_model()
+        retrain(model, make_loader(), epochs=1, seed=2, accelerator=accelerator, progress=False)
+        states.append(state_of(model))
+    assert same(*states)
+
+
+def test_two_batches_accumulated_equal_one_of_both():
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(108, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    common = {"epochs": 2, "optimizer": "sgd", "progress": False}
+    retrain(models[0], make_loader(batch_size=12, shuffle=False), **common)
+    retrain(models[1], make_loader(batch_size=6, shuffle=False), gradient_accumulation_steps=2, **common)
+    torch.testing.assert_close(models[0][1].weight, models[1][1].weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_rate_rises_as_a_line_and_falls_as_a_cosine():
+    rates = [_rate(step, 10, 0.2) for step in range(10)]
+    assert rates[:3] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
+    assert rates[6] == pytest.approx(0.5 * (1 + math.cos(math.pi * 4 / 8)))
+    assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] > 0
+
+
+def test_the_tracker_sees_every_step_and_every_epoch():
+    seen: list[tuple[int, set[str]]] = []
+    retrain(
+        make_model(),
+        make_loader(),
+        epochs=2,
+        eval_loader=make_loader(6),
+        progress=False,
+        tracker=lambda values, step: seen.append((step, set(values))),
+    )
+    step, epoch = {"loss", "learning_rate"}, {"eval_top1_pct", "eval_loss"}
+    assert seen == [(1, step), (2, step), (3, step), (3, epoch), (4, step), (5, step), (6, step), (6, epoch)]
+
+
+def test_no_epochs_change_nothing():
+    model = make_model()
+    before = state_of(model)
+    retrain(model, make_loader(), epochs=0)
+    assert same(before, state_of(model))
+
+
+def test_distillation_is_the_divergence_of_softened_logits():
+    logits, taught = torch.randn(4, 3), torch.randn(4, 3)
+    labels = torch.tensor([0, 1, 2, 0])
+    student, target = (logits / 2).softmax(1), (taught / 2).softmax(1)
+    soft = 4 * (target * (target / student).log()).sum(1).mean()
+    hard = F.cross_entropy(logits, labels)
+    torch.testing.assert_close(_loss(logits, None, taught, 0.0, 0.5, 2.0), soft)
+    torch.testing.assert_close(_loss(logits, labels, taught, 0.0, 0.25, 2.0), 0.75 * hard + 0.25 * soft)
+    torch.testing.assert_close(_loss(logits, labels, None, 0.0, 0.5, 2.0), hard)
+
+
+def test_a_teacher_needs_no_labels_and_is_left_alone():
+    teacher = retrain(make_model(), make_loader(), epochs=8, learning_rate=0.05, progress=False).train()
+    before = state_of(teacher)
+    images, labels = make_images()
+    torch.manual_seed(3)
+    student = make_model()
+    student[4].reset_parameters()
+    bare = DataLoader([{"pixel_values": image} for image in images], batch_size=8, shuffle=True)
+    retrain(student, bare, teacher=teacher, epochs=8, learning_rate=0.05, progress=False)
+    scores = evaluate(student, [(images, labels)], teacher=teacher, progress=False)
+    assert scores["agreement_pct"] > 90
+    assert same(before, state_of(teacher)) and teacher.training
+
+
+def test_auto_takes_sgd_for_batchnorm_networks_and_adamw_for_transformers():
+    from lfrns_hub.retrain import _choose_optimizer
+
+    chosen = {name: _choose_optimizer(timm.create_model(name)) for name in ("test_resnet", "test_vit", "test_convnext")}
+    assert chosen == {"test_resnet": "sgd", "test_vit": "adamw", "test_convnext": "adamw"}
+
+
+def test_norms_biases_and_tokens_do_not_decay():
+    model = timm.create_model("test_vit", img_size=32, num_classes=3)
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    model.fc_norm = model.norm
+    images = torch.zeros(4, 3, 32, 32)
+    loader = DataLoader(TensorDataset(images, torch.zeros(4, dtype=torch.int64)), batch_size=4)
+    retrain(model, loader, epochs=1, learning_rate=1e-9, weight_decay=1e6, warmup_fraction=0, progress=False)
+    moved = {name for name, value in model.named_parameters() if (value - 1).abs().max() > 1e-4}
+    assert "blocks.0.attn.qkv.weight" in moved
+    assert not moved & {"pos_embed", "cls_token", "norm.weight", "head.bias"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"epochs": -1}, r"epochs=-1"),
+        ({"optimizer": "lion"}, r'optimizer="lion"'),
+        ({"learning_rate": 0.0}, r"learning_rate=0.0"),
+        ({"weight_decay": -0.1}, r"weight_decay=-0.1"),
+        ({"warmup_fraction": 1}, r"warmup_fraction=1"),
+        ({"label_smoothing": -0.5}, r"label_smoothing=-0.5"),
+        ({"distill_weight": 1.5}, r"distill_weight=1.5"),
+        ({"temperature": 0}, r"temperature=0"),
+        ({"gradient_accumulation_steps": 0}, r"gradient_accumulation_steps=0"),
+        ({"teacher": make_model(4)}, r"it has 4 classes, the model has 3"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(arguments, message):
+    model = make_model()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        retrain(model, make_loader(), progress=False, **arguments)
+    weights = [name for name, _ in model.named_parameters()]
+    assert all(torch.equal(before[name], model.state_dict()[name]) for name in weights)
+
+
+def test_a_loader_that_cannot_teach_is_refused():
+    images, labels = make_images()
+    with pytest.raises(ValueError, match=r"24 images, batch_size=32, drop_last=True"):
+        retrain(make_model(), DataLoader(TensorDataset(images, labels), batch_size=32, drop_last=True))
+    with pytest.raises(ValueError, match=r"teacher=None\) got a batch without labels"):
+        retrain(make_model(), DataLoader(images, batch_size=8), progress=False)
+    with pytest.raises(ValueError, match=r"labels from 0 to 2 for a model with 2 classes"):
+        retrain(make_model(2), make_loader(shuffle=False), progress=False)
+    with pytest.raises(TypeError, match=r"loader=list"):
+        retrain(make_model(), [(images, labels)])
+    model = make_model()
+    with pytest.raises(ValueError, match="cannot teach itself"):
+        retrain(model, make_loader(), teacher=model)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rate():
+    images, labels = make_images()
+    images[16] = float("nan")
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8)
+    with pytest.raises(FloatingPointError, match=r"learning_rate=0.02.*loss is nan at step 3 of 3, rate .*0.002"):
+        retrain(make_model(), loader, epochs=1, learning_rate=0.02, warmup_fraction=0, progress=False)
+
+
+TWO_PROCESSES = """
+import torch
+from tests.test_retrain import make_loader, make_model
+from lfrns_hub.measure import evaluate
+from lfrns_hub.retrain import make_accelerator, retrain
+
+accelerator = make_accelerator()
+assert accelerator.num_processes == 2
+model = make_model()
+model.unused = torch.nn.Parameter(torch.zeros(2))
+retrain(model, make_loader(26, 4), epochs=6, learning_rate=0.05, eval_loader=make_loader(7), accelerator=accelerator)
+flat = torch.cat([value.flatten().float() for value in model.state_dict().values()])
+both = accelerator.gather(flat[None])
+assert torch.equal(both[0], both[1])
+assert evaluate(model, make_loader(), accelerator=accelerator)["top1_pct"] > 90
+print("same weights")
+accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_weights(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    root = Path(__file__).parents[1]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        str(script),
+    ]
+    environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("same weights") == 2
+    assert done.stdout.count("epoch 6 of 6: top-1") == 1
