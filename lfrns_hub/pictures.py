@@ -1,0 +1,431 @@
+"""What a model looks at: its input size, transforms and data by name, and whether the two fit."""
+
+import contextlib
+import functools
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .batches import iterate, read_logits, split_batch
+from .reach import CONNECT_TIMEOUT_S, cached, reach_hub
+
+# Files of a split on disk, in the order of preference.
+SPLIT_FILES = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "dev", "test"),
+    "test": ("test", "validation", "valid", "val"),
+}
+IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image", "pixel_values"), ("label", "fine_label", "labels")
+# Decoded pictures are kept up to this many bytes a dataset; CIFAR's 50,000 need 0.15 GB.
+MAX_CACHE_BYTES = 1 << 30
+GUARD_IMAGES = 2000
+
+
+def num_classes_of(model: nn.Module) -> int:
+    """Count the classes a model answers; 0 for a backbone without a head.
+
+    Example:
+        >>> num_classes_of(timm.create_model("cifar_resnet20"))
+        10
+    """
+    if hasattr(model, "num_classes"):
+        return int(model.num_classes)
+    if hasattr(model, "config") and hasattr(model.config, "num_labels"):
+        return int(model.config.num_labels)
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return heads[-1].out_features if heads else 0
+
+
+def input_size_of(model: nn.Module) -> tuple[int, int, int]:
+    """Give channels, height and width of the images a model takes; 3, 224, 224 where nothing says.
+
+    Example:
+        >>> input_size_of(timm.create_model("cifar_resnet20", in_chans=1))
+        (1, 32, 32)
+    """
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "num_channels"):
+        size = getattr(config, "image_size", None) or 224
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(config.num_channels), int(height), int(width)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = cfg.get("input_size") or (3, 224, 224)
+    # A model built with img_size= or in_chans= keeps the published cfg: its layers know better.
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size:
+        height, width = size
+    first = cfg.get("first_conv")
+    first = first[0] if isinstance(first, (tuple, list)) else first
+    if first:
+        with contextlib.suppress(AttributeError):
+            layer = model.get_submodule(first)
+            channels = layer.in_channels if isinstance(layer, nn.Conv2d) else channels
+    return int(channels), int(height), int(width)
+
+
+def example_input(model: nn.Module, batch: int = 1) -> Tensor:
+    """Make random images a model takes: [batch, C, H, W], its dtype and device, the same at every call.
+
+    Example:
+        >>> example_input(timm.create_model("cifar_resnet20"), batch=2).shape
+        torch.Size([2, 3, 32, 32])
+    """
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    shape = (batch, *input_size_of(model))
+    if like.is_meta:
+        return torch.empty(shape, dtype=like.dtype, device="meta")
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return images.to(device=like.device, dtype=like.dtype)
+
+
+def make_transform(
+    model: nn.Module,
+    train: bool,
+    *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    flip: bool = True,
+) -> Callable[[Image.Image], Tensor]:
+    """Make what turns a picture into the model's input.
+
+    Args:
+        model: Its pretrained_cfg (timm) or image processor (transformers) says size, mean and std.
+        train: Adds pad-and-crop by 4 where images are 32 pixels or less, random resized crops above.
+        mean: Of each channel, in place of the model's.
+        std: Likewise.
+        flip: Whether training mirrors half of the pictures; not for digits or letters.
+    Returns:
+        Callable: picture of any mode and size -> float32 [C, H, W]. Randomness comes from torch's generator.
+    """
+    from torchvision import transforms as T
+    from torchvision.transforms.functional import InterpolationMode
+
+    channels, height, width = input_size_of(model)
+    prepare = _preprocessing(model)
+    mean, std = (_per_channel(given, channels) for given in (mean or prepare["mean"], std or prepare["std"]))
+    interpolation = InterpolationMode(prepare["interpolation"])
+    steps: list[Any] = [functools.partial(_to_mode, mode="L" if channels == 1 else "RGB")]
+    if train and max(height, width) <= 32:
+        steps += [T.Resize((height, width), interpolation), T.RandomCrop((height, width), padding=4)]
+    elif train:
+        # Crops of at least a third: the 8 % of ImageNet training from scratch undoes a pretrained model.
+        steps.append(T.RandomResizedCrop((height, width), scale=(0.35, 1.0), interpolation=interpolation))
+    elif prepare["crop_pct"] is None:
+        steps.append(T.Resize((height, width), interpolation))
+    else:
+        shortest = int(min(height, width) / prepare["crop_pct"])
+        steps += [T.Resize(shortest, interpolation), T.CenterCrop((height, width))]
+    if train and flip:
+        steps.append(T.RandomHorizontalFlip())
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(mean, std)])
+
+
+class ImageData(Dataset):
+    """Pictures and labels of a split; decoded once and kept as uint8 while they fit.
+
+    Args:
+        pictures: A sequence of PIL pictures: anything with `[int]` and a length.
+        labels: Of each picture, None without labels.
+        class_names: By label.
+        transform: Picture to tensor.
+    """
+
+    def __init__(
+        self, pictures: Any, labels: list[int] | None, *, class_names: list[str], transform: Callable[[Any], Tensor]
+    ) -> None:
+        self.pictures, self.labels, self.class_names, self.transform = pictures, labels, class_names, transform
+        self._decoded: dict[int, np.ndarray] = {}
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | Tensor:
+        pixels = self._decoded.get(index)
+        if pixels is None:
+            picture = self.pictures[index]
+            pixels = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
+            if self._bytes + pixels.nbytes <= MAX_CACHE_BYTES:
+                self._decoded[index] = pixels
+                self._bytes += pixels.nbytes
+        image = self.transform(Image.fromarray(pixels))
+        return image if self.labels is None else (image, self.labels[index])
+
+
+def load_data(
+    name_or_dir: str | os.PathLike[str],
+    split: str,
+    *,
+    transform: Callable[[Image.Image], Tensor],
+    label_column: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> ImageData:
+    """Load a split of labelled pictures.
+
+    Args:
+        name_or_dir: A folder of parquet files (`train-*.parquet`, `validation-*` or `test-*`; a column `img` or
+            `image`, and `label` or `fine_label`), an image folder (`train/<class>/*.png`), a Hub id such as
+            "uoft-cs/cifar100", or "digits", scikit-learn's 8x8 handwritten ones (a fifth is held out).
+        split: "train", "validation" or "test"; where one of the last two is missing the other stands in.
+        transform: Picture to tensor, from `make_transform`.
+        label_column: Where it has another name.
+        limit: At most so many pictures, drawn at random: files are often sorted by class.
+        seed: Of that draw.
+    Returns:
+        Dataset of (image [C, H, W], label), or of images where there are no labels; `.class_names` by label.
+    Raises:
+        ValueError: No such data, split or column.
+        ConnectionError: A Hub id, and the Hub cannot be reached.
+    """
+    if split not in SPLIT_FILES:
+        raise ValueError(f"load_data(split={split!r}): the splits are {', '.join(SPLIT_FILES)}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"load_data(limit={limit}): at least one picture is needed. For all of them pass None.")
+    name = str(name_or_dir)
+    if name == "digits" and not Path(name).exists():
+        pictures, labels, class_names = _read_digits(split)
+        chosen = _draw(len(labels), limit, seed)
+        pictures, labels = [pictures[i] for i in chosen], [labels[i] for i in chosen]
+        return ImageData(pictures, labels, class_names=class_names, transform=transform)
+
+    table = _read_table(name, split)
+    image_column = _find_column(table, None, IMAGE_COLUMNS, f"load_data({name!r})", required="pictures")
+    label_column = _find_column(table, label_column, LABEL_COLUMNS, f"load_data({name!r})")
+    if len(table) == 0:
+        raise ValueError(f"load_data({name!r}, {split!r}): the split holds no pictures.")
+    if limit is not None and limit < len(table):
+        table = table.select(_draw(len(table), limit, seed))
+    labels, class_names = None, []
+    if label_column:
+        labels = list(table[label_column])
+        class_names = getattr(table.features[label_column], "names", None) or []
+        if any(not isinstance(label, int) or label < 0 for label in labels):
+            raise ValueError(
+                f"load_data({name!r}, {split!r}): the column {label_column!r} holds labels that are no class numbers "
+                f"(such as {next(v for v in labels if not isinstance(v, int) or v < 0)!r}). Use a labelled split."
+            )
+        class_names = class_names or [str(i) for i in range(max(labels) + 1)]
+    return ImageData(_Column(table, image_column), labels, class_names=list(class_names), transform=transform)
+
+
+def check_images(model: nn.Module, loader: Any) -> None:
+    """Refuse images that a model cannot take, before any work is done on them.
+
+    Args:
+        model: Dense model; one image runs through it where the size is not its own.
+        loader: Its first batch is looked at.
+    Raises:
+        ValueError: No batch, no image tensor, another number of channels, or a size the model refuses.
+    """
+    first = next(iter(loader), None)
+    if first is None:
+        raise ValueError("check_images(loader): the loader is empty. Give it at least one batch.")
+    images, _ = split_batch(first)
+    channels, height, width = input_size_of(model)
+    wanted = f"{type(model).__name__} takes [N, {channels}, {height}, {width}]"
+    way_out = "Make them with make_transform(model, train=False)."
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype} {list(images.shape)}: {wanted} of float32. {way_out}")
+    if images.shape[1] != channels:
+        raise ValueError(f"images are {list(images.shape)}, {images.shape[1]} channels: {wanted}. {way_out}")
+    if tuple(images.shape[2:]) != (height, width):
+        try:
+            _answer(model, images[:1])
+        except Exception as error:  # every architecture refuses a size in its own way
+            raise ValueError(f"images are {list(images.shape)}: {wanted}. {way_out}") from error
+
+
+def guard_against_chance(model: nn.Module, loader: Any, where: str | os.PathLike[str]) -> float | None:
+    """Refuse a model that knows nothing about the data: its units would be ranked by noise.
+
+    Args:
+        model: Dense model.
+        loader: Of labelled images, at most 2,000 are run.
+        where: The data, for the message.
+    Returns:
+        Top-1 in percent; None where there are no labels.
+    Raises:
+        ValueError: Labels beyond the head, or top-1 at most 1.5 times chance (with few classes: a tenth above it).
+    """
+    classes, hits, total = num_classes_of(model), 0, 0
+    for images, labels in iterate(loader):
+        if labels is None:
+            return None
+        if int(labels.max()) >= classes:
+            raise ValueError(
+                f"{type(model).__name__} answers {classes} classes, {where} holds label {int(labels.max())}: "
+                "the head does not fit the data. Fine-tune it first (--dense-epochs)."
+            )
+        hits += int((_answer(model, images).argmax(1).cpu() == labels.cpu()).sum())
+        total += len(labels)
+        if total >= GUARD_IMAGES:
+            break
+    if not total:
+        raise ValueError(f"guard_against_chance({str(where)!r}): the loader is empty. Give it at least one batch.")
+    top1_pct, chance_pct = 100 * hits / total, 100 / max(classes, 1)
+    if classes > 1 and top1_pct <= min(1.5 * chance_pct, chance_pct + 0.1 * (100 - chance_pct)):
+        raise ValueError(
+            f"{type(model).__name__} scores {top1_pct:.1f} % on {where}, chance {chance_pct:.1f} %: class order or "
+            f"preprocessing differs ({total} images). Mend it, or fine-tune the dense model first (--dense-epochs)."
+        )
+    return top1_pct
+
+
+def _answer(model: nn.Module, images: Tensor) -> Tensor:
+    """Run a model in eval mode on images, and put its mode back."""
+    like = next(model.parameters())
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            return read_logits(model(images.to(device=like.device, dtype=like.dtype)))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _preprocessing(model: nn.Module) -> dict[str, Any]:
+    """Read mean, std, interpolation and crop_pct (None: no crop) from a model's configuration."""
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "model_type"):
+        return _processor_settings(getattr(config, "_name_or_path", ""), input_size_of(model)[1])
+    cfg = timm.data.resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", None) or {})
+    return {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+
+
+def _processor_settings(source: str, size: int) -> dict[str, Any]:
+    """Read a transformers image processor's settings; ViT's own where a model has none."""
+    folder = Path(source) / "preprocessor_config.json" if source else None
+    path = folder if folder and folder.is_file() else cached(source, "preprocessor_config.json")
+    settings: dict[str, Any] = {}
+    if path is None and source and not Path(source).is_dir() and cached(source):
+        from huggingface_hub import hf_hub_download
+
+        with contextlib.suppress(Exception):  # a model without a processor is no error
+            path = Path(hf_hub_download(source, "preprocessor_config.json", etag_timeout=CONNECT_TIMEOUT_S))
+    if path is not None:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    resize = settings.get("size")
+    shortest = resize.get("shortest_edge") if isinstance(resize, dict) else None
+    crop_pct = settings.get("crop_pct")
+    if crop_pct is None and shortest and settings.get("do_center_crop"):
+        crop_pct = size / shortest
+    names = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+    return {
+        "mean": tuple(settings.get("image_mean") or (0.5, 0.5, 0.5)),
+        "std": tuple(settings.get("image_std") or (0.5, 0.5, 0.5)),
+        "interpolation": names[settings.get("resample", 2)],
+        "crop_pct": crop_pct,
+    }
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> list[float]:
+    """Spread statistics of three channels over however many a model takes."""
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
+
+
+def _to_mode(picture: Image.Image, mode: str) -> Image.Image:
+    """Convert a picture to a mode."""
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+class _Column:
+    """The pictures of a table, decoded one at a time."""
+
+    def __init__(self, table: Any, column: str) -> None:
+        self.table, self.column = table, column
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return self.table[index][self.column]
+
+
+def _draw(total: int, limit: int | None, seed: int) -> list[int]:
+    """Draw at most `limit` of `total` indices, ascending, the same for a seed."""
+    if limit is None or limit >= total:
+        return list(range(total))
+    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
+
+
+def _read_digits(split: str) -> tuple[list[Image.Image], list[int], list[str]]:
+    """Read scikit-learn's digits, 1,437 to train and 360 held out, as grey pictures."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    halves = train_test_split(range(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
+    chosen = halves[0] if split == "train" else halves[1]
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # ink is stated from 0 to 16
+    return [Image.fromarray(pixels[i]) for i in chosen], [int(digits.target[i]) for i in chosen], list("0123456789")
+
+
+def _read_table(name: str, split: str) -> Any:
+    """Open a split with datasets, from a folder or the Hub."""
+    import datasets
+
+    bar = datasets.is_progress_bar_enabled()
+    folder = Path(name)
+    if folder.is_dir():
+        datasets.disable_progress_bar()
+        try:
+            for stem in SPLIT_FILES[split]:
+                files = sorted(
+                    map(str, [*folder.glob(f"{stem}[-_.]*parquet"), *folder.glob(f"data/{stem}[-_.]*parquet")])
+                )
+                if files:
+                    return datasets.load_dataset("parquet", data_files=files, split="train")
+                if (folder / stem).is_dir():
+                    return datasets.load_dataset("imagefolder", data_dir=str(folder / stem), split="train")
+        except (datasets.exceptions.DatasetsError, OSError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0][:200]
+            raise ValueError(f"load_data({name!r}, {split!r}): cannot be read as pictures ({reason}).") from error
+        finally:
+            if bar:
+                datasets.enable_progress_bar()
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise ValueError(
+            f"load_data({name!r}, {split!r}): found {found}. The folder must hold {SPLIT_FILES[split][0]}-*.parquet "
+            f"or {SPLIT_FILES[split][0]}/<class>/<picture>."
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(
+            f"load_data({name!r}): there is no such folder. Give a folder, a Hub id (user/name) or 'digits'."
+        )
+    reach_hub(f"the data {name}")
+    try:
+        splits = datasets.get_dataset_split_names(name)
+        wanted = next((s for s in SPLIT_FILES[split] if s in splits), None)
+        if wanted is None:
+            raise ValueError(f"load_data({name!r}, {split!r}): it has the splits {', '.join(splits)}.")
+        return datasets.load_dataset(name, split=wanted)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise ValueError(f"load_data({name!r}): the Hub has no such data, or not for you. Check the name.") from error
+
+
+def _find_column(
+    table: Any, given: str | None, usual: tuple[str, ...], call: str, *, required: str | None = None
+) -> str | None:
+    """Find a column by its name, or by the usual ones."""
+    columns = table.column_names
+    if given is not None and given not in columns:
+        raise ValueError(f"{call}: there is no column {given!r}. It has {', '.join(columns)}.")
+    found = given or next((column for column in usual if column in columns), None)
+    if found is None:
+        kind = "Image" if required else "ClassLabel"
+        found = next((column for column, f in table.features.items() if type(f).__name__ == kind), None)
+    if found is None and required:
+        raise ValueError(f"{call}: no column of {required}: {', '.join(usual)}. It has {', '.join(columns)}.")
+    return found

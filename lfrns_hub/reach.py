@@ -1,0 +1,50 @@
+"""The Hub within reach or not: noticed within seconds, said in one message."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+# No server that is there takes longer to answer a HEAD; a missing one must be noticed within seconds.
+CONNECT_TIMEOUT_S = 5.0
+OFFLINE_OPTIONS = (
+    "Two options need no network: --model FOLDER, a local model (or --weights FILE with a timm name), "
+    "and --data-dir FOLDER, local images (lfrns: --data)."
+)
+
+
+def cached(repo_id: str, filename: str = "config.json") -> Path | None:
+    """Find a Hub file in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        return None
+    path = try_to_load_from_cache(repo_id, filename)
+    return Path(path) if isinstance(path, str) else None
+
+
+def reach_hub(what: str) -> None:
+    """Raise within seconds where the Hub is out of reach; its own client would retry for a minute."""
+    import huggingface_hub
+
+    endpoint = huggingface_hub.constants.ENDPOINT
+    try:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        huggingface_hub.get_session().head(endpoint, timeout=CONNECT_TIMEOUT_S)
+    except Exception as error:  # httpx names a dozen; whichever it is, nothing can be fetched
+        raise ConnectionError(f"could not reach {endpoint} for {what} ({error}). {OFFLINE_OPTIONS}") from error
+
+
+@contextlib.contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into one message."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError) as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            raise ConnectionError(f"could not fetch {what} from the Hub. {OFFLINE_OPTIONS}") from error
+        raise ValueError(f"the Hub does not have {what}, or not for you. Check the name, or log in.") from error
+    except errors.HfHubHTTPError as error:
+        raise ConnectionError(f"the Hub refused {what} ({str(error).splitlines()[0]}). {OFFLINE_OPTIONS}") from error
