@@ -300,7 +300,7 @@ def _preprocessing(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "model_type"):
         return _processor_settings(getattr(config, "_name_or_path", ""), input_size_of(model)[1])
-    cfg = timm.data.resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", None) or {})
+    cfg = timm.data.resolve_data_config(getattr(model, "pretrained_cfg", None) or {"input_size": input_size_of(model)})
     return {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
 
 

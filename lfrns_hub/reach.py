@@ -1,5 +1,6 @@
 """The Hub within reach or not: noticed within seconds, said in one message."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -99,7 +99,7 @@ def create_dense(
     if num_classes is not None and num_classes != num_classes_of(model):
         if not hasattr(model, "reset_classifier"):
             raise ValueError(
-                f"create_dense({name!r}, num_classes={num_classes}): the model answers {num_classes_of(model)} classes. "
+                f"create_dense({name!r}, num_classes={num_classes}): it answers {num_classes_of(model)} classes. "
                 "Let the function take num_classes."
             )
         model.reset_classifier(num_classes)
@@ -235,9 +235,8 @@ def _hub_config(repo_id: str) -> dict[str, Any]:
 
         reach_hub(f"the model {repo_id}")
         with hub_errors(f"the model {repo_id}"):
-            path = Path(
-                hf_hub_download(repo_id, "config.json", revision=revision or None, etag_timeout=CONNECT_TIMEOUT_S)
-            )
+            options = {"revision": revision or None, "etag_timeout": CONNECT_TIMEOUT_S}
+            path = Path(hf_hub_download(repo_id, "config.json", **options))
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -326,6 +325,7 @@ def _is_head(key: str) -> bool:
     return key.startswith(("classifier.", "head."))
 
 
+@contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Silence the load report: what it says is checked, and raised where it matters."""
     from transformers.utils import logging
