@@ -43,7 +43,7 @@ def render_card(
         library_name=library,
         pipeline_tag="image-classification",
         tags=list(TAGS),
-        license=known["license"],
+        license=known["license"] or UNKNOWN,
         base_model=known["base_model"],
         base_model_relation="finetune" if known["base_model"] else None,
         datasets=[known["dataset_id"]] if known["dataset_id"] else None,

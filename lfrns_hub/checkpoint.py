@@ -489,7 +489,7 @@ def _check_tensors(model: nn.Module, folder: Path) -> None:
     found: dict[str, list[int]] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found |= {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            found |= {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
     if not found:
         raise ValueError(f"load({str(folder)!r}): it has no model.safetensors. Pickled weights are not read.")
     problems = [f"{n} is missing" for n in sorted(expected.keys() - found.keys())]
@@ -527,7 +527,7 @@ def _plain(tensor: Tensor) -> Tensor:
 def _match_dtype(model: nn.Module, folder: Path) -> nn.Module:
     """Give the model the file's floating-point type, where it has one for all."""
     with safe_open(folder / "model.safetensors", framework="pt") as file:
-        kinds = {file.get_slice(name).get_dtype() for name in file.keys()} - {"I64", "I32", "BOOL", "U8"}  # noqa: SIM118
+        kinds = {file.get_slice(name).get_dtype() for name in file.keys()} - {"I64", "I32", "BOOL", "U8"}
     types = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
     return model.to(types[kind]) if len(kinds) == 1 and (kind := kinds.pop()) in types else model
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+# Root of the client's HTTP errors, by way of one of them: the library under huggingface_hub changes between versions.
+TransportError = HfHubHTTPError.__bases__[0]
 OURS = ("*.json", "*.safetensors", "*.md", "*.png")  # what a checkpoint consists of: no pickle goes up or comes down
 
 
@@ -56,10 +58,10 @@ def push(
         )
     except HFValidationError as error:
         raise ValueError(f"push(repo_id={repo_id!r}): {error}") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (TransportError, OSError) as error:
         raise ConnectionError(
-            f"push({str(folder)!r}, {repo_id!r}): {api.endpoint} did not take it: {_first_line(error)}. Nothing is lost: "
-            "log in with `hf auth login` if it asks for that, then push the folder again."
+            f"push({str(folder)!r}, {repo_id!r}): {api.endpoint} did not take it: {_first_line(error)}. Nothing is "
+            "lost: log in with `hf auth login` if it asks for that, then push the folder again."
         ) from error
     return commit.pr_url if create_pr and commit.pr_url else commit.commit_url
 
@@ -82,12 +84,13 @@ def fetch(repo_id: str, *, revision: str | None = None) -> Path:
         raise FileNotFoundError(f"load({repo_id!r}): neither a folder nor a Hub id of the form user/name.") from error
     except LocalEntryNotFoundError as error:
         raise ConnectionError(
-            f"load({repo_id!r}): no such folder here, and {HfApi().endpoint} cannot be reached. Give a local folder, or "
-            "download the repository once while there is a network."
+            f"load({repo_id!r}): no such folder here, and {HfApi().endpoint} cannot be reached. Give a local folder, "
+            "or download the repository once while there is a network."
         ) from error
-    except HfHubHTTPError as error:
+    except TransportError as error:
         raise FileNotFoundError(
-            f"load({repo_id!r}, revision={revision!r}): no such folder, and on {HfApi().endpoint}: {_first_line(error)}."
+            f"load({repo_id!r}, revision={revision!r}): no such folder, and {HfApi().endpoint} says: "
+            f"{_first_line(error)}. Check the name, or log in with `hf auth login` if it is private."
         ) from error
 
 

@@ -10,6 +10,7 @@ from matplotlib.patches import Patch
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = {"channel": "#0072B2", "head": "#D55E00", "neuron": "#009E73"}
 DENSE = "#E3E3E3"
+OTHER = "#666666"
 MAX_ROWS = 60  # beyond that, names overlap at the size a card shows
 
 
@@ -36,7 +37,7 @@ def plot_widths(source: Any, path: str | Path) -> Path:
     axes = figure.add_subplot()
     axes.barh(rows, [1.0] * len(names), color=DENSE, height=0.84)
     shares = [kept / dense if dense else 0.0 for kept, dense in widths.values()]
-    axes.barh(rows, shares, color=[COLOURS.get(kinds.get(name), "#666666") for name in names], height=0.84)
+    axes.barh(rows, shares, color=[COLOURS.get(kinds.get(name), OTHER) for name in names], height=0.84)
     for row in rows[::step]:
         kept, dense = widths[names[row]]
         axes.text(1.01, row, f"{kept} of {dense}", va="center", fontsize=label_size, color="#333333")
@@ -51,7 +52,10 @@ def plot_widths(source: Any, path: str | Path) -> Path:
         axes.spines[side].set_visible(False)
     present = [kind for kind in COLOURS if kind in {kinds.get(name) for name in names}]
     handles = [Patch(color=COLOURS[kind], label=f"{kind}s kept") for kind in present]
+    if any(kinds.get(name) not in COLOURS for name in names):
+        handles.append(Patch(color=OTHER, label="units kept"))
     handles.append(Patch(color=DENSE, label="removed"))
+    axes.spines["bottom"].set_bounds(0, 1)
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8, frameon=False)
     figure.savefig(path, format="png")
     return Path(path)

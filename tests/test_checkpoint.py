@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved loads again, equal, by every door; what does not fit is refused, and nothing is written."""
+"""Checkpoints: what is saved loads again, equal, by every door; what does not fit is refused, nothing written."""
 
 import json
 import shutil
@@ -226,7 +226,7 @@ def test_a_folder_that_is_not_empty_is_left_alone_unless_asked(tmp_path):
     folder = tmp_path / "slim"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="slim.*not empty"):
+    with pytest.raises(FileExistsError, match=r"slim.*not empty"):
         checkpoint.save(slim_resnet(), folder)
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
     checkpoint.save(slim_resnet(), folder, overwrite=True)
@@ -289,7 +289,7 @@ def test_sizes_beyond_the_base_are_refused(kind, saved, tmp_path):
     name = next(iter(sizes["shapes"]))
     sizes["shapes"][name] = [10**9 for _ in sizes["shapes"][name]]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="1000000000.*must lie from 1 to the base's own"):
+    with pytest.raises(ValueError, match=r"1000000000.*must lie from 1 to the base's own"):
         checkpoint.load(folder)
 
 
@@ -297,7 +297,7 @@ def test_pickled_weights_are_not_read(saved, tmp_path):
     folder = Path(shutil.copytree(saved["timm"], tmp_path / "slim"))
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no model.safetensors"):
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
         checkpoint.load(folder)
 
 
