@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
 from lfrns_hub.measure import Record, format_table
+from lfrns_hub.pictures import load_processor
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.zoo import (
     check_images,
@@ -126,7 +127,8 @@ def slim(
         label_names=test.class_names,
     )
     if accelerator.is_main_process:
-        lfrns.save(result.model, directory, record=record, label_names=test.class_names, overwrite=overwrite)
+        names, processor = test.class_names, load_processor(dense)
+        lfrns.save(result.model, directory, record=record, processor=processor, label_names=names, overwrite=overwrite)
         recipe.print_results(record, [], directory)
         if push_to_hub:
             console.print(lfrns.push(directory, push_to_hub))
@@ -158,7 +160,8 @@ def evaluate(
         record.setup = {**old.setup, **record.setup}
     record.setup.update(dataset=recipe.describe_source(data)["dataset"], label_names=images.class_names)
     if accelerator.is_main_process:
-        lfrns.save(model, directory, record=record, label_names=images.class_names, overwrite=True)
+        names, processor = images.class_names, load_processor(model)
+        lfrns.save(model, directory, record=record, processor=processor, label_names=names, overwrite=True)
         console.print(format_table(record))
 
 

@@ -130,6 +130,21 @@ def make_transform(
     return T.Compose([*steps, T.ToTensor(), T.Normalize(mean, std)])
 
 
+def load_processor(model: nn.Module) -> Any:
+    """Load the image processor that a transformers model came with, to be saved beside its slim one.
+
+    Returns:
+        The processor; None for a timm model, whose own configuration says the same, and where there is none.
+    """
+    source = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if source:
+        from transformers import AutoImageProcessor
+
+        with contextlib.suppress(OSError, ValueError):  # what transformers raises for a folder without one
+            return AutoImageProcessor.from_pretrained(source)
+    return None
+
+
 class ImageData(Dataset):
     """Pictures and labels of a split; decoded once and kept as uint8 while they fit.
 
@@ -389,7 +404,7 @@ def _read_table(name: str, split: str) -> Any:
                     return datasets.load_dataset("parquet", data_files=files, split="train")
                 if (folder / stem).is_dir():
                     return datasets.load_dataset("imagefolder", data_dir=str(folder / stem), split="train")
-        except (datasets.exceptions.DatasetsError, OSError) as error:
+        except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
             reason = str(error.__cause__ or error).splitlines()[0][:200]
             raise ValueError(f"load_data({name!r}, {split!r}): cannot be read as pictures ({reason}).") from error
         finally:

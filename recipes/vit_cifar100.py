@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
 from lfrns_hub.measure import Record, evaluate
+from lfrns_hub.pictures import load_processor
 from lfrns_hub.retrain import make_accelerator, set_seed
 from lfrns_hub.surgery import cut
 from lfrns_hub.zoo import (
@@ -144,7 +145,8 @@ def main() -> None:
 
     # Save and push.
     if main_process:
-        lfrns.save(result.model, out, record=record, label_names=label_names, overwrite=True)
+        processor = load_processor(dense)
+        lfrns.save(result.model, out, record=record, processor=processor, label_names=label_names, overwrite=True)
         recipe.print_results(record, rows, out)
         if args.push_to_hub:
             print(lfrns.push(out, args.push_to_hub))
