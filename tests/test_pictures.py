@@ -1,0 +1,201 @@
+"""Pictures by name, the transforms a model asks for, and the checks before anything is slimmed."""
+
+import io
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
+
+from lfrns_hub import zoo
+from lfrns_hub.zoo import check_images, example_input, guard_against_chance, load_data, make_transform
+
+
+def plain(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture, dtype=np.float32))
+
+
+def write_parquet(folder: Path, split: str, labels: list[int], column: str = "label", kind: object = None) -> None:
+    """A split with the Hub's columns whose picture i is grey value i throughout."""
+    folder.mkdir(exist_ok=True)
+    pictures = [Image.fromarray(np.full((6, 6, 3), i, dtype=np.uint8)) for i in range(len(labels))]
+    names = kind or datasets.ClassLabel(names=["cat", "dog", "owl"])
+    features = datasets.Features({"img": datasets.Image(), column: names})
+    encoded = []
+    for picture in pictures:
+        picture.save(buffer := io.BytesIO(), "PNG")
+        encoded.append({"bytes": buffer.getvalue(), "path": None})
+    datasets.Dataset.from_dict({"img": encoded, column: labels}, features=features).to_parquet(
+        folder / f"{split}-00000-of-00001.parquet"
+    )
+
+
+@pytest.mark.parametrize("column", ["label", "fine_label"])
+def test_parquet_of_the_hub_is_read_in_order(tmp_path: Path, column: str) -> None:
+    write_parquet(tmp_path / "d", "train", [2, 0, 1], column)
+    data = load_data(tmp_path / "d", "train", transform=plain)
+    assert data.class_names == ["cat", "dog", "owl"]
+    assert [data[i][1] for i in range(3)] == [2, 0, 1]
+    assert [data[i][0].mean().item() for i in range(3)] == [0, 1, 2]
+
+
+def test_test_files_stand_in_for_validation_and_limit_draws_by_seed(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", "test", [i % 3 for i in range(30)])
+    draw = [load_data(tmp_path / "d", "validation", transform=plain, limit=10, seed=s) for s in (0, 0, 1)]
+    values = [[int(d[i][0].mean()) for i in range(len(d))] for d in draw]
+    assert values[0] == values[1] != values[2]
+    assert len(set(values[0])) == 10
+    assert all(d[i][1] == v % 3 for d, vs in zip(draw, values, strict=True) for i, v in enumerate(vs))
+
+
+def test_image_folder_is_read(tmp_path: Path) -> None:
+    for i, name in enumerate(["b", "a"]):
+        (tmp_path / "d" / "train" / name).mkdir(parents=True)
+        Image.fromarray(np.full((5, 5, 3), 9 * i, dtype=np.uint8)).save(tmp_path / "d" / "train" / name / "x.png")
+    data = load_data(tmp_path / "d", "train", transform=plain)
+    assert data.class_names == ["a", "b"]
+    assert {(int(data[i][0].mean()), data[i][1]) for i in range(2)} == {(9, 0), (0, 1)}
+
+
+def test_digits_ship_with_scikit_learn_and_are_held_out() -> None:
+    train = load_data("digits", "train", transform=plain)
+    test = load_data("digits", "validation", transform=plain)
+    assert (len(train), len(test)) == (1437, 360)
+    assert test.class_names == list("0123456789")
+    seen = {train[i][0].numpy().tobytes() for i in range(len(train))}
+    assert not any(test[i][0].numpy().tobytes() in seen for i in range(len(test)))
+
+
+def test_data_that_is_not_there_says_what_is(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"'train'.*found notes\.txt.*train-\*\.parquet"):
+        load_data(tmp_path, "train", transform=plain)
+    with pytest.raises(ValueError, match=r"'no_such_folder'.*no such folder"):
+        load_data("no_such_folder", "train", transform=plain)
+    with pytest.raises(ValueError, match=r"split='trian'.*train, validation, test"):
+        load_data("digits", "trian", transform=plain)
+    with pytest.raises(ValueError, match=r"limit=0"):
+        load_data("digits", "train", transform=plain, limit=0)
+
+
+def test_columns_and_labels_that_do_not_serve_are_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", "train", [0, 1, 2])
+    with pytest.raises(ValueError, match=r"no column 'klass'.*img, label"):
+        load_data(tmp_path / "d", "train", transform=plain, label_column="klass")
+    write_parquet(tmp_path / "e", "train", [0, -1], kind=datasets.Value("int64"))
+    with pytest.raises(ValueError, match=r"'label'.*-1"):
+        load_data(tmp_path / "e", "train", transform=plain)
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "train-0.parquet").write_text("not parquet")
+    with pytest.raises(ValueError, match=r"cannot be read as pictures"):
+        load_data(tmp_path / "f", "train", transform=plain)
+
+
+def test_data_of_the_hub_without_a_network_names_two_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9 for the data nobody/x.*--model.*--data-dir"):
+        load_data("nobody/x", "train", transform=plain)
+
+
+def test_eval_transform_of_a_32_pixel_model_only_normalises() -> None:
+    model = timm.create_model("cifar_resnet20")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = ((torch.from_numpy(pixels) / 255 - mean) / std).permute(2, 0, 1)
+    torch.testing.assert_close(make_transform(model, train=False)(Image.fromarray(pixels)), expected)
+
+
+def test_train_transform_follows_the_seed_and_takes_any_picture() -> None:
+    model = timm.create_model("cifar_resnet20", in_chans=1)
+    transform = make_transform(model, train=True)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    outputs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outputs.append(transform(picture))
+    assert outputs[0].shape == (1, 32, 32)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_transformers_processor_beside_the_weights_is_followed(tmp_path: Path) -> None:
+    small = {"num_channels": 3, "hidden_sizes": [4, 4], "depths": [1, 1], "num_stages": 2}
+    ConvNextForImageClassification(ConvNextConfig(image_size=16, **small)).save_pretrained(tmp_path)
+    settings = {"size": {"shortest_edge": 20}, "do_center_crop": True, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    transform = make_transform(zoo.create_dense(str(tmp_path)), train=False)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    expected = torch.from_numpy(pixels[2:18, 2:18] / np.float32(255)).permute(2, 0, 1)
+    torch.testing.assert_close(transform(Image.fromarray(pixels)), expected)
+
+
+def test_input_size_is_the_layers_not_the_published_one() -> None:
+    model = timm.create_model("test_vit", img_size=64, in_chans=1)
+    assert example_input(model).shape == (1, 1, 64, 64)
+    assert torch.equal(example_input(model), example_input(model))
+
+
+def small_vit() -> torch.nn.Module:
+    config = ViTConfig(image_size=16, patch_size=8, num_labels=4, hidden_size=8, num_hidden_layers=1)
+    config.num_attention_heads, config.intermediate_size = 2, 16
+    return ViTForImageClassification(config)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"), [((2, 1, 16, 16), "1 channels"), ((2, 3, 24, 24), "24, 24"), ((2, 3, 16), "16")]
+)
+def test_images_that_do_not_fit_are_refused_with_their_shape(shape: tuple[int, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=rf"{said}.*\[N, 3, 16, 16\]"):
+        check_images(small_vit(), [(torch.zeros(shape), torch.zeros(2, dtype=torch.long))])
+
+
+def test_images_that_fit_pass_and_the_mode_is_kept() -> None:
+    model = small_vit().train()
+    check_images(model, [torch.zeros(2, 3, 16, 16)])
+    convnet = timm.create_model("cifar_resnet20").train()
+    check_images(convnet, [torch.zeros(2, 3, 40, 40)])
+    assert all(module.training for module in (*model.modules(), *convnet.modules()))
+    with pytest.raises(ValueError, match="empty"):
+        check_images(model, [])
+    with pytest.raises(ValueError, match=r"torch\.uint8"):
+        check_images(model, [torch.zeros(2, 3, 16, 16, dtype=torch.uint8)])
+
+
+class Oracle(torch.nn.Module):
+    """Reads the class that stands in a picture's first pixel, shifted by `shift`."""
+
+    def __init__(self, num_classes: int, shift: int) -> None:
+        super().__init__()
+        self.num_classes, self.shift = num_classes, shift
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        named = (x[:, 0, 0, 0].long() + self.shift) % self.num_classes
+        return torch.nn.functional.one_hot(named, self.num_classes) * self.scale
+
+
+def labelled(classes: int, count: int = 200) -> DataLoader:
+    labels = torch.arange(count) % classes
+    return DataLoader(TensorDataset(labels.float()[:, None, None, None].expand(-1, 3, 4, 4), labels), 50)
+
+
+def test_a_model_at_chance_is_refused() -> None:
+    assert guard_against_chance(Oracle(40, 0), labelled(40), "DIR") == 100
+    with pytest.raises(ValueError, match=r"scores 0\.0 % on DIR, chance 2\.5 %: class order or preprocessing differs"):
+        guard_against_chance(Oracle(40, 1), labelled(40), "DIR")
+
+
+def test_labels_beyond_the_head_and_empty_loaders_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"4 classes.*label 6"):
+        guard_against_chance(Oracle(4, 0), labelled(7), "DIR")
+    with pytest.raises(ValueError, match=r"'DIR'.*empty"):
+        guard_against_chance(Oracle(4, 0), [], "DIR")
+    assert guard_against_chance(Oracle(4, 0), [torch.zeros(2, 3, 4, 4)], "DIR") is None
