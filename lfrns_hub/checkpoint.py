@@ -190,9 +190,13 @@ def lfrns_slim(
     stored_classes = cfg.get("num_classes", num_classes) if cfg else num_classes
     stored_chans = (cfg.get("input_size") or (3,))[0] if cfg else in_chans
     own = {"num_classes": stored_classes, "in_chans": in_chans if in_chans is not None else stored_chans}
-    own = {k: v for k, v in own.items() if v is not None}
+    own = _without_none(own)
     overlay = {"pretrained_cfg_overlay": pretrained_cfg_overlay} if pretrained_cfg_overlay else {}
-    model = build(pretrained=False, pretrained_cfg=cfg, **overlay, **own, **kwargs)
+    wanted_size, stored_size = kwargs.get("img_size"), (pretrained_model_args or {}).get("img_size")
+    resize = pretrained and wanted_size is not None and _as_size(wanted_size) != _as_size(stored_size)
+    if resize:
+        kwargs["img_size"] = stored_size  # the weights are of that size: resized once they are in
+    model = build(pretrained=False, pretrained_cfg=cfg, **overlay, **own, **_without_none(kwargs))
     shapes = dict(shapes or {})
     if own.get("in_chans") != stored_chans:
         for conv in _as_tuple(model.pretrained_cfg.get("first_conv")):
@@ -208,6 +212,8 @@ def lfrns_slim(
             strict=True,
             cache_dir=cache_dir,
         )
+    if resize:
+        model.set_input_size(img_size=wanted_size)
     if num_classes is not None and num_classes != stored_classes:
         model.reset_classifier(num_classes)
     model.pretrained_cfg["architecture"] = TIMM_NAME  # so that timm's save_for_hf writes what loads again
@@ -458,7 +464,7 @@ def _write_card(model: nn.Module, draft: Path, record: Any, name: str) -> None:
     architecture = type(model).__name__ if library == "transformers" else _timm_base(model, None)
     card = render_card(
         record,
-        model_name=name,
+        model_name=((record or {}).get("setup") or {}).get("model_name") or name,
         base=architecture or type(model).__name__,
         provenance=facts,
         library=library if architecture else "pytorch",
@@ -535,6 +541,16 @@ def _match_dtype(model: nn.Module, folder: Path) -> nn.Module:
 def _num_classes(model: nn.Module) -> int | None:
     """Read how many classes a model answers with."""
     return getattr(getattr(model, "config", None), "num_labels", None) or getattr(model, "num_classes", None)
+
+
+def _as_size(value: Any) -> tuple[int, int] | None:
+    """Give timm's int or pair as a pair."""
+    return None if value is None else (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is not given."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _as_tuple(value: Any) -> tuple[str, ...]:

@@ -184,6 +184,21 @@ def test_timm_gives_a_new_head_new_input_channels_and_features(tmp_path):
     assert len(maps) == 5
 
 
+def test_timm_resizes_the_position_table(tmp_path):
+    folder = checkpoint.save(slim_timm_vit(), tmp_path / "slim")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=96)
+    assert answer(model, 96).shape == (2, 7)
+    assert torch.equal(model.head.weight, checkpoint.load(folder).head.weight)
+
+
+def test_transformers_loads_timm_folders_too(tmp_path):
+    model = slim_resnet()
+    folder = checkpoint.save(model, tmp_path / "slim", label_names=list("abcdefg"))
+    wrapped = AutoModelForImageClassification.from_pretrained(folder)
+    assert torch.equal(answer(wrapped, 160), answer(model, 160))
+    assert wrapped.config.id2label[2] == "c"
+
+
 def test_arguments_of_the_base_are_kept(tmp_path):
     model = slim_timm_vit(img_size=64, in_chans=1)
     folder = checkpoint.save(model, tmp_path / "slim")
