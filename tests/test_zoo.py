@@ -196,9 +196,9 @@ def test_a_skeleton_of_a_folder_has_its_shapes(vit_folder: Path) -> None:
 def test_the_given_weights_reach_their_accuracy() -> None:
     model = create_dense("cifar_resnet20", weights=SHARED / "weights" / "resnet20_cifar10.safetensors")
     transform = zoo.make_transform(model, train=False)
-    data = zoo.load_data(SHARED / "data" / "cifar10", "validation", transform=transform, limit=400)
-    # 87.2 % on all 5,000; three standard errors of 400 images are 5 points.
-    assert zoo.guard_against_chance(model, DataLoader(data, 100), "cifar10") == pytest.approx(87.2, abs=5)
+    data = zoo.load_data(SHARED / "data" / "cifar10", "validation", transform=transform, limit=200)
+    # 87.2 % on all 5,000; three standard errors of 200 images are 7 points.
+    assert zoo.guard_against_chance(model, DataLoader(data, 100), "cifar10") == pytest.approx(87.2, abs=7)
 
 
 @needs_shared
