@@ -1,7 +1,4 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -185,43 +182,3 @@ def test_the_table_shows_dense_against_slim():
 def test_without_an_input_size_anywhere_measure_says_what_to_pass():
     with pytest.raises(ValueError, match=r"measure\(Linear\).*example_input"):
         measure(nn.Linear(2, 2))
-
-
-TWO_PROCESSES = """
-import sys
-from tests.test_measure import Oracle, make_loader
-from lfrns_hub.measure import measure
-from lfrns_hub.retrain import make_accelerator
-
-accelerator = make_accelerator()
-assert accelerator.num_processes == 2
-for count in (1, 3, 7, 8):
-    named = [index % 3 for index in range(count)]
-    record = measure(Oracle(), make_loader(named, [0] * count), dense=Oracle(), accelerator=accelerator, progress=False)
-    assert record.slim["images"] == count, (count, record.slim)
-    assert record.slim["top1_pct"] == 100 * named.count(0) / count, (count, record.slim)
-    assert record.slim["agreement_pct"] == 100 and record.slim["latency_ms"] > 0
-print("counted once")
-accelerator.end_training()
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_count_every_image_once(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
-    root = Path(__file__).parents[1]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "0",
-        str(script),
-    ]
-    environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent)}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("counted once") == 2

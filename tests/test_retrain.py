@@ -5,14 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lfrns_hub.measure import evaluate
-from lfrns_hub.retrain import _loss, _rate, make_accelerator, retrain
+from lfrns_hub.retrain import _choose_optimizer, _loss, _rate, make_accelerator, retrain
 
 
 def make_model(classes: int = 3) -> nn.Sequential:
@@ -135,14 +134,13 @@ def test_a_teacher_needs_no_labels_and_is_left_alone():
 
 
 def test_auto_takes_sgd_for_batchnorm_networks_and_adamw_for_transformers():
-    from lfrns_hub.retrain import _choose_optimizer
-
+    timm = pytest.importorskip("timm")
     chosen = {name: _choose_optimizer(timm.create_model(name)) for name in ("test_resnet", "test_vit", "test_convnext")}
     assert chosen == {"test_resnet": "sgd", "test_vit": "adamw", "test_convnext": "adamw"}
 
 
 def test_norms_biases_and_tokens_do_not_decay():
-    model = timm.create_model("test_vit", img_size=32, num_classes=3)
+    model = pytest.importorskip("timm").create_model("test_vit", img_size=32, num_classes=3)
     for parameter in model.parameters():
         nn.init.ones_(parameter)
     model.fc_norm = model.norm
@@ -204,25 +202,36 @@ def test_a_loss_that_is_not_finite_names_step_and_rate():
 TWO_PROCESSES = """
 import torch
 from tests.test_retrain import make_loader, make_model
-from lfrns_hub.measure import evaluate
+from lfrns_hub.measure import evaluate, measure
 from lfrns_hub.retrain import make_accelerator, retrain
 
 accelerator = make_accelerator()
 assert accelerator.num_processes == 2
 model = make_model()
 model.unused = torch.nn.Parameter(torch.zeros(2))
-retrain(model, make_loader(26, 4), epochs=6, learning_rate=0.05, eval_loader=make_loader(7), accelerator=accelerator)
+retrain(model, make_loader(26, 4), epochs=4, learning_rate=0.02, eval_loader=make_loader(7), accelerator=accelerator)
+
 flat = torch.cat([value.flatten().float() for value in model.state_dict().values()])
 both = accelerator.gather(flat[None])
 assert torch.equal(both[0], both[1])
-assert evaluate(model, make_loader(), accelerator=accelerator)["top1_pct"] > 90
-print("same weights")
+
+for count in (1, 3, 7, 8):
+    alone = evaluate(model, make_loader(count, 2, shuffle=False), progress=False)
+    shared = evaluate(model, make_loader(count, 2, shuffle=False), accelerator=accelerator, progress=False)
+    assert shared["images"] == count and shared["class_counts"] == alone["class_counts"], (count, shared)
+    assert shared["per_class_pct"] == alone["per_class_pct"], (alone, shared)
+    assert abs(shared["loss"] - alone["loss"]) < 1e-5, (alone, shared)
+
+record = measure(model, make_loader(7, 2), dense=model, accelerator=accelerator, progress=False)
+latency = accelerator.gather(torch.tensor([record.slim["latency_ms"]]))
+assert record.slim["images"] == 7 and latency[0] == latency[1] > 0
+print("same weights, every image once")
 accelerator.end_training()
 """
 
 
 @pytest.mark.slow
-def test_two_processes_end_with_the_same_weights(tmp_path):
+def test_two_processes_end_with_the_same_weights_and_count_every_image_once(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
     root = Path(__file__).parents[1]
@@ -237,7 +246,7 @@ def test_two_processes_end_with_the_same_weights(tmp_path):
         str(script),
     ]
     environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent)}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("same weights") == 2
+    assert done.stdout.count("same weights, every image once") == 2
     assert done.stdout.count("epoch 6 of 6: top-1") == 1
