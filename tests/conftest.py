@@ -17,7 +17,8 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# The networks are tiny: a second thread waits more than it works, and on a busy machine it makes a second a minute.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
