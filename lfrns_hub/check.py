@@ -34,7 +34,7 @@ class CheckReport:
 
 def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """Copy a model to float64 with norms, gates and layer scales randomised: fresh ones hide errors."""
-    copied = copy.deepcopy(model).double().eval()
+    copied = copy.deepcopy(model).double().eval().requires_grad_(True)
     for name, tensor in list(copied.named_parameters()) + list(copied.named_buffers()):
         if not tensor.is_floating_point():
             continue
