@@ -70,7 +70,9 @@ def compare(model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan, image
     return error, float((dense - expected).abs().max()) / largest
 
 
-def self_check(model: nn.Module, groups: Sequence[UnitGroup], example_input: Tensor, seed: int = 0) -> tuple[list[UnitGroup], CheckReport]:
+def self_check(
+    model: nn.Module, groups: Sequence[UnitGroup], example_input: Tensor, seed: int = 0
+) -> tuple[list[UnitGroup], CheckReport]:
     """Cut two fifths of every exact group of a randomised float64 copy and compare with masking.
 
     Args:

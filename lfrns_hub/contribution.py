@@ -12,27 +12,41 @@ from torch import Tensor, nn
 from lfrns_hub.batches import read_logits, split_batch
 from lfrns_hub.responses import Moments, best_fold, fold_offset
 from lfrns_hub.taps import channel_count, channels_back, channels_last, kept_channels, watched
+from lfrns_hub.redundancy import Merges
 from lfrns_hub.units import UnitGroup
 
 NEARLY_CLOSED = 0.05
 LEARNING_RATE = 0.02
+PROBED_SHARES = (0.25, 0.5, 0.75)
+
+
+def stand_in(module: nn.Module, value: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    """Estimate channels from channels at a consumer's input: `weight` [D in, D out], `offset` [D out]."""
+    if isinstance(module, nn.Conv2d):
+        return nn.functional.conv2d(value, weight.T[:, :, None, None].to(value.dtype), offset.to(value.dtype))
+    return channels_back(module, channels_last(module, value) @ weight.to(value.dtype) + offset)
+
+
+def folded_channels(consumer: nn.Module, moments: Moments, keep: Tensor, leave: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the weight [D in, D out] and offset [D out] that estimate the cut channels; zero for kept ones."""
+    width = channel_count(consumer)
+    weight, offset = torch.zeros(width, width), torch.zeros(width)
+    fold = best_fold(moments, consumer.weight.detach(), keep, leave)
+    if fold is not None:
+        weight[keep[:, None], leave] = fold.T.float()
+        if moments.centred:
+            offset[leave] = fold_offset(moments, keep, leave, fold).float()
+    return weight, offset
 
 
 class Gate:
     """The FCR hook of one consumer: kept channels times their gate; cut ones between their stand-ins and themselves."""
 
     def __init__(self, consumer: nn.Module, moments: Moments, keep: Tensor, leave: Tensor, device: torch.device):
-        width = channel_count(consumer)
-        self.stand_in = torch.zeros(width, width)  # [D in, D out]
-        self.offset = torch.zeros(width)
-        self.cut = torch.zeros(width)
+        weight, offset = folded_channels(consumer, moments, keep, leave)
+        self.cut = torch.zeros(len(offset))
         self.cut[leave] = 1
-        fold = best_fold(moments, consumer.weight.detach(), keep, leave)
-        if fold is not None:
-            self.stand_in[keep[:, None], leave] = fold.T.float()
-            if moments.centred:
-                self.offset[leave] = fold_offset(moments, keep, leave, fold).float()
-        self.stand_in, self.offset, self.cut = (t.to(device) for t in (self.stand_in, self.offset, self.cut))
+        self.stand_in, self.offset, self.cut = weight.to(device), offset.to(device), self.cut.to(device)
         self.places: list[tuple[Tensor, Tensor]] = []  # gates [U] of a group, their channels [U, w]
 
     def __call__(self, module: nn.Module, value: Tensor) -> Tensor:
@@ -40,14 +54,21 @@ class Gate:
         gate = torch.ones_like(self.cut)
         for gates, index in self.places:
             gate = gate.index_put((index,), gates[:, None].expand(index.shape))
-        rows = channels_last(module, value)
-        standing = rows @ self.stand_in.to(rows.dtype) + self.offset
-        return channels_back(module, rows * gate + standing * ((1 - gate) * self.cut))
+        standing = stand_in(module, value, self.stand_in, self.offset)
+        shape = (-1, *[1] * (value.ndim - 2)) if not isinstance(module, nn.Linear) else (-1,)
+        return value * gate.view(shape) + standing * ((1 - gate) * self.cut).view(shape)
 
 
 def learn_contributions(
-    model: nn.Module, groups: Sequence[UnitGroup], keep: dict[str, list[int]], batches: Sequence[Any],
-    moments: dict[str, Moments], *, steps: int, accelerator: Any = None, progress: Callable[[int], None] | None = None,
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    keep: dict[str, list[int]],
+    batches: Sequence[Any],
+    moments: dict[str, Moments],
+    *,
+    steps: int,
+    accelerator: Any = None,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Train the gates and read each unit's contribution.
 
@@ -108,7 +129,9 @@ def learn_contributions(
             loss = loss + nn.functional.cross_entropy(logits, labels[rank::ranks].to(device), reduction="sum")
         loss = loss / whole
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"fcr_steps={steps}: the loss is {loss.item()} at step {step}. Check the images' scale.")
+            raise FloatingPointError(
+                f"fcr_steps={steps}: the loss is {loss.item()} at step {step}. Check the images' scale."
+            )
         gradients = torch.autograd.grad(loss, parameters)
         if ranks > 1:
             gradients = [accelerator.reduce(g, "sum") for g in gradients]
@@ -122,3 +145,77 @@ def learn_contributions(
         if progress:
             progress(1)
     return {group.name: total for group, total in zip(groups, contributions, strict=True)}
+
+
+def measure_costs(
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    merges: dict[str, Merges],
+    images: Sequence[Tensor],
+    moments: dict[str, Moments],
+) -> dict[str, Merges]:
+    """Give every merge its cost in loss: the divergence from the dense model, measured group by group.
+
+    Each group alone is cut to a few widths, its stand-ins folded in, on a few images; between the measured widths the
+    divergence is taken as linear in the cumulated cost of the merges. So costs of different layers compare.
+
+    Args:
+        model: The dense network in eval mode.
+        groups: The groups that are cut.
+        merges: Their hierarchies, with costs that compare within a group.
+        images: Batches [N, C, H, W].
+        moments: Responses per consumer.
+    Returns:
+        The same orders, costs in nats an image, non-decreasing.
+    Source: ours; DESIGN.md section 5 asks for a cost in terms of the loss.
+    """
+    with torch.no_grad():
+        targets = [read_logits(model(batch)).float().log_softmax(-1) for batch in images]
+    result = {}
+    for group in groups:
+        order, cost = merges[group.name].order, torch.tensor(merges[group.name].cost, dtype=torch.float64)
+        if not order:
+            result[group.name] = merges[group.name]
+            continue
+        counts = sorted({max(1, round(len(order) * share)) for share in PROBED_SHARES})
+        total = cost.cumsum(0)
+        points = [(0, 0.0, 0.0)]
+        for count in counts:
+            points.append(
+                (count, float(total[count - 1]), divergence(model, group, order[:count], images, targets, moments))
+            )
+        measured = []
+        for (start, before, low), (stop, after, high) in zip(points[:-1], points[1:], strict=True):
+            slope = max(high - low, 1e-9) / max(after - before, 1e-30)
+            measured += [slope * float(c) for c in cost[start:stop]]
+        measured += [slope * float(c) for c in cost[len(measured) :]]
+        result[group.name] = Merges(order, torch.tensor(measured).cummax(0).values.tolist())
+    return result
+
+
+@torch.no_grad()
+def divergence(
+    model: nn.Module,
+    group: UnitGroup,
+    gone: list[int],
+    images: Sequence[Tensor],
+    targets: list[Tensor],
+    moments: dict[str, Moments],
+) -> float:
+    """Give the divergence from the dense model, nats an image, when units of one group alone are folded into the rest."""
+    device = targets[0].device
+    hooks = {}
+    for tap in group.taps:
+        removed = tap.index[gone]
+        hooks[tap.module] = Gate(
+            model.get_submodule(tap.module), moments[tap.module], kept_channels(model, tap.module, [removed]),
+            removed.flatten().sort().values, device,
+        )  # fmt: skip
+        hooks[tap.module].places.append((torch.zeros(len(gone), device=device), removed.to(device)))
+    total = count = 0
+    for batch, target in zip(images, targets, strict=True):
+        with watched(model, hooks):
+            got = read_logits(model(batch)).float().log_softmax(-1)
+        total += float(nn.functional.kl_div(got, target, reduction="sum", log_target=True))
+        count += len(batch)
+    return total / count

@@ -43,7 +43,11 @@ def weight_gram(weight: Tensor, channels: Tensor, loss_weight: Tensor) -> Tensor
         channels: The group's input channels, [D], int64.
         loss_weight: What a squared error at each output costs, [O].
     """
-    flat = weight.detach().cpu().double()[:, channels].flatten(2) if weight.ndim > 2 else weight.detach().cpu().double()[:, channels]
+    flat = (
+        weight.detach().cpu().double()[:, channels].flatten(2)
+        if weight.ndim > 2
+        else weight.detach().cpu().double()[:, channels]
+    )
     flat = flat * loss_weight.view(-1, *[1] * (flat.ndim - 1)).sqrt()
     return torch.einsum("ocp,odp->cd", flat, flat) if flat.ndim == 3 else flat.T @ flat
 
@@ -140,7 +144,9 @@ def agglomerate(distance_UU: Tensor, strength_U: Tensor, keep_at_least: int = 1)
     model.fit(symmetric.fill_diagonal_(0).numpy())
     representative = dict(enumerate(range(units)))
     order, cost = [], []
-    for step, ((one, other), distance) in enumerate(zip(model.children_.tolist(), model.distances_.tolist(), strict=True)):
+    for step, ((one, other), distance) in enumerate(
+        zip(model.children_.tolist(), model.distances_.tolist(), strict=True)
+    ):
         first, second = representative[one], representative[other]
         stays, leaves = (first, second) if strength_U[first] >= strength_U[second] else (second, first)
         representative[units + step] = stays
@@ -151,7 +157,10 @@ def agglomerate(distance_UU: Tensor, strength_U: Tensor, keep_at_least: int = 1)
 
 
 def find_merges(
-    taps: Sequence[TapView], units: int, distance: str | Callable[[Sequence[TapView], int], Tensor], keep_at_least: int = 1
+    taps: Sequence[TapView],
+    units: int,
+    distance: str | Callable[[Sequence[TapView], int], Tensor],
+    keep_at_least: int = 1,
 ) -> Merges:
     """Find the merges of one group.
 

@@ -65,7 +65,13 @@ def is_unpadded(module: nn.Module) -> bool:
 
 
 def collect(
-    model: nn.Module, taps: Sequence[str], batches: Sequence[Any], *, loss_batches: int, seed: int, accelerator: Any = None
+    model: nn.Module,
+    taps: Sequence[str],
+    batches: Sequence[Any],
+    *,
+    loss_batches: int,
+    seed: int,
+    accelerator: Any = None,
 ) -> dict[str, Moments]:
     """Run images and keep the moments at each tap.
 
@@ -128,7 +134,9 @@ def accumulate(moments: Moments, value: Tensor, part: int, generator: torch.Gene
     lead = value.shape[:-1].numel()
     most = max(4096, 2 * width)
     if lead > most:
-        positions = torch.unravel_index(torch.randint(lead, (most,), generator=generator).to(value.device), value.shape[:-1])
+        positions = torch.unravel_index(
+            torch.randint(lead, (most,), generator=generator).to(value.device), value.shape[:-1]
+        )
         rows = value[positions].float()
     else:
         rows = value.reshape(-1, width).float()
@@ -139,7 +147,11 @@ def accumulate(moments: Moments, value: Tensor, part: int, generator: torch.Gene
 
 
 def add_loss_weights(
-    model: nn.Module, modules: dict[str, nn.Module], moments: dict[str, Moments], images: Tensor, generator: torch.Generator
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    moments: dict[str, Moments],
+    images: Tensor,
+    generator: torch.Generator,
 ) -> None:
     """Add each consumer output's squared gradient, summed over positions and images, to its loss weight."""
     outputs: dict[str, Tensor] = {}
@@ -150,7 +162,9 @@ def add_loss_weights(
     try:
         with torch.enable_grad():
             logits = read_logits(model(images.detach().requires_grad_())).float()
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).flatten().to(logits.device)
+            drawn = (
+                torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).flatten().to(logits.device)
+            )
             loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
             gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
     finally:
@@ -159,7 +173,9 @@ def add_loss_weights(
     for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
         if gradient is not None:
             rows = channels_last(modules[name], gradient)
-            moments[name].loss_weight += rows.reshape(-1, output.shape[-1 if rows.shape == output.shape else 1]).double().square().sum(0).cpu()
+            moments[name].loss_weight += (
+                rows.reshape(-1, output.shape[-1 if rows.shape == output.shape else 1]).double().square().sum(0).cpu()
+            )
 
 
 def fold_matrix(second: Tensor, keep: Tensor, leave: Tensor, ridge: float) -> Tensor:
@@ -182,7 +198,11 @@ def output_error(second: Tensor, weight_OD: Tensor, keep: Tensor, leave: Tensor,
     if fold is not None:
         cross = fold @ second[keep][:, leave]
         removed = removed - cross - cross.T + fold @ second[keep][:, keep] @ fold.T
-    flat = weight_OD[:, leave].double().flatten(2).permute(0, 2, 1).reshape(-1, len(leave)) if weight_OD.ndim > 2 else weight_OD[:, leave].double()
+    flat = (
+        weight_OD[:, leave].double().flatten(2).permute(0, 2, 1).reshape(-1, len(leave))
+        if weight_OD.ndim > 2
+        else weight_OD[:, leave].double()
+    )
     return float(torch.einsum("oc,cd,od->", flat, removed, flat))
 
 

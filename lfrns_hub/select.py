@@ -116,7 +116,10 @@ def rounding(group: UnitGroup, round_to: int | str) -> int:
 
 
 def restore(
-    groups: Sequence[UnitGroup], pruning_set: dict[str, list[int]], contributions: dict[str, Tensor], ledger: Ledger,
+    groups: Sequence[UnitGroup],
+    pruning_set: dict[str, list[int]],
+    contributions: dict[str, Tensor],
+    ledger: Ledger,
     round_to: int | str,
 ) -> dict[str, list[int]]:
     """Give units of the pruning set back, by contribution per cost, until the budgets are full.
@@ -142,7 +145,9 @@ def restore(
         return min(len(waiting[name]), size - width % size)
 
     def give_back(name: str, count: int) -> bool:
-        if count <= 0 or any(ledger.excess(b) + ledger.change(b, name, -count) / ledger.dense[b] > 1e-12 for b in ledger.budgets):
+        if count <= 0 or any(
+            ledger.excess(b) + ledger.change(b, name, -count) / ledger.dense[b] > 1e-12 for b in ledger.budgets
+        ):
             return False
         ledger.apply(name, -count)
         restored[name] += waiting[name][:count]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.batches import read_logits, split_batch
 from lfrns_hub.check import CheckReport, self_check
-from lfrns_hub.contribution import learn_contributions
+from lfrns_hub.contribution import learn_contributions, measure_costs
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.redundancy import MIN_R2, Merges, TapView, find_merges, stand_ins, weight_gram
 from lfrns_hub.responses import HELD_OUT_EVERY, Moments, collect, integrity
@@ -26,6 +26,7 @@ from lfrns_hub.units import SlimPlan, UnitGroup
 
 CLUSTER_TO = 0.8  # of the budget; what lies between it and the budget is restored by contribution
 LOSS_IMAGES = 512
+PROBE_IMAGES = 256
 KINDS = ("channel", "head", "neuron")
 
 
@@ -167,8 +168,16 @@ def slim(
         )
 
         clock.step("redundancy")
-        views = {group.name: [view(dense, tap.module, tap.index.flatten(), moments) for tap in group.taps] for group in chosen}
+        views = {
+            group.name: [view(dense, tap.module, tap.index.flatten(), moments) for tap in group.taps]
+            for group in chosen
+        }
         merges = {g.name: find_merges(views[g.name], g.size, distance, min(min_keep, g.size)) for g in chosen}
+        if distance == "functional" and widths == "global":
+            held = [
+                split_batch(batch)[0].to(device) for batch in batches[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or batches
+            ]
+            merges = measure_costs(dense, chosen, merges, held[: max(1, -(-PROBE_IMAGES // images_a_batch))], moments)
         keep, pruning_set, ledger = cluster(chosen, merges, trace, budgets, widths, CLUSTER_TO if restore else 1.0)
 
         clock.step("FCR gates", fcr_steps if restore and contribution == "fcr" else 1)
@@ -205,7 +214,9 @@ def check_options(macs: Any, params: Any, latency: Any, kinds: Any, widths: str,
         raise ValueError(f"slim(latency={latency}): latency budgets are not available yet. Use macs= or params=.")
     budgets = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None}
     if not budgets:
-        raise ValueError("slim() needs a budget: macs= or params=, the fraction of the dense model to keep, as macs=0.5.")
+        raise ValueError(
+            "slim() needs a budget: macs= or params=, the fraction of the dense model to keep, as macs=0.5."
+        )
     for name, value in budgets.items():
         if not 0 < value <= 1:
             what = "MACs" if name == "macs" else "parameters"
@@ -234,7 +245,11 @@ def read_loader(loader: Any) -> list[Any]:
 
 
 def choose_groups(
-    every: Sequence[UnitGroup], kinds: Sequence[str], names: Sequence[str] | None, exclude: Sequence[str], approximate: bool,
+    every: Sequence[UnitGroup],
+    kinds: Sequence[str],
+    names: Sequence[str] | None,
+    exclude: Sequence[str],
+    approximate: bool,
     min_keep: int,
 ) -> list[UnitGroup]:
     """Give the groups that may be cut.
@@ -244,7 +259,9 @@ def choose_groups(
     """
     for pattern in [*(names or ()), *exclude]:
         if not any(fnmatchcase(group.name, pattern) for group in every):
-            raise ValueError(f"the pattern {pattern!r} matches no group. The model has {', '.join(g.name for g in every[:8])} ...")
+            raise ValueError(
+                f"the pattern {pattern!r} matches no group. The model has {', '.join(g.name for g in every[:8])} ..."
+            )
     chosen = [
         group
         for group in every
@@ -253,7 +270,9 @@ def choose_groups(
         and not any(fnmatchcase(group.name, pattern) for pattern in exclude)
     ]  # fmt: skip
     if not chosen:
-        reasons = "; ".join(f"{g.name}: {g.frozen_reason or 'not chosen'}" for g in every[:3]) or "it has no layer with units"
+        reasons = (
+            "; ".join(f"{g.name}: {g.frozen_reason or 'not chosen'}" for g in every[:3]) or "it has no layer with units"
+        )
         raise ValueError(f"the model has no prunable unit ({reasons}). See find_units(model, images) for every group.")
     return chosen
 
@@ -265,7 +284,12 @@ def view(model: nn.Module, module: str, channels: Tensor, moments: dict[str, Mom
 
 
 def cluster(
-    chosen: Sequence[UnitGroup], merges: dict[str, Merges], trace: Trace, budgets: dict[str, float], widths: str, to: float
+    chosen: Sequence[UnitGroup],
+    merges: dict[str, Merges],
+    trace: Trace,
+    budgets: dict[str, float],
+    widths: str,
+    to: float,
 ) -> tuple[dict[str, list[int]], dict[str, list[int]], Ledger]:
     """Cluster below the budgets: representatives and pruning set of each group, and the ledger at those widths."""
     full = Ledger(trace.cost, budgets)
@@ -349,7 +373,9 @@ def report_group(
             row = {"unit": unit, "stand_ins": others, "r2": round(r2, 4)}
             (redundant if r2 >= MIN_R2 else weak).append(row)
         for tap in group.taps:
-            gone = [t.index[plan.removed(g)] for g in chosen for t in g.taps if t.module == tap.module and plan.removed(g)]
+            gone = [
+                t.index[plan.removed(g)] for g in chosen for t in g.taps if t.module == tap.module and plan.removed(g)
+            ]
             keep = kept_channels(dense, tap.module, gone)
             leave = torch.cat([index.flatten() for index in gone]).unique()
             shares.append(integrity(moments[tap.module], dense.get_submodule(tap.module).weight.detach(), keep, leave))
@@ -358,7 +384,13 @@ def report_group(
 
 
 def provenance(
-    report: SlimReport, plan: SlimPlan, chosen: Sequence[UnitGroup], preset: str, seed: int, fcr_steps: int, batches: list[Any]
+    report: SlimReport,
+    plan: SlimPlan,
+    chosen: Sequence[UnitGroup],
+    preset: str,
+    seed: int,
+    fcr_steps: int,
+    batches: list[Any],
 ) -> dict[str, Any]:
     """Give what a checkpoint and a card say of how the slim model was made."""
     return {

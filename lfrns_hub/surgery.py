@@ -27,11 +27,15 @@ def check_plan(groups: Sequence[UnitGroup], plan: SlimPlan) -> list[UnitGroup]:
     by_name = {group.name: group for group in groups}
     for name in plan.keep:
         if name not in by_name:
-            raise ValueError(f"plan names the group {name!r}: the model has none of this name. List them by find_units.")
+            raise ValueError(
+                f"plan names the group {name!r}: the model has none of this name. List them by find_units."
+            )
     shrinking = [group for group in groups if plan.removed(group)]
     for group in shrinking:
         if group.frozen_reason:
-            raise ValueError(f"plan cuts {group.name!r}, which is frozen: {group.frozen_reason}. Leave it out of the plan.")
+            raise ValueError(
+                f"plan cuts {group.name!r}, which is frozen: {group.frozen_reason}. Leave it out of the plan."
+            )
     return shrinking
 
 
@@ -183,7 +187,9 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
     with torch.no_grad():
         for images in batches:
             read_logits(copied(images))
-    for norm, before in zip(norms, [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)], strict=True):
+    for norm, before in zip(
+        norms, [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)], strict=True
+    ):
         norm.momentum = before.momentum
         norm.num_batches_tracked.copy_(before.num_batches_tracked)
     return copied.train(model.training)

@@ -83,7 +83,9 @@ class SlimPlan:
             keep = json.loads(text)["keep"]
             plan = cls({str(name): [int(i) for i in kept] for name, kept in keep.items()})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f'SlimPlan.from_json({text[:60]!r}): a plan reads {{"keep": {{group: [indices]}}}}.') from error
+            raise ValueError(
+                f'SlimPlan.from_json({text[:60]!r}): a plan reads {{"keep": {{group: [indices]}}}}.'
+            ) from error
         return plan
 
     def kept(self, group: UnitGroup) -> list[int]:

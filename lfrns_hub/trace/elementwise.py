@@ -8,7 +8,9 @@ from torch import Tensor
 from lfrns_hub.trace.ids import NONE, as_rows, collapse
 from lfrns_hub.trace.rules import register_op
 
-UNARY = "neg abs exp log sqrt rsqrt pow reciprocal clamp clamp_min clamp_max dropout feature_dropout native_dropout floor"
+UNARY = (
+    "neg abs exp log sqrt rsqrt pow reciprocal clamp clamp_min clamp_max dropout feature_dropout native_dropout floor"
+)
 ACTIVATIONS = (
     "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu selu celu mish softplus "
     "log_sigmoid erf"
@@ -75,7 +77,13 @@ def fixed_size(trace: Any, ids: Tensor, constant: Tensor) -> None:
 @register_op("aten.mean", "aten.sum", "aten.amax", "aten.var", "aten.amin")
 def reduce(trace: Any, node: Any, ids: Tensor, dims: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
     """A reduction keeps units of the other axes; one over several units freezes them."""
-    dims = list(range(ids.ndim)) if dims is None or isinstance(dims, torch.dtype) else [dims] if isinstance(dims, int) else dims
+    dims = (
+        list(range(ids.ndim))
+        if dims is None or isinstance(dims, torch.dtype)
+        else [dims]
+        if isinstance(dims, int)
+        else dims
+    )
     dims = sorted((d % ids.ndim for d in dims), reverse=True)
     rows = as_rows(ids, dims)
     trace.ids.one_unit_per_row(rows, trace.reason(node, "it is reduced over"))

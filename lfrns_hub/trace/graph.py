@@ -110,7 +110,9 @@ class Trace:
             except (TypeError, RuntimeError, IndexError) as error:
                 reason = f"the rule of {node.target} failed ({str(error).splitlines()[0][:80]})"
                 return self._freeze_call(node, args, kwargs, reason)
-        if not any(isinstance(a, Tensor) and bool((a != NONE).any()) for a in torch.utils._pytree.tree_leaves((args, kwargs))):
+        if not any(
+            isinstance(a, Tensor) and bool((a != NONE).any()) for a in torch.utils._pytree.tree_leaves((args, kwargs))
+        ):
             return self.none_like(node)
         return self._freeze_call(node, args, kwargs, f"no rule for {node.target}")
 

@@ -27,7 +27,14 @@ def element_axes(ids: IdTable, labels: np.ndarray) -> list[Axis]:
         for dim in range(units.ndim):
             along = np.moveaxis(units, dim, 0).reshape(units.shape[dim], -1)
             if (along == along[:, :1]).all() and len(np.unique(along[:, 0])) == along.shape[0]:
-                axes.append(Axis(name, dim, torch.from_numpy(element_ids.movedim(dim, 0).reshape(len(along), -1)[:, 0].numpy()), False))
+                axes.append(
+                    Axis(
+                        name,
+                        dim,
+                        torch.from_numpy(element_ids.movedim(dim, 0).reshape(len(along), -1)[:, 0].numpy()),
+                        False,
+                    )
+                )
                 break
         else:
             ids.freeze(element_ids.flatten(), f"its units do not lie on one axis of {name}")
@@ -96,7 +103,11 @@ def read_groups(ids: IdTable, model: nn.Module) -> list[UnitGroup]:
         kind = "channel"
         if is_head:
             kind = "head"
-        elif all(u in activated and u not in normed for u in units) and not inexact and in_mlp_role(model, makers, tap_names):
+        elif (
+            all(u in activated and u not in normed for u in units)
+            and not inexact
+            and in_mlp_role(model, makers, tap_names)
+        ):
             kind = "neuron"
         name = makers[0].rpartition(".")[0] if kind == "head" and "." in makers[0] else makers[0]
         while name in names:
@@ -159,7 +170,9 @@ class MacsModel:
 
         def share(axis: Tensor) -> tuple[dict[str, int], int]:
             units, counts = np.unique(resolve(axis, labels), return_counts=True)
-            widths = {unit_group[u]: int(c) for u, c in zip(units.tolist(), counts.tolist(), strict=True) if u in unit_group}
+            widths = {
+                unit_group[u]: int(c) for u, c in zip(units.tolist(), counts.tolist(), strict=True) if u in unit_group
+            }
             return widths, int(axis.numel())
 
         self.macs_terms = [(term.macs, [share(axis) for axis in term.axes]) for term in ids.macs]

@@ -119,12 +119,21 @@ def group_norm(trace: Any, node: Any, ids: Tensor, groups: int, *args: Any, **kw
 
 @register_op("aten.scaled_dot_product_attention")
 def attention(
-    trace: Any, node: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any
+    trace: Any,
+    node: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     """A head's query, key and value leave together; other heads do not see them."""
     shape = node.meta["val"].shape
     if query.shape[:-2] != key.shape[:-2] or query.shape[:-2] != value.shape[:-2]:
-        trace.ids.freeze(torch.cat([query.flatten(), key.flatten(), value.flatten()]), trace.reason(node, "heads are shared"))
+        trace.ids.freeze(
+            torch.cat([query.flatten(), key.flatten(), value.flatten()]), trace.reason(node, "heads are shared")
+        )
         return trace.none_like(node)
     operands = [query, key, value]
     if mask is not None and bool((mask != NONE).any()):
@@ -140,7 +149,9 @@ def matmul(trace: Any, node: Any, one: Tensor, other: Tensor) -> Tensor:
     """A matrix product ties its contracted axes, batch by batch: for attention, head by head."""
     shape = node.meta["val"].shape
     if one.ndim < 3 or other.ndim < 3 or one.shape[:-2] != other.shape[:-2]:
-        trace.ids.freeze(torch.cat([one.flatten(), other.flatten()]), trace.reason(node, "a product of two activations"))
+        trace.ids.freeze(
+            torch.cat([one.flatten(), other.flatten()]), trace.reason(node, "a product of two activations")
+        )
         return trace.none_like(node)
     per_head = tie_batches(trace, one, other)
     trace.ids.macs.append(MacsTerm(math.prod(shape) * one.shape[-1], (per_head,)))
