@@ -109,7 +109,7 @@ def retrain(
     trained, prepared_optimizer = accelerator.prepare(model, plain_optimizer)
 
     step = 0
-    bar = tqdm(total=steps, desc="retrain", disable=not (progress and accelerator.is_main_process))
+    bar = tqdm(total=steps, desc="retrain", mininterval=0.5, disable=not (progress and accelerator.is_main_process))
     try:
         with evaluating(teacher, device=accelerator.device), bar:
             for epoch in range(epochs):
@@ -133,7 +133,7 @@ def retrain(
                         if not accelerator.optimizer_step_was_skipped:
                             scheduler.step()
                         bar.update()
-                        bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", lr=f"{rate:.2e}")
+                        bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", lr=f"{rate:.2e}", refresh=False)
                         _track(tracker, accelerator, {"loss": loss.item(), "learning_rate": rate}, step)
                 _average_buffers(model, accelerator)
                 if eval_loader is not None:

@@ -1,0 +1,260 @@
+"""The laws of DESIGN.md: slim equals masked dense, and slimming touches nothing that it should not."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import lfrns_hub as lfrns
+from lfrns_hub.check import REMOVED_SHARE, random_plan, randomised
+from lfrns_hub.surgery import cut, masked
+
+TRANSFORMER = dict(
+    image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=10
+)  # fmt: skip
+ARCHITECTURES = {
+    "resnet": lambda: timm.create_model("test_resnet", num_classes=10),
+    "resnet18": lambda: timm.create_model("resnet18", num_classes=10),
+    "vgg": lambda: timm.create_model("cifar_vgg16_bn"),
+    "mobilenetv2": lambda: timm.create_model("mobilenetv2_035", num_classes=10),
+    "mobilenetv3": lambda: timm.create_model("mobilenetv3_small_050", num_classes=10),
+    "efficientnet": lambda: timm.create_model("test_efficientnet", num_classes=10),
+    "densenet": lambda: timm.create_model("cifar_densenet40"),
+    "regnetx": lambda: timm.create_model("regnetx_002", num_classes=10),
+    "regnety": lambda: timm.create_model("regnety_002", num_classes=10),
+    "convnext": lambda: timm.create_model("test_convnext", num_classes=10),
+    "vision_transformer": lambda: timm.create_model("test_vit", num_classes=10, img_size=32),
+    "cifar_resnet20": lambda: timm.create_model("cifar_resnet20"),
+    "transformers ViT": lambda: ViTForImageClassification(ViTConfig(intermediate_size=96, **TRANSFORMER)),
+    "transformers DeiT": lambda: DeiTForImageClassification(DeiTConfig(intermediate_size=96, **TRANSFORMER)),
+    "transformers DINOv2": lambda: Dinov2ForImageClassification(Dinov2Config(**TRANSFORMER)),
+    "transformers ConvNeXt": lambda: ConvNextForImageClassification(
+        ConvNextConfig(hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1], num_labels=10)
+    ),
+    "transformers ResNet": lambda: ResNetForImageClassification(
+        ResNetConfig(embedding_size=16, hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 1, 1], num_labels=10)
+    ),
+}
+CONVNETS = set(ARCHITECTURES) - {
+    "convnext", "vision_transformer", "transformers ViT", "transformers DeiT", "transformers DINOv2", "transformers ConvNeXt"
+}  # fmt: skip
+
+
+def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    output = model(images)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_slim_equals_masked_dense_and_most_units_are_free(name):
+    model = ARCHITECTURES[name]()
+    example = torch.randn(2, 3, 32, 32)
+    groups = lfrns.find_units(model, example)
+    free = [g for g in groups if g.frozen_reason is None and g.exact]
+    generator = torch.Generator().manual_seed(0)
+    dense = randomised(model, generator)
+    plan = random_plan(free, generator)
+    for group in free:
+        assert len(plan.removed(group)) >= 0.3 * group.size or len(plan.kept(group)) == 1
+    images = example.double()
+    with torch.no_grad():
+        before = logits(dense, images)
+        with masked(dense, groups, plan):
+            expected = logits(dense, images)
+        got = logits(cut(dense, groups, plan), images)
+    largest = expected.abs().max()
+    assert (got - expected).abs().max() <= 1e-8 * largest
+    assert (before - expected).abs().max() > 1e-3 * largest
+    assert torch.equal(logits(dense, images), before), "masking must leave no trace"
+    made = {
+        part.tensor.removesuffix(".weight"): 0 for g in groups for part in g.slices if part.tensor.endswith(".weight")
+    }
+    for group in free:
+        for part in group.slices:
+            if part.dim == 0 and part.tensor.removesuffix(".weight") in made:
+                made[part.tensor.removesuffix(".weight")] += part.index.numel()
+    modules = dict(model.named_modules())
+    if name in CONVNETS and not name.startswith("cifar_resnet"):
+        convs = {n: m.out_channels for n, m in modules.items() if isinstance(m, nn.Conv2d)}
+        assert sum(made.get(n, 0) for n in convs) >= 0.8 * sum(convs.values())
+    hidden = [n for n in modules if n.endswith(("mlp.fc1", "pointwise_conv1", "pwconv1"))]
+    if hidden:
+        total = sum(len(modules[n].weight) for n in hidden)
+        assert sum(made.get(n, 0) for n in hidden) >= 0.9 * total
+
+
+def test_the_self_check_removes_enough_to_mean_something():
+    assert REMOVED_SHARE >= 0.3
+
+
+@pytest.mark.parametrize("name", ["resnet", "vision_transformer", "mobilenetv3"])
+def test_keeping_all_units_changes_no_output(name):
+    model = ARCHITECTURES[name]().eval()
+    images = torch.randn(2, 3, 32, 32)
+    groups = lfrns.find_units(model, images)
+    plan = lfrns.SlimPlan({g.name: list(range(g.size)) for g in groups})
+    assert torch.equal(logits(cut(model, groups, plan), images), logits(model, images))
+
+
+def test_unknown_operations_freeze_with_the_line_of_user_code():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.first(x).cumsum(1)
+            return self.last(self.second(x).mean((2, 3)))
+
+    groups = {g.name: g for g in lfrns.find_units(Odd(), torch.randn(1, 3, 16, 16))}
+    assert "aten.cumsum" in groups["first"].frozen_reason
+    assert "self.first(x).cumsum(1)" in groups["first"].frozen_reason
+    assert groups["second"].frozen_reason is None
+
+
+@pytest.mark.parametrize("fault", ["a forgotten consumer", "a swapped order"])
+def test_the_self_check_catches_planted_faults(fault, monkeypatch):
+    model = timm.create_model("test_vit", num_classes=10, img_size=32)
+    images = torch.randn(1, 3, 32, 32)
+    from lfrns_hub import check as module
+
+    honest = module.cut
+
+    def faulty(dense, groups, plan, moments=None):
+        slim = honest(dense, groups, plan, moments)
+        name = next((n for n in slim.state_dict() if n.endswith("mlp.fc2.weight")), None)
+        weight = slim.get_parameter(name)
+        if weight.shape != dense.get_parameter(name).shape:
+            if fault == "a swapped order":
+                weight.data = weight.data[:, [1, 0, *range(2, weight.shape[1])]]
+            else:
+                weight.data[:, 0] = 0
+        return slim
+
+    monkeypatch.setattr(module, "cut", faulty)
+    frozen = lfrns.check(model, images).frozen
+    assert list(frozen) == ["blocks.0.mlp.fc1"]
+    assert "slim differs from masked dense" in frozen["blocks.0.mlp.fc1"]
+
+
+def bare_images(count: int = 6, size: int = 32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(16, 3, size, size, generator=generator) for _ in range(count)]
+
+
+def snapshot(model: nn.Module) -> dict:
+    plain = {
+        name: {k: v for k, v in module.__dict__.items() if isinstance(v, (int, str, float, tuple, bool))}
+        for name, module in model.named_modules()
+    }
+    hooks = [
+        len(d) for m in model.modules() for d in (m._forward_pre_hooks, m._forward_hooks, m._backward_hooks)
+    ]
+    return {"attributes": plain, "hooks": hooks, "grad": [p.requires_grad for p in model.parameters()]}
+
+
+@pytest.mark.parametrize("name", ["resnet", "transformers ViT"])
+def test_slim_leaves_the_dense_model_alone_and_repeats_itself(name):
+    torch.manual_seed(3)
+    model = ARCHITECTURES[name]().train()
+    before, weights = snapshot(model), copy.deepcopy(model.state_dict())
+    one = lfrns.slim(model, bare_images(), macs=0.6, fcr_steps=3, progress=False)
+    assert snapshot(model) == before
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    other = lfrns.slim(model, bare_images(), macs=0.6, fcr_steps=3, progress=False)
+    assert one.plan == other.plan
+    again = other.model.state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in one.model.state_dict().items())
+    assert 0.5 < one.report.macs_fraction <= 0.6
+
+
+def test_without_fold_every_weight_is_an_element_of_the_dense_one():
+    torch.manual_seed(3)
+    model = ARCHITECTURES["vision_transformer"]()
+    slim = lfrns.slim(model, bare_images(), macs=0.6, fold=False, fcr_steps=2, progress=False).model
+    dense = dict(model.named_parameters())
+    for name, parameter in slim.named_parameters():
+        assert torch.isin(parameter.detach(), dense[name].detach()).all(), name
+
+
+def test_both_budgets_hold_together_from_below():
+    torch.manual_seed(3)
+    report = lfrns.slim(
+        timm.create_model("cifar_resnet20"), bare_images(), macs=0.6, params=0.55, fcr_steps=2, progress=False
+    ).report
+    assert report.macs_fraction <= 0.6 and report.params_fraction <= 0.55
+    assert report.macs_fraction > 0.594 or report.params_fraction > 0.5445
+
+
+def test_the_paper_preset_and_a_researchers_functions_work():
+    torch.manual_seed(3)
+    model = ARCHITECTURES["resnet"]()
+    paper = lfrns.slim(model, bare_images(), macs=0.6, preset="paper", fcr_steps=2, progress=False)
+    own = lfrns.slim(
+        model,
+        bare_images(),
+        macs=0.6,
+        distance=lambda taps, units: 1 - torch.eye(units, dtype=torch.float64),
+        contribution=lambda dense, groups, keep, batches, moments: {g.name: torch.arange(g.size) for g in groups},
+        progress=False,
+    )
+    for result in (paper, own):
+        assert 0.5 < result.report.macs_fraction <= 0.6
+        assert sum(len(g.redundant) + len(g.weak) for g in result.report.groups) == sum(
+            g.dense_units - g.kept_units for g in result.report.groups
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"macs": 50}, r"slim\(macs=50\): the fraction of MACs to keep must be in \(0, 1\]. For 50 % pass 0.5."),
+        ({"params": 0}, r"slim\(params=0\): the fraction of parameters"),
+        ({}, "needs a budget"),
+        ({"macs": 0.5, "kinds": ("neurons",)}, r"unknown \['neurons'\]"),
+        ({"macs": 0.5, "preset": "mine"}, "preset='mine'"),
+        ({"macs": 0.5, "groups": ["nothing.*"]}, r"pattern 'nothing\.\*' matches no group"),
+        ({"macs": 0.5, "kinds": ("neuron",)}, "no prunable unit"),
+        ({"macs": 0.5, "latency": 0.5}, "latency=0.5"),
+        ({"macs": 0.001}, "not reachable: the smallest is macs=0.0"),
+        ({"macs": 0.5, "distance": "euclid", "fcr_steps": 0}, "distance='euclid'"),
+    ],
+)
+def test_bad_options_say_the_value_the_rule_and_the_way_out(options, message):
+    with pytest.raises(ValueError, match=message):
+        lfrns.slim(timm.create_model("cifar_resnet20"), bare_images(2), progress=False, **options)
+
+
+def test_an_empty_loader_and_wrong_images_are_refused():
+    model = timm.create_model("test_vit", num_classes=10, img_size=32)
+    with pytest.raises(ValueError, match="loader is empty"):
+        lfrns.slim(model, [], macs=0.5, progress=False)
+    with pytest.raises(ValueError, match=r"images \[1, 3, 48, 48\] failed"):
+        lfrns.slim(model, bare_images(1, size=48), macs=0.5, progress=False)
+    with pytest.raises(ValueError, match=r"images \[1, 1, 32, 32\] failed"):
+        lfrns.slim(model, [torch.randn(4, 1, 32, 32)], macs=0.5, progress=False)
+
+
+def test_a_plan_that_does_not_fit_is_refused():
+    model = timm.create_model("cifar_resnet20")
+    groups = lfrns.find_units(model, torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="'nowhere'"):
+        cut(model, groups, lfrns.SlimPlan({"nowhere": [0]}))
+    with pytest.raises(ValueError, match="frozen"):
+        cut(model, groups, lfrns.SlimPlan({"linear": [0]}))
+    with pytest.raises(ValueError, match=r"within \[0, 16\)"):
+        cut(model, groups, lfrns.SlimPlan({"layer1.0.conv1": [3, 16]}))

@@ -1,0 +1,74 @@
+"""The maths of merging and folding, against slow references and by hand."""
+
+import torch
+
+from lfrns_hub.redundancy import TapView, agglomerate, eliminate, stand_ins, unit_correlation
+from lfrns_hub.responses import Moments, best_fold, fold_matrix, integrity, output_error
+
+
+def moments_of(rows: torch.Tensor, outputs: int, centred: bool = True) -> Moments:
+    halves = [rows[: len(rows) * 4 // 5].double(), rows[len(rows) * 4 // 5 :].double()]
+    return Moments(
+        centred,
+        torch.tensor([len(h) for h in halves], dtype=torch.float64),
+        torch.stack([h.sum(0) for h in halves]),
+        torch.stack([h.T @ h for h in halves]),
+        torch.ones(outputs, dtype=torch.float64),
+    )
+
+
+def brute_force_cost(second: torch.Tensor, weight: torch.Tensor, gone: list[int]) -> float:
+    """Squared output error when `gone` is estimated by least squares from the rest."""
+    keep = torch.tensor([i for i in range(len(second)) if i not in gone])
+    leave = torch.tensor(gone)
+    return output_error(second, weight, keep, leave, fold_matrix(second, keep, leave, 0.0))
+
+
+def test_elimination_takes_the_cheapest_and_its_costs_add_up_to_the_joint_error():
+    torch.manual_seed(0)
+    rows = torch.randn(4000, 6) @ torch.randn(6, 6)
+    second = rows.double().T @ rows.double() / len(rows)
+    weight = torch.randn(5, 6, dtype=torch.float64)
+    merges = eliminate([TapView(second, weight.T @ weight)], 6)
+    first = min(range(6), key=lambda u: brute_force_cost(second, weight, [u]))
+    assert merges.order[0] == first
+    joint = brute_force_cost(second, weight, merges.order[:2])
+    assert abs(2 * sum(merges.cost[:2]) / joint - 1) < 0.02  # the ridge is 1e-3
+
+
+def test_heads_are_eliminated_as_blocks():
+    torch.manual_seed(0)
+    rows = torch.randn(4000, 8)
+    rows[:, 4:6] = rows[:, 0:2] @ torch.randn(2, 2)  # the third head repeats the first
+    second = rows.double().T @ rows.double() / len(rows)
+    gram = torch.eye(8, dtype=torch.float64)
+    merges = eliminate([TapView(second, gram)], 4)
+    assert merges.order[0] in (0, 2)
+    assert merges.cost[0] < 0.01 < merges.cost[1]
+
+
+def test_correlation_clusters_put_equal_units_together():
+    torch.manual_seed(0)
+    rows = torch.randn(2000, 4)
+    rows[:, 3] = -2 * rows[:, 1]
+    second = rows.double().T @ rows.double() / len(rows)
+    view = TapView(second, torch.eye(4, dtype=torch.float64))
+    distance = unit_correlation([view], 4)
+    assert distance[1, 3] < 1e-6 < 0.5 < distance[0, 1]
+    merges = agglomerate(distance, second.diagonal())
+    assert merges.order[0] == 1, "the weaker of the pair leaves"
+
+
+def test_fold_of_a_repeated_channel_is_exact_and_of_noise_is_refused():
+    torch.manual_seed(0)
+    rows = torch.randn(1000, 3) + 1
+    rows[:, 2] = 3 * rows[:, 0]
+    weight = torch.randn(4, 3)
+    keep, leave = torch.tensor([0, 1]), torch.tensor([2])
+    fold = best_fold(moments_of(rows, 4), weight, keep, leave)
+    assert torch.allclose(fold, torch.tensor([[3.0, 0.0]], dtype=torch.float64), atol=1e-3)
+    assert integrity(moments_of(rows, 4), weight, keep, leave) > 0.999
+    noise = torch.randn(60, 40)
+    assert best_fold(moments_of(noise, 1), torch.eye(40)[39:], torch.arange(39), torch.tensor([39])) is None
+    names, r2 = stand_ins(moments_of(rows, 4).matrix(), keep, leave, 1)
+    assert names[0][0] == 0 and r2[0] > 0.99
