@@ -13,7 +13,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from lfrns_hub.batches import read_logits, split_batch
-from lfrns_hub.check import CheckReport, self_check
+from lfrns_hub.self_check import CheckReport, self_check
 from lfrns_hub.contribution import learn_contributions, measure_costs
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.redundancy import MIN_R2, Merges, TapView, find_merges, stand_ins, weight_gram

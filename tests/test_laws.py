@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import lfrns_hub as lfrns
-from lfrns_hub.check import REMOVED_SHARE, random_plan, randomised
+from lfrns_hub.self_check import REMOVED_SHARE, random_plan, randomised
 from lfrns_hub.surgery import cut, masked
 
 TRANSFORMER = dict(
@@ -130,7 +130,7 @@ def test_unknown_operations_freeze_with_the_line_of_user_code():
 def test_the_self_check_catches_planted_faults(fault, monkeypatch):
     model = timm.create_model("test_vit", num_classes=10, img_size=32)
     images = torch.randn(1, 3, 32, 32)
-    from lfrns_hub import check as module
+    from lfrns_hub import self_check as module
 
     honest = module.cut
 
@@ -161,9 +161,7 @@ def snapshot(model: nn.Module) -> dict:
         name: {k: v for k, v in module.__dict__.items() if isinstance(v, (int, str, float, tuple, bool))}
         for name, module in model.named_modules()
     }
-    hooks = [
-        len(d) for m in model.modules() for d in (m._forward_pre_hooks, m._forward_hooks, m._backward_hooks)
-    ]
+    hooks = [len(d) for m in model.modules() for d in (m._forward_pre_hooks, m._forward_hooks, m._backward_hooks)]
     return {"attributes": plain, "hooks": hooks, "grad": [p.requires_grad for p in model.parameters()]}
 
 
@@ -240,7 +238,7 @@ def test_bad_options_say_the_value_the_rule_and_the_way_out(options, message):
 
 
 def test_an_empty_loader_and_wrong_images_are_refused():
-    model = timm.create_model("test_vit", num_classes=10, img_size=32)
+    model = ARCHITECTURES["transformers ViT"]()
     with pytest.raises(ValueError, match="loader is empty"):
         lfrns.slim(model, [], macs=0.5, progress=False)
     with pytest.raises(ValueError, match=r"images \[1, 3, 48, 48\] failed"):

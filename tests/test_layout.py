@@ -14,13 +14,13 @@ COMMON = {"units", "batches"}
 ALLOWED = {
     "trace": {"adapters"},
     "responses": {"taps"},
-    "contribution": {"taps", "responses"},
+    "contribution": {"taps", "responses", "redundancy"},
     "select": {"trace", "responses", "redundancy"},
     "surgery": {"taps", "adapters", "narrow", "responses"},
-    "check": {"surgery"},
+    "self_check": {"surgery"},
     "slim": {
         "trace",
-        "check",
+        "self_check",
         "responses",
         "redundancy",
         "contribution",
