@@ -219,6 +219,8 @@ def load_data(
     label_column = _find_column(table, label_column, LABEL_COLUMNS, f"load_data({name!r})")
     if len(table) == 0:
         raise ValueError(f"load_data({name!r}, {split!r}): the split holds no pictures.")
+    if isinstance(table[0][image_column], dict):  # parquet that was not written by datasets says only "bytes"
+        table = _as_pictures(table, image_column)
     if limit is not None and limit < len(table):
         table = table.select(_draw(len(table), limit, seed))
     labels, class_names = None, []
@@ -428,6 +430,13 @@ def _read_table(name: str, split: str) -> Any:
         return datasets.load_dataset(name, split=wanted)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(f"load_data({name!r}): the Hub has no such data, or not for you. Check the name.") from error
+
+
+def _as_pictures(table: Any, column: str) -> Any:
+    """Read a column of encoded files as pictures."""
+    import datasets
+
+    return table.cast_column(column, datasets.Image())
 
 
 def _find_column(

@@ -22,12 +22,14 @@ from lfrns_hub.units import SlimPlan
 RECIPES = ("vit_digits", "resnet56_cifar10", "vit_cifar100")
 
 
-def launch(repository: Path, name: str, *arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
+def launch(
+    repository: Path, name: str, *arguments: object, processes: int = 1, port: str = "0"
+) -> subprocess.CompletedProcess:
     """Run a recipe under accelerate, each process on one core."""
     # `--multi_gpu` is how accelerate 1.15 starts several processes on a CPU; `--cpu` silently starts one.
     several = ["--multi_gpu"] if processes > 1 else []
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [*command, str(repository / "recipes" / f"{name}.py"), *map(str, arguments)],
@@ -111,13 +113,13 @@ def test_the_cifar_recipe_runs(repository: Path, tmp_path: Path, pictures: Path)
 
 @pytest.mark.slow
 def test_the_vit_recipe_makes_the_same_plan_on_one_and_on_two_processes(
-    repository: Path, tmp_path: Path, pictures: Path, small_vit: Path
+    repository: Path, tmp_path: Path, pictures: Path, small_vit: Path, free_port: str
 ) -> None:
     plans = []
     for processes in (1, 2):
         out = tmp_path / f"out{processes}"
         arguments = ("--smoke", "--no-controls", "--data-dir", pictures, "--model", small_vit, "--output-dir", out)
-        done = launch(repository, "vit_cifar100", *arguments, processes=processes)
+        done = launch(repository, "vit_cifar100", *arguments, processes=processes, port=free_port)
         assert done.returncode == 0, done.stderr[-3000:]
         check_folder(out, 0.67)
         plans.append(json.loads((out / "config.json").read_text())["slim"]["plan"])
