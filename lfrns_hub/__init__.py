@@ -13,6 +13,19 @@ from lfrns_hub.units import SlimPlan, UnitGroup
 __version__ = "0.1.0"
 
 __all__ = [
-    "Record", "SlimPlan", "UnitGroup", "check", "find_units", "list_adapters", "load", "measure", "push", "register_adapter",
-    "register_op", "retrain", "save", "slim", "widths",
-]  # fmt: skip
+    "Record",
+    "SlimPlan",
+    "UnitGroup",
+    "check",
+    "find_units",
+    "list_adapters",
+    "load",
+    "measure",
+    "push",
+    "register_adapter",
+    "register_op",
+    "retrain",
+    "save",
+    "slim",
+    "widths",
+]

@@ -4,15 +4,16 @@ D input channels of a consumer, U units of a group.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lfrns_hub.batches import read_logits, split_batch
+from lfrns_hub.redundancy import Merges
 from lfrns_hub.responses import Moments, best_fold, fold_offset
 from lfrns_hub.taps import channel_count, channels_back, channels_last, kept_channels, watched
-from lfrns_hub.redundancy import Merges
 from lfrns_hub.units import UnitGroup
 
 NEARLY_CLOSED = 0.05
@@ -185,7 +186,7 @@ def measure_costs(
                 (count, float(total[count - 1]), divergence(model, group, order[:count], images, targets, moments))
             )
         measured = []
-        for (start, before, low), (stop, after, high) in zip(points[:-1], points[1:], strict=True):
+        for (start, before, low), (stop, after, high) in pairwise(points):
             slope = max(high - low, 1e-9) / max(after - before, 1e-30)
             measured += [slope * float(c) for c in cost[start:stop]]
         measured += [slope * float(c) for c in cost[len(measured) :]]
@@ -202,15 +203,18 @@ def divergence(
     targets: list[Tensor],
     moments: dict[str, Moments],
 ) -> float:
-    """Give the divergence from the dense model, nats an image, when units of one group alone are folded into the rest."""
+    """Give the divergence from the dense model, nats an image, when one group alone loses units to its stand-ins."""
     device = targets[0].device
     hooks = {}
     for tap in group.taps:
         removed = tap.index[gone]
         hooks[tap.module] = Gate(
-            model.get_submodule(tap.module), moments[tap.module], kept_channels(model, tap.module, [removed]),
-            removed.flatten().sort().values, device,
-        )  # fmt: skip
+            model.get_submodule(tap.module),
+            moments[tap.module],
+            kept_channels(model, tap.module, [removed]),
+            removed.flatten().sort().values,
+            device,
+        )
         hooks[tap.module].places.append((torch.zeros(len(gone), device=device), removed.to(device)))
     total = count = 0
     for batch, target in zip(images, targets, strict=True):

@@ -1,26 +1,23 @@
 """The one call: trace, responses, redundancy, contribution, select, surgery, in reading order."""
 
 import copy
-import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from lfrns_hub.batches import read_logits, split_batch
-from lfrns_hub.self_check import CheckReport, self_check
 from lfrns_hub.contribution import learn_contributions, measure_costs
 from lfrns_hub.measure import count_macs, count_params
-from lfrns_hub.redundancy import MIN_R2, Merges, TapView, find_merges, stand_ins, weight_gram
-from lfrns_hub.responses import HELD_OUT_EVERY, Moments, collect, integrity
+from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_gram
+from lfrns_hub.report import SlimReport, clocked, provenance, report_group
+from lfrns_hub.responses import HELD_OUT_EVERY, Moments, collect
 from lfrns_hub.select import Ledger, cluster_down, restore
+from lfrns_hub.self_check import CheckReport, self_check
 from lfrns_hub.surgery import cut, recalibrate
-from lfrns_hub.taps import kept_channels
 from lfrns_hub.trace import Trace, trace_model
 from lfrns_hub.units import SlimPlan, UnitGroup
 
@@ -28,47 +25,6 @@ CLUSTER_TO = 0.8  # of the budget; what lies between it and the budget is restor
 LOSS_IMAGES = 512
 PROBE_IMAGES = 256
 KINDS = ("channel", "head", "neuron")
-
-
-@dataclass
-class GroupReport:
-    """What became of one group.
-
-    Attributes:
-        name, kind, dense_units, kept_units: The group.
-        redundant: Removed units that others stand in for: {"unit", "stand_ins", "r2"}.
-        weak: Removed units that no other stands in for, the same keys: they hardly reach any consumer.
-        restored: Units of the pruning set that their contribution brought back.
-        integrity: Share of the consumers' output variance that the kept units explain on held-out images.
-    """
-
-    name: str
-    kind: str
-    dense_units: int
-    kept_units: int
-    redundant: list[dict[str, Any]]
-    weak: list[dict[str, Any]]
-    restored: int
-    integrity: float
-
-
-@dataclass
-class SlimReport:
-    """What `slim` did: per group, in all, and how long it took."""
-
-    groups: list[GroupReport] = field(default_factory=list)
-    macs_fraction: float = 1.0
-    params_fraction: float = 1.0
-    budget: dict[str, float] = field(default_factory=dict)
-    restored: int = 0
-    recalibrated: bool = False
-    frozen: dict[str, str] = field(default_factory=dict)
-    check: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the report as plain data for JSON."""
-        return {**vars(self), "groups": [vars(group) for group in self.groups]}
 
 
 @dataclass
@@ -107,13 +63,30 @@ def check(model: nn.Module, example_input: Tensor) -> CheckReport:
 
 
 def slim(
-    model: nn.Module, loader: Any, *, macs: float | None = None, params: float | None = None,
-    latency: float | None = None, preset: str = "ours", kinds: Sequence[str] = KINDS,
-    groups: Sequence[str] | None = None, exclude: Sequence[str] = (), distance: Any = "functional",
-    contribution: Any = "fcr", fcr_steps: int = 200, restore: bool = True, fold: bool = True,
-    widths: str = "global", round_to: int | str = "auto", min_keep: int = 1, approximate: bool = False,
-    accelerator: Any = None, seed: int = 0, device: Any = None, progress: bool = True,
-) -> SlimResult:  # fmt: skip
+    model: nn.Module,
+    loader: Any,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    preset: str = "ours",
+    kinds: Sequence[str] = KINDS,
+    groups: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    distance: Any = "functional",
+    contribution: Any = "fcr",
+    fcr_steps: int = 200,
+    restore: bool = True,
+    fold: bool = True,
+    widths: str = "global",
+    round_to: int | str = "auto",
+    min_keep: int = 1,
+    approximate: bool = False,
+    accelerator: Any = None,
+    seed: int = 0,
+    device: Any = None,
+    progress: bool = True,
+) -> SlimResult:
     """Make a model physically narrower by low functional redundancy network slimming.
 
     Args:
@@ -182,9 +155,17 @@ def slim(
 
         clock.step("FCR gates", fcr_steps if restore and contribution == "fcr" else 1)
         contributions = contribute(
-            contribution if fcr_steps or callable(contribution) else "cost", dense, chosen, keep, batches, moments, merges,
-            fcr_steps if restore else 0, accelerator, clock.advance,
-        )  # fmt: skip
+            contribution if fcr_steps or callable(contribution) else "cost",
+            dense,
+            chosen,
+            keep,
+            batches,
+            moments,
+            merges,
+            fcr_steps if restore else 0,
+            accelerator,
+            clock.advance,
+        )
 
         clock.step("restore")
         plan, restored = restored_plan(chosen, keep, pruning_set, contributions, ledger, round_to if restore else 1)
@@ -198,11 +179,14 @@ def slim(
         clock.step("report")
         report = SlimReport(
             [report_group(dense, g, plan, moments, views[g.name], len(restored[g.name]), chosen) for g in chosen],
-            count_macs(result, example) / count_macs(dense, example), count_params(result) / count_params(dense), budgets,
-            sum(len(r) for r in restored.values()), recalibrated,
+            count_macs(result, example) / count_macs(dense, example),
+            count_params(result) / count_params(dense),
+            budgets,
+            sum(len(r) for r in restored.values()),
+            recalibrated,
             {g.name: g.frozen_reason for g in every if g.frozen_reason},
             {"largest_error": checked.largest_error, "moved": checked.moved},
-        )  # fmt: skip
+        )
     report.seconds = clock.seconds
     result.lfrns_provenance = provenance(report, plan, chosen, preset, seed, fcr_steps, batches)
     return SlimResult(result.eval(), plan, report)
@@ -265,10 +249,13 @@ def choose_groups(
     chosen = [
         group
         for group in every
-        if group.frozen_reason is None and (group.exact or approximate) and group.kind in kinds and group.size > min_keep
+        if group.frozen_reason is None
+        and (group.exact or approximate)
+        and group.kind in kinds
+        and group.size > min_keep
         and (names is None or any(fnmatchcase(group.name, pattern) for pattern in names))
         and not any(fnmatchcase(group.name, pattern) for pattern in exclude)
-    ]  # fmt: skip
+    ]
     if not chosen:
         reasons = (
             "; ".join(f"{g.name}: {g.frozen_reason or 'not chosen'}" for g in every[:3]) or "it has no layer with units"
@@ -308,9 +295,17 @@ def cluster(
 
 
 def contribute(
-    contribution: Any, dense: nn.Module, chosen: Sequence[UnitGroup], keep: dict[str, list[int]], batches: list[Any],
-    moments: dict[str, Moments], merges: dict[str, Merges], steps: int, accelerator: Any, advance: Callable[[int], None],
-) -> dict[str, Tensor]:  # fmt: skip
+    contribution: Any,
+    dense: nn.Module,
+    chosen: Sequence[UnitGroup],
+    keep: dict[str, list[int]],
+    batches: list[Any],
+    moments: dict[str, Moments],
+    merges: dict[str, Merges],
+    steps: int,
+    accelerator: Any,
+    advance: Callable[[int], None],
+) -> dict[str, Tensor]:
     """Give the contribution of each unit, by FCR, by a function, or by the cost of merging it."""
     if callable(contribution):
         return contribution(dense, chosen, keep, batches, moments)
@@ -329,9 +324,13 @@ def contribute(
 
 
 def restored_plan(
-    chosen: Sequence[UnitGroup], keep: dict[str, list[int]], pruning_set: dict[str, list[int]],
-    contributions: dict[str, Tensor], ledger: Ledger, round_to: int | str,
-) -> tuple[SlimPlan, dict[str, list[int]]]:  # fmt: skip
+    chosen: Sequence[UnitGroup],
+    keep: dict[str, list[int]],
+    pruning_set: dict[str, list[int]],
+    contributions: dict[str, Tensor],
+    ledger: Ledger,
+    round_to: int | str,
+) -> tuple[SlimPlan, dict[str, list[int]]]:
     """Restore from the pruning set and give the plan."""
     restored = restore(chosen, pruning_set, contributions, ledger, round_to)
     return SlimPlan({g.name: sorted(keep[g.name] + restored[g.name]) for g in chosen}), restored
@@ -357,99 +356,3 @@ def recalibrate_if_better(dense: nn.Module, slim_model: nn.Module, batches: list
         return total
 
     return (other, True) if divergence(other) < divergence(slim_model.eval()) else (slim_model, False)
-
-
-def report_group(
-    dense: nn.Module, group: UnitGroup, plan: SlimPlan, moments: dict[str, Moments], views: list[TapView], restored: int,
-    chosen: Sequence[UnitGroup],
-) -> GroupReport:  # fmt: skip
-    """Say of a group what left as redundant and as weak, and how whole its function is."""
-    kept, removed = plan.kept(group), plan.removed(group)
-    redundant, weak, shares = [], [], []
-    if removed:
-        width = group.taps[0].index.shape[1]
-        names, scores = stand_ins(views[0].second, torch.tensor(kept), torch.tensor(removed), width)
-        for unit, others, r2 in zip(removed, names, scores, strict=True):
-            row = {"unit": unit, "stand_ins": others, "r2": round(r2, 4)}
-            (redundant if r2 >= MIN_R2 else weak).append(row)
-        for tap in group.taps:
-            gone = [
-                t.index[plan.removed(g)] for g in chosen for t in g.taps if t.module == tap.module and plan.removed(g)
-            ]
-            keep = kept_channels(dense, tap.module, gone)
-            leave = torch.cat([index.flatten() for index in gone]).unique()
-            shares.append(integrity(moments[tap.module], dense.get_submodule(tap.module).weight.detach(), keep, leave))
-    whole = min(shares) if shares else 1.0
-    return GroupReport(group.name, group.kind, group.size, len(kept), redundant, weak, restored, round(whole, 4))
-
-
-def provenance(
-    report: SlimReport,
-    plan: SlimPlan,
-    chosen: Sequence[UnitGroup],
-    preset: str,
-    seed: int,
-    fcr_steps: int,
-    batches: list[Any],
-) -> dict[str, Any]:
-    """Give what a checkpoint and a card say of how the slim model was made."""
-    return {
-        "plan": plan.keep,
-        "widths": {group.name: [group.kept_units, group.dense_units] for group in report.groups},
-        "kinds": {group.name: group.kind for group in chosen},
-        "approximate": [group.name for group in chosen if not group.exact],
-        "budget": report.budget,
-        "preset": preset,
-        "seed": seed,
-        "fcr_steps": fcr_steps,
-        "calibration_images": sum(len(split_batch(batch)[0]) for batch in batches),
-        "report": {
-            "macs_fraction": round(report.macs_fraction, 4),
-            "params_fraction": round(report.params_fraction, 4),
-            "restored": report.restored,
-            "redundant": sum(len(group.redundant) for group in report.groups),
-            "weak": sum(len(group.weak) for group in report.groups),
-            "integrity": {group.name: group.integrity for group in report.groups},
-            "recalibrated": report.recalibrated,
-        },
-    }
-
-
-class Clock:
-    """Seconds of each step, and its line on the terminal."""
-
-    def __init__(self, bars: Progress | None):
-        self.bars, self.task = bars, None
-        self.seconds: dict[str, float] = {}
-        self.name, self.started = "", time.perf_counter()
-
-    def step(self, name: str, total: int = 1) -> None:
-        """Close the running step and begin another."""
-        now = time.perf_counter()
-        if self.name:
-            self.seconds[self.name] = round(now - self.started, 2)
-        self.name, self.started = name, now
-        if self.bars:
-            if self.task is not None:
-                self.bars.update(self.task, completed=self.bars.tasks[self.task].total)
-            self.task = self.bars.add_task(name, total=total) if name else None
-
-    def advance(self, count: int) -> None:
-        """Move the running step's bar."""
-        if self.bars and self.task is not None:
-            self.bars.advance(self.task, count)
-
-
-@contextmanager
-def clocked(show: bool) -> Any:
-    """Time the steps, with bars where `show`."""
-    bars = Progress() if show else None
-    clock = Clock(bars)
-    if bars:
-        bars.start()
-    try:
-        yield clock
-        clock.step("")
-    finally:
-        if bars:
-            bars.stop()

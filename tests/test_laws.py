@@ -23,9 +23,14 @@ import lfrns_hub as lfrns
 from lfrns_hub.self_check import REMOVED_SHARE, random_plan, randomised
 from lfrns_hub.surgery import cut, masked
 
-TRANSFORMER = dict(
-    image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=10
-)  # fmt: skip
+TRANSFORMER = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_labels": 10,
+}
 ARCHITECTURES = {
     "resnet": lambda: timm.create_model("test_resnet", num_classes=10),
     "resnet18": lambda: timm.create_model("resnet18", num_classes=10),
@@ -50,8 +55,13 @@ ARCHITECTURES = {
     ),
 }
 CONVNETS = set(ARCHITECTURES) - {
-    "convnext", "vision_transformer", "transformers ViT", "transformers DeiT", "transformers DINOv2", "transformers ConvNeXt"
-}  # fmt: skip
+    "convnext",
+    "vision_transformer",
+    "transformers ViT",
+    "transformers DeiT",
+    "transformers DINOv2",
+    "transformers ConvNeXt",
+}
 
 
 def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

@@ -18,9 +18,11 @@ ALLOWED = {
     "select": {"trace", "responses", "redundancy"},
     "surgery": {"taps", "adapters", "narrow", "responses"},
     "self_check": {"surgery"},
+    "report": {"taps", "responses", "redundancy"},
     "slim": {
         "trace",
         "self_check",
+        "report",
         "responses",
         "redundancy",
         "contribution",

@@ -53,7 +53,7 @@ def tie_operands(trace: Any, one: Tensor, other: Tensor) -> Tensor:
             if len(rows) > 1 and not trace.ids.tie_rows(rows)[1]:
                 trace.ids.freeze(small, "it is broadcast over the units of another layer")
                 return full.expand(shape)
-    tensors = trace.ids.from_tensor + [False]  # the block of NONE, -1, reads the last
+    tensors = [*trace.ids.from_tensor, False]  # the block of NONE, -1, reads the last
     if bool((small_one == NONE).all()) or all(tensors[b] for b in trace.ids.blocks(small_one).unique().tolist()):
         small_one, small_other = small_other, small_one
     fixed_size(trace, small_one, small_other)

@@ -13,9 +13,9 @@ from lfrns_hub.trace.rules import register_op
     *(
         f"aten.{name}"
         for name in (
-            "view reshape _unsafe_view permute transpose t flatten unflatten squeeze unsqueeze expand slice select narrow "
-            "cat stack split split_with_sizes chunk unbind roll flip pixel_shuffle pixel_unshuffle repeat movedim "
-            "channel_shuffle alias detach swapaxes expand_as view_as tile unfold"
+            "view reshape _unsafe_view permute transpose t flatten unflatten squeeze unsqueeze expand slice select "
+            "narrow cat stack split split_with_sizes chunk unbind roll flip pixel_shuffle pixel_unshuffle repeat "
+            "channel_shuffle movedim alias detach swapaxes expand_as view_as tile unfold"
         ).split()
     )
 )

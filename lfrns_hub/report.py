@@ -1,0 +1,159 @@
+"""What `slim` did, for people and for the card: per group, in all, and how long each step took."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import nn
+
+from lfrns_hub.batches import split_batch
+from lfrns_hub.redundancy import MIN_R2, TapView, stand_ins
+from lfrns_hub.responses import Moments, integrity
+from lfrns_hub.taps import kept_channels
+from lfrns_hub.units import SlimPlan, UnitGroup
+
+
+@dataclass
+class GroupReport:
+    """What became of one group.
+
+    Attributes:
+        name, kind, dense_units, kept_units: The group.
+        redundant: Removed units that others stand in for: {"unit", "stand_ins", "r2"}.
+        weak: Removed units that no other stands in for, the same keys: they hardly reach any consumer.
+        restored: Units of the pruning set that their contribution brought back.
+        integrity: Share of the consumers' output variance that the kept units explain on held-out images.
+    """
+
+    name: str
+    kind: str
+    dense_units: int
+    kept_units: int
+    redundant: list[dict[str, Any]]
+    weak: list[dict[str, Any]]
+    restored: int
+    integrity: float
+
+
+@dataclass
+class SlimReport:
+    """What `slim` did: per group, in all, and how long it took."""
+
+    groups: list[GroupReport] = field(default_factory=list)
+    macs_fraction: float = 1.0
+    params_fraction: float = 1.0
+    budget: dict[str, float] = field(default_factory=dict)
+    restored: int = 0
+    recalibrated: bool = False
+    frozen: dict[str, str] = field(default_factory=dict)
+    check: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the report as plain data for JSON."""
+        return {**vars(self), "groups": [vars(group) for group in self.groups]}
+
+
+def report_group(
+    dense: nn.Module,
+    group: UnitGroup,
+    plan: SlimPlan,
+    moments: dict[str, Moments],
+    views: list[TapView],
+    restored: int,
+    chosen: Sequence[UnitGroup],
+) -> GroupReport:
+    """Say of a group what left as redundant and as weak, and how whole its function is."""
+    kept, removed = plan.kept(group), plan.removed(group)
+    redundant, weak, shares = [], [], []
+    if removed:
+        width = group.taps[0].index.shape[1]
+        names, scores = stand_ins(views[0].second, torch.tensor(kept), torch.tensor(removed), width)
+        for unit, others, r2 in zip(removed, names, scores, strict=True):
+            row = {"unit": unit, "stand_ins": others, "r2": round(r2, 4)}
+            (redundant if r2 >= MIN_R2 else weak).append(row)
+        for tap in group.taps:
+            gone = [
+                t.index[plan.removed(g)] for g in chosen for t in g.taps if t.module == tap.module and plan.removed(g)
+            ]
+            keep = kept_channels(dense, tap.module, gone)
+            leave = torch.cat([index.flatten() for index in gone]).unique()
+            shares.append(integrity(moments[tap.module], dense.get_submodule(tap.module).weight.detach(), keep, leave))
+    whole = min(shares) if shares else 1.0
+    return GroupReport(group.name, group.kind, group.size, len(kept), redundant, weak, restored, round(whole, 4))
+
+
+def provenance(
+    report: SlimReport,
+    plan: SlimPlan,
+    chosen: Sequence[UnitGroup],
+    preset: str,
+    seed: int,
+    fcr_steps: int,
+    batches: list[Any],
+) -> dict[str, Any]:
+    """Give what a checkpoint and a card say of how the slim model was made."""
+    return {
+        "plan": plan.keep,
+        "widths": {group.name: [group.kept_units, group.dense_units] for group in report.groups},
+        "kinds": {group.name: group.kind for group in chosen},
+        "approximate": [group.name for group in chosen if not group.exact],
+        "budget": report.budget,
+        "preset": preset,
+        "seed": seed,
+        "fcr_steps": fcr_steps,
+        "calibration_images": sum(len(split_batch(batch)[0]) for batch in batches),
+        "report": {
+            "macs_fraction": round(report.macs_fraction, 4),
+            "params_fraction": round(report.params_fraction, 4),
+            "restored": report.restored,
+            "redundant": sum(len(group.redundant) for group in report.groups),
+            "weak": sum(len(group.weak) for group in report.groups),
+            "integrity": {group.name: group.integrity for group in report.groups},
+            "recalibrated": report.recalibrated,
+        },
+    }
+
+
+class Clock:
+    """Seconds of each step, and its line on the terminal."""
+
+    def __init__(self, bars: Progress | None):
+        self.bars, self.task = bars, None
+        self.seconds: dict[str, float] = {}
+        self.name, self.started = "", time.perf_counter()
+
+    def step(self, name: str, total: int = 1) -> None:
+        """Close the running step and begin another."""
+        now = time.perf_counter()
+        if self.name:
+            self.seconds[self.name] = round(now - self.started, 2)
+        self.name, self.started = name, now
+        if self.bars:
+            if self.task is not None:
+                self.bars.update(self.task, completed=self.bars.tasks[self.task].total)
+            self.task = self.bars.add_task(name, total=total) if name else None
+
+    def advance(self, count: int) -> None:
+        """Move the running step's bar."""
+        if self.bars and self.task is not None:
+            self.bars.advance(self.task, count)
+
+
+@contextmanager
+def clocked(show: bool) -> Iterator[Clock]:
+    """Time the steps, with bars where `show`."""
+    bars = Progress() if show else None
+    clock = Clock(bars)
+    if bars:
+        bars.start()
+    try:
+        yield clock
+        clock.step("")
+    finally:
+        if bars:
+            bars.stop()
