@@ -58,9 +58,11 @@ def units(model: Model) -> None:
         exact = "yes" if group.exact else "approximate"
         table.add_row(group.name, group.kind, str(group.size), exact, group.frozen_reason or "")
     console.print(table)
-    free = [group for group in groups if not group.frozen_reason]
+    free = [group for group in groups if not group.frozen_reason and group.exact]
+    approximate = [group for group in groups if not group.frozen_reason and not group.exact]
     console.print(
-        f"{sum(group.size for group in free)} units in {len(free)} groups can go; {len(groups) - len(free)} frozen."
+        f"{sum(group.size for group in free)} units in {len(free)} groups can go; {len(approximate)} groups are "
+        f"approximate, cut only on request; {len(groups) - len(free) - len(approximate)} are frozen."
     )
 
 
