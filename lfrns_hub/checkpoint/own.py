@@ -1,0 +1,53 @@
+"""A class of one's own: config.json holds sizes, model.safetensors the weights, and its user builds the dense model."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from lfrns_hub.checkpoint.files import check_tensors, match_dtype, write_config, write_weights
+from lfrns_hub.narrow import describe, narrow
+
+OWN_NAME = "lfrns_own_class"
+
+
+def own_skeleton(base: Any, base_args: dict[str, Any] | None) -> nn.Module | None:
+    """Build the dense model of a class that timm and transformers do not know, if the caller gave one."""
+    if base is None or isinstance(base, nn.Module):
+        return copy.deepcopy(base)  # loading narrows it in place; the caller's stays dense
+    return base(**(base_args or {}))
+
+
+def write_own(model: nn.Module, draft: Path, skeleton: nn.Module | None, label_names: Sequence[str] | None) -> None:
+    """Write sizes and weights of a class that load() gets as model=."""
+    shapes, attrs = describe(model, skeleton)
+    config = {"architecture": OWN_NAME, "model_args": {"shapes": shapes, "attrs": attrs}}
+    if label_names is not None:
+        config["label_names"] = list(label_names)
+    write_config(draft, config, model)
+    write_weights(model, draft)
+
+
+def narrow_as_stored(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """Narrow the user's dense model by the sizes that it does not have already.
+
+    A checkpoint saved without a base states all of them.
+    """
+    sizes = config["lfrns"] if "lfrns" in config else config.get("model_args", {})
+    have_shapes, have_attrs = describe(model, None)
+    shapes = {n: s for n, s in sizes.get("shapes", {}).items() if have_shapes.get(n) != s}
+    attrs = {
+        name: {key: value for key, value in values.items() if have_attrs.get(name, {}).get(key) != value}
+        for name, values in sizes.get("attrs", {}).items()
+    }
+    return narrow(model, shapes, {name: values for name, values in attrs.items() if values})
+
+
+def fill_own(model: nn.Module, folder: Path) -> nn.Module:
+    """Load the weights into a model that has been narrowed."""
+    check_tensors(model.state_dict(), folder)
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return match_dtype(model, folder)

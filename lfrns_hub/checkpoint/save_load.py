@@ -1,0 +1,134 @@
+"""The two calls: save a model as a folder that loads again, and load it.
+
+Neither layout overrides a forward: the stock model is built as its config says, then narrowed by the stored sizes.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lfrns_hub.checkpoint.files import FORMAT_VERSION, compare, publish, read_config, write_card
+from lfrns_hub.checkpoint.own import OWN_NAME, fill_own, narrow_as_stored, own_skeleton, write_own
+from lfrns_hub.checkpoint.timm import TIMM_NAME, load_timm, timm_base, write_timm
+from lfrns_hub.checkpoint.transformers import (
+    TYPE_PREFIX,
+    fill_transformers,
+    is_transformers,
+    load_transformers,
+    write_transformers,
+)
+from lfrns_hub.hub import fetch
+
+
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    record: Any = None,
+    base: str | nn.Module | Callable[..., nn.Module] | None = None,
+    base_args: dict[str, Any] | None = None,
+    processor: Any = None,
+    label_names: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model as a folder that loads again: config.json, model.safetensors, README.md, a picture.
+
+    Everything is written beside the folder, loaded from there and compared tensor by tensor, and only then moved.
+
+    Args:
+        model: A slim (or dense) model: timm's, a transformers image classifier, or a class of your own.
+        directory: Where to; other files in it stay as they are.
+        record: The Record (or its dict) for the card and record.json. None: the card says "not measured".
+        base: The dense architecture, where the model does not say: a timm name, or for your own class the dense
+            model or a function that builds it.
+        base_args: Arguments of the base that differ from its defaults.
+        processor: A transformers image processor, saved beside the model.
+        label_names: Name of each class, in the order of the logits.
+        overwrite: Replace a checkpoint that is there.
+    Returns:
+        The folder.
+    Raises:
+        FileExistsError: The folder is not empty and overwrite is False.
+        ValueError: The model cannot be told from its base, or does not come back equal.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
+        raise FileExistsError(
+            f"save({str(directory)!r}): it exists and is not empty. Pass overwrite=True or a new name."
+        )
+    if label_names is not None and len(label_names) != (classes := _num_classes(model)) and classes:
+        raise ValueError(f"save(label_names of {len(label_names)}): the model has {classes} classes. Name each one.")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent.resolve()))
+    draft.chmod(0o755)  # mkdtemp's 0o700 would stay with the published folder
+    try:
+        if is_transformers(model):
+            write_transformers(model, draft, label_names)
+            source = {"base": type(model).__name__.removeprefix("Lfrns"), "library": "transformers"}
+            compare(model, load(draft))
+        elif (name := timm_base(model, base)) is not None:
+            write_timm(model, draft, name, base_args, label_names)
+            source = {"base": name, "library": "timm"}
+            compare(model, load(draft))
+        else:
+            skeleton = own_skeleton(base, base_args)
+            write_own(model, draft, skeleton, label_names)
+            source = {"base": type(model).__name__, "library": "pytorch"}
+            if skeleton is not None:
+                compare(model, load(draft, model=skeleton))
+        if processor is not None:
+            processor.save_pretrained(draft)
+        write_card(draft, record, directory.name, **source)
+        publish(draft, directory)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return directory
+
+
+def load(source: str | Path, *, model: nn.Module | None = None, revision: str | None = None) -> nn.Module:
+    """Load a checkpoint that `save` wrote, strictly: a missing, unexpected or misshapen tensor is an error.
+
+    Args:
+        source: A folder, or a Hub id, "user/name".
+        model: Your own dense model, narrowed in place and filled; needed for a class that timm and transformers
+            do not know, allowed for all.
+        revision: Branch, tag or commit on the Hub.
+    Returns:
+        The model in eval mode, on the CPU, with `lfrns_provenance`: plan, budget, seed.
+    Raises:
+        ValueError: The folder is none of ours, damaged, or does not fit `model`.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = fetch(str(source), revision=revision)
+    config = read_config(folder)
+    facts = config.get("slim") or {}
+    if facts.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"load({str(source)!r}): format_version {facts.get('format_version')!r}, this package reads "
+            f"{FORMAT_VERSION}. Not a folder written by lfrns_hub.save, or one of a newer version: upgrade lfrns_hub."
+        )
+    in_transformers = str(config.get("model_type", "")).startswith(TYPE_PREFIX)
+    if model is not None:
+        fill = fill_transformers if in_transformers else fill_own
+        loaded = fill(narrow_as_stored(model, config), folder)
+    elif config.get("architecture") == TIMM_NAME:
+        loaded = load_timm(folder, config)
+    elif in_transformers:
+        loaded = load_transformers(folder)
+    elif config.get("architecture") == OWN_NAME:
+        raise ValueError(f"load({str(source)!r}): it holds a {facts.get('class')}, which neither timm nor transformers "
+                         "builds. Pass the dense model: load(..., model=MyNet()).")  # fmt: skip
+    else:
+        raise ValueError(f"load({str(source)!r}): config.json names neither {TIMM_NAME} nor a {TYPE_PREFIX}* model.")
+    loaded.lfrns_provenance = {k: v for k, v in facts.items() if k not in ("format_version", "class")}
+    return loaded.eval()
+
+
+def _num_classes(model: nn.Module) -> int | None:
+    """Read how many classes a model answers with."""
+    return getattr(getattr(model, "config", None), "num_labels", None) or getattr(model, "num_classes", None)

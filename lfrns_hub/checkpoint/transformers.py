@@ -1,0 +1,169 @@
+"""transformers' layout: beside every image classifier a `lfrns_<type>`, the stock classes narrowed by `config.lfrns`.
+
+The configs are registered on import. The classes, and with them transformers' modeling files, follow when the first
+config of their type is made, which is before AutoModelForImageClassification looks for them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+
+from lfrns_hub.checkpoint.files import check_shapes, check_tensors, match_dtype, read_config, write_config
+from lfrns_hub.narrow import describe, narrow
+
+TYPE_PREFIX = "lfrns_"
+# Types of image classifiers that no subclass can narrow, and what to do instead.
+NOT_SAVED = {
+    "timm_wrapper": "Save the timm model that it wraps: save(model.timm_model, ...).",
+}
+TYPES = tuple(name for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES if name not in NOT_SAVED)
+
+
+def _register(model_type: str) -> None:
+    """Generate and register the config of `lfrns_<type>`: the stock config with the sizes."""
+    stock = CONFIG_MAPPING[model_type]
+
+    def __new__(cls: type[PreTrainedConfig], *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        narrow_classes(model_type)
+        return object.__new__(cls)
+
+    name = f"Lfrns{stock.__name__}"
+    body = {"model_type": TYPE_PREFIX + model_type, "__new__": __new__}
+    globals()[name] = type(name, (stock,), {**body, "__module__": __name__, "__doc__": stock.__doc__})
+    AutoConfig.register(TYPE_PREFIX + model_type, globals()[name], exist_ok=True)
+
+
+@cache
+def narrow_classes(model_type: str) -> dict[type[PreTrainedModel], type[PreTrainedModel]]:
+    """Generate and register the classes of `lfrns_<type>`: the narrow class by the stock class."""
+    config_class = CONFIG_MAPPING[TYPE_PREFIX + model_type]
+    stock_classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[CONFIG_MAPPING[model_type]]
+    stock_classes = stock_classes if isinstance(stock_classes, tuple) else (stock_classes,)
+    classes = {stock: _narrow_class(stock, config_class) for stock in stock_classes}
+    # A tuple, as transformers has it for DeiT: the config's `architectures` says which.
+    value = tuple(classes.values()) if len(classes) > 1 else next(iter(classes.values()))
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(config_class, value, exist_ok=True)
+    return classes
+
+
+def _narrow_class(stock: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """Subclass a stock transformers model: the same, then narrowed by config.lfrns."""
+
+    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, config, *args, **kwargs)
+        sizes = getattr(config, "lfrns", None) or {}
+        narrow(self, sizes.get("shapes", {}), sizes.get("attrs", {}))
+        for module in self.modules():  # the narrowed tensors hold no values yet: initialise once more
+            module.__dict__.pop("_is_hf_initialized", None)
+        self.init_weights()
+
+    name = f"Lfrns{stock.__name__}"
+    body = {"__init__": __init__, "config_class": config_class, "__module__": __name__, "__doc__": stock.__doc__}
+    globals()[name] = type(name, (stock,), body)
+    return globals()[name]
+
+
+def __getattr__(name: str) -> Any:
+    """Make the class that a pickled model or a worker process asks for by its name."""
+    for model_type, stock in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.items():
+        if name.removeprefix("Lfrns") in ((stock,) if isinstance(stock, str) else stock) and model_type in TYPES:
+            narrow_classes(model_type)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Say whether a model is one of transformers'."""
+    return isinstance(model, PreTrainedModel)
+
+
+def write_transformers(model: PreTrainedModel, draft: Path, label_names: Sequence[str] | None) -> None:
+    """Write transformers' config.json and weights, by its own save_pretrained."""
+    narrow_class = _narrow_class_of(model)
+    fields = model.config.to_dict()
+    for key in ("model_type", "lfrns", "slim", "architectures", "transformers_version"):
+        fields.pop(key, None)
+    if label_names is not None:
+        fields["id2label"] = dict(enumerate(label_names))
+        fields["label2id"] = {name: i for i, name in enumerate(label_names)}
+    config = narrow_class.config_class(**fields)
+    with torch.device("meta"):
+        skeleton = narrow_class(config)
+    shapes, attrs = describe(model, skeleton)
+    config.lfrns = {"shapes": shapes, "attrs": attrs}
+    with torch.device("meta"):
+        twin = narrow_class(config)
+    twin.load_state_dict({k: v.contiguous() for k, v in model.state_dict().items()}, assign=True, strict=True)
+    with _no_progress_bar():
+        twin.save_pretrained(draft)
+    write_config(draft, read_config(draft), model)
+
+
+def _narrow_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """Find the generated class that a model is saved as."""
+    model_type = model.config.model_type.removeprefix(TYPE_PREFIX)
+    if model_type in TYPES:
+        for stock, generated in narrow_classes(model_type).items():
+            if type(model) in (stock, generated):
+                return generated
+    call = f"save({type(model).__name__}, model_type {model_type!r})"
+    if model_type in NOT_SAVED:
+        raise ValueError(
+            f"{call}: its forward or its files leave no place for narrower layers. {NOT_SAVED[model_type]}"
+        )
+    raise ValueError(f"{call}: of transformers, the classes of AutoModelForImageClassification are saved. "
+                     "Slim one of them, or the same architecture from timm.")  # fmt: skip
+
+
+def load_transformers(folder: Path) -> nn.Module:
+    """Check names and shapes on the meta device, then let transformers load, and read its report."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        skeleton = AutoModelForImageClassification.from_config(config)
+    # names on disk are transformers' own, older ones
+    check_tensors(revert_weight_conversion(skeleton, skeleton.state_dict()), folder)
+    with _no_progress_bar():
+        model, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    if bad := {k: sorted(map(str, v)) for k, v in info.items() if v}:
+        raise ValueError(
+            f"load({str(folder)!r}): transformers reports {bad}. The file is damaged, or of another model."
+        )
+    return model
+
+
+def fill_transformers(model: nn.Module, folder: Path) -> nn.Module:
+    """Load the weights into the user's own model, which has been narrowed."""
+    state = load_transformers(folder).state_dict()
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_shapes(expected, {name: list(tensor.shape) for name, tensor in state.items()}, folder)
+    model.load_state_dict(state, strict=True)
+    return match_dtype(model, folder)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing bars for what takes an instant."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+for _type in TYPES:
+    _register(_type)
