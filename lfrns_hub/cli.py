@@ -177,6 +177,14 @@ def push(
     console.print(lfrns.push(directory, repo, private=private))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def coverage(context: typer.Context) -> None:
+    """Try networks: build, slim, self-check, save, load, compare. Every family, or those named (--help: options)."""
+    from lfrns_hub.coverage import main as try_networks
+
+    raise typer.Exit(try_networks(context.args))
+
+
 def main() -> None:
     """Run the command line; bad input is one line and exit code 1."""
     recipe.run(app)

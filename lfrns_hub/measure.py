@@ -397,7 +397,7 @@ def _describe_setup(model: nn.Module, example_input: Tensor, device: torch.devic
     """State what the figures were taken with."""
     setup = {
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         },
@@ -418,7 +418,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """Name the processor; on Linux platform.processor() is often empty."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

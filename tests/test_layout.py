@@ -39,14 +39,15 @@ ALLOWED = {
     "card": {"measure", "plots"},
     "plots": {"measure"},
     "recipe": {"measure"},
-    "cli": {"recipe", "measure", "retrain", "pictures", "zoo"},
+    "coverage": {"slim", "trace", "checkpoint", "measure", "zoo"},
+    "cli": {"recipe", "measure", "retrain", "pictures", "zoo", "coverage"},
     "__main__": {"cli"},
     "__init__": {"adapters", "trace", "slim", "retrain", "measure", "checkpoint", "hub", "models"},
 }
 # One door per dependency.
 DOORS = {
-    "timm": {"zoo", "pictures", "checkpoint", "models", "adapters"},
-    "transformers": {"zoo", "pictures", "checkpoint", "adapters"},
+    "timm": {"zoo", "pictures", "checkpoint", "models", "adapters", "coverage"},
+    "transformers": {"zoo", "pictures", "checkpoint", "adapters", "coverage"},
     "datasets": {"pictures"},
     "accelerate": {"retrain", "responses", "contribution"},
     "huggingface_hub": {"hub", "card", "reach", "zoo", "pictures", "checkpoint"},

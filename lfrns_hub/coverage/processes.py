@@ -1,0 +1,94 @@
+"""Networks tried in processes of their own: one that hangs, dies or eats the memory costs its own row alone."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lfrns_hub.coverage.cases import Case
+from lfrns_hub.coverage.table import Row
+from lfrns_hub.coverage.trial import measure, shorten
+
+
+def run_cases(cases: Sequence[Case], *, workers: int = 2, time_limit: float = 240.0) -> Iterator[Row]:
+    """Try networks in processes of their own and give each one's row as it finishes.
+
+    Args:
+        cases: The networks.
+        workers: Processes at a time, one thread each.
+        time_limit: Seconds for one network; its process is killed then.
+    """
+    # Before numpy is imported over there: one thread a process.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":  # imports take ten seconds: once, not once a network
+        context.set_forkserver_preload(["lfrns_hub.coverage.processes", "torch._export", "torch._dynamo"])
+    waiting, running = list(reversed(cases)), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                case = waiting.pop()
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=work, args=(case, sender), daemon=True)
+                process.start()
+                sender.close()
+                row = {"section": case.section, "family": case.family, "model": case.title, "option": case.option}
+                running[receiver] = (process, row, time.monotonic())
+            oldest = min(started for _, _, started in running.values())
+            ready = multiprocessing.connection.wait(
+                list(running), timeout=max(0.0, oldest + time_limit - time.monotonic())
+            )
+            for receiver, (process, row, started) in list(running.items()):
+                alive = receiver not in ready or receive(receiver, row)
+                late = time.monotonic() - started >= time_limit
+                if alive and not late:
+                    continue
+                if alive:
+                    process.kill()
+                process.join()
+                receiver.close()
+                del running[receiver]
+                yield finish(row, process.exitcode, time.monotonic() - started, time_limit if alive else None)
+    finally:
+        for process, _, _ in running.values():
+            process.kill()
+
+
+def work(case: Case, sender: Any) -> None:
+    """Try one network, in its own process: what is told goes to the parent."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    try:
+        measure(case, lambda **facts: sender.send(facts))
+    except Exception as error:  # whatever a network does becomes its row
+        sender.send({"reason": shorten(f"{type(error).__name__}: {error}")})
+    finally:
+        sender.close()
+
+
+def receive(receiver: Any, row: Row) -> bool:
+    """Add what a process told to its row; False when it has nothing more to tell."""
+    try:
+        row.update(receiver.recv())
+    except EOFError:
+        return False
+    return True
+
+
+def finish(row: Row, exitcode: int | None, seconds: float, limit: float | None) -> Row:
+    """Complete a row: how long it took, and why there is no more of it."""
+    row["seconds"] = seconds
+    if limit is not None:
+        row["reason"] = f"stopped after {limit:g} s"
+    elif exitcode:
+        how = f"killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exited with {exitcode}"
+        row["reason"] = f"its process was {how}" if exitcode < 0 else f"its process {how}"
+    return row

@@ -1,0 +1,177 @@
+"""The table of what was tried: a line as a network finishes, tables on the terminal, docs/coverage.md."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lfrns_hub.coverage.cases import SECTIONS
+from lfrns_hub.coverage.families import NOT_IMAGES
+
+Row = dict[str, Any]
+COLUMNS = (
+    "family", "model", "params (M)", "input", "exact", "approximate", "frozen", "smallest MACs", "slimmed", "MACs",
+    "self-check", "reloaded", "s",
+)  # fmt: skip
+ON_TERMINAL = ("family", "model", "smallest MACs", "slimmed", "MACs", "self-check", "reloaded", "s")
+LEGEND = """\
+Each network is built with random weights, traced, self-checked, slimmed to 0.75 of its MACs, saved, loaded, compared,
+and trained for a step. A row that is not named beneath its table has passed all of that.
+
+- **exact, approximate, frozen**: groups / units of each kind. Exact groups are cut and self-checked; approximate ones
+  (their width crosses a LayerNorm or the like) are cut with `approximate=True` only; frozen ones never. The classes
+  are not counted. `lfrns units MODEL` names each group, and the reason of each frozen one.
+- **smallest MACs**: fraction of the dense MACs with one unit left in every exact group; behind the slash in every
+  approximate one as well.
+- **slimmed**: by exact groups alone, or with approximate ones where exact ones do not reach 0.75; **MACs** is the
+  fraction kept.
+- **self-check**: largest error over the largest output, float64, norms and gates randomised; 1e-8 is allowed.
+- **reloaded**: largest difference of the outputs after saving and loading, over the largest output, float32; 1e-5 is
+  allowed.
+- **s**: seconds, one thread, all steps.
+
+Which timm module is a convnet, a ViT or a hybrid is our sorting: a hybrid has attention and stages of convolutions;
+networks without attention are with the ViTs where they work on a grid of patches, with the convnets where they have a
+convnet's stages. Where a family's smallest model has more than 60 M parameters it is built with fewer blocks or
+thinner, as the arguments in its row say."""
+
+
+def describe_row(row: Row) -> str:
+    """Say in a line what became of a network."""
+    name = f"{row['section']}: {row['model']}" + (f" ({row['option']})" if row["option"] else "")
+    if reason := why_not(row):
+        return f"{name}: {reason}, {row['seconds']:.0f} s"
+    cells = dict(zip(COLUMNS, cells_of(row), strict=True))
+    return (
+        f"{name}: {cells['slimmed']}, MACs {cells['MACs']} (smallest {cells['smallest MACs']}), "
+        f"self-check {cells['self-check']}, reloaded {cells['reloaded']}, {cells['s']} s"
+    )
+
+
+def why_not(row: Row) -> str | None:
+    """Give the reason why a network does not work, and at which step; None where it works."""
+    return f"{row['reason']} (at: {row.get('step', 'start')})" if row.get("reason") else None
+
+
+def cells_of(row: Row) -> list[str]:
+    """Give a row's cells, in the order of COLUMNS."""
+    groups, reach, size = row.get("groups", {}), row.get("reach"), row.get("input_size")
+    states = [
+        ", ".join(f"{kind} {count}/{units}" for kind, (count, units) in groups.get(state, {}).items())
+        for state in ("exact", "approximate", "frozen")
+    ]
+    model = row["model"] + (f": {row['option']}" if row["option"] else "")
+    side = "" if not size else f"{size[1]}" if size[1] == size[2] else f"{size[1]}x{size[2]}"
+    smallest = "" if not reach else f"{reach['exact']:.2f}"
+    if reach and groups.get("approximate"):
+        smallest += f" / {reach['approximate']:.2f}"
+    no_exact_group = row.get("slimmed") and row.get("check_error") is None
+    return [
+        row["family"],
+        model,
+        _number(row.get("params_m"), ".1f"),
+        side,
+        *states,
+        smallest,
+        "no" if why_not(row) else row.get("slimmed", ""),
+        _number(row.get("macs_fraction"), ".3f"),
+        "no exact group" if no_exact_group else _number(row.get("check_error"), ".0e"),
+        _number(row.get("reload_difference"), ".0e").replace("0e+00", "0"),
+        f"{row['seconds']:.0f}",
+    ]
+
+
+def count_rows(rows: Sequence[Row]) -> str:
+    """Count what works: "43 of 44, 3 of them with approximate groups"."""
+    works = [row for row in rows if not why_not(row)]
+    inexact = sum(row["slimmed"] == "approximate" for row in works)
+    return f"{len(works)} of {len(rows)}" + (f", {inexact} of them with approximate groups" if inexact else "")
+
+
+def print_tables(rows: Sequence[Row], console: Console) -> None:
+    """Print one table a section, reasons beneath it, and the counts."""
+    for section in SECTIONS:
+        here = [row for row in rows if row["section"] == section]
+        if not here:
+            continue
+        table = Table(*ON_TERMINAL, title=f"{section}: {count_rows(here)}")
+        for row in here:
+            cells = dict(zip(COLUMNS, cells_of(row), strict=True))
+            table.add_row(*(cells[name] for name in ON_TERMINAL), style="red" if why_not(row) else None)
+        console.print(table)
+        for row in here:
+            for line in _reasons(row):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def write_tables(rows: Sequence[Row], facts: Mapping[str, str], path: Path) -> None:
+    """Write the tables as Markdown.
+
+    Args:
+        rows: In the order of the table.
+        facts: What the figures were taken with, by name: "command", "machine", "versions".
+        path: The file.
+    """
+    lines = ["# Coverage: what has been tried, and what came of it", ""]
+    lines += ["Generated; do not edit.", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {_cell(text)} |" for name, text in facts.items()]
+    lines += [
+        f"| time | {count_minutes(rows):.0f} minutes |",
+        "",
+        "| networks | slim to 0.75 of their MACs |",
+        "|---|---|",
+    ]
+    sections = {section: [row for row in rows if row["section"] == section] for section in SECTIONS}
+    sections = {section: here for section, here in sections.items() if here}
+    lines += [f"| {section} | {count_rows(here)} |" for section, here in sections.items()]
+    lines += ["", LEGEND]
+    for section, here in sections.items():
+        lines += ["", f"## {section[0].upper()}{section[1:]}: {count_rows(here)}", ""]
+        lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+        lines += ["| " + " | ".join(_cell(text) for text in cells_of(row)) + " |" for row in here]
+        reasons = [line for row in here for line in _reasons(row)]
+        lines += ["", "Does not work:", "", *map(_plain, reasons)] if reasons else []
+        if section == "transformers ViTs":
+            lines += ["", "Types of the same registry that were not tried:", ""]
+            lines += [f"- {name}: {why}" for name, why in NOT_IMAGES.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def count_minutes(rows: Sequence[Row]) -> float:
+    """Add up the time on the clock of all sessions that made the rows (an interrupted run has several)."""
+    sessions: dict[str, float] = {}
+    for row in rows:
+        session = row.get("session", "")
+        sessions[session] = max(sessions.get(session, 0.0), row.get("elapsed_s", 0.0))
+    return sum(sessions.values()) / 60
+
+
+def _reasons(row: Row) -> list[str]:
+    """Say why a network does not work, and what most of its frozen units are frozen for."""
+    if not (reason := why_not(row)):
+        return []
+    lines = [f"- {row['family']}, {row['model']}{': ' + row['option'] if row['option'] else ''}: {reason}"]
+    for frozen in row.get("frozen", ())[:3]:
+        lines.append(
+            f"  - {frozen['units']} {frozen['kind']}s in {frozen['groups']} groups ({frozen['first']} ...): "
+            f"{frozen['reason']}"
+        )
+    return lines
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _plain(text: str) -> str:
+    """Keep Markdown from reading marks in a message."""
+    return re.sub(r"([\\*_<>\[\]])", r"\\\1", text)
+
+
+def _cell(text: str) -> str:
+    """Keep a table's cell in one cell."""
+    return re.sub(r"([|*<>])", r"\\\1", text)
