@@ -1,18 +1,24 @@
-"""What loaders yield and models answer, in one form: timm's tuples, transformers' dicts, bare images."""
+"""What loaders yield and models answer, in one form: timm's tuples, transformers' dicts, bare images, lists of maps.
 
-from collections.abc import Iterator
+N images, K classes, F features.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
-def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
+def split_batch(batch: Any) -> tuple[Tensor, Any]:
     """Split one batch of a loader into images and labels.
 
     Args:
         batch: `(images, labels)`, a dict with `pixel_values` and perhaps `labels`, or bare images [N, C, H, W].
     Returns:
-        Images [N, C, H, W] and labels [N] int64, None where the batch has none.
+        Images [N, C, H, W] and labels: [N] int64 of a classifier, whatever the loader has for another model, None
+        where the batch has none.
     """
     if isinstance(batch, Tensor):
         return batch, None
@@ -25,18 +31,82 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     raise ValueError(f"a batch is a {type(batch).__name__}: yield (images, labels), a dict, or bare images.")
 
 
-def read_logits(output: Any) -> Tensor:
-    """Give the logits [N, classes] of a model's output, a tensor (timm) or a ModelOutput (transformers)."""
-    if isinstance(output, Tensor):
-        return output
-    if hasattr(output, "logits"):
-        return output.logits
-    if isinstance(output, (tuple, list)) and isinstance(output[0], Tensor):
-        return output[0]
-    raise ValueError(f"the model answers with {type(output).__name__}: a tensor or an output with .logits is needed.")
-
-
-def iterate(loader: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
+def iterate(loader: Any) -> Iterator[tuple[Tensor, Any]]:
     """Yield (images, labels or None) for each batch of a loader."""
     for batch in loader:
         yield split_batch(batch)
+
+
+def read_tensors(output: Any) -> list[Tensor]:
+    """Give every floating-point tensor of a model's output, in its own order.
+
+    Args:
+        output: A tensor; a mapping, list, tuple or dataclass of such, nested as it may be; an object with `.logits`.
+
+    Example:
+        >>> [len(t) for t in read_tensors({"out": torch.zeros(2), "levels": [torch.zeros(3), None]})]
+        [2, 3]
+    """
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        parts = list(output.values())
+    elif isinstance(output, (tuple, list)):
+        parts = list(output)
+    elif is_dataclass(output):
+        parts = [getattr(output, field.name) for field in fields(output)]
+    else:
+        parts = [output.logits] if hasattr(output, "logits") else []
+    return [tensor for part in parts for tensor in read_tensors(part)]
+
+
+def find_logits(output: Any) -> Tensor | None:
+    """Give the logits [N, K] of a model's output, or None where it has none.
+
+    Logits are what the output calls so (transformers), or its first tensor where all of its tensors are [N, K] alike:
+    one (timm), or those of auxiliary heads after it.
+    """
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named if named.ndim == 2 else None
+    tensors = read_tensors(output)
+    alike = bool(tensors) and tensors[0].ndim == 2 and all(t.shape == tensors[0].shape for t in tensors)
+    return tensors[0] if alike else None
+
+
+def read_rows(output: Any) -> list[Tensor]:
+    """Give every floating-point tensor of a model's output with a row an image, [N, f] each.
+
+    The first tensor says how many images; one that has not as many rows (anchors, a constant) stands beside each.
+
+    Raises:
+        ValueError: The output holds no floating-point tensor.
+    """
+    tensors = read_tensors(output)
+    if not tensors:
+        raise ValueError(
+            f"the model answers with {type(output).__name__} without a floating-point tensor: answer with a tensor, "
+            "or a list, tuple, dict or dataclass of tensors."
+        )
+    images = tensors[0].shape[0] if tensors[0].ndim else 1
+    return [
+        t.reshape(images, -1) if t.ndim and t.shape[0] == images else t.reshape(1, -1).expand(images, -1)
+        for t in tensors
+    ]
+
+
+def flatten_output(output: Any) -> Tensor:
+    """Give all that a model answers as one tensor [N, F], its tensors side by side.
+
+    Example:
+        >>> flatten_output([torch.zeros(2, 3), torch.zeros(2, 4, 5, 5)]).shape
+        torch.Size([2, 103])
+    """
+    rows = read_rows(output)
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+
+def read_logits(output: Any) -> Tensor:
+    """Give the logits [N, K] of a model's output; of one that holds no logits, all that it answers, [N, F]."""
+    logits = find_logits(output)
+    return flatten_output(output) if logits is None else logits

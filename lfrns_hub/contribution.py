@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.batches import read_logits, split_batch
+from lfrns_hub.answers import Answer, check_labels, read_answer
+from lfrns_hub.batches import split_batch
 from lfrns_hub.redundancy import Merges
 from lfrns_hub.responses import Moments, best_fold, fold_offset
+from lfrns_hub.running import device_of
 from lfrns_hub.taps import channel_count, channels_back, channels_last, kept_channels, watched
 from lfrns_hub.units import UnitGroup
 
@@ -91,44 +93,23 @@ def learn_contributions(
         Contribution of each unit, [U], float64, per group.
     Raises:
         FloatingPointError: The loss is not finite.
+        ValueError: A label is no class of the model.
     Source: Fang and Yin 2025, the FCR unit; the abstract says what it learns, the gate, the start and the reading are
         ours (DESIGN.md section 6).
     """
-    device = next(model.parameters()).device
-    gates = {g.name: torch.ones(g.size, device=device) for g in groups}
-    leaving: dict[str, list[Tensor]] = {}
-    for group in groups:
-        gone = torch.tensor([u for u in range(group.size) if u not in set(keep[group.name])], dtype=torch.int64)
-        gates[group.name][gone] = NEARLY_CLOSED
-        gates[group.name].requires_grad_()
-        for tap in group.taps:
-            leaving.setdefault(tap.module, []).append(tap.index[gone])
-    hooks = {}
-    for name, removed in leaving.items():
-        kept = kept_channels(model, name, removed)
-        cut = torch.cat([index.flatten() for index in removed]).sort().values
-        hooks[name] = Gate(model.get_submodule(name), moments[name], kept, cut, device)
-    for group in groups:
-        for tap in group.taps:
-            hooks[tap.module].places.append((gates[group.name], tap.index.to(device)))
-    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    gates, hooks = make_gates(model, groups, keep, moments)
     parameters = list(gates.values())
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     contributions = [torch.zeros(len(p), dtype=torch.float64) for p in parameters]
-    targets: list[Tensor] = []
+    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     with torch.no_grad():
-        for batch in batches:
-            targets.append(read_logits(model(split_batch(batch)[0][rank::ranks].to(device))).float())
+        dense = [answer_to(model, split_batch(batch)[0][rank::ranks]) for batch in batches]
     for step in range(steps):
         images, labels = split_batch(batches[step % len(batches)])
-        whole = len(images)
-        images, target = images[rank::ranks].to(device), targets[step % len(batches)]
         with watched(model, hooks):
-            logits = read_logits(model(images)).float()
-        loss = nn.functional.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
-        if labels is not None:
-            loss = loss + nn.functional.cross_entropy(logits, labels[rank::ranks].to(device), reduction="sum")
-        loss = loss / whole
+            answer = answer_to(model, images[rank::ranks])
+        loss = gate_loss(answer, dense[step % len(batches)], labels, slice(rank, None, ranks))
+        loss = loss / len(images)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"fcr_steps={steps}: the loss is {loss.item()} at step {step}. Check the images' scale."
@@ -146,6 +127,46 @@ def learn_contributions(
         if progress:
             progress(1)
     return {group.name: total for group, total in zip(groups, contributions, strict=True)}
+
+
+def make_gates(
+    model: nn.Module, groups: Sequence[UnitGroup], keep: dict[str, list[int]], moments: dict[str, Moments]
+) -> tuple[dict[str, Tensor], dict[str, Gate]]:
+    """Give the gates [U] of each group, nearly closed for its pruning set, and the hook of each consumer."""
+    device = device_of(model)
+    gates = {g.name: torch.ones(g.size, device=device) for g in groups}
+    leaving: dict[str, list[Tensor]] = {}
+    for group in groups:
+        gone = torch.tensor([u for u in range(group.size) if u not in set(keep[group.name])], dtype=torch.int64)
+        gates[group.name][gone] = NEARLY_CLOSED
+        gates[group.name].requires_grad_()
+        for tap in group.taps:
+            leaving.setdefault(tap.module, []).append(tap.index[gone])
+    hooks = {}
+    for name, removed in leaving.items():
+        kept = kept_channels(model, name, removed)
+        cut = torch.cat([index.flatten() for index in removed]).sort().values
+        hooks[name] = Gate(model.get_submodule(name), moments[name], kept, cut, device)
+    for group in groups:
+        for tap in group.taps:
+            hooks[tap.module].places.append((gates[group.name], tap.index.to(device)))
+    return gates, hooks
+
+
+def answer_to(model: nn.Module, images: Tensor) -> Answer:
+    """Run images, wherever they are, and read the answer."""
+    return read_answer(model, model(images.to(device_of(model))))
+
+
+def gate_loss(answer: Answer, dense: Answer, labels: Any, share: slice) -> Tensor:
+    """Give the divergence from the dense model, and for a classifier with labels the task's loss too, both summed."""
+    loss = answer.divergence(dense)
+    if labels is None or not answer.is_logits:
+        return loss
+    logits = answer.parts[0]
+    labels = torch.as_tensor(labels)[share]
+    check_labels(labels, logits.shape[1])
+    return loss + nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
 
 
 def measure_costs(
@@ -167,11 +188,11 @@ def measure_costs(
         images: Batches [N, C, H, W].
         moments: Responses per consumer.
     Returns:
-        The same orders, costs in nats an image, non-decreasing.
+        The same orders, costs in nats an image (of features: in shares of their variance), non-decreasing.
     Source: ours; DESIGN.md section 5 asks for a cost in terms of the loss.
     """
     with torch.no_grad():
-        targets = [read_logits(model(batch)).float().log_softmax(-1) for batch in images]
+        dense = [answer_to(model, batch) for batch in images]
     result = {}
     for group in groups:
         order, cost = merges[group.name].order, torch.tensor(merges[group.name].cost, dtype=torch.float64)
@@ -183,7 +204,7 @@ def measure_costs(
         points = [(0, 0.0, 0.0)]
         for count in counts:
             points.append(
-                (count, float(total[count - 1]), divergence(model, group, order[:count], images, targets, moments))
+                (count, float(total[count - 1]), divergence(model, group, order[:count], images, dense, moments))
             )
         measured = []
         for (start, before, low), (stop, after, high) in pairwise(points):
@@ -200,11 +221,11 @@ def divergence(
     group: UnitGroup,
     gone: list[int],
     images: Sequence[Tensor],
-    targets: list[Tensor],
+    dense: Sequence[Answer],
     moments: dict[str, Moments],
 ) -> float:
-    """Give the divergence from the dense model, nats an image, when one group alone loses units to its stand-ins."""
-    device = targets[0].device
+    """Give the divergence from the dense model per image, when one group alone loses units to its stand-ins."""
+    device = device_of(model)
     hooks = {}
     for tap in group.taps:
         removed = tap.index[gone]
@@ -217,9 +238,8 @@ def divergence(
         )
         hooks[tap.module].places.append((torch.zeros(len(gone), device=device), removed.to(device)))
     total = count = 0
-    for batch, target in zip(images, targets, strict=True):
+    for batch, target in zip(images, dense, strict=True):
         with watched(model, hooks):
-            got = read_logits(model(batch)).float().log_softmax(-1)
-        total += float(nn.functional.kl_div(got, target, reduction="sum", log_target=True))
+            total += float(answer_to(model, batch).divergence(target))
         count += len(batch)
     return total / count

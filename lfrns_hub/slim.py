@@ -3,18 +3,19 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.batches import read_logits, split_batch
+from lfrns_hub.answers import read_answer
 from lfrns_hub.contribution import learn_contributions, measure_costs
 from lfrns_hub.measure import count_macs, count_params
+from lfrns_hub.options import KINDS, check_example, check_options, choose_groups, read_loader
 from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_gram
 from lfrns_hub.report import SlimReport, clocked, provenance, report_group
 from lfrns_hub.responses import HELD_OUT_EVERY, Moments, collect
+from lfrns_hub.running import as_input, device_of, dtype_of, refuse_meta, unwrap
 from lfrns_hub.select import Ledger, cluster_down, restore
 from lfrns_hub.self_check import CheckReport, self_check
 from lfrns_hub.surgery import cut, recalibrate
@@ -24,7 +25,8 @@ from lfrns_hub.units import SlimPlan, UnitGroup
 CLUSTER_TO = 0.8  # of the budget; what lies between it and the budget is restored by contribution
 LOSS_IMAGES = 512
 PROBE_IMAGES = 256
-KINDS = ("channel", "head", "neuron")
+
+Batches = Sequence[tuple[Tensor, Any]]  # images in the dtype of the analysis, labels as the loader has them
 
 
 @dataclass
@@ -40,25 +42,33 @@ def find_units(model: nn.Module, example_input: Tensor) -> list[UnitGroup]:
     """Find all groups of units of a model, frozen ones with the reason.
 
     Args:
-        model: Any image network that torch.export runs; untouched, its weights are not read.
-        example_input: Images [N, C, H, W]; only shape and dtype count.
+        model: Any image network that torch.export runs, whatever it answers; untouched, its weights are not read, so
+            it may be on the meta device. Wrappers of torch.compile and DDP come off.
+        example_input: Images [N, C, H, W]; only the shape counts, and whether they are floating-point.
     Returns:
-        Groups in the order of the network.
+        Groups in the order of the network, named as in the plain module.
     Raises:
+        TypeError: It is no module.
         ValueError: The model cannot be exported on such images.
     """
-    return trace_model(model, example_input).groups
+    model = unwrap(model, "find_units")
+    return trace_model(model, as_input(check_example(example_input, "find_units"), model)).groups
 
 
 def check(model: nn.Module, example_input: Tensor) -> CheckReport:
     """Run the self-check alone: cut two fifths of every exact group of a randomised copy, compare with masking.
 
     Args:
-        model: Any image network; untouched.
+        model: Any image network, as for `find_units`, but with weights; untouched. The copy is in float64 on the CPU.
         example_input: Images [N, C, H, W].
     Returns:
         Largest error over the largest output (float64), and the groups that failed.
+    Raises:
+        TypeError: It is no module.
+        ValueError: The model is on the meta device, or as `find_units`.
     """
+    model = unwrap(model, "check")
+    refuse_meta(model, "check")
     return self_check(model, find_units(model, example_input), example_input)[1]
 
 
@@ -90,8 +100,11 @@ def slim(
     """Make a model physically narrower by low functional redundancy network slimming.
 
     Args:
-        model: The dense network; untouched.
+        model: The dense network, any that torch.export runs: a classifier, or a network that answers with features
+            (lists, dicts, dataclasses of tensors too). Untouched, on any device but meta, of any floating-point type:
+            half precision is analysed in float32. Wrappers of torch.compile and DDP come off.
         loader: Calibration batches: `(images, labels)`, dicts, or bare images; it is read once and kept in memory.
+            Labels are used for classifiers alone.
         macs, params: Fraction of the dense cost to keep, in (0, 1]; given together both hold.
         latency: Not yet available.
         preset: "ours", or "paper": the abstract taken literally (correlation clusters, FCR, restore, no fold).
@@ -111,21 +124,23 @@ def slim(
         device: Where to run; by default where the model is.
         progress: Show a bar on the main process.
     Returns:
-        The slim model in eval mode, on the device of the run, its plan and the report.
+        The slim model, the plain module in eval mode, on the device of the run, each weight in its own dtype and
+        trainable if it was; its plan and the report.
     Raises:
+        TypeError: The model is no module.
         ValueError: A budget, name or option does not fit, the loader is empty, the budget is not reachable.
     Source: Fang and Yin 2025; each step's docstring says what is ours.
     """
     if preset == "paper":
         distance, fold, widths = "correlation", False, "distance"
-    elif preset != "ours":
-        raise ValueError(f"slim(preset={preset!r}): presets are 'ours' and 'paper'.")
-    budgets = check_options(macs, params, latency, kinds, widths, min_keep)
-    device = accelerator.device if accelerator else device or next(model.parameters()).device
+    budgets = check_options(macs, params, latency, preset, kinds, widths, min_keep, contribution)
+    model = unwrap(model, "slim")
+    refuse_meta(model, "slim")
+    steps = fcr_steps if restore else 0
     with clocked(progress and (accelerator is None or accelerator.is_main_process)) as clock:
-        batches = read_loader(loader)
-        dense = copy.deepcopy(model).to(device).eval().requires_grad_(False)
-        example = split_batch(batches[0])[0][:1]
+        dense = analysis_copy(model, accelerator.device if accelerator else device or device_of(model))
+        batches = read_loader(loader, dtype_of(dense))
+        example = batches[0][0][:1]
 
         clock.step("trace")
         trace = trace_model(dense, example)
@@ -134,46 +149,25 @@ def slim(
         chosen = choose_groups(every, kinds, groups, exclude, approximate, min_keep)
 
         clock.step("responses")
-        taps = list(dict.fromkeys(tap.module for group in chosen for tap in group.taps))
-        images_a_batch = len(split_batch(batches[0])[0])
-        moments = collect(
-            dense, taps, batches, loss_batches=-(-LOSS_IMAGES // images_a_batch), seed=seed, accelerator=accelerator
-        )
+        moments = observe(dense, chosen, batches, seed, accelerator)
 
         clock.step("redundancy")
-        views = {
-            group.name: [view(dense, tap.module, tap.index.flatten(), moments) for tap in group.taps]
-            for group in chosen
-        }
+        views = {g.name: [view(dense, t.module, t.index.flatten(), moments) for t in g.taps] for g in chosen}
         merges = {g.name: find_merges(views[g.name], g.size, distance, min(min_keep, g.size)) for g in chosen}
         if distance == "functional" and widths == "global":
-            held = [
-                split_batch(batch)[0].to(device) for batch in batches[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or batches
-            ]
-            merges = measure_costs(dense, chosen, merges, held[: max(1, -(-PROBE_IMAGES // images_a_batch))], moments)
+            merges = measure_costs(dense, chosen, merges, probe_images(batches), moments)
         keep, pruning_set, ledger = cluster(chosen, merges, trace, budgets, widths, CLUSTER_TO if restore else 1.0)
 
-        clock.step("FCR gates", fcr_steps if restore and contribution == "fcr" else 1)
+        clock.step("FCR gates", steps if steps and contribution == "fcr" else 1)
         contributions = contribute(
-            contribution if fcr_steps or callable(contribution) else "cost",
-            dense,
-            chosen,
-            keep,
-            batches,
-            moments,
-            merges,
-            fcr_steps if restore else 0,
-            accelerator,
-            clock.advance,
+            contribution, dense, chosen, keep, batches, moments, merges, steps, accelerator, clock.advance
         )
 
         clock.step("restore")
         plan, restored = restored_plan(chosen, keep, pruning_set, contributions, ledger, round_to if restore else 1)
 
         clock.step("cut and fold")
-        result = cut(dense, every, plan, moments if fold else None).requires_grad_(True)
-        for name, parameter in result.named_parameters():
-            parameter.requires_grad_(model.get_parameter(name).requires_grad)
+        result = cut(dense, every, plan, moments if fold else None)
         result, recalibrated = recalibrate_if_better(dense, result, batches)
 
         clock.step("report")
@@ -188,80 +182,42 @@ def slim(
             {"largest_error": checked.largest_error, "moved": checked.moved},
         )
     report.seconds = clock.seconds
+    result = typed_as(result, model).eval()
     result.lfrns_provenance = provenance(report, plan, chosen, preset, seed, fcr_steps, batches)
-    return SlimResult(result.eval(), plan, report)
+    return SlimResult(result, plan, report)
 
 
-def check_options(macs: Any, params: Any, latency: Any, kinds: Any, widths: str, min_keep: int) -> dict[str, float]:
-    """Give the budgets, or one clear error."""
-    if latency is not None:
-        raise ValueError(f"slim(latency={latency}): latency budgets are not available yet. Use macs= or params=.")
-    budgets = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None}
-    if not budgets:
-        raise ValueError(
-            "slim() needs a budget: macs= or params=, the fraction of the dense model to keep, as macs=0.5."
-        )
-    for name, value in budgets.items():
-        if not 0 < value <= 1:
-            what = "MACs" if name == "macs" else "parameters"
-            hint = f" For {value:g} % pass {value / 100:g}." if 1 < value <= 100 else ""
-            raise ValueError(f"slim({name}={value}): the fraction of {what} to keep must be in (0, 1].{hint}")
-    unknown = set(kinds) - set(KINDS)
-    if unknown:
-        raise ValueError(f"slim(kinds={tuple(kinds)}): unknown {sorted(unknown)}; kinds are {', '.join(KINDS)}.")
-    if widths not in ("global", "uniform", "distance"):
-        raise ValueError(f"slim(widths={widths!r}): widths are 'global' or 'uniform'.")
-    if min_keep < 1:
-        raise ValueError(f"slim(min_keep={min_keep}): every group keeps at least one unit.")
-    return budgets
+def analysis_copy(model: nn.Module, device: Any) -> nn.Module:
+    """Copy a model for the analysis: on the device, in eval mode, float32 or better, no weight trainable."""
+    dense = copy.deepcopy(model).to(device=device, dtype=torch.promote_types(dtype_of(model), torch.float32))
+    dense.zero_grad(set_to_none=True)
+    return dense.eval().requires_grad_(False)
 
 
-def read_loader(loader: Any) -> list[Any]:
-    """Read all calibration batches.
+def typed_as(result: nn.Module, model: nn.Module) -> nn.Module:
+    """Give each tensor of a slim model its dense dtype, and each parameter its requires_grad, in place."""
+    dense = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in [*result.named_parameters(), *result.named_buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dense[name].dtype if name in dense else dtype_of(model))
+    for name, parameter in result.named_parameters():
+        parameter.requires_grad_(dense[name].requires_grad if name in dense else True)
+    return result
 
-    Raises:
-        ValueError: There is none.
-    """
-    batches = list(loader)
-    if not batches or not len(split_batch(batches[0])[0]):
-        raise ValueError("slim(loader): the loader is empty. Give at least a few hundred calibration images.")
-    return batches
+
+def observe(
+    dense: nn.Module, chosen: Sequence[UnitGroup], batches: Batches, seed: int, accelerator: Any
+) -> dict[str, Moments]:
+    """Run the images and keep the moments at every tap of the chosen groups."""
+    taps = list(dict.fromkeys(tap.module for group in chosen for tap in group.taps))
+    loss_batches = -(-LOSS_IMAGES // len(batches[0][0]))
+    return collect(dense, taps, batches, loss_batches=loss_batches, seed=seed, accelerator=accelerator)
 
 
-def choose_groups(
-    every: Sequence[UnitGroup],
-    kinds: Sequence[str],
-    names: Sequence[str] | None,
-    exclude: Sequence[str],
-    approximate: bool,
-    min_keep: int,
-) -> list[UnitGroup]:
-    """Give the groups that may be cut.
-
-    Raises:
-        ValueError: A pattern matches nothing, or nothing is left.
-    """
-    for pattern in [*(names or ()), *exclude]:
-        if not any(fnmatchcase(group.name, pattern) for group in every):
-            raise ValueError(
-                f"the pattern {pattern!r} matches no group. The model has {', '.join(g.name for g in every[:8])} ..."
-            )
-    chosen = [
-        group
-        for group in every
-        if group.frozen_reason is None
-        and (group.exact or approximate)
-        and group.kind in kinds
-        and group.size > min_keep
-        and (names is None or any(fnmatchcase(group.name, pattern) for pattern in names))
-        and not any(fnmatchcase(group.name, pattern) for pattern in exclude)
-    ]
-    if not chosen:
-        reasons = (
-            "; ".join(f"{g.name}: {g.frozen_reason or 'not chosen'}" for g in every[:3]) or "it has no layer with units"
-        )
-        raise ValueError(f"the model has no prunable unit ({reasons}). See find_units(model, images) for every group.")
-    return chosen
+def probe_images(batches: Batches) -> list[Tensor]:
+    """Give the held-out images on which the cost of merges is measured."""
+    held = [images for images, _ in batches[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or batches]
+    return held[: max(1, -(-PROBE_IMAGES // len(batches[0][0])))]
 
 
 def view(model: nn.Module, module: str, channels: Tensor, moments: dict[str, Moments]) -> TapView:
@@ -299,7 +255,7 @@ def contribute(
     dense: nn.Module,
     chosen: Sequence[UnitGroup],
     keep: dict[str, list[int]],
-    batches: list[Any],
+    batches: Batches,
     moments: dict[str, Moments],
     merges: dict[str, Merges],
     steps: int,
@@ -316,8 +272,6 @@ def contribute(
             by_cost[group.name][unit] = cost
     if contribution == "cost" or steps == 0:
         return by_cost
-    if contribution != "fcr":
-        raise ValueError(f"slim(contribution={contribution!r}): pass 'fcr' or a function.")
     return learn_contributions(
         dense, chosen, keep, batches, moments, steps=steps, accelerator=accelerator, progress=advance
     )
@@ -336,23 +290,18 @@ def restored_plan(
     return SlimPlan({g.name: sorted(keep[g.name] + restored[g.name]) for g in chosen}), restored
 
 
-def recalibrate_if_better(dense: nn.Module, slim_model: nn.Module, batches: list[Any]) -> tuple[nn.Module, bool]:
+def recalibrate_if_better(dense: nn.Module, slim_model: nn.Module, batches: Batches) -> tuple[nn.Module, bool]:
     """Recalibrate BatchNorm on four fifths of the images; keep it where the others say that it is nearer to dense."""
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in slim_model.modules()):
         return slim_model, False
-    device = next(dense.parameters()).device
-    images = [split_batch(batch)[0].to(device) for batch in batches]
+    images = [batch.to(device_of(dense)) for batch, _ in batches]
     held = images[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or images
     fit = [batch for i, batch in enumerate(images) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
     other = recalibrate(slim_model, fit)
 
     @torch.no_grad()
     def divergence(model: nn.Module) -> float:
-        total = 0.0
-        for batch in held:
-            target = read_logits(dense(batch)).float().log_softmax(-1)
-            got = read_logits(model(batch)).float().log_softmax(-1)
-            total += float(nn.functional.kl_div(got, target, reduction="sum", log_target=True))
-        return total
+        answers = ((read_answer(model, model(batch)), read_answer(dense, dense(batch))) for batch in held)
+        return sum(float(got.divergence(target)) for got, target in answers)
 
     return (other, True) if divergence(other) < divergence(slim_model.eval()) else (slim_model, False)

@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "lfrns_hub"
 RECIPES = PACKAGE.parent / "recipes"
 
-# What every module may import: data and how a batch looks.
-COMMON = {"units", "batches"}
+# What every module may import: data, how a batch and an answer look, how a model comes.
+COMMON = {"units", "batches", "answers", "running"}
 # What else each may; a module that is not named here may import COMMON alone.
 ALLOWED = {
     "trace": {"adapters"},
@@ -30,6 +30,7 @@ ALLOWED = {
         "surgery",
         "taps",
         "measure",
+        "options",
     },
     "retrain": {"measure"},
     "pictures": {"reach"},

@@ -1,0 +1,101 @@
+"""One model measured, or a slim one beside its dense one: the Record of all figures."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfrns_hub.measure.counting import count_macs, count_params
+from lfrns_hub.measure.latency import describe_setup, latency_on_main
+from lfrns_hub.measure.record import Record
+from lfrns_hub.measure.score import answer, percent, score, worst_class
+from lfrns_hub.running import device_of, evaluating, unwrap
+
+
+def measure(
+    model: nn.Module,
+    loader: Iterable[Any] | None = None,
+    *,
+    dense: nn.Module | None = None,
+    accelerator: Any = None,
+    example_input: Tensor | None = None,
+    progress: bool = True,
+) -> Record:
+    """Measure a model, and its dense one beside it on the same images and in turns on the clock.
+
+    Args:
+        model: The slim model (or any model, if there is no dense one). Wrappers of torch.compile and DDP come off:
+            the figures are the plain module's.
+        loader: Labelled images, without labels for a model that answers with features; None leaves every accuracy
+            unmeasured. Images take each model's own dtype.
+        dense: The model it came from.
+        accelerator: Shares the images out; latency is taken on the main process alone while the others wait.
+        example_input: Images [N, C, H, W] of which the first sets the input size of MACs and latency. Without it: the
+            size of the loader's images, else the input size that the model's timm or transformers configuration names.
+        progress: Show a bar on the main process.
+    Returns:
+        The record, the same on every process. For features explained_pct stands in it in place of the accuracies.
+    Raises:
+        ValueError: No input size is known, or as `evaluate`.
+    """
+    models = {"slim": unwrap(model, "measure")}
+    if dense is not None:
+        models["dense"] = unwrap(dense, "measure")
+    scores: dict[str, dict[str, Any]] = {
+        name: dict.fromkeys(("top1_pct", "images", "per_class_pct")) for name in models
+    }
+    input_size = None
+    if loader is not None:
+        answers, input_size = answer(models, loader, accelerator, progress)
+        scores = {name: score(answers, name, input_size) for name in models}
+    if example_input is None:
+        example_input = torch.zeros(1, *input_size) if input_size else _configured_image(models["slim"])
+    device = device_of(models["slim"]) if accelerator is None else accelerator.device
+    with evaluating(*models.values(), device=device):
+        latency = latency_on_main(models, example_input[:1], accelerator)
+    for name, one in models.items():
+        macs = count_macs(one, example_input)
+        scores[name] |= {
+            "params_m": count_params(one) / 1e6,
+            "macs_g": macs / 1e9,
+            "flops_g": 2 * macs / 1e9,
+            "latency_ms": latency[name],
+            "size_mb": sum(value.numel() * value.element_size() for value in one.state_dict().values()) / 1e6,
+        }
+    slim_scores, dense_scores = scores["slim"], scores.get("dense")
+    if dense_scores is not None:
+        classes = loader is not None and "labels" in answers
+        slim_scores["agreement_pct"] = percent(answers["slim"] == answers["dense"]) if classes else None
+        slim_scores["worst_class"] = worst_class(dense_scores, slim_scores) if classes else None
+        if loader is not None and not classes:
+            slim_scores["explained_pct"] = 100 * (1 - answers["slim error"].double().mean().item())
+    return Record(dense_scores, slim_scores, describe_setup(models["slim"], example_input, device))
+
+
+def _configured_image(model: nn.Module) -> Tensor:
+    """Give a black image of the size that a model's configuration names, which other arguments may have overruled."""
+    image = torch.zeros(1, *_configured_size(model))
+    try:
+        count_macs(model, image)
+    except Exception as error:
+        raise ValueError(
+            f"measure({type(model).__name__}): it does not run on {list(image.shape[1:])}, the input size that its "
+            "configuration names. Pass a loader, or example_input=images."
+        ) from error
+    return image
+
+
+def _configured_size(model: nn.Module) -> list[int]:
+    """Read [C, H, W] from timm's pretrained_cfg or a transformers config."""
+    timm_config = getattr(model, "pretrained_cfg", None) or {}
+    if timm_config.get("input_size"):
+        return list(timm_config["input_size"])
+    size = getattr(getattr(model, "config", None), "image_size", None)
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        return [getattr(model.config, "num_channels", 3), height, width]
+    raise ValueError(
+        f"measure({type(model).__name__}): nothing names its input size. Pass a loader, or "
+        "example_input=torch.zeros(1, 3, 224, 224)."
+    )

@@ -1,0 +1,98 @@
+"""Milliseconds of a forward pass, models in turns, and what they were taken on."""
+
+import contextlib
+import copy
+import platform
+import statistics
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfrns_hub.running import as_input, dtype_of, evaluating
+
+_PACKAGES = ("lfrns_hub", "torch", "timm", "transformers", "accelerate")
+
+
+def measure_latency(
+    models: dict[str, nn.Module], example_input: Tensor, *, runs: int = 30, warmup: int = 5
+) -> dict[str, float]:
+    """Time one forward pass of several models, taking turns so that a busy machine slows them alike.
+
+    Args:
+        models: Name -> model, each run as it is (compiled, if it is compiled) and where it is, in eval mode.
+        example_input: Images [N, C, H, W], run as they are: give one image for the latency of batch 1.
+        runs: Timed passes of each model.
+        warmup: Passes of each model before them that are not timed.
+    Returns:
+        Name -> median milliseconds.
+    Raises:
+        ValueError: runs is below 1.
+    """
+    if runs < 1:
+        raise ValueError(f"measure_latency(runs={runs}): at least one timed run is needed. The default is 30.")
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with evaluating(*models.values()), torch.no_grad():
+        inputs = {name: as_input(example_input, model) for name, model in models.items()}
+        for turn in range(warmup + runs):
+            for name, model in models.items():
+                _wait_for(inputs[name].device)
+                start = time.perf_counter()
+                model(inputs[name])
+                _wait_for(inputs[name].device)
+                if turn >= warmup:
+                    times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def latency_on_main(models: dict[str, nn.Module], image: Tensor, accelerator: Any) -> dict[str, float]:
+    """Measure latency on the main process while the others wait, and tell them."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return measure_latency(models, image)
+    accelerator.wait_for_everyone()
+    times = measure_latency(models, image) if accelerator.is_main_process else dict.fromkeys(models, 0.0)
+    shared = accelerator.reduce(torch.tensor(list(times.values()), device=accelerator.device), reduction="sum")
+    return dict(zip(models, shared.tolist(), strict=True))
+
+
+def describe_setup(model: nn.Module, example_input: Tensor, device: torch.device) -> dict[str, Any]:
+    """State what the figures were taken with."""
+    setup = {
+        "machine": {
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        },
+        "dtype": str(dtype_of(model)).removeprefix("torch."),
+        "batch_size": 1,
+        "input_size": list(example_input.shape[1:]),
+        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+    }
+    provenance = getattr(model, "lfrns_provenance", None)
+    return setup if provenance is None else setup | {"provenance": copy.deepcopy(provenance)}
+
+
+def _version(package: str) -> str | None:
+    """Give the installed version of a package, None where it is not installed (as in a bare checkout)."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """Name the processor; on Linux platform.processor() is often empty."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _wait_for(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was given."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,105 @@
+"""The Record of what was measured, its file, and its table."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass
+class Record:
+    """The measured figures of a slim model and, where given, of its dense one; None means not measured.
+
+    Attributes:
+        dense: top1_pct, images, per_class_pct, params_m, macs_g, flops_g, latency_ms, size_mb of the dense model.
+        slim: The same of the slim model, plus agreement_pct and worst_class where the dense model was given; of models
+            that answer with features explained_pct, the share of the dense features' variance that the slim model's
+            reproduce, in percent.
+        setup: Machine, dtype, batch and input size of the latency, versions, the slim model's provenance.
+    """
+
+    dense: dict[str, Any] | None
+    slim: dict[str, Any]
+    setup: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Write the record as strict JSON (no NaN), indented, one trailing newline."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Record":
+        """Read what `to_json` wrote."""
+        fields = json.loads(text)
+        if not isinstance(fields, dict) or not {"slim"} <= fields.keys() <= {"dense", "slim", "setup"}:
+            found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+            raise ValueError(f"Record.from_json({found}): a record has the keys dense, slim, setup. Is it record.json?")
+        return cls(fields.get("dense"), fields["slim"], fields.get("setup", {}))
+
+    def save(self, path: str | Path) -> None:
+        """Write the record to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Record":
+        """Read the record that `save` wrote."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def format_table(record: Record) -> Table:
+    """Lay a record out as a table: dense against slim, and what is left of the dense figure."""
+    table = Table(title=_title(record))
+    for heading, justify in (("", "left"), ("dense", "right"), ("slim", "right"), ("slim / dense", "right")):
+        table.add_column(heading, justify=justify)
+    dense, slim = record.dense or {}, record.slim
+    for label, key, form in (
+        ("top-1, %", "top1_pct", ".2f"),
+        ("dense features explained, %", "explained_pct", ".2f")
+        if "explained_pct" in slim
+        else ("agreement with dense, %", "agreement_pct", ".2f"),
+        ("worst class, %", "worst_class", ""),
+        ("params, M", "params_m", ".3f"),
+        ("FLOPs, G", "flops_g", ".4f"),
+        ("MACs, G", "macs_g", ".4f"),
+        ("latency, ms", "latency_ms", ".2f"),
+    ):
+        before, after = dense.get(key), slim.get(key)
+        if key == "worst_class":
+            table.add_row(*_worst_class_row(label, after, record.setup.get("label_names")))
+        elif key in ("agreement_pct", "explained_pct"):
+            table.add_row(label, "", _text(after, form), "")
+        elif None in (before, after):
+            table.add_row(label, _text(before, form), _text(after, form), "")
+        elif key == "top1_pct":
+            table.add_row(label, _text(before, form), _text(after, form), f"{after - before:+.2f} points")
+        else:
+            table.add_row(label, _text(before, form), _text(after, form), f"{after / before:.3f}" if before else "")
+    return table
+
+
+def _title(record: Record) -> str:
+    """Say on how many images and on what machine."""
+    machine = record.setup.get("machine", {})
+    images = record.slim.get("images")
+    accuracy = f"{images} images tested" if images else "accuracy not measured"
+    where = f"{record.setup.get('dtype')}, {machine.get('device')}, {machine.get('threads')} threads"
+    return f"{accuracy}; latency: batch 1, {where}"
+
+
+def _text(value: float | None, form: str) -> str:
+    """Format a figure, or say that there is none."""
+    return "not measured" if value is None else format(value, form)
+
+
+def _worst_class_row(label: str, worst: dict[str, Any] | None, names: Any) -> tuple[str, ...]:
+    """Lay out the class that lost most."""
+    if worst is None:
+        return label, "not measured", "not measured", ""
+    name = names[worst["class"]] if names else worst["class"]
+    return (
+        f"worst class ({name}), %",
+        f"{worst['dense_pct']:.2f}",
+        f"{worst['slim_pct']:.2f}",
+        f"{-worst['drop_points']:+.2f} points",
+    )

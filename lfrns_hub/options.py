@@ -1,0 +1,103 @@
+"""What the caller of `slim` asks for, checked: the budgets, the groups, the images."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lfrns_hub.batches import iterate
+from lfrns_hub.units import UnitGroup
+
+KINDS = ("channel", "head", "neuron")
+
+
+def check_options(
+    macs: Any, params: Any, latency: Any, preset: str, kinds: Any, widths: str, min_keep: int, contribution: Any
+) -> dict[str, float]:
+    """Give the budgets, or one clear error."""
+    if preset not in ("ours", "paper"):
+        raise ValueError(f"slim(preset={preset!r}): presets are 'ours' and 'paper'.")
+    if latency is not None:
+        raise ValueError(f"slim(latency={latency}): latency budgets are not available yet. Use macs= or params=.")
+    budgets = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None}
+    if not budgets:
+        raise ValueError(
+            "slim() needs a budget: macs= or params=, the fraction of the dense model to keep, as macs=0.5."
+        )
+    for name, value in budgets.items():
+        if not 0 < value <= 1:
+            what = "MACs" if name == "macs" else "parameters"
+            hint = f" For {value:g} % pass {value / 100:g}." if 1 < value <= 100 else ""
+            raise ValueError(f"slim({name}={value}): the fraction of {what} to keep must be in (0, 1].{hint}")
+    unknown = set(kinds) - set(KINDS)
+    if unknown:
+        raise ValueError(f"slim(kinds={tuple(kinds)}): unknown {sorted(unknown)}; kinds are {', '.join(KINDS)}.")
+    if widths not in ("global", "uniform", "distance"):
+        raise ValueError(f"slim(widths={widths!r}): widths are 'global' or 'uniform'.")
+    if not callable(contribution) and contribution not in ("fcr", "cost"):
+        raise ValueError(f"slim(contribution={contribution!r}): pass 'fcr', 'cost' or a function.")
+    if min_keep < 1:
+        raise ValueError(f"slim(min_keep={min_keep}): every group keeps at least one unit.")
+    return budgets
+
+
+def check_example(example_input: Any, call: str) -> Tensor:
+    """Refuse an example that is no batch of images."""
+    if not isinstance(example_input, Tensor) or example_input.ndim < 2:
+        given = list(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
+        raise ValueError(
+            f"{call}(example_input={given}): images [N, C, H, W] are needed, such as torch.zeros(1, 3, 224, 224)."
+        )
+    return example_input
+
+
+def read_loader(loader: Any, dtype: torch.dtype) -> list[tuple[Tensor, Any]]:
+    """Read all calibration batches as (images, labels), floating-point images in the dtype of the analysis.
+
+    Raises:
+        ValueError: There is none.
+    """
+    batches = [
+        (images.to(dtype) if images.is_floating_point() else images, labels) for images, labels in iterate(loader)
+    ]
+    if not batches or not len(batches[0][0]):
+        raise ValueError("slim(loader): the loader is empty. Give at least a few hundred calibration images.")
+    return batches
+
+
+def choose_groups(
+    every: Sequence[UnitGroup],
+    kinds: Sequence[str],
+    names: Sequence[str] | None,
+    exclude: Sequence[str],
+    approximate: bool,
+    min_keep: int,
+) -> list[UnitGroup]:
+    """Give the groups that may be cut.
+
+    Raises:
+        ValueError: A pattern matches nothing, or nothing is left.
+    """
+    for pattern in [*(names or ()), *exclude]:
+        if not any(fnmatchcase(group.name, pattern) for group in every):
+            raise ValueError(
+                f"the pattern {pattern!r} matches no group. The model has {', '.join(g.name for g in every[:8])} ..."
+            )
+    chosen = [
+        group
+        for group in every
+        if group.frozen_reason is None
+        and (group.exact or approximate)
+        and group.kind in kinds
+        and group.size > min_keep
+        and (names is None or any(fnmatchcase(group.name, pattern) for pattern in names))
+        and not any(fnmatchcase(group.name, pattern) for pattern in exclude)
+    ]
+    if not chosen:
+        reasons = (
+            "; ".join(f"{g.name}: {g.frozen_reason or 'not chosen'}" for g in every[:3]) or "it has no layer with units"
+        )
+        raise ValueError(f"the model has no prunable unit ({reasons}). See find_units(model, images) for every group.")
+    return chosen

@@ -1,0 +1,92 @@
+"""Models as callers bring them: in a wrapper, in training mode, on some device, in some floating-point type."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+# torch.compile keeps the module it wraps under this name; its class lives in torch._dynamo, which is slow to import.
+_COMPILED = "_orig_mod"
+
+
+def unwrap(model: Any, call: str) -> nn.Module:
+    """Take the wrappers of torch.compile, DistributedDataParallel and DataParallel off a model.
+
+    Args:
+        model: A module, wrapped or not; what is given back shares its weights.
+        call: The public call, for the error.
+    Raises:
+        TypeError: It is no module.
+        ValueError: A module inside is compiled, the weights are sharded, scripted, or not there yet.
+    """
+    given = f"{call}({type(model).__name__})"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{given}: a torch.nn.Module is needed, such as timm.create_model('resnet50').")
+    while True:
+        if _COMPILED in model._modules:
+            model = model._modules[_COMPILED]
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            break
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"{given}: its code is compiled. Give the module that was scripted or traced.")
+    for name, module in model.named_modules():
+        if _COMPILED in module._modules:
+            raise ValueError(f"{given}: {name} in it is compiled. Put {name}.{_COMPILED} in its place.")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"{given}: {name} has no shape yet. Run one batch through the model first.")
+        if hasattr(parameter, "full_tensor") or hasattr(parameter, "_is_flat_param"):
+            raise ValueError(f"{given}: {name} is sharded among processes. Gather the whole model first.")
+    return model
+
+
+def refuse_meta(model: nn.Module, call: str) -> None:
+    """Refuse a model whose weights have no values."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(
+                f"{call}({type(model).__name__}): {name} is on the meta device and has no values. Load weights first, "
+                "or give it any by model.to_empty(device='cpu')."
+            )
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module | None, device: torch.device | None = None) -> Iterator[None]:
+    """Put models in eval mode (and on a device); on leaving, every module has its own mode and device again."""
+    present = [model for model in models if model is not None]
+    modes = [(module, module.training) for model in present for module in model.modules()]
+    homes = [(model, device_of(model)) for model in present]
+    try:
+        for model, home in homes:
+            model.eval()
+            if device is not None and home != device:
+                model.to(device)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for model, home in homes:
+            if device is not None and home != device:
+                model.to(home)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Give the device of a model's first parameter or buffer."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Give the dtype of a model's first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def as_input(images: Tensor, model: nn.Module) -> Tensor:
+    """Bring images to a model's device, and floating-point ones to its dtype."""
+    return images.to(device_of(model), dtype_of(model) if images.is_floating_point() else images.dtype)
