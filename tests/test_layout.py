@@ -40,7 +40,7 @@ ALLOWED = {
     "card": {"measure", "plots"},
     "plots": {"measure"},
     "recipe": {"measure"},
-    "coverage": {"slim", "trace", "checkpoint", "measure", "zoo"},
+    "coverage": {"slim", "trace", "checkpoint", "measure", "zoo", "recipe"},
     "cli": {"recipe", "measure", "retrain", "pictures", "zoo", "coverage"},
     "__main__": {"cli"},
     "__init__": {"adapters", "trace", "slim", "retrain", "measure", "checkpoint", "hub", "models"},

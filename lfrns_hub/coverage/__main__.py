@@ -3,5 +3,6 @@
 import sys
 
 from lfrns_hub.coverage.command import main
+from lfrns_hub.recipe import run
 
-sys.exit(main())
+run(lambda: sys.exit(main()))

@@ -75,7 +75,8 @@ class Case:
         if self.kind == "transformers":
             return f"{self.model}, small configuration"
         text = ", ".join(f"{key}={value!r}" for key, value in self.args.items())
-        return f"{self.model}({text})" if text else self.model
+        name = self.model.removeprefix(f"{__name__}:")
+        return f"{name}({text})" if text else name
 
 
 def list_cases(*, variants: bool = True) -> list[Case]:
@@ -89,7 +90,9 @@ def list_cases(*, variants: bool = True) -> list[Case]:
         for family, options in VARIANTS.items():
             for option, model, args in options:
                 kind = "function" if ":" in model else "timm"
-                cases.append(Case("option variants", family, model, kind, args, CONVNET_SIZE, option))
+                cases.append(
+                    Case("option variants", family, model, kind, args, TIMM_SIZES.get(model, CONVNET_SIZE), option)
+                )
     for family, model, args, size in THIRD_PARTY:
         if importlib.util.find_spec(model.partition(".")[0].partition(":")[0]):
             cases.append(Case("third-party", family, model, "function", args, size))
@@ -136,7 +139,9 @@ def build(case: Case) -> tuple[nn.Module, tuple[int, int, int]]:
     if case.kind == "timm":
         model = timm.create_model(case.model, pretrained=False, **case.args)
     elif case.kind == "transformers":
-        config = AutoConfig.for_model(case.model, num_labels=10, **case.args)
+        names = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[case.model]
+        first = names if isinstance(names, str) else names[0]
+        config = AutoConfig.for_model(case.model, num_labels=10, architectures=[first], **case.args)
         model = AutoModelForImageClassification.from_config(config)
     elif case.kind == "function":
         module, _, function = case.model.partition(":")
@@ -177,7 +182,7 @@ def _timm_cases() -> Iterator[Case]:
     for section, table in tables.items():
         for family in [module for module in installed if module in table]:
             model = table[family]
-            size = CONVNET_SIZE if table is TIMM_CONVNETS else TIMM_SIZES.get(model)
+            size = TIMM_SIZES.get(model, CONVNET_SIZE if table is TIMM_CONVNETS else None)
             yield Case(section, family, model, "timm", TIMM_ARGS.get(model, {}), size)
     for family in installed:
         if not any(family in table for table in tables.values()):

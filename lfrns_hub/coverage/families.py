@@ -128,8 +128,9 @@ TIMM_ARGS: dict[str, dict[str, Any]] = {
     "samvit_base_patch16_224": {"depth": 4, "global_attn_indexes": [1, 3]},
     "vgg11": {"mlp_ratio": 0.25},
 }
-# Pixels, where the published size only costs time.
+# Pixels, where the published size only costs time, or a convnet takes no other.
 TIMM_SIZES = {
+    "bat_resnext26ts": 256,
     "deepseek_vit_412m": 224,
     "gemma4_vit_167m": 192,
     "mobilenetv5_base": 128,

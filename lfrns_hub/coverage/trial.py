@@ -103,10 +103,10 @@ def describe_groups(trace: Trace, groups: Sequence[UnitGroup]) -> dict[str, Any]
                 {"kind": group.kind, "reason": shorten(why), "first": group.name, "groups": 0, "units": 0},
             )
             same["groups"], same["units"] = same["groups"] + 1, same["units"] + group.size
-    dense = trace.cost.macs({}) or 1.0
+    dense = trace.cost.macs({})
 
     def smallest(free: Sequence[UnitGroup]) -> float:
-        return trace.cost.macs({g.name: g.size - 1 for g in free}) / dense
+        return trace.cost.macs({g.name: g.size - 1 for g in free}) / dense if dense else 1.0
 
     free = [g for g in groups if is_free(g)]
     return {
