@@ -65,11 +65,13 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     if size:
         height, width = size
     first = cfg.get("first_conv")
-    first = first[0] if isinstance(first, (tuple, list)) else first
+    first = next(iter(first), None) if isinstance(first, (tuple, list)) else first
     if first:
         with contextlib.suppress(AttributeError):
             layer = model.get_submodule(first)
-            channels = layer.in_channels if isinstance(layer, nn.Conv2d) else channels
+            # Of a TResNet the first convolution sees blocks of pixels as channels.
+            block = next((m.bs for m in model.modules() if isinstance(m, timm.layers.SpaceToDepth)), 1)
+            channels = layer.in_channels // block**2 if isinstance(layer, nn.Conv2d) else channels
     return int(channels), int(height), int(width)
 
 

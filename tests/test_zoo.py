@@ -201,6 +201,13 @@ def test_the_given_weights_reach_their_accuracy() -> None:
     assert zoo.guard_against_chance(model, DataLoader(data, 100), "cifar10") == pytest.approx(87.2, abs=7)
 
 
+@pytest.mark.parametrize("channels", [3, 12])
+def test_channels_are_the_images_even_where_the_first_layer_sees_blocks_of_pixels(channels: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("tresnet_m", in_chans=channels)
+    assert zoo.input_size_of(model) == (channels, 224, 224)
+
+
 @needs_shared
 def test_the_given_vit_loads_as_it_lies_there(tmp_path: Path) -> None:
     shutil.copytree(SHARED / "weights" / "vit_cifar10", tmp_path / "vit")
