@@ -1,5 +1,6 @@
 """What of a slim model differs from its dense skeleton, as plain numbers, and a skeleton made that narrow again."""
 
+import copy
 from math import prod
 from typing import Any
 
@@ -8,6 +9,16 @@ from torch import Tensor, nn
 
 Shapes = dict[str, list[int]]
 Attrs = dict[str, dict[str, Any]]
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Copy a model's structure to the meta device without copying a weight."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
 
 
 def describe(model: nn.Module, base: nn.Module | None) -> tuple[Shapes, Attrs]:

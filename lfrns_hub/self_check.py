@@ -1,6 +1,7 @@
 """The self-check: slim equals dense with the removed units zeroed at their taps, or the group is frozen by name."""
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.batches import read_logits
+from lfrns_hub.narrow import meta_copy
 from lfrns_hub.surgery import cut, masked
 from lfrns_hub.units import SlimPlan, UnitGroup
 
@@ -57,10 +59,11 @@ def random_plan(groups: Sequence[UnitGroup], generator: torch.Generator) -> Slim
     return SlimPlan(keep)
 
 
-def compare(model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan, images: Tensor) -> tuple[float, float]:
+def compare(
+    model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan, images: Tensor, dense: Tensor
+) -> tuple[float, float]:
     """Give the error of the cut and the change by the masking, both over the largest output."""
     with torch.no_grad():
-        dense = read_logits(model(images))
         with masked(model, groups, plan):
             expected = read_logits(model(images))
         slim = cut(model, groups, plan)
@@ -68,6 +71,92 @@ def compare(model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan, image
     largest = float(expected.abs().max().clamp(min=1e-30))
     error = float((got - expected).abs().max()) / largest if got.shape == expected.shape else float("inf")
     return error, float((dense - expected).abs().max()) / largest
+
+
+def runs(model: nn.Module, groups: Sequence[UnitGroup], some: Sequence[UnitGroup], images: Tensor) -> str | None:
+    """Run the cut copy of a model on the meta device: why its forward cannot narrow, or None."""
+    keep = {group.name: list(range(group.size - max(1, group.size // 3))) for group in some}
+    try:
+        with torch.no_grad():
+            read_logits(cut(model, groups, SlimPlan(keep))(images))
+    except Exception as failure:  # a forward that cannot narrow may fail in any way
+        return f"its forward cannot narrow ({(str(failure).splitlines() or [type(failure).__name__])[0][:160]})"
+    return None
+
+
+def variants(group: UnitGroup) -> list[UnitGroup]:
+    """Give a group with fewer of the attributes that follow it: one of equal value may be a coincidence."""
+    fewer = [replace(group, widths=tuple(w for w in group.widths if w is not one)) for one in group.widths]
+    single = [replace(group, widths=(one,)) for one in group.widths] if len(group.widths) > 2 else []
+    return [*fewer, *single, replace(group, widths=())] if group.widths else []
+
+
+def narrowing(model: nn.Module, groups: Sequence[UnitGroup], example_input: Tensor) -> list[UnitGroup]:
+    """Freeze the groups whose units the forward cannot lose, by running cut copies on the meta device.
+
+    Args:
+        model: The network, or its copy on the meta device; untouched.
+        groups: Its groups, approximate ones too.
+        example_input: Images [N, C, H, W]; only the shape is used.
+    Returns:
+        The groups, some frozen with the reason, some with fewer attributes to follow.
+    """
+    network = meta_copy(model).eval()
+    images = torch.empty(2, *example_input.shape[1:], device="meta", dtype=example_input.dtype)
+    found = {group.name: group for group in groups}
+
+    def try_one(group: UnitGroup) -> UnitGroup:
+        why = runs(network, groups, [group], images)
+        if why is None:
+            return group
+        for variant in variants(group):
+            if runs(network, [variant if g.name == variant.name else g for g in groups], [variant], images) is None:
+                return variant
+        return replace(group, frozen_reason=why)
+
+    def settle(some: list[UnitGroup]) -> None:
+        if not some or runs(network, groups, some, images) is None:
+            return
+        first, last = try_one(some[0]), try_one(some[-1])
+        found.update({first.name: first, last.name: last})
+        reasons = {without_numbers(group.frozen_reason) for group in (first, last)}
+        rest = some[1:-1]
+        if len(reasons) == 1 and None not in reasons:  # one class, one reason: its forward is to blame
+            found.update((group.name, replace(group, frozen_reason=first.frozen_reason)) for group in rest)
+        elif reasons == {None}:
+            for group in rest:
+                found[group.name] = try_one(group)
+        else:
+            settle(rest[: len(rest) // 2])
+            settle(rest[len(rest) // 2 :])
+
+    free = [group for group in groups if group.frozen_reason is None]
+    for alike in by_class(network, free):
+        settle(alike)
+    settled = [found[group.name] for group in groups]
+    alive = [group for group in settled if group.frozen_reason is None]
+    if alive and (why := runs(network, settled, alive, images)):  # each passes alone, together they do not
+        exact = [group for group in alive if group.exact]
+        mixed = {g.name for g in alive if not g.exact}
+        if runs(network, settled, exact, images) is None:
+            settled = [replace(g, frozen_reason=why) if g.name in mixed else g for g in settled]
+    return settled
+
+
+def by_class(model: nn.Module, groups: Sequence[UnitGroup]) -> list[list[UnitGroup]]:
+    """Put groups of one kind whose consumers belong to modules of one class together."""
+    classes: dict[tuple[str, ...], list[UnitGroup]] = {}
+    for group in groups:
+        owner = group.taps[0].module.rpartition(".")[0]
+        maker = group.slices[0].tensor.rpartition(".")[0].rpartition(".")[0]
+        key = (group.kind, *(type(model.get_submodule(name)).__qualname__ for name in (maker, owner)))
+        classes.setdefault(key, []).append(group)
+    return list(classes.values())
+
+
+def without_numbers(reason: str | None) -> str | None:
+    """Give a reason without its sizes."""
+    return re.sub(r"\d+", "#", reason) if reason else None
 
 
 def self_check(
@@ -84,18 +173,25 @@ def self_check(
         The groups, those that failed frozen with the reason, and the report.
     """
     generator = torch.Generator().manual_seed(seed)
+    report = CheckReport()
+    narrow = narrowing(model, groups, example_input)
+    for before, after in zip(groups, narrow, strict=True):
+        if after.frozen_reason != before.frozen_reason:
+            report.frozen[after.name] = after.frozen_reason
     copied = randomised(model, generator).cpu()
     images = torch.randn(2, *example_input.shape[1:], generator=generator, dtype=torch.float64)
-    report = CheckReport()
-    open_groups = [g for g in groups if g.frozen_reason is None and g.exact]
+    open_groups = [g for g in narrow if g.frozen_reason is None and g.exact]
+    with torch.no_grad():
+        dense = read_logits(copied(images)) if open_groups else None
 
     def verify(some: list[UnitGroup]) -> None:
         plan = random_plan(some, generator)
         try:
-            error, moved = compare(copied, groups, plan, images)
+            error, moved = compare(copied, narrow, plan, images, dense)
             why = f"slim differs from masked dense by {error:.1e} of the largest output"
         except Exception as failure:  # a forward that cannot narrow may fail in any way
-            error, moved, why = float("inf"), 0.0, f"its forward cannot narrow ({str(failure).splitlines()[0][:120]})"
+            error, moved = float("inf"), 0.0
+            why = f"its forward cannot narrow ({(str(failure).splitlines() or [type(failure).__name__])[0][:160]})"
         if error <= TOLERANCE:
             report.largest_error = max(report.largest_error, error)
             report.moved = max(report.moved, moved)
@@ -108,7 +204,7 @@ def self_check(
 
     if open_groups:
         verify(open_groups)
-    passed = [replace(g, frozen_reason=report.frozen[g.name]) if g.name in report.frozen else g for g in groups]
+    passed = [replace(g, frozen_reason=report.frozen[g.name]) if g.name in report.frozen else g for g in narrow]
     alive = [g for g in passed if g.frozen_reason is None and g.exact]
     if alive:
         train_once(copied, alive, generator, images)

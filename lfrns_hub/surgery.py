@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.adapters import registry
 from lfrns_hub.batches import read_logits
 from lfrns_hub.responses import Moments, best_fold, fold_offset
 from lfrns_hub.taps import channel_count, kept_channels, multiplier, watched
@@ -95,9 +94,7 @@ def cut(
         narrow_axis(slim, name, dim, torch.cat(indices))
     for name in {tensor.rpartition(".")[0] for tensor, _ in leaving}:
         sync_widths(slim.get_submodule(name), model.get_submodule(name))
-    for group in shrinking:
-        if group.kind == "head":
-            sync_heads(slim, group, len(plan.kept(group)))
+    sync_stated(slim, model, shrinking, plan)
     return slim
 
 
@@ -133,16 +130,21 @@ def sync_widths(slim: nn.Module, dense: nn.Module) -> None:
         slim.normalized_shape = tuple(slim.weight.shape)
 
 
-def sync_heads(slim: nn.Module, group: UnitGroup, kept: int) -> None:
-    """Let the attributes that an adapter names follow the number of heads."""
-    owner = registry.find_owner(slim, group.taps[0].module)
-    if owner is None:
-        return
-    module = slim.get_submodule(owner[0])
-    for attribute in owner[1].heads:
-        value = getattr(module, attribute, None)
-        if isinstance(value, int):
-            setattr(module, attribute, value * kept // group.size)
+def sync_stated(slim: nn.Module, dense: nn.Module, shrinking: Sequence[UnitGroup], plan: SlimPlan) -> None:
+    """Let the attributes that state the groups' widths follow them."""
+    gone: dict[tuple[str, str, int | None], int] = defaultdict(int)
+    for group in shrinking:
+        for width in group.widths:
+            gone[width.module, width.attribute, width.entry] += len(plan.removed(group)) * width.per_unit
+    for (name, attribute, entry), less in gone.items():
+        module = slim.get_submodule(name)
+        value = getattr(dense.get_submodule(name), attribute)
+        if entry is None:
+            setattr(module, attribute, value - less)
+        else:
+            entries = list(getattr(module, attribute))
+            entries[entry] = value[entry] - less
+            setattr(module, attribute, type(value)(entries))
 
 
 def fold(consumer: nn.Module, moments: Moments, keep: Tensor) -> None:

@@ -35,6 +35,23 @@ class Tap:
 
 
 @dataclass(frozen=True)
+class Width:
+    """An int attribute of a module, or one entry of a tuple, that states a width and shrinks with the group.
+
+    Attributes:
+        module: Name of the module.
+        attribute: Name of the attribute.
+        entry: Which entry of a tuple or list, or None for an int.
+        per_unit: By how much it shrinks for each unit that leaves.
+    """
+
+    module: str
+    attribute: str
+    entry: int | None
+    per_unit: int
+
+
+@dataclass(frozen=True)
 class UnitGroup:
     """All units of one place in the network, with every slice that must go with each of them.
 
@@ -46,6 +63,7 @@ class UnitGroup:
         frozen_reason: Why it is never cut, or None.
         slices: The parameter slices of the units.
         taps: Where the units are read.
+        widths: Attributes that state how many units there are, beside those of the layers themselves.
     """
 
     name: str
@@ -55,6 +73,7 @@ class UnitGroup:
     frozen_reason: str | None = None
     slices: tuple[Slice, ...] = ()
     taps: tuple[Tap, ...] = ()
+    widths: tuple[Width, ...] = ()
 
 
 @dataclass

@@ -5,17 +5,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfrns_hub.trace.ids import NONE, as_rows, collapse
+from lfrns_hub.trace.ids import NONE, as_rows, collapse, varies
 from lfrns_hub.trace.rules import register_op
 
 UNARY = (
-    "neg abs exp log sqrt rsqrt pow reciprocal clamp clamp_min clamp_max dropout feature_dropout native_dropout floor"
+    "neg abs exp log sqrt rsqrt pow reciprocal clamp clamp_min clamp_max dropout feature_dropout native_dropout floor "
+    "square sin cos round ceil sign log1p expm1 nan_to_num bernoulli alpha_dropout rand_like randn_like empty_like "
+    "isnan logical_not"
 )
 ACTIVATIONS = (
     "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu selu celu mish softplus "
-    "log_sigmoid erf"
+    "log_sigmoid erf rrelu threshold softsign hardshrink softshrink"
 )
-BINARY = "add sub mul div maximum minimum rsub where addcmul ge gt le lt eq ne logical_and bitwise_and"
+BINARY = (
+    "add sub mul div maximum minimum rsub where addcmul addcdiv ge gt le lt eq ne logical_and logical_or bitwise_and "
+    "multiply divide true_divide lerp masked_fill fmod remainder pow"
+)
 
 
 @register_op(*(f"aten.{name}" for name in UNARY.split()))
@@ -42,17 +47,19 @@ def binary(trace: Any, node: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def tie_operands(trace: Any, one: Tensor, other: Tensor) -> Tensor:
-    """Tie two operands under broadcasting; one that is broadcast over other units is frozen instead."""
+    """Tie two operands under broadcasting; one that is broadcast over the units of the other is frozen instead."""
     shape = torch.broadcast_shapes(one.shape, other.shape)
     small_one, small_other = collapse(one, other)
     for small, full in ((small_one, small_other), (small_other, small_one)):
-        spread = [d for d in range(small.ndim) if small.stride(d) == 0 and full.shape[d] > 1]
-        if spread and (full != NONE).any():
-            rest = [d for d in range(small.ndim) if d not in spread]
-            rows = as_rows(full, rest) if rest else full.reshape(-1, 1).unique(dim=0)
-            if len(rows) > 1 and not trace.ids.tie_rows(rows)[1]:
-                trace.ids.freeze(small, "it is broadcast over the units of another layer")
-                return full.expand(shape)
+        spread = [d for d in range(small.ndim) if small.stride(d) == 0 and varies(full, d)]
+        rest = [d for d in range(small.ndim) if d not in spread and varies(small, d)]
+        if not spread or (rest and all(varies(full, d) for d in rest)):
+            continue  # the same axes, or one value for all that lies in a unit, as a temperature of heads
+        rows = as_rows(full, [d for d in range(full.ndim) if d not in spread])
+        if not trace.ids.other_units(rows):
+            continue  # copies of one axis, as in the parts of a channel
+        trace.ids.freeze(small, "it is broadcast over the units of another layer")
+        return full.expand(shape)
     tensors = [*trace.ids.from_tensor, False]  # the block of NONE, -1, reads the last
     if bool((small_one == NONE).all()) or all(tensors[b] for b in trace.ids.blocks(small_one).unique().tolist()):
         small_one, small_other = small_other, small_one
@@ -74,39 +81,74 @@ def fixed_size(trace: Any, ids: Tensor, constant: Tensor) -> None:
             return
 
 
-@register_op("aten.mean", "aten.sum", "aten.amax", "aten.var", "aten.amin")
-def reduce(trace: Any, node: Any, ids: Tensor, dims: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
-    """A reduction keeps units of the other axes; one over several units freezes them."""
-    dims = (
-        list(range(ids.ndim))
-        if dims is None or isinstance(dims, torch.dtype)
-        else [dims]
-        if isinstance(dims, int)
-        else dims
-    )
+def argument(node: Any, args: Any, kwargs: Any, name: str, default: Any = None) -> Any:
+    """Give an argument by its name in the operation's schema."""
+    for place, known in enumerate(node.target._schema.arguments):
+        if known.name == name:
+            return args[place] if place < len(args) else kwargs.get(name, default)
+    return default
+
+
+@register_op(
+    *(f"aten.{name}" for name in (
+        "mean sum amax amin var std linalg_vector_norm norm max min argmax argmin logsumexp prod var_mean std_mean any "
+        "all count_nonzero median"
+    ).split())
+)  # fmt: skip
+def reduce(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A reduction keeps the units of the other axes; over several units it is approximate, as a norm's mean is."""
+    if args and isinstance(args[0], Tensor):
+        return binary(trace, node, ids, *args)  # max(x, y)
+    dims = argument(node, (ids, *args), kwargs, "dim")
+    dims = list(range(ids.ndim)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     dims = sorted((d % ids.ndim for d in dims), reverse=True)
     rows = as_rows(ids, dims)
-    trace.ids.one_unit_per_row(rows, trace.reason(node, "it is reduced over"))
+    trace.ids.one_unit_per_row(rows, None)
+    mixed = bool((rows != rows[:, :1]).any())
     for dim in dims:
-        ids = ids.narrow(dim, 0, 1) if keepdim else ids.select(dim, 0)
-    return ids
+        ids = ids.narrow(dim, 0, 1)
+    value = node.meta["val"]
+    many = isinstance(value, (tuple, list))
+    shape = (value[0] if many else value).shape
+    if mixed and not any(varies(ids, dim) for dim in range(ids.ndim)):
+        ids = torch.full((), NONE).expand(ids.shape)  # a statistic of all units belongs to none of them
+    if len(shape) != ids.ndim:
+        for dim in dims:
+            ids = ids.select(dim, 0)
+    ids = ids.expand(shape)
+    return [ids] * len(value) if many else ids
 
 
-@register_op("aten.softmax", "aten._softmax", "aten.log_softmax")
-def softmax(trace: Any, node: Any, ids: Tensor, dim: int, *args: Any, **kwargs: Any) -> Tensor:
-    """Softmax mixes one axis: units on it would change each other."""
-    trace.ids.one_unit_per_row(as_rows(ids, [dim]), trace.reason(node, "it passes a softmax over units"))
+@register_op("aten.softmax", "aten._softmax", "aten.log_softmax", "aten.cumsum", "aten.renorm", "aten.glu")
+def softmax(trace: Any, node: Any, ids: Tensor, dim: int = -1, *args: Any, **kwargs: Any) -> Tensor:
+    """Softmax mixes one axis: several units on it change each other, as in a norm."""
+    if "glu" in str(node.target):
+        one, other = ids.chunk(2, dim)
+        trace.ids.activated.append(torch.unique(other))
+        return tie_operands(trace, one, other)
+    if "cumsum" in str(node.target) and varies(ids, dim):
+        trace.ids.freeze(ids, trace.reason(node, "each unit adds to the next"))
+        return trace.none_like(node)
+    trace.ids.one_unit_per_row(as_rows(ids, [dim]), None)
     return ids
 
 
 @register_op(
-    "aten.max_pool2d", "aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.adaptive_max_pool2d",
-    "aten.upsample_nearest2d", "aten.upsample_bilinear2d", "aten.upsample_bicubic2d",
+    *(f"aten.{name}" for name in (
+        "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d "
+        "upsample_bicubic2d avg_pool1d max_pool1d adaptive_avg_pool1d avg_pool3d max_pool3d adaptive_avg_pool3d "
+        "upsample_linear1d upsample_trilinear3d grid_sampler _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
+        "upsample_nearest1d max_pool2d_with_indices lp_pool2d"
+    ).split())
 )  # fmt: skip
-def pool(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def pool(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Pooling and resizing mix positions, never channels."""
-    shape = node.meta["val"].shape
-    lead = ids.shape[: ids.ndim - 2]
-    spatial = as_rows(ids, [-2, -1])
-    trace.ids.one_unit_per_row(spatial, trace.reason(node, "units lie along its spatial axes"))
-    return ids[..., :1, :1].expand(*lead, *shape[-2:])
+    value = node.meta["val"]
+    many = isinstance(value, (tuple, list))
+    shape = (value[0] if many else value).shape
+    axes = 1 if "1d" in str(node.target) else 3 if "3d" in str(node.target) else 2
+    if any(varies(ids, -1 - at) for at in range(axes)):
+        trace.ids.freeze(ids, trace.reason(node, "units lie along its spatial axes"))
+        return trace.none_like(node)
+    ids = ids[(..., *[slice(0, 1)] * axes)].expand(shape)
+    return [ids] * len(value) if many else ids

@@ -1,6 +1,6 @@
 """Export a model on the meta device and run channel ids through its ATen graph."""
 
-import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,23 +8,26 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from lfrns_hub.trace import elementwise, layers, movement  # noqa: F401  (they register their rules)
+from lfrns_hub.narrow import meta_copy
+from lfrns_hub.trace import elementwise, layers, movement, products  # noqa: F401  (they register their rules)
 from lfrns_hub.trace.groups import MacsModel, read_groups
 from lfrns_hub.trace.ids import NONE, IdTable
 from lfrns_hub.trace.rules import find_rule
 from lfrns_hub.units import UnitGroup
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Where a weight is put together by these alone, each input channel keeps its own part of it.
+PLAIN_WEIGHT_OPS = ("mul", "view", "reshape", "to", "_to_copy", "contiguous", "clone", "div", "expand", "squeeze",
+                    "unsqueeze", "alias", "detach")  # fmt: skip
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """Copy a model's structure to the meta device without copying a weight."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+@dataclass(frozen=True)
+class Weight:
+    """The parameter behind a layer's weight, what scales it, and whether its inputs are normalised together."""
+
+    name: str
+    gains: tuple[str, ...] = ()
+    standardised: bool = False
 
 
 class Trace:
@@ -40,6 +43,7 @@ class Trace:
 
     def __init__(self, model: nn.Module, example_input: Tensor):
         self.model = meta_copy(model).eval()
+        self._name_modules()
         self.ids = IdTable()
         example = torch.empty_like(example_input[:1], device="meta")
         try:
@@ -52,19 +56,47 @@ class Trace:
                 "torch.export must be able to run the model on this input: check its size and channels."
             ) from error
         self.sources = {
-            spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None
+            spec.arg.name: self.first_name(spec.target)
+            for spec in program.graph_signature.input_specs
+            if spec.target is not None
         }
-        self.shared = self._shared_tensors()
+        self.weight_nodes = self._weight_nodes(program)
         self._run(program)
         self.groups = read_groups(self.ids, self.model)
         self.cost = MacsModel(self.ids, self.groups, self.model)
 
-    def _shared_tensors(self) -> set[str]:
-        """Name the parameters that live under more than one name."""
-        names: dict[int, list[str]] = {}
+    def _name_modules(self) -> None:
+        """Name every module and tensor once: the first name of those that have several."""
+        self.module_names: dict[str, str] = {}
+        firsts: dict[int, str] = {}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            self.module_names[name] = firsts.setdefault(id(module), name)
+        owners: dict[int, set[str]] = {}
         for name, tensor in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(tensor), []).append(name)
-        return {name for group in names.values() if len(group) > 1 for name in group}
+            owners.setdefault(id(tensor), set()).add(self.first_name(name))
+        self.shared = {name.removesuffix(".weight") for names in owners.values() if len(names) > 1 for name in names}
+
+    def first_name(self, tensor: str) -> str:
+        """Give the first name of a parameter or buffer."""
+        owner, dot, leaf = tensor.rpartition(".")
+        return self.module_names.get(owner, owner) + dot + leaf
+
+    def _weight_nodes(self, program: torch.export.ExportedProgram) -> set[Node]:
+        """Find what is computed from parameters alone and read as a layer's weight alone."""
+        kinds = {spec.arg.name: spec.kind for spec in program.graph_signature.input_specs}
+        fixed: set[Node] = set()
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                if kinds[node.name] in (InputKind.PARAMETER, InputKind.BUFFER):
+                    fixed.add(node)
+            elif node.op == "call_function" and node.all_input_nodes and fixed.issuperset(node.all_input_nodes):
+                fixed.add(node)
+        weights: set[Node] = set()
+        for node in reversed(program.graph.nodes):
+            if node in fixed and node.users:
+                if all(user in weights or (is_layer_call(user) and user.args[1] is node) for user in node.users):
+                    weights.add(node)
+        return weights
 
     def _run(self, program: torch.export.ExportedProgram) -> None:
         """Run the ids through every node."""
@@ -83,23 +115,21 @@ class Trace:
                 values[node] = None
 
     def _source(self, node: Node, kind: InputKind) -> Any:
-        """Parameters and buffers get ids of their own, an input none."""
+        """Parameters and buffers that are added or multiplied get ids of their own, an input none."""
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return value
-        used_elementwise = any(not self._is_layer_tensor(user, node) for user in node.users)
-        if kind not in (InputKind.PARAMETER, InputKind.BUFFER) or not used_elementwise or value.ndim == 0:
+        if kind not in (InputKind.PARAMETER, InputKind.BUFFER) or value.ndim == 0 or node in self.weight_nodes:
+            return self.none_like(node)
+        if all(is_layer_call(user) and node in user.args[1:5] for user in node.users):
             return self.none_like(node)
         ids = self.ids.fresh(value.numel(), from_tensor=True).view(value.shape)
         self.ids.tensors[self.sources[node.name]] = ids
         return ids
 
-    def _is_layer_tensor(self, user: Node, node: Node) -> bool:
-        """Whether a rule for layers reads this tensor as a weight."""
-        name = str(user.target)
-        return any(f"aten.{layer}" in name for layer in ("conv", "linear", "_norm")) and node in user.args[1:5]
-
     def _call(self, node: Node, values: dict[Node, Any]) -> Any:
+        if node in self.weight_nodes:
+            return self.none_like(node)
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
         if str(node.target) == "<built-in function getitem>":
             return args[0][args[1]]
@@ -128,28 +158,76 @@ class Trace:
             lambda v: torch.full((), NONE).expand(v.shape) if isinstance(v, Tensor) else v, node.meta.get("val")
         )
 
+    def module_of(self, node: Node) -> str | None:
+        """Name the innermost module that a node was called in."""
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        return self.module_names.get(stack[-1][0]) if stack else None
+
     def reason(self, node: Node, why: str) -> str:
         """Say why and where: operation, module, line of user code."""
-        stack = node.meta.get("nn_module_stack") or {}
-        module = list(stack.values())[-1][0] if stack else ""
         lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
         where = f", in `{lines[-1]}`" if lines else ""
-        return f"{why} ({node.target} in {module or 'the model'}{where})"
+        return f"{why} ({node.target} in {self.module_of(node) or 'the model'}{where})"
 
     def tensor_name(self, node: Any) -> str:
         """Name the parameter or buffer that a node is, or '' where it is computed."""
         return self.sources.get(node.name, "") if isinstance(node, Node) else ""
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Give the shape of a parameter or buffer, () for none."""
+        if not name:
+            return ()
+        owner, _, leaf = name.rpartition(".")
+        return tuple(getattr(self.model.get_submodule(owner), leaf).shape)
+
+    def weight_of(self, node: Any) -> Weight | None:
+        """Find the one parameter that a layer's weight is made of, or None."""
+        if name := self.tensor_name(node):
+            return Weight(name)
+        if node not in self.weight_nodes:
+            return None
+        numel = node.meta["val"].numel()
+        names, standardised, todo, seen = [], False, [node], set()
+        while todo:
+            at = todo.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            if at.op == "placeholder":
+                names.append(self.tensor_name(at))
+            else:
+                standardised |= str(at.target).split(".")[1] not in PLAIN_WEIGHT_OPS
+                todo.extend(at.all_input_nodes)
+        whole = [name for name in names if torch.Size(self.shape_of(name)).numel() == numel]
+        gains = tuple(name for name in names if name not in whole)
+        return Weight(whole[0], gains, standardised) if len(whole) == 1 else None
+
     def layer_of(self, node: Node, weight: Any) -> str | None:
         """Name the stock layer that this call is, or None: a functional call, a computed or a shared weight."""
-        name = self.tensor_name(weight)
-        if not name.endswith(".weight") or name in self.shared:
+        source = self.weight_of(weight)
+        if source is None or not source.name.endswith(".weight"):
             return None
-        module = name.removesuffix(".weight")
-        stack = node.meta.get("nn_module_stack") or {}
-        innermost = list(stack.values())[-1][0] if stack else ""
-        plain = isinstance(self.model.get_submodule(module), LAYERS) and innermost == module
-        return module if plain and isinstance(node.args[0], Node) else None
+        module = source.name.removesuffix(".weight")
+        plain = isinstance(self.model.get_submodule(module), LAYERS) and self.module_of(node) == module
+        return module if plain and module not in self.shared and isinstance(node.args[0], Node) else None
+
+    def why_no_layer(self, node: Node) -> str:
+        """Say why a call is no layer that a hook can watch."""
+        source = self.weight_of(node.args[1])
+        if source is None:
+            return "its weight is computed"
+        if source.name.removesuffix(".weight") in self.shared:
+            return "its weight is that of several layers"
+        if self.module_of(node) != source.name.removesuffix(".weight"):
+            return f"{source.name} is used outside its layer, where no hook sees its input"
+        return "units of several heads or parts share its weight"
+
+
+def is_layer_call(node: Node) -> bool:
+    """Say whether a node is a layer, whose arguments 1 to 4 are weights."""
+    name = str(node.target)
+    return any(name.startswith(f"aten.{layer}") for layer in ("conv", "linear", "batch_norm", "layer_norm",
+               "group_norm", "instance_norm", "rms_norm", "prelu", "_native_batch_norm"))  # fmt: skip
 
 
 def trace_model(model: nn.Module, example_input: Tensor) -> Trace:

@@ -1,22 +1,17 @@
 """Read the groups off resolved ids, and how MACs and parameters depend on their widths."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.adapters.registry import find_adapter
-from lfrns_hub.trace.ids import NONE, Axis, IdTable
-from lfrns_hub.units import Slice, Tap, UnitGroup
-
-
-def resolve(ids: Tensor, labels: np.ndarray) -> np.ndarray:
-    """Give the unit of each id, NONE for none."""
-    flat = ids.reshape(-1).numpy()
-    return np.where(flat == NONE, NONE, labels[np.maximum(flat, 0)])
+from lfrns_hub.adapters.registry import find_adapter, find_owner
+from lfrns_hub.trace.ids import NONE, Axis, IdTable, resolve
+from lfrns_hub.trace.widths import read_widths
+from lfrns_hub.units import Slice, Tap, UnitGroup, Width
 
 
 def element_axes(ids: IdTable, labels: np.ndarray) -> list[Axis]:
@@ -61,6 +56,38 @@ def marks(ids: IdTable, labels: np.ndarray) -> tuple[dict[int, str], set[int], s
     return frozen, approximate, heads, activated
 
 
+@dataclass
+class Places:
+    """Where units lie: for each unit its axes in ascending order, and its positions along each of them."""
+
+    axes: dict[int, list[int]]
+    counts: dict[int, list[int]]
+    positions: dict[int, list[np.ndarray]]
+
+    def __init__(self, unit_axes: list[np.ndarray]):
+        units = np.concatenate(unit_axes) if unit_axes else np.zeros(0, np.int64)
+        numbers = np.repeat(np.arange(len(unit_axes)), [len(u) for u in unit_axes])
+        places = np.concatenate([np.arange(len(u)) for u in unit_axes]) if unit_axes else units
+        real = units != NONE
+        units, numbers, places = units[real], numbers[real], places[real]
+        order = np.lexsort((places, numbers, units))
+        units, numbers, places = units[order], numbers[order], places[order]
+        breaks = np.flatnonzero((np.diff(units) != 0) | (np.diff(numbers) != 0)) + 1
+        starts = np.concatenate([[0], breaks]) if len(units) else np.zeros(0, np.int64)
+        self.axes, self.counts, self.positions = defaultdict(list), defaultdict(list), defaultdict(list)
+        pieces = np.split(places, breaks)
+        for unit, number, piece in zip(
+            units[starts].tolist(), numbers[starts].tolist(), pieces, strict=bool(len(starts))
+        ):
+            self.axes[unit].append(number)
+            self.counts[unit].append(len(piece))
+            self.positions[unit].append(piece)
+
+    def index(self, units: list[int], place: int) -> Tensor:
+        """Give the positions of units of one family along their `place`-th axis, [U, width]."""
+        return torch.from_numpy(np.stack([self.positions[u][place] for u in units]))
+
+
 def read_groups(ids: IdTable, model: nn.Module) -> list[UnitGroup]:
     """Put units that lie on the same axes into one group.
 
@@ -72,42 +99,31 @@ def read_groups(ids: IdTable, model: nn.Module) -> list[UnitGroup]:
     """
     labels = ids.classes()
     axes = ids.axes + element_axes(ids, labels)
-    axes = [axis for axis in axes if axis.tensor]
     frozen, approximate, heads, activated = marks(ids, labels)
     normed = {int(u) for n in ids.normed for u in np.unique(resolve(n, labels))}
-    places: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
-    for number, axis in enumerate(axes):
-        units = resolve(axis.ids, labels)
-        order = np.argsort(units, kind="stable")
-        values, starts = np.unique(units[order], return_index=True)
-        for unit, positions in zip(values.tolist(), np.split(order, starts[1:]), strict=True):
-            if unit != NONE:
-                places[unit].append((number, positions.tolist()))
-    consumed: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
-    for number, consumer in enumerate(ids.consumers):
-        units = resolve(consumer.ids, labels)
-        for unit in np.unique(units[units != NONE]).tolist():
-            consumed[unit].append((number, np.flatnonzero(units == unit).tolist()))
+    places = Places([resolve(axis.ids, labels) for axis in axes])
+    consumed = Places([resolve(consumer.ids, labels) for consumer in ids.consumers])
     families: dict[Any, list[int]] = defaultdict(list)
-    for unit, where in places.items():
-        if not any(axes[number].makes for number, _ in where):
-            continue
-        signature = tuple((number, len(positions)) for number, positions in where)
-        taps = tuple((number, len(positions)) for number, positions in consumed[unit])
-        families[signature, taps, frozen.get(unit), unit in approximate, unit in heads].append(unit)
-    groups, names = [], set()
-    for (signature, taps, reason, inexact, is_head), units in families.items():
-        makers = [axes[number].tensor.removesuffix(".weight") for number, _ in signature if axes[number].makes]
-        units.sort(key=lambda unit: places[unit][[n for n, _ in places[unit]].index(signature[0][0])][1][0])
-        tap_names = [ids.consumers[number].module for number, _ in taps]
+    for unit, where in sorted(places.axes.items(), key=lambda item: item[1][0]):
+        if any(axes[number].makes for number in where):
+            family = (
+                tuple(where),
+                tuple(places.counts[unit]),
+                tuple(consumed.axes[unit]),
+                tuple(consumed.counts[unit]),
+            )
+            families[*family, frozen.get(unit), unit in approximate, unit in heads].append(unit)
+    groups: list[UnitGroup] = []
+    names: set[str] = set()
+    unit_group: dict[int, int] = {}
+    for (where, _, taps, _, reason, inexact, is_head), units in families.items():
+        makers = [axes[number].tensor.removesuffix(".weight") for number in where if axes[number].makes]
+        units.sort(key=lambda unit: places.positions[unit][0][0])
+        tap_names = [ids.consumers[number].module for number in taps]
         kind = "channel"
         if is_head:
             kind = "head"
-        elif (
-            all(u in activated and u not in normed for u in units)
-            and not inexact
-            and in_mlp_role(model, makers, tap_names)
-        ):
+        elif all(u in activated and u not in normed for u in units) and in_mlp_role(model, makers, tap_names):
             kind = "neuron"
         name = makers[0].rpartition(".")[0] if kind == "head" and "." in makers[0] else makers[0]
         while name in names:
@@ -119,20 +135,22 @@ def read_groups(ids: IdTable, model: nn.Module) -> list[UnitGroup]:
         if kind == "head" and reason is None:
             adapter = find_adapter(model, tap_names[0])
             reason = adapter.frozen_heads if adapter else None
-        groups.append(
-            UnitGroup(
-                name, kind, len(units), not inexact, reason,
-                tuple(
-                    Slice(axes[number].tensor, axes[number].dim, torch.tensor([dict(places[u])[number] for u in units]))
-                    for number, _ in signature
-                ),
-                tuple(
-                    Tap(ids.consumers[number].module, torch.tensor([dict(consumed[u])[number] for u in units]))
-                    for number, _ in taps
-                ),
-            )
-        )  # fmt: skip
-    return groups
+        unit_group.update(dict.fromkeys(units, len(groups)))
+        slices = tuple(Slice(axes[n].tensor, axes[n].dim, places.index(units, at)) for at, n in enumerate(where))
+        read = tuple(Tap(name, consumed.index(units, at)) for at, name in enumerate(tap_names))
+        groups.append(UnitGroup(name, kind, len(units), not inexact, reason, slices, read))
+    widths = read_widths(ids.literals, labels, unit_group, model)
+    return [replace(g, widths=stated_widths(model, g, widths.get(n, ()))) for n, g in enumerate(groups)]
+
+
+def stated_widths(model: nn.Module, group: UnitGroup, found: tuple[Width, ...]) -> tuple[Width, ...]:
+    """Give the attributes that follow a group: an adapter's where there is one, else those that the graph shows."""
+    owner = find_owner(model, group.taps[0].module) if group.kind == "head" and group.taps else None
+    if owner is None:
+        return found
+    values = {name: getattr(model.get_submodule(owner[0]), name, None) for name in owner[1].heads}
+    said = (Width(owner[0], n, None, v // group.size) for n, v in values.items() if isinstance(v, int))
+    return tuple(dict.fromkeys([*said, *(w for w in found if w.module != owner[0])]))
 
 
 def in_mlp_role(model: nn.Module, makers: list[str], taps: list[str]) -> bool:

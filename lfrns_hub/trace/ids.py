@@ -33,6 +33,20 @@ class Consumer:
 
 
 @dataclass
+class Literal:
+    """A number written in the graph that is the length of an axis on which units lie.
+
+    `rows` are the ids of the axis [R, P]: position p goes with the unit that all of column p belongs to.
+    """
+
+    module: str
+    value: int
+    rows: Tensor
+    whole: tuple[int, ...] = ()  # the list it is an element of, as in split(x, [a, b])
+    place: int = 0
+
+
+@dataclass
 class MacsTerm:
     """MACs of one operation, and the id axes on whose kept share they depend, each linearly."""
 
@@ -56,7 +70,9 @@ class IdTable:
     axes: list[Axis] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
     macs: list[MacsTerm] = field(default_factory=list)
+    literals: list[Literal] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    by_axis: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def fresh(self, count: int, from_tensor: bool = False) -> Tensor:
         """Give new ids [count], one block."""
@@ -69,6 +85,16 @@ class IdTable:
         """Give the block of each id, NONE for none."""
         starts = torch.tensor(self.starts or [0])
         return torch.where(ids == NONE, NONE, torch.searchsorted(starts, ids.contiguous(), right=True) - 1)
+
+    def axis(self, tensor: str, dim: int, ids: Tensor, makes: bool = False) -> None:
+        """Say that ids [P] lie along an axis of a parameter or buffer; one met before is tied to what it was."""
+        first = self.by_axis.setdefault((tensor, dim), ids)
+        if first is not ids:
+            self.tie(first, ids)
+            holes = (first == NONE) != (ids == NONE)
+            self.freeze(torch.cat([first[holes], ids[holes]]), f"{tensor} also meets channels of fixed number")
+        else:
+            self.axes.append(Axis(tensor, dim, ids, makes))
 
     def tie(self, one: Tensor, other: Tensor) -> None:
         """Say that ids leave together, position by position; NONE ties nothing."""
@@ -94,6 +120,15 @@ class IdTable:
         """Demand one unit in each row of ids [R, P]; where there are more they are approximate, or frozen."""
         self.deferred.append((torch.unique(rows, dim=0), freeze))
 
+    def other_units(self, rows: Tensor) -> bool:
+        """Say whether one row of ids [R, P] holds other units of the same producer than another row."""
+        rows = torch.unique(rows, dim=0)
+        blocks = self.blocks(rows)
+        order = torch.argsort(blocks, dim=0, stable=True)
+        sorted_blocks, sorted_rows = blocks.gather(0, order), rows.gather(0, order)
+        same = (sorted_blocks[1:] == sorted_blocks[:-1]) & (sorted_blocks[1:] != NONE)
+        return bool((same & (sorted_rows[1:] != sorted_rows[:-1])).any())
+
     def tie_rows(self, rows: Tensor) -> tuple[Tensor, bool]:
         """Tie what one tensor, indexed by P, reads in rows of ids [R, P].
 
@@ -103,11 +138,7 @@ class IdTable:
         """
         rows = torch.unique(rows, dim=0)
         if len(rows) > 1:
-            blocks = self.blocks(rows)
-            order = torch.argsort(blocks, dim=0, stable=True)
-            sorted_blocks, sorted_rows = blocks.gather(0, order), rows.gather(0, order)
-            same = (sorted_blocks[1:] == sorted_blocks[:-1]) & (sorted_blocks[1:] != NONE)
-            if (same & (sorted_rows[1:] != sorted_rows[:-1])).any():
+            if self.other_units(rows):
                 for row in rows:
                     self.tie_all(row)
                 return torch.full_like(rows[0], NONE), False
@@ -124,6 +155,17 @@ class IdTable:
         other = torch.cat([edge[1] for edge in self.edges]).numpy() if self.edges else np.zeros(0, np.int64)
         graph = coo_matrix((np.ones(len(one), np.int8), (one, other)), shape=(self.count, self.count))
         return connected_components(graph, directed=False)[1]
+
+
+def resolve(ids: Tensor, labels: np.ndarray) -> np.ndarray:
+    """Give the unit of each id, NONE for none, as a flat array."""
+    flat = ids.reshape(-1).numpy()
+    return np.where(flat == NONE, NONE, labels[np.maximum(flat, 0)])
+
+
+def varies(ids: Tensor, dim: int) -> bool:
+    """Say whether ids differ along an axis."""
+    return ids.shape[dim] > 1 and ids.stride(dim) != 0 and bool((ids.narrow(dim, 0, 1) != ids).any())
 
 
 def collapse(*tensors: Tensor) -> list[Tensor]:

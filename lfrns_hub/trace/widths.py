@@ -1,0 +1,109 @@
+"""Widths that a forward states by itself: numbers in the graph, looked up among the attributes of the module."""
+
+from collections import Counter, defaultdict
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from lfrns_hub.trace.ids import NONE, Literal, as_rows, resolve
+from lfrns_hub.units import Width
+
+SURE = 16  # a larger number is a width by itself; of small ones (kernel sizes, depths) only those named like one
+WIDTH_WORDS = (
+    "head", "dim", "chan", "chs", "ch", "feature", "width", "hidden", "embed", "group", "planes", "size", "shape",
+    "inp", "oup", "split", "filters", "cardinality", "radix",
+)  # fmt: skip
+NOT_WIDTHS = ("kernel", "stride", "pad", "window", "img", "image", "feat_size", "grid", "scale", "dilation")
+FACTORS = (2, 3, 4)  # a forward writes `2 * self.dim`
+
+
+def stated(module: nn.Module, value: int, whole: tuple[int, ...]) -> list[tuple[str, int]]:
+    """Find the attributes of a module that state a number: (name, factor), for value == factor * attribute."""
+    found = [(k, 1) for k, v in vars(module).items() if whole and isinstance(v, (tuple, list)) and tuple(v) == whole]
+    if found:
+        return found
+    named = {
+        name: number
+        for name, number in vars(module).items()
+        if isinstance(number, int)
+        and not isinstance(number, bool)
+        and number > 0
+        and (number > SURE or any(word in name for word in WIDTH_WORDS))
+        and not any(word in name for word in NOT_WIDTHS)
+    }
+    for factor in (1, *FACTORS):
+        found = [(name, factor) for name, number in named.items() if number * factor == value and number > 1]
+        if found:
+            return found
+    return []
+
+
+def note(trace: Any, node: Any, value: Any, ids: Tensor, dim: int, whole: Any = (), place: int = 0) -> None:
+    """Note a literal if it is the length of an axis on which units lie, and the calling module states it."""
+    if not isinstance(value, int) or value < 1 or ids.shape[dim] != value:
+        return
+    if ids.stride(dim) == 0 or not bool((ids.narrow(dim, 0, 1) != ids).any()):
+        return
+    module = trace.module_of(node)
+    whole = tuple(whole) if all(isinstance(v, int) for v in whole) else ()
+    if module is not None and stated(trace.model.get_submodule(module), value, whole):
+        trace.ids.literals.append(Literal(module, value, as_rows(ids, [dim]), whole, place))
+
+
+def note_sizes(trace: Any, node: Any, ids: Tensor) -> None:
+    """Note the literals of a view, reshape or expand."""
+    sizes = node.args[1] if len(node.args) > 1 else ()
+    if isinstance(sizes, (list, tuple)) and len(sizes) == ids.ndim:
+        for dim, value in enumerate(sizes):
+            note(trace, node, value, ids, dim, sizes)
+
+
+def note_parts(trace: Any, node: Any, parts: Any) -> None:
+    """Note the literals of a split: one for all parts, or one each."""
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    sizes = node.args[1]
+    for place, part in enumerate(parts):
+        if isinstance(sizes, (list, tuple)):
+            note(trace, node, sizes[place], part, dim, sizes, place)
+        elif "chunk" not in str(node.target):
+            note(trace, node, sizes, part, dim)
+
+
+def note_slice(trace: Any, node: Any, ids: Tensor) -> None:
+    """Note the start and end of a slice: they are the lengths of what lies before them."""
+    _, dim, start, end = (*node.args, 0, 0, None)[:4] if len(node.args) < 4 else node.args[:4]
+    length = ids.shape[dim]
+    for value in (start, end):
+        if isinstance(value, int) and 0 < value < length:
+            note(trace, node, value, ids.narrow(dim, 0, value), dim)
+
+
+def read_widths(
+    literals: list[Literal], labels: np.ndarray, unit_group: dict[int, int], model: nn.Module
+) -> dict[int, tuple[Width, ...]]:
+    """Give the attributes that must follow each group.
+
+    Args:
+        literals: Those noted while tracing.
+        labels: Unit of each id.
+        unit_group: Group number of each unit.
+        model: The traced model.
+    """
+    found: dict[int, dict[tuple[str, str, int | None], int]] = defaultdict(dict)
+    for literal in literals:
+        units = resolve(literal.rows, labels).reshape(literal.rows.shape)
+        own = units[0][(units == units[:1]).all(0) & (units[0] != NONE)]
+        per_group: dict[int, set[int]] = defaultdict(set)
+        for unit, count in Counter(own.tolist()).items():
+            if unit in unit_group:
+                per_group[unit_group[unit]].add(count)
+        for name, factor in stated(model.get_submodule(literal.module), literal.value, literal.whole):
+            entry = (
+                literal.place if isinstance(getattr(model.get_submodule(literal.module), name), (tuple, list)) else None
+            )
+            for group, counts in per_group.items():
+                if len(counts) == 1 and (count := counts.pop()) % factor == 0:
+                    found[group].setdefault((literal.module, name, entry), count // factor)
+                    counts.add(count)
+    return {group: tuple(Width(*key, count) for key, count in widths.items()) for group, widths in found.items()}
