@@ -131,11 +131,13 @@ TIMM_ARGS: dict[str, dict[str, Any]] = {
 # Pixels, where the published size only costs time, or a convnet takes no other.
 TIMM_SIZES = {
     "bat_resnext26ts": 256,
+    "csatv2": 256,
     "deepseek_vit_412m": 224,
     "gemma4_vit_167m": 192,
     "mobilenetv5_base": 128,
     "naflexvit_base_patch16_parfac_gap": 224,
     "qwen3_vit_88m": 224,
+    "sam2_hiera_tiny": 224,
 }
 
 Option = tuple[str, str, dict[str, Any]]  # what is special, timm name or function, arguments

@@ -19,7 +19,8 @@ COLUMNS = (
 ON_TERMINAL = ("family", "model", "smallest MACs", "slimmed", "MACs", "self-check", "reloaded", "s")
 LEGEND = """\
 Each network is built with random weights, traced, self-checked, slimmed to 0.75 of its MACs, saved, loaded, compared,
-and trained for a step. A row that is not named beneath its table has passed all of that.
+and trained for a step. A row that is not named beneath its table has passed all of that. Units are chosen from random
+images by correlation, the same share of each group, without FCR: what is tried is whether it works, not how well.
 
 - **exact, approximate, frozen**: groups / units of each kind. Exact groups are cut and self-checked; approximate ones
   (their width crosses a LayerNorm or the like) are cut with `approximate=True` only; frozen ones never. The classes
@@ -129,7 +130,7 @@ def write_tables(rows: Sequence[Row], facts: Mapping[str, str], path: Path) -> N
     lines += [f"| {section} | {count_rows(here)} |" for section, here in sections.items()]
     lines += ["", LEGEND]
     for section, here in sections.items():
-        lines += ["", f"## {section[0].upper()}{section[1:]}: {count_rows(here)}", ""]
+        lines += ["", f"## {section}: {count_rows(here)}", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
         lines += ["| " + " | ".join(_cell(text) for text in cells_of(row)) + " |" for row in here]
         reasons = [line for row in here for line in _reasons(row)]
