@@ -105,7 +105,7 @@ def select_cases(patterns: Sequence[str], *, variants: bool = True, size: int | 
     Args:
         patterns: Globs of a family, a model or a section of the tables; where they match none, of timm's models; or
             any other name that `lfrns units` takes ("package.module:function", a folder). None given: all tables.
-        variants: Also the option variants, where no pattern says otherwise.
+        variants: Also the option variants.
         size: Pixels of the image's sides in place of the tables'.
     Returns:
         The networks, each once, in the order of the tables.
@@ -116,7 +116,7 @@ def select_cases(patterns: Sequence[str], *, variants: bool = True, size: int | 
         >>> [case.model for case in select_cases(["test_resnet"])]
         ['test_resnet']
     """
-    listed = list_cases(variants=variants or bool(patterns))
+    listed = list_cases(variants=variants)
     chosen: list[Case] = [] if patterns else listed
     for pattern in patterns:
         hits = [c for c in listed if any(fnmatchcase(name, pattern) for name in (c.family, c.model, c.section))]

@@ -118,14 +118,14 @@ TIMM_HYBRIDS = {
 
 # Where even the smallest model has more than 60 M parameters it is built with fewer blocks, or thinner.
 TIMM_ARGS: dict[str, dict[str, Any]] = {
-    "beit_base_patch16_224": {"depth": 4},
-    "deepseek_vit_412m": {"depth": 4},
-    "gemma4_vit_167m": {"depth": 4},
+    "beit_base_patch16_224": {"depth": 2},
+    "deepseek_vit_412m": {"depth": 2},
+    "gemma4_vit_167m": {"depth": 2},
     "mobilenetv5_base": {"channel_multiplier": 0.5},
-    "naflexvit_base_patch16_parfac_gap": {"depth": 4},
+    "naflexvit_base_patch16_parfac_gap": {"depth": 2},
     "nasnetalarge": {"num_features": 2016, "stem_size": 48},
-    "qwen3_vit_88m": {"depth": 4},
-    "samvit_base_patch16_224": {"depth": 4, "global_attn_indexes": [1, 3]},
+    "qwen3_vit_88m": {"depth": 2},
+    "samvit_base_patch16_224": {"depth": 2, "global_attn_indexes": [1]},
     "vgg11": {"mlp_ratio": 0.25},
 }
 # Pixels, where the published size only costs time, or a convnet takes no other.
