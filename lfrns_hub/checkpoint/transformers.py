@@ -25,9 +25,10 @@ from lfrns_hub.checkpoint.files import check_shapes, check_tensors, match_dtype,
 from lfrns_hub.narrow import describe, narrow
 
 TYPE_PREFIX = "lfrns_"
-# Types of image classifiers that no subclass can narrow, and what to do instead.
+# Image classifiers that build what they wrap by name, so that a subclass has nothing to narrow; what to save instead.
 NOT_SAVED = {
-    "timm_wrapper": "Save the timm model that it wraps: save(model.timm_model, ...).",
+    "timm_wrapper": "Save the timm model in it: save(model.timm_model, ...).",
+    "shieldgemma2": "It is a text generator: slim its image tower as a class of your own.",
 }
 TYPES = tuple(name for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES if name not in NOT_SAVED)
 
@@ -106,7 +107,7 @@ def write_transformers(model: PreTrainedModel, draft: Path, label_names: Sequenc
     config.lfrns = {"shapes": shapes, "attrs": attrs}
     with torch.device("meta"):
         twin = narrow_class(config)
-    twin.load_state_dict({k: v.contiguous() for k, v in model.state_dict().items()}, assign=True, strict=True)
+    twin.load_state_dict({k: v.contiguous().clone() for k, v in model.state_dict().items()}, assign=True, strict=True)
     with _no_progress_bar():
         twin.save_pretrained(draft)
     write_config(draft, read_config(draft), model)
