@@ -21,6 +21,23 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def feature_entries(model: nn.Module) -> list[dict[str, Any]]:
+    """Give what a timm model says of its feature maps: num_chs, reduction and module of each; [] for others."""
+    info = vars(model).get("feature_info") or []
+    entries = getattr(info, "info", info)
+    return entries if isinstance(entries, list) and all(isinstance(e, dict) and "num_chs" in e for e in entries) else []
+
+
+def set_width(module: nn.Module, attribute: str, value: Any) -> None:
+    """Set an attribute that states widths: an int, a tuple or list of ints, or the channels of feature maps."""
+    if attribute == "feature_info":
+        for entry, channels in zip(feature_entries(module), value, strict=True):
+            entry["num_chs"] = channels
+    else:
+        old = vars(module)[attribute]
+        vars(module)[attribute] = tuple(value) if isinstance(old, tuple) else value
+
+
 def describe(model: nn.Module, base: nn.Module | None) -> tuple[Shapes, Attrs]:
     """Tell a narrow model from its skeleton: the shapes and the width attributes that differ, nothing else.
 
@@ -50,8 +67,8 @@ def describe(model: nn.Module, base: nn.Module | None) -> tuple[Shapes, Attrs]:
     shapes = {n: list(t.shape) for n, t in tensors.items() if n not in skeleton or t.shape != skeleton[n].shape}
     attrs: Attrs = {}
     for name, module in modules.items():
-        dense = _widths(base_modules[name]) if base is not None else {}
-        here = {k: v for k, v in _widths(module).items() if (k in dense and v != dense[k]) or base is None}
+        dense = read_widths(base_modules[name]) if base is not None else {}
+        here = {k: v for k, v in read_widths(module).items() if (k in dense and v != dense[k]) or base is None}
         if here:
             attrs[name] = here
     return shapes, attrs
@@ -79,7 +96,7 @@ def narrow(model: nn.Module, shapes: Shapes, attrs: Attrs) -> nn.Module:
         if name not in modules:
             raise ValueError(f"narrow(attrs={{{name!r}: ...}}): {type(model).__name__} has no such module.")
         for key, value in values.items():
-            _check_width(f"{name}.{key}", value, _widths(modules[name]).get(key))
+            _check_width(f"{name}.{key}", value, read_widths(modules[name]).get(key))
     made: dict[int, Tensor] = {}  # tied tensors stay tied
     for name, shape in shapes.items():
         owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
@@ -94,8 +111,7 @@ def narrow(model: nn.Module, shapes: Shapes, attrs: Attrs) -> nn.Module:
         (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = new
     for name, values in attrs.items():
         for key, value in values.items():
-            old = modules[name].__dict__[key]
-            modules[name].__dict__[key] = tuple(value) if isinstance(old, tuple) else value
+            set_width(modules[name], key, value)
     return model
 
 
@@ -147,7 +163,7 @@ def _may_create(model: nn.Module, name: str) -> bool:
     return owner is not None and name.endswith("bias") and owner._parameters.get("bias", 0) is None
 
 
-def _widths(module: nn.Module) -> dict[str, int | list[int]]:
+def read_widths(module: nn.Module) -> dict[str, int | list[int]]:
     """List the attributes of one module that are ints or tuples of ints."""
     found: dict[str, int | list[int]] = {}
     for key, value in vars(module).items():
@@ -155,6 +171,8 @@ def _widths(module: nn.Module) -> dict[str, int | list[int]]:
             found[key] = value
         elif isinstance(value, (tuple, list)) and value and _are_sizes(value):
             found[key] = list(value)
+    if entries := feature_entries(module):
+        found["feature_info"] = [entry["num_chs"] for entry in entries]
     return found
 
 

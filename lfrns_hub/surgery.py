@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.batches import read_logits
+from lfrns_hub.narrow import read_widths, set_width
 from lfrns_hub.responses import Moments, best_fold, fold_offset
 from lfrns_hub.taps import channel_count, kept_channels, multiplier, watched
 from lfrns_hub.units import SlimPlan, UnitGroup
@@ -138,13 +139,13 @@ def sync_stated(slim: nn.Module, dense: nn.Module, shrinking: Sequence[UnitGroup
             gone[width.module, width.attribute, width.entry] += len(plan.removed(group)) * width.per_unit
     for (name, attribute, entry), less in gone.items():
         module = slim.get_submodule(name)
-        value = getattr(dense.get_submodule(name), attribute)
+        dense_value = read_widths(dense.get_submodule(name))[attribute]
         if entry is None:
-            setattr(module, attribute, value - less)
+            set_width(module, attribute, dense_value - less)
         else:
-            entries = list(getattr(module, attribute))
-            entries[entry] = value[entry] - less
-            setattr(module, attribute, type(value)(entries))
+            entries = list(read_widths(module)[attribute])
+            entries[entry] = dense_value[entry] - less
+            set_width(module, attribute, entries)
 
 
 def fold(consumer: nn.Module, moments: Moments, keep: Tensor) -> None:

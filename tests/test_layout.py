@@ -12,12 +12,12 @@ RECIPES = PACKAGE.parent / "recipes"
 COMMON = {"units", "batches", "answers", "running"}
 # What else each may; a module that is not named here may import COMMON alone.
 ALLOWED = {
-    "trace": {"adapters"},
+    "trace": {"adapters", "narrow"},
     "responses": {"taps"},
     "contribution": {"taps", "responses", "redundancy"},
     "select": {"trace", "responses", "redundancy"},
     "surgery": {"taps", "adapters", "narrow", "responses"},
-    "self_check": {"surgery"},
+    "self_check": {"narrow", "surgery"},
     "report": {"taps", "responses", "redundancy"},
     "slim": {
         "trace",

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from lfrns_hub.narrow import meta_copy
+from lfrns_hub.batches import read_tensors
+from lfrns_hub.narrow import feature_entries, meta_copy
 from lfrns_hub.trace import elementwise, layers, movement, products  # noqa: F401  (they register their rules)
 from lfrns_hub.trace.groups import MacsModel, read_groups
 from lfrns_hub.trace.ids import NONE, IdTable
 from lfrns_hub.trace.rules import find_rule
+from lfrns_hub.trace.widths import note_features
 from lfrns_hub.units import UnitGroup
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -43,6 +45,8 @@ class Trace:
 
     def __init__(self, model: nn.Module, example_input: Tensor):
         self.model = meta_copy(model).eval()
+        # torch.export takes lists and dicts, but no dataclass that it does not know.
+        self.model.register_forward_hook(lambda _module, _inputs, output: tuple(read_tensors(output)))
         self._name_modules()
         self.ids = IdTable()
         example = torch.empty_like(example_input[:1], device="meta")
@@ -102,17 +106,22 @@ class Trace:
         """Run the ids through every node."""
         values: dict[Node, Any] = {}
         kinds = {spec.arg.name: spec.kind for spec in program.graph_signature.input_specs}
+        features = {entry.get("module", ""): torch.empty(0) for entry in feature_entries(self.model)}
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 values[node] = self._source(node, kinds[node.name])
             elif node.op == "call_function":
                 values[node] = self._call(node, values)
+                for name, _ in (node.meta.get("nn_module_stack") or {}).values():
+                    if name in features and isinstance(values[node], Tensor):
+                        features[name] = values[node]
             elif node.op == "output":
                 for value in torch.utils._pytree.tree_leaves(torch.fx.node.map_arg(node.args, lambda n: values[n])):
                     if isinstance(value, Tensor):
                         self.ids.freeze(value.flatten(), "it is the network's output")
             else:
                 values[node] = None
+        note_features(self, features)
 
     def _source(self, node: Node, kind: InputKind) -> Any:
         """Parameters and buffers that are added or multiplied get ids of their own, an input none."""

@@ -44,6 +44,7 @@ class Literal:
     rows: Tensor
     whole: tuple[int, ...] = ()  # the list it is an element of, as in split(x, [a, b])
     place: int = 0
+    attribute: str = ""  # where the attribute is known beforehand
 
 
 @dataclass

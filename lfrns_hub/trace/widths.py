@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from lfrns_hub.narrow import feature_entries
 from lfrns_hub.trace.ids import NONE, Literal, as_rows, resolve
 from lfrns_hub.units import Width
 
@@ -15,6 +16,7 @@ WIDTH_WORDS = (
     "inp", "oup", "split", "filters", "cardinality", "radix",
 )  # fmt: skip
 NOT_WIDTHS = ("kernel", "stride", "pad", "window", "img", "image", "feat_size", "grid", "scale", "dilation")
+FEATURES = ("num_features", "head_hidden_size", "embed_dim", "in_features", "hidden_size")
 FACTORS = (2, 3, 4)  # a forward writes `2 * self.dim`
 
 
@@ -47,8 +49,14 @@ def note(trace: Any, node: Any, value: Any, ids: Tensor, dim: int, whole: Any = 
         return
     module = trace.module_of(node)
     whole = tuple(whole) if all(isinstance(v, int) for v in whole) else ()
-    if module is not None and stated(trace.model.get_submodule(module), value, whole):
-        trace.ids.literals.append(Literal(module, value, as_rows(ids, [dim]), whole, place))
+    if module is None:
+        return
+    children = [f"{module}.{name}".lstrip(".") for name, _ in trace.model.get_submodule(module).named_children()]
+    for owner in (module, *children):  # a child's method that is no forward counts as the caller's
+        if stated(trace.model.get_submodule(owner), value, whole):
+            trace.ids.literals.append(Literal(owner, value, as_rows(ids, [dim]), whole, place))
+            if owner == module and not whole:
+                return
 
 
 def note_sizes(trace: Any, node: Any, ids: Tensor) -> None:
@@ -56,7 +64,7 @@ def note_sizes(trace: Any, node: Any, ids: Tensor) -> None:
     sizes = node.args[1] if len(node.args) > 1 else ()
     if isinstance(sizes, (list, tuple)) and len(sizes) == ids.ndim:
         for dim, value in enumerate(sizes):
-            note(trace, node, value, ids, dim, sizes)
+            note(trace, node, value, ids, dim, sizes, dim)
 
 
 def note_parts(trace: Any, node: Any, parts: Any) -> None:
@@ -79,6 +87,30 @@ def note_slice(trace: Any, node: Any, ids: Tensor) -> None:
             note(trace, node, value, ids.narrow(dim, 0, value), dim)
 
 
+def note_features(trace: Any, outputs: dict[str, Tensor]) -> None:
+    """Note what a timm model says of its features: `num_features`, `head_hidden_size`, each map's `num_chs`.
+
+    Args:
+        trace: The trace, all nodes run.
+        outputs: Ids of what each module named in `feature_info` gives.
+    """
+    readers = trace.ids.consumers
+    heads = [""] + [readers[-1].module.rpartition(".")[0]] if readers else []
+    for module in dict.fromkeys(heads):
+        for name in FEATURES:
+            value = vars(trace.model.get_submodule(module)).get(name)
+            found = [c.ids for c in readers if isinstance(value, int) and len(c.ids) == value]
+            if found:
+                trace.ids.literals.append(Literal(module, value, found[-1].view(1, -1), attribute=name))
+    for place, entry in enumerate(feature_entries(trace.model)):
+        ids = outputs.get(entry.get("module", ""))
+        value = entry.get("num_chs")
+        dims = [] if ids is None else [d for d in (1, ids.ndim - 1) if d < ids.ndim and ids.shape[d] == value]
+        if dims:
+            rows = as_rows(ids, [dims[0]])
+            trace.ids.literals.append(Literal("", value, rows, place=place, attribute="feature_info"))
+
+
 def read_widths(
     literals: list[Literal], labels: np.ndarray, unit_group: dict[int, int], model: nn.Module
 ) -> dict[int, tuple[Width, ...]]:
@@ -98,10 +130,10 @@ def read_widths(
         for unit, count in Counter(own.tolist()).items():
             if unit in unit_group:
                 per_group[unit_group[unit]].add(count)
-        for name, factor in stated(model.get_submodule(literal.module), literal.value, literal.whole):
-            entry = (
-                literal.place if isinstance(getattr(model.get_submodule(literal.module), name), (tuple, list)) else None
-            )
+        module = model.get_submodule(literal.module)
+        names = [(literal.attribute, 1)] if literal.attribute else stated(module, literal.value, literal.whole)
+        for name, factor in names:
+            entry = None if isinstance(getattr(module, name), int) else literal.place
             for group, counts in per_group.items():
                 if len(counts) == 1 and (count := counts.pop()) % factor == 0:
                     found[group].setdefault((literal.module, name, entry), count // factor)
