@@ -53,15 +53,16 @@ def tie_operands(trace: Any, one: Tensor, other: Tensor) -> Tensor:
     for small, full in ((small_one, small_other), (small_other, small_one)):
         spread = [d for d in range(small.ndim) if small.stride(d) == 0 and varies(full, d)]
         rest = [d for d in range(small.ndim) if d not in spread and varies(small, d)]
-        if not spread or (rest and all(varies(full, d) for d in rest)):
+        per_unit = rest and all(varies(full, d) for d in rest)
+        shared = trace.ids.of_tensors(small) and rest and max(spread, default=0) < min(rest)  # rotary embeddings
+        if not spread or (per_unit and not shared):
             continue  # the same axes, or one value for all that lies in a unit, as a temperature of heads
         rows = as_rows(full, [d for d in range(full.ndim) if d not in spread])
         if not trace.ids.other_units(rows):
             continue  # copies of one axis, as in the parts of a channel
         trace.ids.freeze(small, "it is broadcast over the units of another layer")
         return full.expand(shape)
-    tensors = [*trace.ids.from_tensor, False]  # the block of NONE, -1, reads the last
-    if bool((small_one == NONE).all()) or all(tensors[b] for b in trace.ids.blocks(small_one).unique().tolist()):
+    if trace.ids.of_tensors(small_one):
         small_one, small_other = small_other, small_one
     fixed_size(trace, small_one, small_other)
     fixed_size(trace, small_other, small_one)

@@ -121,6 +121,11 @@ class IdTable:
         """Demand one unit in each row of ids [R, P]; where there are more they are approximate, or frozen."""
         self.deferred.append((torch.unique(rows, dim=0), freeze))
 
+    def of_tensors(self, ids: Tensor) -> bool:
+        """Say whether ids are those of parameters and buffers alone, or of no unit."""
+        tensors = [*self.from_tensor, True]  # the block of NONE, -1, reads the last
+        return all(tensors[block] for block in self.blocks(ids).unique().tolist())
+
     def other_units(self, rows: Tensor) -> bool:
         """Say whether one row of ids [R, P] holds other units of the same producer than another row."""
         rows = torch.unique(rows, dim=0)

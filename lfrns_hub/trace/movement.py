@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfrns_hub.trace.ids import NONE
+from lfrns_hub.trace.ids import NONE, collapse
 from lfrns_hub.trace.rules import register_op
 from lfrns_hub.trace.widths import note_parts, note_sizes, note_slice
 
 MOVES = (
-    "permute transpose t squeeze unsqueeze select narrow cat stack unbind roll flip pixel_shuffle pixel_unshuffle "
+    "permute transpose t squeeze unsqueeze select narrow cat unbind roll flip pixel_shuffle pixel_unshuffle "
     "repeat channel_shuffle movedim alias detach swapaxes expand_as view_as reshape_as tile unfold swapdims moveaxis rot90 "
     "repeat_interleave diagonal hstack vstack atleast_2d broadcast_to numpy_T mT column_stack concat concatenate"
 )
@@ -32,10 +32,22 @@ def resize(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Ten
 
 @register_op("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split")
 def split(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A split: its sizes may state how many units there are."""
+    """A split: its sizes may state how many units there are; equal parts stay equal."""
     parts = node.target(ids, *args, **kwargs)
     note_parts(trace, node, parts)
+    if isinstance(args[0], int):
+        for part in parts[1:]:
+            if part.shape == parts[0].shape:
+                trace.ids.tie(*collapse(parts[0], part))
     return parts
+
+
+@register_op("aten.stack")
+def stack(trace: Any, node: Any, parts: list[Tensor], *args: Any) -> Tensor:
+    """A stack: its parts are of one size, and stay so."""
+    for part in parts[1:]:
+        trace.ids.tie(*collapse(parts[0], part))
+    return node.target(parts, *args)
 
 
 @register_op("aten.slice")
