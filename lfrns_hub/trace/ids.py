@@ -130,6 +130,7 @@ class IdTable:
         """Say whether one row of ids [R, P] holds other units of the same producer than another row."""
         rows = torch.unique(rows, dim=0)
         blocks = self.blocks(rows)
+        blocks = torch.where(torch.tensor([*self.from_tensor, True])[blocks], NONE, blocks)  # tokens are no units
         order = torch.argsort(blocks, dim=0, stable=True)
         sorted_blocks, sorted_rows = blocks.gather(0, order), rows.gather(0, order)
         same = (sorted_blocks[1:] == sorted_blocks[:-1]) & (sorted_blocks[1:] != NONE)
