@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.batches import read_logits, split_batch
+from lfrns_hub.answers import read_answer
+from lfrns_hub.batches import split_batch
 from lfrns_hub.taps import channel_count, channels_last, watched
 
 HELD_OUT_EVERY = 5  # every fifth batch chooses the ridge; the others fit
@@ -85,7 +86,7 @@ def collect(
     Returns:
         Moments per consumer.
     Source: Moments of the features as DESIGN.md section 4; the loss weights are the diagonal of the Fisher
-        information at the consumers' outputs, with labels drawn from the model's own distribution.
+        information at the consumers' outputs, with labels drawn from the model's own distribution (`drawn_loss`).
     """
     device = next(model.parameters()).device
     modules = {name: model.get_submodule(name) for name in taps}
@@ -161,11 +162,7 @@ def add_loss_weights(
     ]
     try:
         with torch.enable_grad():
-            logits = read_logits(model(images.detach().requires_grad_())).float()
-            drawn = (
-                torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).flatten().to(logits.device)
-            )
-            loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
+            loss = read_answer(model, model(images.detach().requires_grad_())).drawn_loss(generator)
             gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
     finally:
         for handle in handles:

@@ -69,7 +69,8 @@ def check(model: nn.Module, example_input: Tensor) -> CheckReport:
     """
     model = unwrap(model, "check")
     refuse_meta(model, "check")
-    return self_check(model, find_units(model, example_input), example_input)[1]
+    example = as_input(check_example(example_input, "check"), model)
+    return self_check(model, find_units(model, example), example)[1]
 
 
 def slim(

@@ -17,11 +17,13 @@ from lfrns_hub.checkpoint.timm import TIMM_NAME, load_timm, timm_base, write_tim
 from lfrns_hub.checkpoint.transformers import (
     TYPE_PREFIX,
     fill_transformers,
+    has_narrow_class,
     is_transformers,
     load_transformers,
     write_transformers,
 )
 from lfrns_hub.hub import fetch
+from lfrns_hub.running import unwrap
 
 
 def save(
@@ -40,11 +42,12 @@ def save(
     Everything is written beside the folder, loaded from there and compared tensor by tensor, and only then moved.
 
     Args:
-        model: A slim (or dense) model: timm's, a transformers image classifier, or a class of your own.
+        model: A slim (or dense) model: timm's, a transformers image classifier, or a class of your own. Wrappers of
+            torch.compile and DDP come off.
         directory: Where to; other files in it stay as they are.
         record: The Record (or its dict) for the card and record.json. None: the card says "not measured".
-        base: The dense architecture, where the model does not say: a timm name, or for your own class the dense
-            model or a function that builds it.
+        base: The dense architecture, where the model does not say: a timm name, or for your own class (and one of
+            transformers' that is no image classifier) the dense model or a function that builds it.
         base_args: Arguments of the base that differ from its defaults.
         processor: A transformers image processor, saved beside the model.
         label_names: Name of each class, in the order of the logits.
@@ -55,6 +58,7 @@ def save(
         FileExistsError: The folder is not empty and overwrite is False.
         ValueError: The model cannot be told from its base, or does not come back equal.
     """
+    model = unwrap(model, "save")
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
         raise FileExistsError(
@@ -66,7 +70,7 @@ def save(
     draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent.resolve()))
     draft.chmod(0o755)  # mkdtemp's 0o700 would stay with the published folder
     try:
-        if is_transformers(model):
+        if is_transformers(model) and (base is None or has_narrow_class(model)):
             write_transformers(model, draft, label_names)
             source = {"base": type(model).__name__.removeprefix("Lfrns"), "library": "transformers"}
             compare(model, load(draft))

@@ -91,6 +91,12 @@ def is_transformers(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel)
 
 
+def has_narrow_class(model: nn.Module) -> bool:
+    """Say whether transformers can build a model of this class from a narrow config."""
+    model_type = model.config.model_type.removeprefix(TYPE_PREFIX)
+    return model_type in TYPES and any(type(model) in pair for pair in narrow_classes(model_type).items())
+
+
 def write_transformers(model: PreTrainedModel, draft: Path, label_names: Sequence[str] | None) -> None:
     """Write transformers' config.json and weights, by its own save_pretrained."""
     narrow_class = _narrow_class_of(model)
@@ -126,7 +132,7 @@ def _narrow_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
             f"{call}: its forward or its files leave no place for narrower layers. {NOT_SAVED[model_type]}"
         )
     raise ValueError(f"{call}: of transformers, the classes of AutoModelForImageClassification are saved. "
-                     "Slim one of them, or the same architecture from timm.")  # fmt: skip
+                     "For another class pass the dense model as base=, and to load as model=.")  # fmt: skip
 
 
 def load_transformers(folder: Path) -> nn.Module:
