@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import lfrns_hub as lfrns
+from lfrns_hub import self_check
 from lfrns_hub.self_check import REMOVED_SHARE, random_plan, randomised
 from lfrns_hub.surgery import cut, masked
 
@@ -136,29 +137,92 @@ def test_unknown_operations_freeze_with_the_line_of_user_code():
     assert groups["second"].frozen_reason is None
 
 
-@pytest.mark.parametrize("fault", ["a forgotten consumer", "a swapped order"])
-def test_the_self_check_catches_planted_faults(fault, monkeypatch):
-    model = timm.create_model("test_vit", num_classes=10, img_size=32)
-    images = torch.randn(1, 3, 32, 32)
-    from lfrns_hub import self_check as module
+class Attention(nn.Module):
+    """Attention whose head width is what remains, so that a wrong number of heads still has fitting shapes."""
 
-    honest = module.cut
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.scale = 4, 8**-0.5
+        self.patches, self.qkv = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 96)
+        self.proj, self.head = nn.Linear(32, 16), nn.Linear(16, 5)
+
+    def forward(self, images):
+        x = self.patches(images).flatten(2).mT
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        x = (q * self.scale @ k.mT).softmax(-1) @ v
+        return self.head(self.proj(x.transpose(1, 2).flatten(2)).mean(1))
+
+
+def forget_consumer(slim: nn.Module, dense: nn.Module) -> None:
+    slim.mlp.fc2 = copy.deepcopy(dense.mlp.fc2)
+
+
+def lose_weight(slim: nn.Module, dense: nn.Module) -> None:
+    slim.mlp.fc2.weight.data[:, 0] = 0
+
+
+def swap_order(slim: nn.Module, dense: nn.Module) -> None:
+    weight = slim.mlp.fc2.weight
+    weight.data = weight.data[:, [1, 0, *range(2, weight.shape[1])]]
+
+
+def swap_query_and_key(slim: nn.Module, dense: nn.Module) -> None:
+    for tensor in (slim.qkv.weight, slim.qkv.bias):
+        query, key, value = tensor.data.chunk(3)
+        tensor.data = torch.cat([key, query, value])
+
+
+def leave_heads_stale(slim: nn.Module, dense: nn.Module) -> None:
+    slim.num_heads = dense.num_heads
+
+
+def change_scale(slim: nn.Module, dense: nn.Module) -> None:
+    slim.scale = 2 * dense.scale
+
+
+WRONG, SHAPES = "slim differs from masked dense", "its forward cannot narrow"
+# Fault: the module it is planted in, the layer whose narrower input brings it, the group to blame, how it shows.
+FAULTS = {
+    "a forgotten consumer": (forget_consumer, "blocks.0", "mlp.fc2", "blocks.0.mlp.fc1", SHAPES),
+    "a lost weight": (lose_weight, "blocks.0", "mlp.fc2", "blocks.0.mlp.fc1", WRONG),
+    "a swapped order": (swap_order, "blocks.1", "mlp.fc2", "blocks.1.mlp.fc1", WRONG),
+    "a swapped query and key": (swap_query_and_key, "blocks.0.attn", "proj", "blocks.0.attn", WRONG),
+    "stale heads": (leave_heads_stale, "blocks.1.attn", "proj", "blocks.1.attn", SHAPES),
+    "a changed scale": (change_scale, "blocks.0.attn", "proj", "blocks.0.attn", WRONG),
+    "a swapped query and key, plain": (swap_query_and_key, "", "proj", "qkv", WRONG),
+    "stale heads that fit": (leave_heads_stale, "", "proj", "qkv", WRONG),
+    "a changed scale, plain": (change_scale, "", "proj", "qkv", WRONG),
+}
+
+
+def plain_vit() -> nn.Module:
+    """A small ViT whose attention reads its `scale`, as the fused one does not."""
+    model = timm.create_model("test_vit", num_classes=10, img_size=32, depth=2)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    return model
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_self_check_catches_planted_faults(fault, monkeypatch):
+    plant, place, trigger, blamed, sign = FAULTS[fault]
+    honest = self_check.cut
 
     def faulty(dense, groups, plan, moments=None):
         slim = honest(dense, groups, plan, moments)
-        name = next((n for n in slim.state_dict() if n.endswith("mlp.fc2.weight")), None)
-        weight = slim.get_parameter(name)
-        if weight.shape != dense.get_parameter(name).shape:
-            if fault == "a swapped order":
-                weight.data = weight.data[:, [1, 0, *range(2, weight.shape[1])]]
-            else:
-                weight.data[:, 0] = 0
+        ours, theirs = slim.get_submodule(place), dense.get_submodule(place)
+        if ours.get_submodule(trigger).weight.shape[1] != theirs.get_submodule(trigger).weight.shape[1]:
+            plant(ours, theirs)
         return slim
 
-    monkeypatch.setattr(module, "cut", faulty)
-    frozen = lfrns.check(model, images).frozen
-    assert list(frozen) == ["blocks.0.mlp.fc1"]
-    assert "slim differs from masked dense" in frozen["blocks.0.mlp.fc1"]
+    model = plain_vit() if place else Attention()
+    clean = lfrns.check(model, torch.randn(1, 3, 32, 32))
+    assert clean.frozen == {} and blamed in clean.checked
+    monkeypatch.setattr(self_check, "cut", faulty)
+    found = lfrns.check(model, torch.randn(1, 3, 32, 32))
+    assert list(found.frozen) == [blamed]
+    assert sign in found.frozen[blamed]
+    assert sorted(found.checked) == sorted(set(clean.checked) - {blamed})
 
 
 def bare_images(count: int = 6, size: int = 32) -> list[torch.Tensor]:
