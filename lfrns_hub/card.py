@@ -150,8 +150,10 @@ def _hardware(setup: dict[str, Any]) -> str:
 
 
 def _groups(provenance: dict[str, Any]) -> list[list[str]]:
-    """List kind, dense and kept width of every group of units."""
-    kinds = provenance.get("kinds") or {}
+    """List kind, dense and kept width of every group of units; an approximate one is called so."""
+    kinds = dict(provenance.get("kinds") or {})
+    for name in provenance.get("approximate") or []:
+        kinds[name] = f"{kinds.get(name, UNKNOWN)}, approximate"
     widths = provenance.get("widths") or {}
     return [[name, kinds.get(name, UNKNOWN), str(dense), str(kept)] for name, (kept, dense) in widths.items()]
 

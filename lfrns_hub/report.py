@@ -27,6 +27,7 @@ class GroupReport:
         weak: Removed units that no other stands in for, the same keys: they hardly reach any consumer.
         restored: Units of the pruning set that their contribution brought back.
         integrity: Share of the consumers' output variance that the kept units explain on held-out images.
+        exact: Whether removing a unit equals zeroing it; False for approximate groups.
     """
 
     name: str
@@ -37,6 +38,7 @@ class GroupReport:
     weak: list[dict[str, Any]]
     restored: int
     integrity: float
+    exact: bool = True
 
 
 @dataclass
@@ -84,7 +86,9 @@ def report_group(
             leave = torch.cat([index.flatten() for index in gone]).unique()
             shares.append(integrity(moments[tap.module], dense.get_submodule(tap.module).weight.detach(), keep, leave))
     whole = min(shares) if shares else 1.0
-    return GroupReport(group.name, group.kind, group.size, len(kept), redundant, weak, restored, round(whole, 4))
+    return GroupReport(
+        group.name, group.kind, group.size, len(kept), redundant, weak, restored, round(whole, 4), group.exact
+    )
 
 
 def provenance(
