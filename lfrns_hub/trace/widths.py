@@ -10,6 +10,8 @@ from lfrns_hub.narrow import feature_entries
 from lfrns_hub.trace.ids import NONE, Literal, as_rows, resolve
 from lfrns_hub.units import Width
 
+# Their widths are read from their tensors.
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 SURE = 16  # a larger number is a width by itself; of small ones (kernel sizes, depths) only those named like one
 WIDTH_WORDS = (
     "head", "dim", "chan", "chs", "ch", "feature", "width", "hidden", "embed", "group", "planes", "size", "shape",
@@ -51,7 +53,11 @@ def note(trace: Any, node: Any, value: Any, ids: Tensor, dim: int, whole: Any = 
     whole = tuple(whole) if all(isinstance(v, int) for v in whole) else ()
     if module is None:
         return
-    children = [f"{module}.{name}".lstrip(".") for name, _ in trace.model.get_submodule(module).named_children()]
+    children = [
+        f"{module}.{name}".lstrip(".")
+        for name, child in trace.model.get_submodule(module).named_children()
+        if not isinstance(child, LAYERS)
+    ]
     for owner in (module, *children):  # a child's method that is no forward counts as the caller's
         if stated(trace.model.get_submodule(owner), value, whole):
             trace.ids.literals.append(Literal(owner, value, as_rows(ids, [dim]), whole, place))
