@@ -273,7 +273,6 @@ def test_heads_leave_the_one_key_and_value_of_multi_query_attention_whole(rotary
     assert any("all heads share it" in g.frozen_reason for g in shared)
 
 
-@pytest.mark.xfail(strict=True, reason="heads take in_features of qkv and out_features of proj for widths of theirs")
 def test_linear_layers_state_the_shape_of_their_weight_after_heads_left():
     model = timm.create_model("test_vit", num_classes=5, img_size=32, depth=1, dynamic_img_size=False)
     groups = lfrns.find_units(model, torch.randn(1, 3, 32, 32))
@@ -283,7 +282,6 @@ def test_linear_layers_state_the_shape_of_their_weight_after_heads_left():
             assert (layer.out_features, layer.in_features) == layer.weight.shape, name
 
 
-@pytest.mark.xfail(strict=True, reason="the rule of resizing takes the tokens of a table of positions for units")
 def test_a_table_of_positions_that_the_forward_resizes_freezes_no_channel():
     model = timm.create_model("test_vit", num_classes=5, img_size=32, depth=1, dynamic_img_size=True)
     groups = {g.name: g for g in lfrns.find_units(model, torch.randn(1, 3, 32, 32))}

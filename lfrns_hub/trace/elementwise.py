@@ -148,8 +148,11 @@ def pool(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
     many = isinstance(value, (tuple, list))
     shape = (value[0] if many else value).shape
     axes = 1 if "1d" in str(node.target) else 3 if "3d" in str(node.target) else 2
-    if any(varies(ids, -1 - at) for at in range(axes)):
+    first = ids[(..., *[slice(0, 1)] * axes)]
+    if trace.ids.of_tensors(ids):
+        trace.ids.tie(first.expand_as(ids), ids)  # a table of positions: each channel is one
+    elif any(varies(ids, -1 - at) for at in range(axes)):
         trace.ids.freeze(ids, trace.reason(node, "units lie along its spatial axes"))
         return trace.none_like(node)
-    ids = ids[(..., *[slice(0, 1)] * axes)].expand(shape)
+    ids = first.expand(shape)
     return [ids] * len(value) if many else ids
