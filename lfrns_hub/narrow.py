@@ -64,7 +64,12 @@ def describe(model: nn.Module, base: nn.Module | None) -> tuple[Shapes, Attrs]:
                 f"describe({type(model).__name__}): {_few(strangers)} not in both the model and its base "
                 f"{type(base).__name__}. Give the base this model was cut from."
             )
-    shapes = {n: list(t.shape) for n, t in tensors.items() if n not in skeleton or t.shape != skeleton[n].shape}
+    computed = computed_buffers(model)
+    shapes = {
+        n: list(t.shape)
+        for n, t in tensors.items()
+        if n not in skeleton or (t.shape != skeleton[n].shape and not (n in computed and grown(t, skeleton[n])))
+    }
     attrs: Attrs = {}
     for name, module in modules.items():
         dense = read_widths(base_modules[name]) if base is not None else {}
@@ -72,6 +77,17 @@ def describe(model: nn.Module, base: nn.Module | None) -> tuple[Shapes, Attrs]:
         if here:
             attrs[name] = here
     return shapes, attrs
+
+
+def computed_buffers(model: nn.Module) -> set[str]:
+    """Name the buffers that no file holds: a forward computes them for the images at hand."""
+    modules = _modules(model).items()
+    return {f"{name}.{leaf}".lstrip(".") for name, module in modules for leaf in module._non_persistent_buffers_set}
+
+
+def grown(tensor: Tensor, other: Tensor) -> bool:
+    """Say whether a tensor is larger than another along an axis, as no cut makes it."""
+    return tensor.ndim != other.ndim or any(a > b for a, b in zip(tensor.shape, other.shape, strict=True))
 
 
 def narrow(model: nn.Module, shapes: Shapes, attrs: Attrs) -> nn.Module:

@@ -11,8 +11,8 @@ from lfrns_hub.trace.widths import note_parts, note_sizes, note_slice
 
 MOVES = (
     "permute transpose t squeeze unsqueeze select narrow cat unbind roll flip pixel_shuffle pixel_unshuffle "
-    "repeat channel_shuffle movedim alias detach swapaxes expand_as view_as reshape_as tile unfold swapdims moveaxis rot90 "
-    "repeat_interleave diagonal hstack vstack atleast_2d broadcast_to numpy_T mT column_stack concat concatenate"
+    "repeat channel_shuffle movedim alias detach swapaxes expand_as view_as reshape_as tile unfold swapdims moveaxis "
+    "rot90 repeat_interleave diagonal hstack vstack atleast_2d broadcast_to numpy_T mT column_stack concat concatenate"
 )
 
 

@@ -101,7 +101,7 @@ def note_features(trace: Any, outputs: dict[str, Tensor]) -> None:
         outputs: Ids of what each module named in `feature_info` gives.
     """
     readers = trace.ids.consumers
-    heads = [""] + [readers[-1].module.rpartition(".")[0]] if readers else []
+    heads = ["", readers[-1].module.rpartition(".")[0]] if readers else []
     for module in dict.fromkeys(heads):
         for name in FEATURES:
             value = vars(trace.model.get_submodule(module)).get(name)
