@@ -1,0 +1,65 @@
+"""What docs/extending.md shows runs, in order, and prints what it says."""
+
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from lfrns_hub import cli
+from lfrns_hub.adapters import registry
+from lfrns_hub.trace import rules
+
+COLUMNS = 100  # of the tables in the page
+
+
+def run_page(text: str, folder: Path) -> list[tuple[str, str]]:
+    """Run a page's blocks: Python in one namespace, one that opens with a file's name written there, and `lfrns`.
+
+    Returns:
+        For each text block, what it says and what the block before it printed.
+    """
+    namespace, printed, pairs = {"__name__": "page"}, "", []
+    for language, body in re.findall(r"```(python|sh|text)\n(.*?)```", text, flags=re.DOTALL):
+        named = re.match(r"# (\w+\.py)\n", body)
+        if language == "text":
+            pairs.append((plain(body), plain(printed)))
+        elif language == "sh":
+            answer = CliRunner().invoke(cli.app, body.split()[1:])
+            assert answer.exit_code == 0, answer.output
+            printed = answer.output
+        elif named:
+            (folder / named[1]).write_text(body, encoding="utf-8")
+        else:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile(body, "docs/extending.md", "exec"), namespace)
+            printed = out.getvalue()
+    return pairs
+
+
+def plain(text: str) -> str:
+    """Text without spaces at the ends of its lines."""
+    return "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
+
+
+def test_extending_runs_and_prints_what_it_says(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(cli, "console", Console(width=COLUMNS))
+    monkeypatch.setattr(registry, "ADAPTERS", dict(registry.ADAPTERS))  # what the page registers leaves with it
+    monkeypatch.setattr(rules, "RULES", dict(rules.RULES))
+    try:
+        pairs = run_page((repository / "docs" / "extending.md").read_text(encoding="utf-8"), tmp_path)
+    finally:
+        for name in ("mynet", "mynet_lfrns"):
+            sys.modules.pop(name, None)
+    assert len(pairs) == 8
+    for said, printed in pairs:
+        assert printed == said
