@@ -17,7 +17,7 @@ from lfrns_hub.report import SlimReport, clocked, provenance, report_group
 from lfrns_hub.responses import HELD_OUT_EVERY, Moments, collect
 from lfrns_hub.running import as_input, device_of, dtype_of, refuse_meta, unwrap
 from lfrns_hub.select import Ledger, cluster_down, restore
-from lfrns_hub.self_check import CheckReport, self_check
+from lfrns_hub.self_check import CheckReport, narrowing, self_check
 from lfrns_hub.surgery import cut, recalibrate
 from lfrns_hub.trace import Trace, trace_model
 from lfrns_hub.units import SlimPlan, UnitGroup
@@ -52,7 +52,8 @@ def find_units(model: nn.Module, example_input: Tensor) -> list[UnitGroup]:
         ValueError: The model cannot be exported on such images.
     """
     model = unwrap(model, "find_units")
-    return trace_model(model, as_input(check_example(example_input, "find_units"), model)).groups
+    example = as_input(check_example(example_input, "find_units"), model)
+    return narrowing(model, trace_model(model, example).groups, example)
 
 
 def check(model: nn.Module, example_input: Tensor) -> CheckReport:
@@ -70,7 +71,7 @@ def check(model: nn.Module, example_input: Tensor) -> CheckReport:
     model = unwrap(model, "check")
     refuse_meta(model, "check")
     example = as_input(check_example(example_input, "check"), model)
-    return self_check(model, find_units(model, example), example)[1]
+    return self_check(model, trace_model(model, example).groups, example)[1]
 
 
 def slim(
