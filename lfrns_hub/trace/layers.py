@@ -51,6 +51,7 @@ def conv(
     rows = as_rows(ids, [1])
     if name is None or (len(rows) > 1 and trace.ids.other_units(rows)):
         trace.ids.freeze(ids, trace.reason(node, trace.why_no_layer(node)))
+        trace.ids.macs.append(MacsTerm(math.prod(shape[2:]) * shape[0] * math.prod(weight_shape), ()))
         return trace.none_like(node)
     in_ids, _ = trace.ids.tie_rows(rows)
     out_ids = make(trace, node, name, shape[1], bias)
@@ -71,6 +72,15 @@ def conv(
     return out_ids.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
 
 
+@register_op("aten.conv_transpose2d", "aten.conv_transpose1d", "aten.conv_transpose3d")
+def transposed(trace: Any, node: Any, ids: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """A transposed convolution: cut on neither side."""
+    value, images = node.args[1].meta["val"], node.args[0].meta["val"]
+    trace.ids.freeze(ids, trace.reason(node, "a transposed convolution reads it"))
+    trace.ids.macs.append(MacsTerm(math.prod(images.shape[2:]) * images.shape[0] * value.numel(), ()))
+    return trace.none_like(node)
+
+
 @register_op("aten.linear", "aten.addmm")
 def linear(trace: Any, node: Any, ids: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """A linear layer contracts its last axis; one shared by heads leaves each of them whole."""
@@ -80,11 +90,13 @@ def linear(trace: Any, node: Any, ids: Tensor, weight: Any, bias: Any = None) ->
     if name is None:
         trace.ids.freeze(ids, trace.reason(node, trace.why_no_layer(node)))
         name = trace.tensor_name(node.args[1]).removesuffix(".weight")
-        if not name or name in trace.shared:
-            return trace.none_like(node)
-        return make(trace, node, name, shape[-1], bias).expand(shape)
+        known = name and name not in trace.shared
+        out_ids = make(trace, node, name, shape[-1], bias) if known else None
+        trace.ids.macs.append(MacsTerm(math.prod(shape) * ids.shape[-1], () if out_ids is None else (out_ids,)))
+        return trace.none_like(node) if out_ids is None else out_ids.expand(shape)
     in_ids, whole = trace.ids.tie_rows(rows)
     if not whole:
+        trace.ids.macs.append(MacsTerm(math.prod(shape) * ids.shape[-1], (ids[..., 0].reshape(-1),)))
         return ids[..., :1].expand(shape)
     out_ids = make(trace, node, name, shape[-1], bias)
     consume(trace, node, name, in_ids)

@@ -63,10 +63,12 @@ def product(trace: Any, node: Any, one: Tensor, other: Tensor, shape: Any) -> Te
     right, columns = varies(other, -2), varies(other, -1)
     if (rows and left) or (right and columns) or (rows and columns):
         trace.ids.tie_all(torch.cat([one.reshape(-1), other.reshape(-1)]))
+        trace.ids.macs.append(MacsTerm(macs, ()))
         return one[..., :1, :1].expand(shape)
     if left and right:
         tie_operands(trace, one[..., :1, :].transpose(-1, -2), other[..., :1])
     elif left or right:
+        trace.ids.macs.append(MacsTerm(macs, ()))
         return refuse(trace, node, *((one,) if left else (other,)), "it is contracted with a constant of fixed size")
     result = one[..., :1] if rows else other[..., :1, :] if columns else torch.full((1,) * len(shape), NONE)
     known = one[..., 0, :].reshape(-1) if rows else other[..., 0, :].reshape(-1) if columns else None
