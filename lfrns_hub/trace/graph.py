@@ -122,6 +122,19 @@ class Trace:
             else:
                 values[node] = None
         note_features(self, features)
+        self._training_norms()
+
+    def _training_norms(self) -> None:
+        """Tie norms that only training runs, as those of split batch norm, to the norm that holds them."""
+        for name, module in self.model.named_modules():
+            ids = self.ids.by_axis.get((f"{name}.weight", 0))
+            if ids is None or not isinstance(module, nn.modules.batchnorm._NormBase):
+                continue
+            for inner, norm in module.named_modules():
+                if inner and getattr(norm, "num_features", None) == module.num_features:
+                    for leaf in ("weight", "bias", "running_mean", "running_var"):
+                        if getattr(norm, leaf, None) is not None:
+                            self.ids.axis(f"{name}.{inner}.{leaf}", 0, ids)
 
     def _source(self, node: Node, kind: InputKind) -> Any:
         """Parameters and buffers that are added or multiplied get ids of their own, an input none."""
