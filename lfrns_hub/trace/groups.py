@@ -21,7 +21,7 @@ def element_axes(ids: IdTable, labels: np.ndarray) -> list[Axis]:
         units = resolve(element_ids, labels).reshape(element_ids.shape)
         for dim in range(units.ndim):
             along = np.moveaxis(units, dim, 0).reshape(units.shape[dim], -1)
-            if (along == along[:, :1]).all() and len(np.unique(along[:, 0])) == along.shape[0]:
+            if (along == along[:, :1]).all() and (units.ndim == 1 or len(np.unique(along[:, 0])) > 1):
                 axes.append(
                     Axis(
                         name,
