@@ -169,7 +169,9 @@ def slim(
         plan, restored = restored_plan(chosen, keep, pruning_set, contributions, ledger, round_to if restore else 1)
 
         clock.step("cut and fold")
-        result = cut(dense, every, plan, moments if fold else None)
+        result = cut(dense, every, plan)
+        if fold:
+            result = nearest(dense, [cut(dense, every, plan, moments), result], batches)
         result, recalibrated = recalibrate_if_better(dense, result, batches)
 
         clock.step("report")
@@ -297,13 +299,20 @@ def recalibrate_if_better(dense: nn.Module, slim_model: nn.Module, batches: Batc
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in slim_model.modules()):
         return slim_model, False
     images = [batch.to(device_of(dense)) for batch, _ in batches]
-    held = images[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or images
     fit = [batch for i, batch in enumerate(images) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
     other = recalibrate(slim_model, fit)
+    return (other, True) if nearest(dense, [slim_model.eval(), other], batches) is other else (slim_model, False)
 
-    @torch.no_grad()
+
+@torch.no_grad()
+def nearest(dense: nn.Module, candidates: list[nn.Module], batches: Batches) -> nn.Module:
+    """Give the model, of several, whose answers to the held-out images diverge least from the dense one's."""
+    images = [batch.to(device_of(dense)) for batch, _ in batches]
+    held = images[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or images
+
     def divergence(model: nn.Module) -> float:
         answers = ((read_answer(model, model(batch)), read_answer(dense, dense(batch))) for batch in held)
-        return sum(float(got.divergence(target)) for got, target in answers)
+        total = sum(float(got.divergence(target)) for got, target in answers)
+        return total if total == total else float("inf")
 
-    return (other, True) if divergence(other) < divergence(slim_model.eval()) else (slim_model, False)
+    return min(candidates, key=divergence)

@@ -182,7 +182,10 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
         batches: Images, each [N, C, H, W]; their statistics are averaged.
     """
     copied = copy.deepcopy(model).eval()
-    norms = [m for m in copied.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms, befores = (
+        [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+        for network in (copied, model)
+    )
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
@@ -190,9 +193,7 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
     with torch.no_grad():
         for images in batches:
             read_logits(copied(images))
-    for norm, before in zip(
-        norms, [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)], strict=True
-    ):
+    for norm, before in zip(norms, befores, strict=True):
         norm.momentum = before.momentum
         norm.num_batches_tracked.copy_(before.num_batches_tracked)
     return copied.train(model.training)
