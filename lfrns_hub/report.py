@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
 from lfrns_hub.batches import split_batch
 from lfrns_hub.redundancy import MIN_R2, TapView, stand_ins
@@ -60,34 +60,42 @@ class SlimReport:
         return {**vars(self), "groups": [vars(group) for group in self.groups]}
 
 
+def measure_integrity(
+    dense: nn.Module, chosen: Sequence[UnitGroup], plan: SlimPlan, moments: dict[str, Moments]
+) -> dict[str, float]:
+    """Give, for every consumer that lost channels, the share of its output variance that is still explained."""
+    gone: dict[str, list[Tensor]] = {}
+    for group in chosen:
+        for tap in group.taps:
+            if plan.removed(group):
+                gone.setdefault(tap.module, []).append(tap.index[plan.removed(group)].flatten())
+    return {
+        module: integrity(
+            moments[module],
+            dense.get_submodule(module).weight.detach(),
+            kept_channels(dense, module, removed),
+            torch.cat(removed).unique(),
+        )
+        for module, removed in gone.items()
+    }
+
+
 def report_group(
-    dense: nn.Module,
-    group: UnitGroup,
-    plan: SlimPlan,
-    moments: dict[str, Moments],
-    views: list[TapView],
-    restored: int,
-    chosen: Sequence[UnitGroup],
+    group: UnitGroup, plan: SlimPlan, views: list[TapView], restored: int, whole: dict[str, float]
 ) -> GroupReport:
     """Say of a group what left as redundant and as weak, and how whole its function is."""
     kept, removed = plan.kept(group), plan.removed(group)
-    redundant, weak, shares = [], [], []
+    redundant, weak = [], []
     if removed:
         width = group.taps[0].index.shape[1]
         names, scores = stand_ins(views[0].second, torch.tensor(kept), torch.tensor(removed), width)
         for unit, others, r2 in zip(removed, names, scores, strict=True):
             row = {"unit": unit, "stand_ins": others, "r2": round(r2, 4)}
             (redundant if r2 >= MIN_R2 else weak).append(row)
-        for tap in group.taps:
-            gone = [
-                t.index[plan.removed(g)] for g in chosen for t in g.taps if t.module == tap.module and plan.removed(g)
-            ]
-            keep = kept_channels(dense, tap.module, gone)
-            leave = torch.cat([index.flatten() for index in gone]).unique()
-            shares.append(integrity(moments[tap.module], dense.get_submodule(tap.module).weight.detach(), keep, leave))
-    whole = min(shares) if shares else 1.0
+    shares = [whole[tap.module] for tap in group.taps if removed]
+    integrity_share = min(shares) if shares else 1.0
     return GroupReport(
-        group.name, group.kind, group.size, len(kept), redundant, weak, restored, round(whole, 4), group.exact
+        group.name, group.kind, group.size, len(kept), redundant, weak, restored, round(integrity_share, 4), group.exact
     )
 
 

@@ -190,18 +190,26 @@ def fold_matrix(second: Tensor, keep: Tensor, leave: Tensor, ridge: float) -> Te
     return torch.linalg.solve(system, second[keep][:, leave]).T
 
 
-def output_error(second: Tensor, weight_OD: Tensor, keep: Tensor, leave: Tensor, fold: Tensor | None) -> float:
-    """Give the squared error at a consumer's outputs when cut channels are estimated by `fold` from kept ones."""
+def weight_products(weight_OD: Tensor) -> Tensor:
+    """Give the products of a consumer's weights, summed over outputs and taps of the kernel, [D, D], float64."""
+    flat = weight_OD.double().flatten(2).permute(0, 2, 1).flatten(0, 1) if weight_OD.ndim > 2 else weight_OD.double()
+    return flat.T @ flat
+
+
+def output_error(second: Tensor, products: Tensor, keep: Tensor, leave: Tensor, fold: Tensor | None) -> float:
+    """Give the squared error at a consumer's outputs when cut channels are estimated by `fold` from kept ones.
+
+    Args:
+        second: Covariance or second moment of all channels, [D, D].
+        products: `weight_products` of the channels cut, [cut, cut].
+        keep, leave: Channels kept [K] and cut [cut].
+        fold: The estimate [cut, K], or None for nothing.
+    """
     removed = second[leave][:, leave]
     if fold is not None:
         cross = fold @ second[keep][:, leave]
         removed = removed - cross - cross.T + fold @ second[keep][:, keep] @ fold.T
-    flat = (
-        weight_OD[:, leave].double().flatten(2).permute(0, 2, 1).reshape(-1, len(leave))
-        if weight_OD.ndim > 2
-        else weight_OD[:, leave].double()
-    )
-    return float(torch.einsum("oc,cd,od->", flat, removed, flat))
+    return float((products * removed).sum())
 
 
 def best_fold(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> Tensor | None:
@@ -216,11 +224,11 @@ def best_fold(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> 
     """
     if len(leave) == 0:
         return None
-    weight = weight.cpu()
+    products = weight_products(weight[:, leave.to(weight.device)].cpu())
     fit, held = moments.matrix(0), moments.matrix(1)
-    errors = {None: output_error(held, weight, keep, leave, None)}
+    errors = {None: output_error(held, products, keep, leave, None)}
     for ridge in RIDGES:
-        errors[ridge] = output_error(held, weight, keep, leave, fold_matrix(fit, keep, leave, ridge))
+        errors[ridge] = output_error(held, products, keep, leave, fold_matrix(fit, keep, leave, ridge))
     ridge = min(errors, key=lambda r: errors[r])
     return None if ridge is None else fold_matrix(moments.matrix(), keep, leave, ridge)
 
@@ -234,8 +242,8 @@ def fold_offset(moments: Moments, keep: Tensor, leave: Tensor, fold: Tensor) -> 
 def integrity(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> float:
     """Give the share of a consumer's output variance on held-out images that the kept channels explain, in [0, 1]."""
     fold = best_fold(moments, weight, keep, leave)
-    held = moments.matrix(1)
+    held, products = moments.matrix(1), weight_products(weight.cpu())
     every = torch.arange(moments.width)
-    whole = output_error(held, weight.cpu(), every[:0], every, None)
-    lost = output_error(held, weight.cpu(), keep, leave, fold)
+    whole = output_error(held, products, every[:0], every, None)
+    lost = output_error(held, products[leave][:, leave], keep, leave, fold)
     return max(0.0, 1.0 - lost / whole) if whole > 0 else 1.0

@@ -13,7 +13,7 @@ from lfrns_hub.contribution import learn_contributions, measure_costs
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.options import KINDS, check_example, check_options, choose_groups, read_loader
 from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_gram
-from lfrns_hub.report import SlimReport, clocked, provenance, report_group
+from lfrns_hub.report import SlimReport, clocked, measure_integrity, provenance, report_group
 from lfrns_hub.responses import HELD_OUT_EVERY, Moments, collect
 from lfrns_hub.running import as_input, device_of, dtype_of, refuse_meta, unwrap
 from lfrns_hub.select import Ledger, cluster_down, restore
@@ -175,8 +175,9 @@ def slim(
         result, recalibrated = recalibrate_if_better(dense, result, batches)
 
         clock.step("report")
+        whole = measure_integrity(dense, chosen, plan, moments)
         report = SlimReport(
-            [report_group(dense, g, plan, moments, views[g.name], len(restored[g.name]), chosen) for g in chosen],
+            [report_group(g, plan, views[g.name], len(restored[g.name]), whole) for g in chosen],
             count_macs(result, example) / count_macs(dense, example),
             count_params(result) / count_params(dense),
             budgets,

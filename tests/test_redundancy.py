@@ -3,7 +3,7 @@
 import torch
 
 from lfrns_hub.redundancy import TapView, agglomerate, eliminate, stand_ins, unit_correlation
-from lfrns_hub.responses import Moments, best_fold, fold_matrix, integrity, output_error
+from lfrns_hub.responses import Moments, best_fold, fold_matrix, integrity, output_error, weight_products
 
 
 def moments_of(rows: torch.Tensor, outputs: int, centred: bool = True) -> Moments:
@@ -21,7 +21,7 @@ def brute_force_cost(second: torch.Tensor, weight: torch.Tensor, gone: list[int]
     """Squared output error when `gone` is estimated by least squares from the rest."""
     keep = torch.tensor([i for i in range(len(second)) if i not in gone])
     leave = torch.tensor(gone)
-    return output_error(second, weight, keep, leave, fold_matrix(second, keep, leave, 0.0))
+    return output_error(second, weight_products(weight[:, leave]), keep, leave, fold_matrix(second, keep, leave, 0.0))
 
 
 def test_elimination_takes_the_cheapest_and_its_costs_add_up_to_the_joint_error():
