@@ -146,6 +146,7 @@ def slim(
 
         clock.step("trace")
         trace = trace_model(dense, example)
+        trace.cost.complete(count_macs(dense, example))
         clock.step("self-check")
         every, checked = self_check(dense, trace.groups, example, seed)
         chosen = choose_groups(every, kinds, groups, exclude, approximate, min_keep)

@@ -203,6 +203,12 @@ class MacsModel:
             ]
             self.params_terms.append((parameter.numel(), axes))
 
+    def complete(self, macs: int) -> None:
+        """Add what the rules do not see, as a recurrent layer's, as MACs that no plan changes."""
+        missing = macs - self.macs({})
+        if missing > 0:
+            self.macs_terms.append((missing, []))
+
     @staticmethod
     def evaluate(terms: list[tuple[int, list[tuple[dict[str, int], int]]]], removed: dict[str, int]) -> float:
         """Sum the terms when `removed` units of each group are gone."""
