@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 		recipes/vit_digits.py --output-dir out/vit_digits --resume
 
 test: $(VENV)/installed
-	$(RUN)/python -m pytest -q --durations 10
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q --numprocesses 2 --dist loadfile --durations 10
 
 lint: $(VENV)/installed
 	$(RUN)/pip install --quiet ruff==0.17.6

@@ -104,8 +104,10 @@ def narrowing(model: nn.Module, groups: Sequence[UnitGroup], example_input: Tens
     network = meta_copy(model).eval()
     images = torch.empty(2, *example_input.shape[1:], device="meta", dtype=example_input.dtype)
     found = {group.name: group for group in groups}
-    if runs(network, groups, [], images) is not None:
-        return list(groups)  # its forward reads values, which the meta device has none of: the self-check will tell
+    if runs(network, groups, [], images) is not None:  # its forward reads values, which the meta device has none of
+        if any(parameter.is_meta for parameter in model.parameters()):
+            return list(groups)
+        network, images = copy.deepcopy(model).cpu().eval(), torch.zeros(images.shape, dtype=images.dtype)
 
     def try_one(group: UnitGroup) -> UnitGroup:
         why = runs(network, groups, [group], images)
