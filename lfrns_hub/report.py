@@ -43,13 +43,17 @@ class GroupReport:
 
 @dataclass
 class SlimReport:
-    """What `slim` did: per group, in all, and how long it took."""
+    """What `slim` did: per group, in all, and how long it took.
+
+    `folded` and `recalibrated` say what was kept of either, as the held-out images decided.
+    """
 
     groups: list[GroupReport] = field(default_factory=list)
     macs_fraction: float = 1.0
     params_fraction: float = 1.0
     budget: dict[str, float] = field(default_factory=dict)
     restored: int = 0
+    folded: bool = False
     recalibrated: bool = False
     frozen: dict[str, str] = field(default_factory=dict)
     check: dict[str, float] = field(default_factory=dict)
@@ -126,6 +130,7 @@ def provenance(
             "redundant": sum(len(group.redundant) for group in report.groups),
             "weak": sum(len(group.weak) for group in report.groups),
             "integrity": {group.name: group.integrity for group in report.groups},
+            "folded": report.folded,
             "recalibrated": report.recalibrated,
         },
     }

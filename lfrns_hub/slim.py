@@ -170,9 +170,9 @@ def slim(
         plan, restored = restored_plan(chosen, keep, pruning_set, contributions, ledger, round_to if restore else 1)
 
         clock.step("cut and fold")
-        result = cut(dense, every, plan)
-        if fold:
-            result = nearest(dense, [cut(dense, every, plan, moments), result], batches)
+        plain = cut(dense, every, plan)
+        result = nearest(dense, [cut(dense, every, plan, moments), plain], batches) if fold else plain
+        folded = result is not plain
         result, recalibrated = recalibrate_if_better(dense, result, batches)
 
         clock.step("report")
@@ -183,6 +183,7 @@ def slim(
             count_params(result) / count_params(dense),
             budgets,
             sum(len(r) for r in restored.values()),
+            folded,
             recalibrated,
             {g.name: g.frozen_reason for g in every if g.frozen_reason},
             {"largest_error": checked.largest_error, "moved": checked.moved},

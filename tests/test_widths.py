@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import lfrns_hub as lfrns
+from lfrns_hub.adapters import registry
 from lfrns_hub.surgery import cut
+from lfrns_hub.trace import trace_model
 from lfrns_hub.units import UnitGroup
 
 
@@ -286,3 +288,29 @@ def test_a_table_of_positions_that_the_forward_resizes_freezes_no_channel():
     model = timm.create_model("test_vit", num_classes=5, img_size=32, depth=1, dynamic_img_size=True)
     groups = {g.name: g for g in lfrns.find_units(model, torch.randn(1, 3, 32, 32))}
     assert groups["patch_embed.proj"].frozen_reason is None
+
+
+def test_parameters_of_a_module_called_twice_are_counted_once():
+    model, images = Twice(), torch.randn(1, 3, 32, 32)
+    trace = trace_model(model, images)
+    group = next(g for g in trace.groups if g.frozen_reason is None)
+    slim = cut(model, trace.groups, lfrns.SlimPlan({group.name: list(range(group.size // 2))}))
+    assert trace.cost.params({group.name: group.size // 2}) == sum(p.numel() for p in slim.parameters())
+
+
+def test_an_adapter_that_names_no_width_of_its_class_is_refused(monkeypatch):
+    monkeypatch.setattr(registry, "ADAPTERS", dict(registry.ADAPTERS))
+    lfrns.register_adapter("timm.layers.attention.Attention", heads=lfrns.widths("num_hedas"))
+    with pytest.raises(
+        ValueError, match=r"widths\('num_hedas'\)\): in blocks.0.attn it is None, and 2 heads lie there"
+    ):
+        lfrns.find_units(timm.create_model("test_vit", img_size=32), torch.randn(1, 3, 32, 32))
+
+
+def test_a_number_that_counts_units_freezes_them():
+    class Counts(Images):
+        def body(self, x):
+            return x * x.argmax(1, keepdim=True).float()
+
+    reasons = [g.frozen_reason for g in lfrns.find_units(Counts(8, 8), torch.randn(1, 3, 32, 32)) if g.name == "first"]
+    assert reasons and "aten.argmax" in reasons[0]

@@ -3,8 +3,6 @@
 from lfrns_hub.adapters.registry import register_adapter, widths
 
 for model, prefix in (("vit", "ViT"), ("deit", "DeiT"), ("dinov2", "Dinov2")):
-    for part in ("Attention", "SelfAttention"):
-        register_adapter(
-            f"transformers.models.{model}.modeling_{model}.{prefix}{part}",
-            heads=widths("num_attention_heads", "num_key_value_heads", "all_head_size"),
-        )
+    register_adapter(
+        f"transformers.models.{model}.modeling_{model}.{prefix}Attention", heads=widths("num_attention_heads")
+    )

@@ -39,7 +39,7 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
         >>> count_macs(nn.Conv2d(3, 4, 3, padding=1), torch.zeros(1, 3, 8, 8))
         6912
     """
-    twin = copy.deepcopy(unwrap(model, "count_macs")).eval()
+    twin = copy.deepcopy(unwrap(model, "count_macs")).eval().requires_grad_(False)
     image = as_input(example_input[:1].detach(), twin)
     try:
         flops = _count_flops(copy.deepcopy(twin).to("meta"), image.to("meta"))

@@ -9,7 +9,7 @@ from lfrns_hub.trace.ids import NONE, as_rows, collapse, varies
 from lfrns_hub.trace.rules import register_op
 
 UNARY = (
-    "neg abs exp log sqrt rsqrt pow reciprocal clamp clamp_min clamp_max dropout feature_dropout native_dropout floor "
+    "neg abs exp log sqrt rsqrt reciprocal clamp clamp_min clamp_max dropout feature_dropout native_dropout floor "
     "square sin cos round ceil sign log1p expm1 nan_to_num bernoulli alpha_dropout rand_like randn_like empty_like "
     "isnan logical_not"
 )
@@ -104,7 +104,8 @@ def reduce(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any
     dims = list(range(ids.ndim)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     dims = sorted((d % ids.ndim for d in dims), reverse=True)
     rows = as_rows(ids, dims)
-    trace.ids.one_unit_per_row(rows, None)
+    picks = "arg" in str(node.target)  # a number that counts units means another one when some are gone
+    trace.ids.one_unit_per_row(rows, trace.reason(node, "its place among others is asked for") if picks else None)
     mixed = bool((rows != rows[:, :1]).any())
     for dim in dims:
         ids = ids.narrow(dim, 0, 1)
@@ -120,17 +121,27 @@ def reduce(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any
     return [ids] * len(value) if many else ids
 
 
-@register_op("aten.softmax", "aten._softmax", "aten.log_softmax", "aten.cumsum", "aten.renorm", "aten.glu")
-def softmax(trace: Any, node: Any, ids: Tensor, dim: int = -1, *args: Any, **kwargs: Any) -> Tensor:
+@register_op("aten.softmax", "aten._softmax", "aten.log_softmax", "aten.renorm")
+def softmax(trace: Any, node: Any, ids: Tensor, dim: int, *args: Any, **kwargs: Any) -> Tensor:
     """Softmax mixes one axis: several units on it change each other, as in a norm."""
-    if "glu" in str(node.target):
-        one, other = ids.chunk(2, dim)
-        trace.ids.activated.append(torch.unique(other))
-        return tie_operands(trace, one, other)
-    if "cumsum" in str(node.target) and varies(ids, dim):
+    trace.ids.one_unit_per_row(as_rows(ids, [dim]), None)
+    return ids
+
+
+@register_op("aten.glu")
+def gated(trace: Any, node: Any, ids: Tensor, dim: int = -1) -> Tensor:
+    """The first half times the sigmoid of the second."""
+    one, other = ids.chunk(2, dim)
+    trace.ids.activated.append(torch.unique(other))
+    return tie_operands(trace, one, other)
+
+
+@register_op("aten.cumsum", "aten.cumprod")
+def cumulate(trace: Any, node: Any, ids: Tensor, dim: int, **kwargs: Any) -> Tensor:
+    """Along positions it keeps units; along units each adds to the next."""
+    if varies(ids, dim):
         trace.ids.freeze(ids, trace.reason(node, "each unit adds to the next"))
         return trace.none_like(node)
-    trace.ids.one_unit_per_row(as_rows(ids, [dim]), None)
     return ids
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.adapters.registry import find_adapter, find_owner
 from lfrns_hub.trace.ids import NONE, Axis, IdTable, resolve
-from lfrns_hub.trace.widths import read_widths
+from lfrns_hub.trace.widths import group_widths
 from lfrns_hub.units import Slice, Tap, UnitGroup, Width
 
 
@@ -139,7 +139,7 @@ def read_groups(ids: IdTable, model: nn.Module) -> list[UnitGroup]:
         slices = tuple(Slice(axes[n].tensor, axes[n].dim, places.index(units, at)) for at, n in enumerate(where))
         read = tuple(Tap(name, consumed.index(units, at)) for at, name in enumerate(tap_names))
         groups.append(UnitGroup(name, kind, len(units), not inexact, reason, slices, read))
-    widths = read_widths(ids.literals, labels, unit_group, model)
+    widths = group_widths(ids.literals, labels, unit_group, model)
     return [replace(g, widths=stated_widths(model, g, widths.get(n, ()))) for n, g in enumerate(groups)]
 
 
@@ -148,9 +148,16 @@ def stated_widths(model: nn.Module, group: UnitGroup, found: tuple[Width, ...]) 
     owner = find_owner(model, group.taps[0].module) if group.kind == "head" and group.taps else None
     if owner is None:
         return found
-    values = {name: getattr(model.get_submodule(owner[0]), name, None) for name in owner[1].heads}
-    said = (Width(owner[0], n, None, v // group.size) for n, v in values.items() if isinstance(v, int))
-    return tuple(dict.fromkeys([*said, *(w for w in found if w.module != owner[0])]))
+    name, adapter = owner
+    values = {attribute: vars(model.get_submodule(name)).get(attribute) for attribute in adapter.heads}
+    for attribute, value in values.items():
+        if not isinstance(value, int) or value % group.size:
+            raise ValueError(
+                f"register_adapter({adapter.cls!r}, heads=widths({attribute!r})): in {name} it is {value!r}, and "
+                f"{group.size} heads lie there. Name int attributes that are multiples of the number of heads."
+            )
+    said = (Width(name, attribute, None, value // group.size) for attribute, value in values.items())
+    return tuple(dict.fromkeys([*said, *(width for width in found if width.module != name)]))
 
 
 def in_mlp_role(model: nn.Module, makers: list[str], taps: list[str]) -> bool:

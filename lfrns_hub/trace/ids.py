@@ -89,13 +89,14 @@ class IdTable:
 
     def axis(self, tensor: str, dim: int, ids: Tensor, makes: bool = False) -> None:
         """Say that ids [P] lie along an axis of a parameter or buffer; one met before is tied to what it was."""
-        first = self.by_axis.setdefault((tensor, dim), ids)
-        if first is not ids:
-            self.tie(first, ids)
-            holes = (first == NONE) != (ids == NONE)
-            self.freeze(torch.cat([first[holes], ids[holes]]), f"{tensor} also meets channels of fixed number")
-        else:
+        first = self.by_axis.get((tensor, dim))
+        if first is None:
+            self.by_axis[tensor, dim] = ids
             self.axes.append(Axis(tensor, dim, ids, makes))
+            return
+        self.tie(first, ids)
+        holes = (first == NONE) != (ids == NONE)
+        self.freeze(torch.cat([first[holes], ids[holes]]), f"{tensor} also meets channels of fixed number")
 
     def tie(self, one: Tensor, other: Tensor) -> None:
         """Say that ids leave together, position by position; NONE ties nothing."""

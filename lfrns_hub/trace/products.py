@@ -71,10 +71,8 @@ def product(trace: Any, node: Any, one: Tensor, other: Tensor, shape: Any) -> Te
         trace.ids.macs.append(MacsTerm(macs, ()))
         return refuse(trace, node, *((one,) if left else (other,)), "it is contracted with a constant of fixed size")
     result = one[..., :1] if rows else other[..., :1, :] if columns else torch.full((1,) * len(shape), NONE)
-    known = one[..., 0, :].reshape(-1) if rows else other[..., 0, :].reshape(-1) if columns else None
-    trace.ids.macs.append(
-        MacsTerm(macs, () if known is None else (result.reshape(-1)[: shape[-2] if rows else shape[-1]],))
-    )
+    width = shape[-2] if rows else shape[-1] if columns else 0
+    trace.ids.macs.append(MacsTerm(macs, (result.reshape(-1)[:width],) if width else ()))
     return result.expand(shape)
 
 
@@ -102,7 +100,7 @@ def tie_heads(trace: Any, node: Any, operands: list[Tensor]) -> Tensor:
     for ids in operands:
         (own if any(varies(ids, dim) for dim in range(ids.ndim - 2)) else shared).append(ids)
     for ids in shared:
-        trace.ids.freeze(ids[..., :, :].reshape(-1), trace.reason(node, "all heads share it"))
+        trace.ids.freeze(ids.reshape(-1), trace.reason(node, "all heads share it"))
     lead = own[0].shape[:-2]
     still = [all(not varies(ids, dim) for ids in own) for dim in range(len(lead))]
     small = [ids[tuple(slice(0, 1) if s else slice(None) for s in still)] for ids in own]

@@ -7,11 +7,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from lfrns_hub.narrow import feature_entries
-from lfrns_hub.trace.ids import NONE, Literal, as_rows, resolve
+from lfrns_hub.trace.ids import NONE, Literal, as_rows, resolve, varies
 from lfrns_hub.units import Width
 
-# Their widths are read from their tensors.
-LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+# Layers whose widths are read from their tensors.
+STOCK = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 SURE = 16  # a larger number is a width by itself; of small ones (kernel sizes, depths) only those named like one
 WIDTH_WORDS = (
     "head", "dim", "chan", "chs", "ch", "feature", "width", "hidden", "embed", "group", "planes", "size", "shape",
@@ -47,16 +47,14 @@ def note(trace: Any, node: Any, value: Any, ids: Tensor, dim: int, whole: Any = 
     """Note a literal if it is the length of an axis on which units lie, and the calling module states it."""
     if not isinstance(value, int) or value < 1 or ids.shape[dim] != value:
         return
-    if ids.stride(dim) == 0 or not bool((ids.narrow(dim, 0, 1) != ids).any()):
-        return
     module = trace.module_of(node)
-    whole = tuple(whole) if all(isinstance(v, int) for v in whole) else ()
-    if module is None:
+    if module is None or not varies(ids, dim):
         return
+    whole = tuple(whole) if all(isinstance(v, int) for v in whole) else ()
     children = [
         f"{module}.{name}".lstrip(".")
         for name, child in trace.model.get_submodule(module).named_children()
-        if not isinstance(child, LAYERS)
+        if not isinstance(child, STOCK)
     ]
     for owner in (module, *children):  # a child's method that is no forward counts as the caller's
         if stated(trace.model.get_submodule(owner), value, whole):
@@ -117,7 +115,7 @@ def note_features(trace: Any, outputs: dict[str, Tensor]) -> None:
             trace.ids.literals.append(Literal("", value, rows, place=place, attribute="feature_info"))
 
 
-def read_widths(
+def group_widths(
     literals: list[Literal], labels: np.ndarray, unit_group: dict[int, int], model: nn.Module
 ) -> dict[int, tuple[Width, ...]]:
     """Give the attributes that must follow each group.
