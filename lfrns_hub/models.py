@@ -81,8 +81,9 @@ class CifarBasicBlock(nn.Module):
         self.shortcut = nn.Identity() if same else PadShortcut(stride, (missing // 2, missing - missing // 2))
 
     def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.shortcut(x)
         y = self.act1(self.bn1(self.conv1(x)))
-        return self.act2(self.bn2(self.conv2(y)) + self.shortcut(x))
+        return self.act2(self.bn2(self.conv2(y)) + shortcut)
 
 
 class CifarResNet(_CifarNet):

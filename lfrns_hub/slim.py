@@ -13,6 +13,7 @@ from lfrns_hub.contribution import learn_contributions, measure_costs
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.options import KINDS, check_example, check_options, choose_groups, read_loader
 from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_gram
+from lfrns_hub.reconstruct import reconstruct
 from lfrns_hub.report import SlimReport, clocked, measure_integrity, provenance, report_group
 from lfrns_hub.responses import HELD_OUT_EVERY, Moments, collect
 from lfrns_hub.running import as_input, device_of, dtype_of, refuse_meta, unwrap
@@ -171,7 +172,7 @@ def slim(
 
         clock.step("cut and fold")
         plain = cut(dense, every, plan)
-        result = nearest(dense, [cut(dense, every, plan, moments), plain], batches) if fold else plain
+        result = fold_if_better(dense, plain, trace, every, plan, moments, batches, seed, accelerator) if fold else plain
         folded = result is not plain
         result, recalibrated = recalibrate_if_better(dense, result, batches)
 
@@ -295,6 +296,24 @@ def restored_plan(
     """Restore from the pruning set and give the plan."""
     restored = restore(chosen, pruning_set, contributions, ledger, round_to)
     return SlimPlan({g.name: sorted(keep[g.name] + restored[g.name]) for g in chosen}), restored
+
+
+def fold_if_better(
+    dense: nn.Module,
+    plain: nn.Module,
+    trace: Trace,
+    every: Sequence[UnitGroup],
+    plan: SlimPlan,
+    moments: dict[str, Moments],
+    batches: Batches,
+    seed: int,
+    accelerator: Any,
+) -> nn.Module:
+    """Fold channel by channel, then layer after layer from there; give what held-out images say is nearest to dense."""
+    folded = cut(dense, every, plan, moments)
+    images = [images for images, _ in batches]
+    fitted = reconstruct(dense, folded, trace.sites, every, plan, images, seed=seed, accelerator=accelerator)
+    return nearest(dense, [fitted, folded, plain], batches)
 
 
 def recalibrate_if_better(dense: nn.Module, slim_model: nn.Module, batches: Batches) -> tuple[nn.Module, bool]:

@@ -14,6 +14,7 @@ from lfrns_hub.trace import elementwise, layers, movement, products  # noqa: F40
 from lfrns_hub.trace.groups import MacsModel, read_groups
 from lfrns_hub.trace.ids import NONE, IdTable
 from lfrns_hub.trace.rules import find_rule
+from lfrns_hub.trace.sites import Site, find_sites
 from lfrns_hub.trace.widths import note_features
 from lfrns_hub.units import UnitGroup
 
@@ -38,10 +39,12 @@ class Trace:
     Attributes:
         groups: Every group, frozen ones too, in the order of the network.
         cost: MACs and parameters as functions of the units kept.
+        sites: Layers of which the output can be compared with that of another network of the same graph.
     """
 
     groups: list[UnitGroup]
     cost: MacsModel
+    sites: list[Site]
 
     def __init__(self, model: nn.Module, example_input: Tensor):
         self.model = meta_copy(model).eval()
@@ -68,6 +71,7 @@ class Trace:
         self._run(program)
         self.groups = read_groups(self.ids, self.model)
         self.cost = MacsModel(self.ids, self.groups, self.model)
+        self.sites = find_sites(self, list(program.graph.nodes))
 
     def _name_modules(self) -> None:
         """Name every module and tensor once: the first name of those that have several."""

@@ -1,0 +1,128 @@
+"""Where weights can be fitted to the dense network's outputs: layers, what scales them, and what they are added to."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+
+# Between a layer and the sum that it is added to: these leave every position and channel in its place.
+_STILL = ("dropout", "clone", "contiguous", "alias", "_to_copy", "to", "detach", "feature_dropout", "alpha_dropout")
+_TO_LAST, _TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer of which the output can be compared with the dense network's.
+
+    Attributes:
+        module: Name of the layer, a linear or convolution that is called once.
+        norm: Name of the BatchNorm that reads its output, or None.
+        scales: Names of parameters that scale its output channel by channel (layer scales).
+        other: (module, "input" or "output"): where the other summand of a residual sum can be seen, which is there
+            before the layer runs; None where there is no such.
+        other_first: Whether that summand has its channels on axis 1.
+    """
+
+    module: str
+    norm: str | None = None
+    scales: tuple[str, ...] = ()
+    other: tuple[str, str] | None = None
+    other_first: bool = False
+
+
+def find_sites(trace: Any, nodes: list[Node]) -> list[Site]:
+    """Find the layers whose weights can be fitted, in the order in which they run.
+
+    Args:
+        trace: The trace, for the names of modules and tensors.
+        nodes: Its graph's nodes, in order.
+    """
+    place = {node: number for number, node in enumerate(nodes)}
+    calls: dict[str, list[Node]] = defaultdict(list)
+    for node in nodes:
+        if node.op == "call_function" and str(node.target).startswith(("aten.conv", "aten.linear")):
+            name = trace.layer_of(node, node.args[1])
+            if name is not None:
+                calls[name].append(node)
+    seen = _seen_at(trace, nodes)
+    sites = []
+    for name, called in calls.items():
+        node = called[0]
+        given, made = seen.get(node.args[0], ()), seen.get(node, ())
+        if (
+            len(called) == 1
+            and trace.tensor_name(node.args[1])  # computed weights cannot be set
+            and any(module == name and kind == "input" for _, module, kind in given)
+            and any(module == name and kind == "output" for _, module, kind in made)
+        ):
+            sites.append(_follow(trace, name, node, seen, place))
+    return sites
+
+
+def _follow(trace: Any, name: str, node: Node, seen: dict[Node, list], place: dict[Node, int]) -> Site:
+    """Follow a layer's output to the sum that it goes into, if it goes there channel by channel."""
+    norm, scales, at = None, [], node
+    outputs = len(trace.ids.by_axis[f"{name}.weight", 0])
+    first = not isinstance(trace.model.get_submodule(name), nn.Linear)
+    while len(at.users) == 1:
+        user = next(iter(at.users))
+        operation = str(user.target).split(".")[1] if "." in str(user.target) else ""
+        if operation == "batch_norm" and norm is None and not scales and user.args[0] is at:
+            norm = trace.module_of(user)
+            if norm is None or not isinstance(trace.model.get_submodule(norm), nn.modules.batchnorm._BatchNorm):
+                return Site(name)
+        elif operation == "mul":
+            factor = next((a for a in user.args[:2] if a is not at), None)
+            parameter = trace.tensor_name(factor)
+            if not parameter or prod(trace.shape_of(parameter)) != outputs:
+                break
+            scales.append(parameter)
+        elif operation == "add" and not user.kwargs:
+            other = next((a for a in user.args[:2] if a is not at), None)
+            if isinstance(other, Node) and other.meta["val"].shape == at.meta["val"].shape:
+                for since, module, kind in seen.get(other, ()):
+                    if since < place[node]:
+                        return Site(name, norm, tuple(scales), (module, kind), first)
+            break
+        elif operation == "permute" and list(user.args[1]) == (_TO_LAST if first else _TO_FIRST):
+            first = not first
+        elif operation not in _STILL:
+            break
+        at = user
+    return Site(name, norm, tuple(scales))
+
+
+def _seen_at(trace: Any, nodes: list[Node]) -> dict[Node, list[tuple[int, str, str]]]:
+    """Tell which values are the one tensor that goes into a module, or the one that comes out of it, and since when."""
+    inputs: dict[str, dict[Node, None]] = defaultdict(dict)
+    outputs: dict[str, dict[Node, None]] = defaultdict(dict)
+    begins: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    within = {node: _modules_around(trace, node) for node in nodes}
+    for number, node in enumerate(nodes):
+        for module in within[node]:
+            begins.setdefault(module, number)
+            ends[module] = number
+            for value in node.all_input_nodes:
+                if module not in within[value] and not trace.tensor_name(value):
+                    inputs[module][value] = None
+            if any(module not in within[user] for user in node.users):
+                outputs[module][node] = None
+    seen: dict[Node, list[tuple[int, str, str]]] = defaultdict(list)
+    for module in begins:
+        if len(inputs[module]) == 1:
+            seen[next(iter(inputs[module]))].append((begins[module], module, "input"))
+        if len(outputs[module]) == 1:
+            seen[next(iter(outputs[module]))].append((ends[module], module, "output"))
+    for places in seen.values():
+        places.sort()
+    return dict(seen)
+
+
+def _modules_around(trace: Any, node: Node) -> set[str]:
+    """Name the modules that a node was called in, but the model itself."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return {trace.module_names[name] for name, _ in stack if name and name in trace.module_names}
