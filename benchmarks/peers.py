@@ -45,16 +45,13 @@ def search(case: Case, prune: Callable[[float, float, int], nn.Module], layers: 
             best, best_kept, best_ratio = model, kept, ratio
         return kept <= case.macs
 
-    def near() -> bool:
-        return best_kept > case.macs - NEAR
-
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle, middle, 0) else (middle, high)
-        if near():
+        if best_kept > case.macs - NEAR:
             break
     first, last = 0, layers
-    while best is not None and not near() and last - first > 1:
+    while 0 < best_kept < case.macs - NEAR and last - first > 1:
         middle = (first + last) // 2
         first, last = (middle, last) if fits(high, low, middle) else (first, middle)
     if best is None:

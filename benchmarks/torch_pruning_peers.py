@@ -62,18 +62,37 @@ def search_ratio(
     case: Case, model: nn.Module, importance: Callable, scope: str, options: dict[str, bool]
 ) -> tuple[nn.Module, float]:
     """Search the ratio of one step; the model and its gradients stay, copies are pruned."""
-    own_ratios = 0 if options["global_pruning"] else len(prunable_layers(model, scope))
+    scopes = ranking_scopes(case, model, importance, scope, options)
 
     def prune(ratio: float, smaller: float, count: int) -> nn.Module:
         copied = trainable(model)
-        few = dict.fromkeys(prunable_layers(copied, scope)[:count], smaller)
+        few = {tuple(copied.get_submodule(name) for name in names): smaller for names in scopes[:count]}
+        heads = {module: smaller for modules in few for module in modules}
         pruner = make_pruner(
-            case, copied, importance, scope, options, ratio, pruning_ratio_dict=few, head_pruning_ratio_dict=few
+            case, copied, importance, scope, options, ratio, pruning_ratio_dict=few, head_pruning_ratio_dict=heads
         )
         take_step(case, copied, pruner)
         return copied
 
-    return search(case, prune, own_ratios)
+    return search(case, prune, len(scopes))
+
+
+def ranking_scopes(
+    case: Case, model: nn.Module, importance: Callable, scope: str, options: dict[str, bool]
+) -> list[list[str]]:
+    """Give what is ranked together: a layer's name of each group, of groups of one structure or one by one."""
+    isomorphic = options.get("isomorphic", False)
+    if options["global_pruning"] and not isomorphic:
+        return []
+    pruner = make_pruner(case, model, importance, scope, options, 0.5)
+    graph, names, scopes = pruner.DG, {module: name for name, module in model.named_modules()}, {}
+    for number, group in enumerate(graph.get_all_groups(pruner.ignored_layers, pruner.root_module_types)):
+        structure = tuple(
+            (type(dep.source.module), type(dep.target.module), graph.is_out_channel_pruning_fn(dep.handler))
+            for dep, _ in group
+        )
+        scopes.setdefault(structure if isomorphic else number, []).append(names[group[0].dep.target.module])
+    return list(scopes.values())
 
 
 def make_pruner(
@@ -113,12 +132,6 @@ def ignored_layers(model: nn.Module, scope: str) -> list[nn.Module]:
         ignored += [attention.o_proj, layer.mlp.fc2]
         ignored += [attention.q_proj, attention.k_proj, attention.v_proj] if scope == "neurons" else []
     return ignored if scope == "all" else [*ignored, model.vit.embeddings.patch_embeddings.projection]
-
-
-def prunable_layers(model: nn.Module, scope: str) -> list[nn.Module]:
-    """Give the convolutions and linear layers that lose output channels, in the model's order."""
-    ignored = set(ignored_layers(model, scope))
-    return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m not in ignored]
 
 
 def take_step(case: Case, model: nn.Module, pruner: tp.pruner.BasePruner) -> None:

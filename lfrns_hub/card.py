@@ -19,6 +19,7 @@ def render_card(
     provenance: dict[str, Any] | None = None,
     library: str = "timm",
     plot: str | None = None,
+    gallery: str | None = None,
 ) -> str:
     """Render the model card.
 
@@ -29,6 +30,7 @@ def render_card(
         provenance: Plan, widths, budget, seed of the slim model; by default the record's.
         library: What loads it: timm, transformers or pytorch.
         plot: File name of the picture of widths, beside the card.
+        gallery: File name of the picture of clusters, beside the card.
     Returns:
         Markdown with the Hub's YAML header. Base model, licence and data stand there only if the record's setup
         names them (`base_model`, `license`, `dataset`).
@@ -63,6 +65,7 @@ def render_card(
             hardware=_hardware(setup),
             groups=_groups(provenance),
             plot=plot,
+            gallery=gallery,
             library=library,
             worst=_worst(slim, setup),
         )

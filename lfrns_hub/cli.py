@@ -130,7 +130,9 @@ def slim(
     )
     if accelerator.is_main_process:
         names, processor = test.class_names, load_processor(dense)
-        lfrns.save(result.model, directory, record=record, processor=processor, label_names=names, overwrite=overwrite)
+        recipe.draw_clusters(dense, result, calibration_loader, directory)
+        # The folder was empty, or may be overwritten: that was checked before there was a picture in it.
+        lfrns.save(result.model, directory, record=record, processor=processor, label_names=names, overwrite=True)
         recipe.print_results(record, [], directory)
         if push_to_hub:
             console.print(lfrns.push(directory, push_to_hub))

@@ -3,8 +3,8 @@
 D input channels of a consumer, U units of a group.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lfrns_hub.units import UnitGroup
 
 NEARLY_CLOSED = 0.05
 LEARNING_RATE = 0.02
+STEP_IMAGES = 64
 PROBED_SHARES = (0.25, 0.5, 0.75)
 
 
@@ -30,11 +31,13 @@ def stand_in(module: nn.Module, value: Tensor, weight: Tensor, offset: Tensor) -
     return channels_back(module, channels_last(module, value) @ weight.to(value.dtype) + offset)
 
 
-def folded_channels(consumer: nn.Module, moments: Moments, keep: Tensor, leave: Tensor) -> tuple[Tensor, Tensor]:
+def folded_channels(
+    consumer: nn.Module, moments: Moments | None, keep: Tensor, leave: Tensor
+) -> tuple[Tensor, Tensor]:
     """Give the weight [D in, D out] and offset [D out] that estimate the cut channels; zero for kept ones."""
     width = channel_count(consumer)
     weight, offset = torch.zeros(width, width), torch.zeros(width)
-    fold = best_fold(moments, consumer.weight.detach(), keep, leave)
+    fold = None if moments is None else best_fold(moments, consumer.weight.detach(), keep, leave)
     if fold is not None:
         weight[keep[:, None], leave] = fold.T.float()
         if moments.centred:
@@ -45,7 +48,9 @@ def folded_channels(consumer: nn.Module, moments: Moments, keep: Tensor, leave: 
 class Gate:
     """The FCR hook of one consumer: kept channels times their gate; cut ones between their stand-ins and themselves."""
 
-    def __init__(self, consumer: nn.Module, moments: Moments, keep: Tensor, leave: Tensor, device: torch.device):
+    def __init__(
+        self, consumer: nn.Module, moments: Moments | None, keep: Tensor, leave: Tensor, device: torch.device
+    ):
         weight, offset = folded_channels(consumer, moments, keep, leave)
         self.cut = torch.zeros(len(offset))
         self.cut[leave] = 1
@@ -85,7 +90,7 @@ def learn_contributions(
         groups: The groups that are cut.
         keep: The representatives of each group; the other units are its pruning set.
         batches: Batches of the user's loader, cycled.
-        moments: Responses per consumer.
+        moments: Responses per consumer; {} where nothing will be folded, so that nothing stands in for a unit.
         steps: Gate updates.
         accelerator: Given, each process takes its share of every batch and gradients are averaged.
         progress: Called with 1 after each step.
@@ -102,14 +107,12 @@ def learn_contributions(
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     contributions = [torch.zeros(len(p), dtype=torch.float64) for p in parameters]
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    with torch.no_grad():
-        dense = [answer_to(model, split_batch(batch)[0][rank::ranks]) for batch in batches]
-    for step in range(steps):
-        images, labels = split_batch(batches[step % len(batches)])
+    for step, (images, labels) in enumerate(itertools.islice(itertools.cycle(small_batches(batches)), steps)):
+        with torch.no_grad():
+            dense = answer_to(model, images[rank::ranks])
         with watched(model, hooks):
             answer = answer_to(model, images[rank::ranks])
-        loss = gate_loss(answer, dense[step % len(batches)], labels, slice(rank, None, ranks))
-        loss = loss / len(images)
+        loss = gate_loss(answer, dense, labels, slice(rank, None, ranks)) / len(images)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"fcr_steps={steps}: the loss is {loss.item()} at step {step}. Check the images' scale."
@@ -129,6 +132,17 @@ def learn_contributions(
     return {group.name: total for group, total in zip(groups, contributions, strict=True)}
 
 
+def small_batches(batches: Sequence[Any]) -> list[tuple[Tensor, Any]]:
+    """Cut the user's batches into those of one step: gates are few, and many short steps teach them most."""
+    steps = []
+    for batch in batches:
+        images, labels = split_batch(batch)
+        for at in range(0, len(images), STEP_IMAGES):
+            part = slice(at, at + STEP_IMAGES)
+            steps.append((images[part], labels[part] if isinstance(labels, Tensor) else labels))
+    return steps
+
+
 def make_gates(
     model: nn.Module, groups: Sequence[UnitGroup], keep: dict[str, list[int]], moments: dict[str, Moments]
 ) -> tuple[dict[str, Tensor], dict[str, Gate]]:
@@ -146,7 +160,7 @@ def make_gates(
     for name, removed in leaving.items():
         kept = kept_channels(model, name, removed)
         cut = torch.cat([index.flatten() for index in removed]).sort().values
-        hooks[name] = Gate(model.get_submodule(name), moments[name], kept, cut, device)
+        hooks[name] = Gate(model.get_submodule(name), moments.get(name), kept, cut, device)
     for group in groups:
         for tap in group.taps:
             hooks[tap.module].places.append((gates[group.name], tap.index.to(device)))
@@ -207,7 +221,7 @@ def measure_costs(
                 (count, float(total[count - 1]), divergence(model, group, order[:count], images, dense, moments))
             )
         measured = []
-        for (start, before, low), (stop, after, high) in pairwise(points):
+        for (start, before, low), (stop, after, high) in itertools.pairwise(points):
             slope = max(high - low, 1e-9) / max(after - before, 1e-30)
             measured += [slope * float(c) for c in cost[start:stop]]
         measured += [slope * float(c) for c in cost[len(measured) :]]

@@ -1,11 +1,14 @@
 """Pictures for the model card: matplotlib, no display needed."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = {"channel": "#0072B2", "head": "#D55E00", "neuron": "#009E73"}
@@ -59,6 +62,22 @@ def plot_widths(source: Any, path: str | Path) -> Path:
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8, frameon=False)
     figure.savefig(path, format="png")
     return Path(path)
+
+
+def mark_of(plan: dict[str, list[int]]) -> str:
+    """Give the comment in a PNG that says of which plan it is."""
+    return "lfrns plan " + hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def shows_plan(path: str | Path, plan: dict[str, list[int]]) -> bool:
+    """Say whether a picture is there and was drawn of this plan, so that no card shows another model's."""
+    if not Path(path).is_file():
+        return False
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Comment") == mark_of(plan)
+    except OSError:  # what pillow raises for a file that is no picture
+        return False
 
 
 def _read_widths(source: Any) -> tuple[dict[str, list[int]], dict[str, str]]:

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from lfrns_hub.batches import iterate
+from lfrns_hub.gallery import plot_clusters
 from lfrns_hub.measure import Record, format_table
 from lfrns_hub.units import SlimPlan, UnitGroup
 
@@ -166,6 +168,23 @@ def random_plan(plan: SlimPlan, groups: list[UnitGroup], seed: int) -> SlimPlan:
     draw = random.Random(seed)
     sizes = {group.name: group.size for group in groups}
     return SlimPlan({name: sorted(draw.sample(range(sizes[name]), len(keep))) for name, keep in plan.keep.items()})
+
+
+def draw_clusters(dense: nn.Module, result: Any, loader: Any, directory: Path) -> None:
+    """Draw the cluster gallery where the checkpoint will lie, for its card; where there is none to draw, say why.
+
+    Args:
+        dense: The dense model.
+        result: What `slim` made of it.
+        loader: Images of its first batch are shown.
+        directory: The output folder, there or not.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    images, _ = next(iterate(loader))
+    try:
+        plot_clusters(dense, result, images, directory / "clusters.png")
+    except ValueError as error:  # a picture less is no reason to lose a trained model
+        print(f"No clusters.png. {error}", file=sys.stderr)
 
 
 def print_results(record: Record, rows: list[dict[str, Any]], where: Path) -> None:

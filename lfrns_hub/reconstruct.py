@@ -25,6 +25,7 @@ TARGETS = 2**24  # figures kept for one layer: rows x outputs, 64 MiB
 MAX_ENTRIES = 4608  # 512 channels under a 3x3 kernel: 170 MB of moments, seconds to solve
 MAX_BYTES = 2**31  # of the largest activation: all images run at once
 CHUNK = 16384  # rows in one product
+PRIOR_ROWS = 8  # what the start weighs, in rows at an entry's typical peak: units that hardly ever fire stay as they are
 
 
 def reconstruct(
@@ -144,6 +145,7 @@ class Layer:
         start = self.start(groups)
         inner = start.new_zeros(2, groups, start.shape[2], start.shape[2])
         cross, square = start.new_zeros(2, *start.shape), start.new_zeros(2, *start.shape[:2])
+        fourth = start.new_zeros(groups, start.shape[2])
         step = max(1, CHUNK // self.positions.shape[1])
         for at in range(0, len(value), step):
             for part in (0, 1):
@@ -154,10 +156,11 @@ class Layer:
                     inner[part] += (rows.mT @ rows).double().cpu()
                     cross[part] += (wanted @ rows).double().cpu()
                     square[part] += wanted.double().square().sum(2).cpu()
-        inner, cross, square = total(inner), total(cross), total(square)
+                    fourth += rows.square().square().double().sum(1).cpu() if part == 0 else 0
+        inner, cross, square, fourth = total(inner), total(cross), total(square), total(fourth)
         has_offset = self.norm is not None or self.module.bias is not None
         if not has_offset:
-            inner, cross, start = inner[..., :-1, :-1], cross[..., :-1], start[..., :-1]
+            inner, cross, start, fourth = inner[..., :-1, :-1], cross[..., :-1], start[..., :-1], fourth[..., :-1]
         judge = int(bool(inner[1].any()))  # one batch alone has no held-out part
         cost = self.scale.double().square().cpu().view(groups, -1)
 
@@ -165,7 +168,10 @@ class Layer:
             known = (weight * (2 * cross[judge] - weight @ inner[judge])).sum(2)
             return float((cost * (square[judge] - known)).sum())
 
-        best = min([start, *(solve(inner[0], cross[0], start, ridge) for ridge in RIDGES)], key=error)
+        own = inner[0].diagonal(dim1=-2, dim2=-1).clamp(min=0)
+        prior = PRIOR_ROWS * fourth / own.clamp(min=1e-30) + 1e-9 * own.amax(-1, keepdim=True) + 1e-30
+        fits = (solve(inner[0], cross[0], start, ridge * own + prior) for ridge in RIDGES)
+        best = min([start, *fits], key=error)
         whole = square[judge]
         if has_offset:
             whole = whole - cross[judge][..., -1].square() / inner[judge][:, -1:, -1]
@@ -256,7 +262,7 @@ def run(
 def fittable(module: nn.Module) -> bool:
     """Whether a layer's entries can be gathered and its moments be kept."""
     padding, mode = getattr(module, "padding", 0), getattr(module, "padding_mode", "zeros")
-    return module.weight[0].numel() < MAX_ENTRIES and not isinstance(padding, str) and mode == "zeros"
+    return module.weight[0].numel() <= MAX_ENTRIES and not isinstance(padding, str) and mode == "zeros"
 
 
 def kept_outputs(dense: nn.Module, name: str, groups: Sequence[UnitGroup], plan: SlimPlan) -> Tensor:
@@ -353,16 +359,14 @@ def patches(conv: nn.Module, value: Tensor, positions: Tensor) -> Tensor:
     return rows.flatten(0, 1).mT.reshape(index.shape[:2].numel(), conv.groups, -1)
 
 
-def solve(inner: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Tensor:
-    """Give the weight [G, O / G, P] of least squared error, drawn to `start` by a ridge relative to each entry.
+def solve(inner: Tensor, cross: Tensor, start: Tensor, pull: Tensor) -> Tensor:
+    """Give the weight [G, O / G, P] of least squared error, drawn to where it starts.
 
     Args:
         inner: Products of the entries, [G, P, P].
         cross: Products of the targets with the entries, [G, O / G, P].
-        start: Where the ridge draws to.
-        ridge: In shares of each entry's own square.
+        start: Where it is drawn to.
+        pull: How strongly, as a sum of squares of each entry, [G, P].
     """
-    scale = inner.diagonal(dim1=-2, dim2=-1).clamp(min=0)
-    pull = ridge * scale + 1e-9 * scale.amax(-1, keepdim=True) + 1e-30  # [G, P]
     factor = torch.linalg.cholesky(inner + torch.diag_embed(pull))
     return torch.cholesky_solve((cross + start * pull[:, None]).mT, factor).mT

@@ -155,6 +155,12 @@ def add_loss_weights(
     generator: torch.Generator,
 ) -> None:
     """Add each consumer output's squared gradient, summed over positions and images, to its loss weight."""
+    if not images.is_floating_point():  # nothing to differentiate by: all outputs weigh alike
+        with torch.no_grad():
+            model(images)
+        for m in moments.values():
+            m.loss_weight += len(images)
+        return
     outputs: dict[str, Tensor] = {}
     handles = [
         module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
@@ -220,7 +226,7 @@ def best_fold(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> 
         weight: The consumer's weight [O, D, ...].
         keep, leave: Channels kept [K] and cut [cut].
     Returns:
-        The fold [cut, K], float64, fitted on all images, or None.
+        The fold [cut, K], float64, or None.
     """
     if len(leave) == 0:
         return None
@@ -230,7 +236,7 @@ def best_fold(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> 
     for ridge in RIDGES:
         errors[ridge] = output_error(held, products, keep, leave, fold_matrix(fit, keep, leave, ridge))
     ridge = min(errors, key=lambda r: errors[r])
-    return None if ridge is None else fold_matrix(moments.matrix(), keep, leave, ridge)
+    return None if ridge is None else fold_matrix(fit, keep, leave, ridge)
 
 
 def fold_offset(moments: Moments, keep: Tensor, leave: Tensor, fold: Tensor) -> Tensor:

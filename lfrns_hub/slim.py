@@ -164,7 +164,7 @@ def slim(
 
         clock.step("FCR gates", steps if steps and contribution == "fcr" else 1)
         contributions = contribute(
-            contribution, dense, chosen, keep, batches, moments, merges, steps, accelerator, clock.advance
+            contribution, dense, chosen, keep, batches, moments, merges, steps, fold, accelerator, clock.advance
         )
 
         clock.step("restore")
@@ -267,6 +267,7 @@ def contribute(
     moments: dict[str, Moments],
     merges: dict[str, Merges],
     steps: int,
+    fold: bool,
     accelerator: Any,
     advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
@@ -280,8 +281,9 @@ def contribute(
             by_cost[group.name][unit] = cost
     if contribution == "cost" or steps == 0:
         return by_cost
+    standing = moments if fold else {}
     return learn_contributions(
-        dense, chosen, keep, batches, moments, steps=steps, accelerator=accelerator, progress=advance
+        dense, chosen, keep, batches, standing, steps=steps, accelerator=accelerator, progress=advance
     )
 
 

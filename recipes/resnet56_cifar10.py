@@ -141,6 +141,7 @@ def main() -> None:
 
     # Save and push.
     if main_process:
+        recipe.draw_clusters(dense, result, calibration_loader, out)
         lfrns.save(result.model, out, record=record, label_names=test_set.class_names, overwrite=True)
         recipe.print_results(record, rows, out)
         if args.push_to_hub:

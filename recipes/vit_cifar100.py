@@ -146,6 +146,7 @@ def main() -> None:
     # Save and push.
     if main_process:
         processor = load_processor(dense)
+        recipe.draw_clusters(dense, result, calibration_loader, out)
         lfrns.save(result.model, out, record=record, processor=processor, label_names=label_names, overwrite=True)
         recipe.print_results(record, rows, out)
         if args.push_to_hub:

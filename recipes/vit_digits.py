@@ -153,6 +153,7 @@ def main() -> None:
         processor = ViTImageProcessor(
             size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True
         )
+        recipe.draw_clusters(dense, result, calibration_loader, out)
         lfrns.save(result.model, out, record=record, processor=processor, label_names=LABEL_NAMES, overwrite=True)
         recipe.print_results(record, rows, out)
         if args.push_to_hub:

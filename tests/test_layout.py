@@ -39,7 +39,8 @@ ALLOWED = {
     "hub": {"reach"},
     "card": {"measure", "plots"},
     "plots": {"measure"},
-    "recipe": {"measure"},
+    "gallery": {"slim", "taps", "report", "plots"},
+    "recipe": {"measure", "gallery"},
     "coverage": {"slim", "trace", "checkpoint", "measure", "zoo", "recipe"},
     "cli": {"recipe", "measure", "retrain", "pictures", "zoo", "coverage"},
     "__main__": {"cli"},
@@ -53,7 +54,7 @@ DOORS = {
     "accelerate": {"retrain", "responses", "contribution"},
     "huggingface_hub": {"hub", "card", "reach", "zoo", "pictures", "checkpoint"},
     "typer": {"cli"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"plots", "gallery"},
 }
 
 

@@ -1,6 +1,7 @@
 """What every layout has in common: config.json, model.safetensors, the card, and how a finished folder is published."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,19 @@ from torch import Tensor, nn
 
 from lfrns_hub.card import read_record, render_card
 from lfrns_hub.narrow import computed_buffers, grown
-from lfrns_hub.plots import plot_widths
+from lfrns_hub.plots import plot_widths, shows_plan
 
 FORMAT_VERSION = 1
 # Written last to first: a folder that is being overwritten has its new config only when the weights are there.
-FILES = ("config.json", "README.md", "record.json", "widths.png", "preprocessor_config.json", "model.safetensors")
+FILES = (
+    "config.json",
+    "README.md",
+    "record.json",
+    "widths.png",
+    "clusters.png",
+    "preprocessor_config.json",
+    "model.safetensors",
+)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -86,13 +95,13 @@ def match_dtype(model: nn.Module, folder: Path) -> nn.Module:
     return model.to(types[kind]) if len(kinds) == 1 and (kind := kinds.pop()) in types else model
 
 
-def write_card(draft: Path, record: Any, name: str, *, base: str, library: str) -> None:
-    """Write README.md, record.json and the picture of widths.
+def write_card(draft: Path, record: Any, directory: Path, *, base: str, library: str) -> None:
+    """Write README.md, record.json and the picture of widths; take along a picture of this plan's clusters.
 
     Args:
         draft: The folder, with its config.json.
         record: The Record, its dict, or None.
-        name: What the model is called where the record does not say.
+        directory: Where the draft will go; the model has its name where the record does not say.
         base: The dense architecture.
         library: Which library builds it: timm, transformers or pytorch.
     """
@@ -103,13 +112,18 @@ def write_card(draft: Path, record: Any, name: str, *, base: str, library: str) 
     has_plot = bool(facts.get("widths"))
     if has_plot:
         plot_widths(facts, draft / "widths.png")
+    gallery = directory / "clusters.png"
+    has_gallery = shows_plan(gallery, facts.get("plan") or {})
+    if has_gallery:
+        shutil.copyfile(gallery, draft / gallery.name)
     card = render_card(
         record,
-        model_name=((record or {}).get("setup") or {}).get("model_name") or name,
+        model_name=((record or {}).get("setup") or {}).get("model_name") or directory.name,
         base=base,
         provenance=facts,
         library=library,
         plot="widths.png" if has_plot else None,
+        gallery=gallery.name if has_gallery else None,
     )
     (draft / "README.md").write_text(card, encoding="utf-8")
 

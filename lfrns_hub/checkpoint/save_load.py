@@ -44,7 +44,8 @@ def save(
     Args:
         model: A slim (or dense) model: timm's, a transformers image classifier, or a class of your own. Wrappers of
             torch.compile and DDP come off.
-        directory: Where to; other files in it stay as they are.
+        directory: Where to; other files in it stay as they are. A clusters.png that was drawn of this plan comes into
+            the card, one of another plan is removed.
         record: The Record (or its dict) for the card and record.json. None: the card says "not measured".
         base: The dense architecture, where the model does not say: a timm name, or for your own class (and one of
             transformers' that is no image classifier) the dense model or a function that builds it.
@@ -86,7 +87,7 @@ def save(
                 compare(model, load(draft, model=skeleton))
         if processor is not None:
             processor.save_pretrained(draft)
-        write_card(draft, record, directory.name, **source)
+        write_card(draft, record, directory, **source)
         publish(draft, directory)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -69,13 +69,15 @@ def _follow(trace: Any, name: str, node: Node, seen: dict[Node, list], place: di
     first = not isinstance(trace.model.get_submodule(name), nn.Linear)
     while len(at.users) == 1:
         user = next(iter(at.users))
-        operation = str(user.target).split(".")[1] if "." in str(user.target) else ""
+        operation = _operation(user)
         if operation == "batch_norm" and norm is None and not scales and user.args[0] is at:
             norm = trace.module_of(user)
             if norm is None or not isinstance(trace.model.get_submodule(norm), nn.modules.batchnorm._BatchNorm):
                 return Site(name)
         elif operation == "mul":
             factor = next((a for a in user.args[:2] if a is not at), None)
+            while isinstance(factor, Node) and _operation(factor) in ("reshape", "view", "unsqueeze"):
+                factor = factor.args[0]
             parameter = trace.tensor_name(factor)
             if not parameter or prod(trace.shape_of(parameter)) != outputs:
                 break
@@ -93,6 +95,12 @@ def _follow(trace: Any, name: str, node: Node, seen: dict[Node, list], place: di
             break
         at = user
     return Site(name, norm, tuple(scales))
+
+
+def _operation(node: Node) -> str:
+    """Give the name of an ATen operation without its overload."""
+    parts = str(node.target).split(".")
+    return parts[1] if len(parts) > 1 else ""
 
 
 def _seen_at(trace: Any, nodes: list[Node]) -> dict[Node, list[tuple[int, str, str]]]:

@@ -1,0 +1,142 @@
+"""The fold, layer after layer: what a layer reads, the fit, and what it makes of a cut network."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import lfrns_hub as lfrns
+from lfrns_hub.reconstruct import explained, kept_outputs, patches, reconstruct, solve
+from lfrns_hub.surgery import cut
+from lfrns_hub.trace import trace_model
+
+
+@pytest.mark.parametrize(
+    ("conv", "size"),
+    [
+        (nn.Conv2d(6, 8, 3, padding=1), (7, 5)),
+        (nn.Conv2d(6, 8, (3, 1), stride=2, padding=(2, 0)), (9, 6)),
+        (nn.Conv2d(6, 9, 3, padding=2, dilation=2, groups=3), (8, 8)),
+        (nn.Conv2d(6, 6, 5, groups=6), (8, 7)),
+        (nn.Conv1d(6, 4, 3, padding=1), (11,)),
+        (nn.Conv3d(6, 4, 2), (4, 3, 5)),
+    ],
+)
+def test_patches_are_what_a_convolution_reads(conv, size):
+    """Gathered entries times the weight give the convolution's own outputs, at every position."""
+    images = torch.randn(3, 6, *size)
+    expected = conv(images).flatten(2).mT  # [N, places, O]
+    positions = torch.stack([torch.randperm(expected.shape[1]) for _ in images])
+    rows = patches(conv, images, positions)  # [N places, G, P]
+    weight = conv.weight.view(conv.groups, conv.out_channels // conv.groups, -1)
+    got = torch.einsum("rgp,gop->rgo", rows, weight).flatten(1) + conv.bias
+    wanted = expected.gather(1, positions[..., None].expand_as(expected)).flatten(0, 1)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_solve_gives_the_least_squares_weight_and_is_drawn_to_its_start():
+    """Without a ridge it is lstsq; under a heavy one it stays where it started."""
+    rows, true = torch.randn(50, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    inner, cross, start = (rows.T @ rows)[None], (true @ rows.T @ rows)[None], torch.ones(1, 3, 4, dtype=torch.float64)
+    pull = torch.ones(1, 4, dtype=torch.float64)
+    torch.testing.assert_close(solve(inner, cross, start, 0 * pull)[0], true, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(solve(inner, cross, start, 1e12 * pull), start, atol=1e-6, rtol=1e-6)
+
+
+def test_sites_know_what_is_added_to_a_layer():
+    """Residual sums of a BatchNorm net, a ViT and a net that permutes: the summand that is there before the layer."""
+    resnet = trace_model(timm.create_model("cifar_resnet20"), torch.zeros(1, 3, 32, 32))
+    sites = {site.module: site for site in resnet.sites}
+    assert len(sites) == 20
+    assert sites["layer2.0.conv2"].norm == "layer2.0.bn2"
+    assert sites["layer2.0.conv2"].other == ("layer2.0.shortcut", "output")
+    assert sites["layer2.0.conv1"].other is None
+    vit = {s.module: s for s in trace_model(timm.create_model("test_vit"), torch.zeros(1, 3, 160, 160)).sites}
+    assert vit["blocks.1.mlp.fc2"].other is not None
+    assert not vit["blocks.1.mlp.fc2"].other_first
+    model = timm.create_model("convnext_atto", ls_init_value=0.1, conv_mlp=False)
+    convnext = {s.module: s for s in trace_model(model, torch.zeros(1, 3, 64, 64)).sites}
+    last = next(s for name, s in convnext.items() if name.endswith("mlp.fc2"))
+    assert last.other is not None
+    assert last.other_first
+    assert len(last.scales) == 1
+
+
+def planted() -> nn.Module:
+    """A residual net whose inner channels 4 to 7 are those of 0 to 3, shifted, doubled or mixed."""
+    model = timm.create_model("cifar_resnet20").eval()
+    for block in (model.layer1[0], model.layer1[2]):
+        with torch.no_grad():
+            for norm in (block.bn1, block.bn2):
+                norm.running_mean.normal_(0, 0.2)
+            block.conv1.weight[4:8] = block.conv1.weight[:4]
+            for tensor in (block.bn1.running_mean, block.bn1.running_var, block.bn1.weight, block.bn1.bias):
+                tensor[4:8] = tensor[:4]
+    return model
+
+
+def test_what_others_can_express_is_folded_without_loss():
+    """Units that are copies of others leave, and the network answers as before."""
+    model, images = planted(), [torch.randn(8, 3, 32, 32) for _ in range(5)]
+    trace = trace_model(model, images[0])
+    keep = [0, 1, 2, 3, *range(8, 16)]
+    plan = lfrns.SlimPlan({"layer1.0.conv1": keep, "layer1.2.conv1": keep})
+    plain = cut(model, trace.groups, plan)
+    folded = reconstruct(model, plain, trace.sites, trace.groups, plan, images)
+    fresh = torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        lost = (plain(fresh) - model(fresh)).abs().max()
+        left = (folded(fresh) - model(fresh)).abs().max()
+    assert left < 0.02 * lost
+
+
+@pytest.mark.parametrize(("name", "size"), [("cifar_resnet20", 32), ("test_vit", 160), ("convnext_atto", 64)])
+def test_a_cut_network_comes_nearer_and_nothing_else_changes(name, size):
+    """On fresh images too; the networks that came in are as they were, without hooks; the same seed, the same weights."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    for parameter in model.parameters():  # a fresh head answers with 1e-14
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, 0, parameter[0].numel() ** -0.5)
+    images = [torch.randn(12, 3, size, size) for _ in range(5)]
+    trace = trace_model(model, images[0])
+    free = [g for g in trace.groups if g.frozen_reason is None and g.exact]
+    plan = lfrns.SlimPlan({g.name: list(range(-(-g.size // 2))) for g in free})
+    plain = cut(model, trace.groups, plan)
+    before = copy.deepcopy(plain.state_dict()), copy.deepcopy(model.state_dict())
+    fitted = reconstruct(model, plain, trace.sites, trace.groups, plan, images, seed=3)
+    again = reconstruct(model, plain, trace.sites, trace.groups, plan, images, seed=3)
+    for old, network in zip(before, (plain, model), strict=True):
+        assert all(torch.equal(old[key], value) for key, value in network.state_dict().items())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in fitted.modules())
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in fitted.state_dict().items())
+    fresh = torch.randn(24, 3, size, size)
+    with torch.no_grad():
+        lost = (plain(fresh) - model(fresh)).square().mean()
+        left = (fitted(fresh) - model(fresh)).square().mean()
+    assert left < 0.7 * lost
+
+
+def test_explained_is_whole_for_the_dense_network_and_less_for_a_cut_one():
+    """The measure of integrity: any narrower network will do, its plan need not be known."""
+    torch.manual_seed(0)
+    model, images = timm.create_model("cifar_resnet20").eval(), [torch.randn(20, 3, 32, 32) for _ in range(5)]
+    trace = trace_model(model, images[0])
+    whole = explained(model, model, trace.sites, images)
+    assert min(whole.values()) > 0.98
+    plan = lfrns.SlimPlan({"layer3.2.conv1": [0, 1, 2]})
+    less = explained(model, cut(model, trace.groups, plan), trace.sites, images)
+    assert less["layer3.2.conv2"] < 0.9
+    assert less["layer3.1.conv2"] > 0.98
+
+
+def test_kept_outputs_follow_the_plan():
+    """The outputs of a layer that a plan leaves."""
+    model = timm.create_model("cifar_resnet20").eval()
+    trace = trace_model(model, torch.zeros(1, 3, 32, 32))
+    plan = lfrns.SlimPlan({"layer1.0.conv1": [1, 5]})
+    assert kept_outputs(model, "layer1.0.conv1", trace.groups, plan).tolist() == [1, 5]
+    assert len(kept_outputs(model, "layer1.0.conv2", trace.groups, plan)) == 16
