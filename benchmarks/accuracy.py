@@ -12,6 +12,7 @@ contestants, benchmarks/table.py draws the tables.
 
 import argparse
 import copy
+import fcntl
 import json
 import shlex
 import sys
@@ -53,7 +54,10 @@ TASKS: dict[str, dict[str, Any]] = {
     "densenet40": {"model": "cifar_densenet40", "dense_epochs": 160},
     "vit": {"folder": "vit_cifar10"},
 }
-RETRAINING = {"cnn": {"learning_rate": 0.02, "weight_decay": 5e-4}, "vit": {"learning_rate": 5e-4, "weight_decay": 0.05}}
+RETRAINING = {
+    "cnn": {"learning_rate": 0.02, "weight_decay": 5e-4},
+    "vit": {"learning_rate": 5e-4, "weight_decay": 0.05},
+}
 FINE_TUNING = {"learning_rate": 0.02, "weight_decay": 5e-4}
 FROM_SCRATCH = {"learning_rate": 0.1, "weight_decay": 1e-4}  # He et al. 2016, section 4.2
 
@@ -101,7 +105,7 @@ def crop_and_flip(pixels: Tensor) -> Tensor:
     columns = torch.arange(width, device=pixels.device).expand(count, -1)
     columns = right[:, None] + torch.where(mirrored[:, None] == 1, width - 1 - columns, columns)
     images = torch.arange(count, device=pixels.device)
-    return padded[images[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
+    return padded[images[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
 def read_pictures(data: str, split: str, model: nn.Module, device: torch.device) -> Pictures:
@@ -126,11 +130,15 @@ class Store:
 
     def put(self, cell: dict[str, Any], *key: Any) -> None:
         """Keep a cell, whole or not at all."""
-        self.content["cells"][" | ".join(map(str, key))] = cell
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        with self.path.with_suffix(".lock").open("w") as lock:  # several runs may fill one table
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.path.is_file():
+                self.content["cells"] = json.loads(self.path.read_text(encoding="utf-8"))["cells"]
+            self.content["cells"][" | ".join(map(str, key))] = cell
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            partial.replace(self.path)
 
 
 class Bench:
@@ -151,6 +159,7 @@ class Bench:
         self.tuning = train.part(order[:TUNING_IMAGES], train=False)
         self.test = read_pictures(options.data_dir, "validation", model, self.device)
         self.dense = self.train_dense(model)
+        self.teacher = copy.deepcopy(self.dense).to(memory_format=torch.channels_last)
         self.example = self.test.normalise(self.test.pixels[:1])
         self.sites = trace_model(self.dense, self.example).sites
         self.dense_scores = evaluate(self.dense, self.test.loader(), progress=False)
@@ -260,11 +269,11 @@ class Bench:
 
     def retrain(self, contestant: Contestant, pruned: nn.Module, seed: int, epochs: int) -> None:
         """Retrain a copy of a pruned network and measure its last epoch."""
-        model, began = copy.deepcopy(pruned), time.perf_counter()
+        model, began = copy.deepcopy(pruned).to(memory_format=torch.channels_last), time.perf_counter()
         lfrns.retrain(
             model.requires_grad_(True),
             self.train.loader(BATCH, shuffle=True),
-            teacher=self.dense if contestant.distil else None,
+            teacher=self.teacher if contestant.distil else None,
             epochs=epochs,
             seed=seed,
             progress=self.options.progress,

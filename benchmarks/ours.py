@@ -53,9 +53,7 @@ def ours(case: Case) -> nn.Module:
 def unlabelled(case: Case) -> nn.Module:
     """The method on bare images."""
     loader = [images for images, _ in case.batches()]
-    return lfrns.slim(
-        case.dense, loader, macs=case.macs, params=case.params, seed=case.seed, progress=False
-    ).model
+    return lfrns.slim(case.dense, loader, macs=case.macs, params=case.params, seed=case.seed, progress=False).model
 
 
 @contestant(f"ours, {FEW} images", "ours")

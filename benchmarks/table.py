@@ -1,6 +1,6 @@
 """Render benchmarks/results/*.json: docs/results.md, the README's table and the curve of accuracy against MACs.
 
-    python benchmarks/table.py
+python benchmarks/table.py
 """
 
 import json
@@ -89,7 +89,9 @@ def table(setup: dict[str, Any], cells: Cells, reasons: dict[str, str]) -> list[
 
 def describe(setup: dict[str, Any]) -> str:
     """Say in a line what the figures of a table stand on."""
-    budget = f"{setup['macs']:g} of the MACs" + (f" and {setup['params']:g} of the parameters" if setup["params"] else "")
+    budget = f"{setup['macs']:g} of the MACs" + (
+        f" and {setup['params']:g} of the parameters" if setup["params"] else ""
+    )
     return (
         f"{budget}; dense {setup['dense_top1_pct']:.2f} % top-1, {setup['dense_macs_m']:.1f} M MACs, "
         f"{setup['dense_params_m']:.2f} M parameters; {setup['calibration_images']} calibration images; "
@@ -173,12 +175,13 @@ def main() -> None:
         "# Results",
         "",
         "Every contestant has the same dense weights, calibration images, budget and retraining (benchmarks/accuracy.py",
-        "says how); written by `python benchmarks/table.py` from benchmarks/results/*.json, which hold machine, versions,",
-        "command and commit of each cell. Top-1 in % on CIFAR-10's held-out pictures (a JPEG copy: see the recipes).",
+        "says how). Written by `python benchmarks/table.py` from benchmarks/results/*.json, which hold machine,",
+        "versions, command and commit. Top-1 in % on CIFAR-10's held-out pictures (a JPEG copy: see the recipes).",
+        "",
         "*Agrees*: share of images on which the dense network predicts the same. *Worst class*: change of the class that",
-        "lost most, in points. *Variance kept*: mean over the layers of the share of the dense layer's output variance that",
-        "the slim layer's inputs still express on held-out images. All three right after the cut. Mean ± standard deviation",
-        "over the seeds.",
+        "lost most, in points. *Variance kept*: the share of a dense layer's output variance that the slim layer's inputs",
+        "still express on held-out images, mean over the layers. All three are of right after the cut. Mean ± standard",
+        "deviation over the seeds.",
     ]
     for setup, cells, reasons in files:
         page += ["", f"## {setup['task']}, {describe(setup)}", "", *table(setup, cells, reasons)]

@@ -31,9 +31,7 @@ def stand_in(module: nn.Module, value: Tensor, weight: Tensor, offset: Tensor) -
     return channels_back(module, channels_last(module, value) @ weight.to(value.dtype) + offset)
 
 
-def folded_channels(
-    consumer: nn.Module, moments: Moments | None, keep: Tensor, leave: Tensor
-) -> tuple[Tensor, Tensor]:
+def folded_channels(consumer: nn.Module, moments: Moments | None, keep: Tensor, leave: Tensor) -> tuple[Tensor, Tensor]:
     """Give the weight [D in, D out] and offset [D out] that estimate the cut channels; zero for kept ones."""
     width = channel_count(consumer)
     weight, offset = torch.zeros(width, width), torch.zeros(width)
@@ -48,9 +46,7 @@ def folded_channels(
 class Gate:
     """The FCR hook of one consumer: kept channels times their gate; cut ones between their stand-ins and themselves."""
 
-    def __init__(
-        self, consumer: nn.Module, moments: Moments | None, keep: Tensor, leave: Tensor, device: torch.device
-    ):
+    def __init__(self, consumer: nn.Module, moments: Moments | None, keep: Tensor, leave: Tensor, device: torch.device):
         weight, offset = folded_channels(consumer, moments, keep, leave)
         self.cut = torch.zeros(len(offset))
         self.cut[leave] = 1

@@ -25,7 +25,9 @@ TARGETS = 2**24  # figures kept for one layer: rows x outputs, 64 MiB
 MAX_ENTRIES = 4608  # 512 channels under a 3x3 kernel: 170 MB of moments, seconds to solve
 MAX_BYTES = 2**31  # of the largest activation: all images run at once
 CHUNK = 16384  # rows in one product
-PRIOR_ROWS = 8  # what the start weighs, in rows at an entry's typical peak: units that hardly ever fire stay as they are
+PRIOR_ROWS = (
+    8  # what the start weighs, in rows at an entry's typical peak: units that hardly ever fire stay as they are
+)
 
 
 def reconstruct(

@@ -12,8 +12,8 @@ from lfrns_hub.answers import read_answer
 from lfrns_hub.contribution import learn_contributions, measure_costs
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.options import KINDS, check_example, check_options, choose_groups, read_loader
-from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_gram
 from lfrns_hub.reconstruct import reconstruct
+from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_gram
 from lfrns_hub.report import SlimReport, clocked, measure_integrity, provenance, report_group
 from lfrns_hub.responses import HELD_OUT_EVERY, Moments, collect
 from lfrns_hub.running import as_input, device_of, dtype_of, refuse_meta, unwrap
@@ -171,8 +171,9 @@ def slim(
         plan, restored = restored_plan(chosen, keep, pruning_set, contributions, ledger, round_to if restore else 1)
 
         clock.step("cut and fold")
-        plain = cut(dense, every, plan)
-        result = fold_if_better(dense, plain, trace, every, plan, moments, batches, seed, accelerator) if fold else plain
+        result = plain = cut(dense, every, plan)
+        if fold:
+            result = fold_if_better(dense, plain, trace, every, plan, moments, batches, seed, accelerator)
         folded = result is not plain
         result, recalibrated = recalibrate_if_better(dense, result, batches)
 

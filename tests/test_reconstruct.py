@@ -94,7 +94,7 @@ def test_what_others_can_express_is_folded_without_loss():
 
 @pytest.mark.parametrize(("name", "size"), [("cifar_resnet20", 32), ("test_vit", 160), ("convnext_atto", 64)])
 def test_a_cut_network_comes_nearer_and_nothing_else_changes(name, size):
-    """On fresh images too; the networks that came in are as they were, without hooks; the same seed, the same weights."""
+    """On fresh images too; what came in is as it was, without hooks; the same seed gives the same weights."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     for parameter in model.parameters():  # a fresh head answers with 1e-14
