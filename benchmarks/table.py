@@ -174,14 +174,14 @@ def main() -> None:
     page = [
         "# Results",
         "",
-        "Every contestant has the same dense weights, calibration images, budget and retraining (benchmarks/accuracy.py",
-        "says how). Written by `python benchmarks/table.py` from benchmarks/results/*.json, which hold machine,",
-        "versions, command and commit. Top-1 in % on CIFAR-10's held-out pictures (a JPEG copy: see the recipes).",
+        "Every contestant has the same dense weights, calibration images, budget and retraining",
+        "(benchmarks/accuracy.py says how). Written by `python benchmarks/table.py` from benchmarks/results/*.json,",
+        "which hold machine, versions, command and commit. Top-1 in % on CIFAR-10's held-out pictures (a JPEG copy).",
         "",
-        "*Agrees*: share of images on which the dense network predicts the same. *Worst class*: change of the class that",
-        "lost most, in points. *Variance kept*: the share of a dense layer's output variance that the slim layer's inputs",
-        "still express on held-out images, mean over the layers. All three are of right after the cut. Mean ± standard",
-        "deviation over the seeds.",
+        "*Agrees*: share of images on which the dense network predicts the same. *Worst class*: change of the class",
+        "that lost most, in points. *Variance kept*: the share of a dense layer's output variance that the slim",
+        "layer's inputs still express on held-out images, mean over the layers. All three are of right after the cut.",
+        "Mean ± standard deviation over the seeds.",
     ]
     for setup, cells, reasons in files:
         page += ["", f"## {setup['task']}, {describe(setup)}", "", *table(setup, cells, reasons)]

@@ -17,6 +17,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from lfrns_hub.plots import COLOURS, OTHER, mark_of
+from lfrns_hub.redundancy import MIN_R2
 from lfrns_hub.report import GroupReport
 from lfrns_hub.running import as_input, evaluating, unwrap
 from lfrns_hub.slim import SlimResult, find_units
@@ -33,7 +34,7 @@ KINDS = ("channel", "head", "neuron")  # the order of preference: the finer the 
 WIDTH, INCH, DPI = 900, 120, 160
 MARGIN, LABEL, GAP, BLOCK_GAP, FRAME = 16, 106, 4, 20, 3
 TITLE_LINE, LINE = 24, 17
-TITLE_LETTERS, LETTERS = 76, 116  # of a line, at their sizes
+TITLE_LETTERS, LETTERS = 76, 120  # of a line, at their sizes
 GREY, COLOUR_MAP = "#444444", "viridis"
 
 
@@ -212,6 +213,11 @@ def telling(clusters: Sequence[Cluster], maps: dict[int, Tensor]) -> float:
     return sum(r * r for cluster in clusters for r in alike(cluster, maps)) * math.log2(positions)
 
 
+def is_signed(group: UnitGroup) -> bool:
+    """Say whether a unit is one channel, whose map has a sign; the norm over several has none."""
+    return group.taps[0].index.shape[1] == 1
+
+
 def model_name(dense: nn.Module) -> str:
     """Give timm's name of an architecture, or the class."""
     return (getattr(dense, "pretrained_cfg", None) or {}).get("architecture") or type(dense).__name__
@@ -243,15 +249,15 @@ def draw(
         sheet.text(MARGIN, MARGIN + TITLE_LINE * len(title) + LINE * number, text, size=8, color=GREY)
     for left in lefts:
         sheet.strip(left + LABEL, top, tile, [picture(image) for image in images[:columns]])
-    colour, signed = COLOURS.get(row.kind, OTHER), group.taps[0].index.shape[1] == 1
+    colour, signed = COLOURS.get(row.kind, OTHER), is_signed(group)
     for cluster, left, y in places:
         sheet.frame(left + LABEL, y, columns * (tile + GAP) - GAP, tile, colour)
         for name, said, shown in strips(cluster, maps, weak=not row.redundant, signed=signed):
             style = {"color": colour, "weight": "bold"} if said == "kept" else {"color": GREY}
             sheet.text(left, y + tile / 2 - 16, name, size=9, **style)
             sheet.text(left, y + tile / 2 + 1, said, size=8, **style)
-            limits = {"vmin": float(shown.min()), "vmax": float(shown.max())}
-            sheet.strip(left + LABEL, y, tile, shown[:columns], cmap=COLOUR_MAP, **limits)
+            seen = shown[:columns]
+            sheet.strip(left + LABEL, y, tile, seen, cmap=COLOUR_MAP, vmin=float(seen.min()), vmax=float(seen.max()))
             y += tile + GAP + (FRAME if said == "kept" else 0)
         if cluster.more:
             sheet.text(left + LABEL, y, f"and {cluster.more} more removed", size=8, color=GREY)
@@ -279,11 +285,11 @@ def explain(row: GroupReport, group: UnitGroup, images: int) -> list[str]:
     """Say below the title what is seen, a sentence or two a line."""
     framed = f"Framed: a kept {row.kind}; below it, removed ones whose strongest stand-in it is. "
     if not row.redundant:
-        framed = f"Framed: a kept {row.kind}; below it, removed ones that it hardly stands in for: weak, R² under 0.5. "
+        framed = f"Framed: a kept {row.kind}; below it, weak ones, R² under {MIN_R2}, nearest to it. "
+    flipped = ", sign flipped if negative" if is_signed(group) else ""
     return [
         framed + f"Removed in all: {len(row.redundant)} redundant, {len(row.weak)} weak.",
-        f"R²: share of it that all kept {row.kind}s explain together. r: correlation with the framed map over {images} "
-        "images; sign flipped if negative.",
+        f"R²: share the kept {row.kind}s explain together. r: correlation with the framed map over {images} images{flipped}.",
         f"Maps are the input of {group.taps[0].module}, each row in its own range.",
     ]
 

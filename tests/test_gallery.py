@@ -141,13 +141,14 @@ def test_what_cannot_be_shown_says_so(twins, tmp_path) -> None:
 
 def test_the_card_shows_the_gallery_of_its_own_plan_and_saving_again_keeps_it(tmp_path) -> None:
     model, mark = slim_resnet(), PngInfo()
+    model.lfrns_provenance["plan"] = {"layer1.0.conv1": [0, 2, 5]}
     mark.add_text("Comment", mark_of(model.lfrns_provenance["plan"]))
     Image.new("RGB", (8, 8)).save(tmp_path / "clusters.png", pnginfo=mark)
     for _ in range(2):
         save(model, tmp_path, overwrite=True)
         assert (tmp_path / "clusters.png").is_file()
         assert "(clusters.png)" in (tmp_path / "README.md").read_text()
-    model.lfrns_provenance["plan"] = {name: kept[:1] for name, kept in model.lfrns_provenance["plan"].items()}
+    model.lfrns_provenance["plan"] = {"layer1.0.conv1": [0, 2, 4]}
     save(model, tmp_path, overwrite=True)
     assert not (tmp_path / "clusters.png").exists()
     assert "clusters.png" not in (tmp_path / "README.md").read_text()

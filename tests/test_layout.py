@@ -39,7 +39,7 @@ ALLOWED = {
     "hub": {"reach"},
     "card": {"measure", "plots"},
     "plots": {"measure"},
-    "gallery": {"slim", "taps", "report", "plots"},
+    "gallery": {"slim", "taps", "report", "redundancy", "plots"},
     "recipe": {"measure", "gallery"},
     "coverage": {"slim", "trace", "checkpoint", "measure", "zoo", "recipe"},
     "cli": {"recipe", "measure", "retrain", "pictures", "zoo", "coverage"},
