@@ -32,7 +32,7 @@ MAX_EXTRA_TOKENS = 5  # class, distillation and register tokens that stand befor
 KINDS = ("channel", "head", "neuron")  # the order of preference: the finer the grid, the more a map shows
 # Lengths are in pixels at the width of a card, 120 to the inch; the file has more, for sharp letters.
 WIDTH, INCH, DPI = 900, 120, 160
-MARGIN, LABEL, GAP, BLOCK_GAP, FRAME = 16, 106, 4, 20, 3
+MARGIN, LABEL, GAP, BLOCK_GAP, FRAME = 16, 122, 4, 20, 3
 TITLE_LINE, LINE = 24, 17
 TITLE_LETTERS, LETTERS = 76, 120  # of a line, at their sizes
 GREY, COLOUR_MAP = "#444444", "viridis"
@@ -289,7 +289,8 @@ def explain(row: GroupReport, group: UnitGroup, images: int) -> list[str]:
     flipped = ", sign flipped if negative" if is_signed(group) else ""
     return [
         framed + f"Removed in all: {len(row.redundant)} redundant, {len(row.weak)} weak.",
-        f"R²: share the kept {row.kind}s explain together. r: correlation with the framed map over {images} images{flipped}.",
+        f"R²: share the kept {row.kind}s explain together. "
+        f"r: correlation with the framed map on {images} images{flipped}.",
         f"Maps are the input of {group.taps[0].module}, each row in its own range.",
     ]
 
