@@ -156,8 +156,8 @@ def unit_scores(case: Case, of_tensor: Callable[[nn.Parameter], Tensor]) -> dict
         total = torch.zeros(group.size)
         for part in group.slices:
             if part.tensor in parameters:
-                rows = of_tensor(parameters[part.tensor]).movedim(part.dim, 0).flatten(1).sum(1).cpu()
-                total += rows[part.index].sum(1)
+                rows = of_tensor(parameters[part.tensor]).movedim(part.dim, 0)
+                total += rows.reshape(len(rows), -1).sum(1).cpu()[part.index].sum(1)
         scores[group.name] = total
     return scores
 
