@@ -17,6 +17,7 @@ ALLOWED = {
     "contribution": {"taps", "responses", "redundancy"},
     "select": {"trace", "responses", "redundancy"},
     "surgery": {"taps", "adapters", "narrow", "responses"},
+    "reconstruct": {"taps", "trace", "responses"},
     "self_check": {"narrow", "surgery"},
     "report": {"taps", "responses", "redundancy"},
     "slim": {
@@ -28,6 +29,7 @@ ALLOWED = {
         "contribution",
         "select",
         "surgery",
+        "reconstruct",
         "taps",
         "measure",
         "options",

@@ -44,7 +44,8 @@ def find_sites(trace: Any, nodes: list[Node]) -> list[Site]:
     calls: dict[str, list[Node]] = defaultdict(list)
     for node in nodes:
         if node.op == "call_function" and str(node.target).startswith(("aten.conv", "aten.linear")):
-            name = trace.layer_of(node, node.args[1])
+            # A weight that is computed cannot be set.
+            name = trace.layer_of(node, node.args[1]) if trace.tensor_name(node.args[1]) else None
             if name is not None:
                 calls[name].append(node)
     seen = _seen_at(trace, nodes)
@@ -54,7 +55,6 @@ def find_sites(trace: Any, nodes: list[Node]) -> list[Site]:
         given, made = seen.get(node.args[0], ()), seen.get(node, ())
         if (
             len(called) == 1
-            and trace.tensor_name(node.args[1])  # computed weights cannot be set
             and any(module == name and kind == "input" for _, module, kind in given)
             and any(module == name and kind == "output" for _, module, kind in made)
         ):
