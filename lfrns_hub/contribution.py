@@ -3,8 +3,8 @@
 D input channels of a consumer, U units of a group.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lfrns_hub.units import UnitGroup
 
 NEARLY_CLOSED = 0.05
 LEARNING_RATE = 0.02
-STEP_IMAGES = 64
+STEP_IMAGES = 64  # at most
 PROBED_SHARES = (0.25, 0.5, 0.75)
 
 
@@ -103,12 +103,17 @@ def learn_contributions(
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     contributions = [torch.zeros(len(p), dtype=torch.float64) for p in parameters]
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    for step, (images, labels) in enumerate(itertools.islice(itertools.cycle(small_batches(batches)), steps)):
-        with torch.no_grad():
-            dense = answer_to(model, images[rank::ranks])
+    parts = small_batches(batches)
+    dense: dict[int, Answer] = {}
+    for step in range(steps):
+        number = step % len(parts)
+        images, labels = parts[number]
+        if number not in dense:
+            with torch.no_grad():
+                dense[number] = answer_to(model, images[rank::ranks])
         with watched(model, hooks):
             answer = answer_to(model, images[rank::ranks])
-        loss = gate_loss(answer, dense, labels, slice(rank, None, ranks)) / len(images)
+        loss = gate_loss(answer, dense[number], labels, slice(rank, None, ranks)) / len(images)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"fcr_steps={steps}: the loss is {loss.item()} at step {step}. Check the images' scale."
@@ -129,14 +134,16 @@ def learn_contributions(
 
 
 def small_batches(batches: Sequence[Any]) -> list[tuple[Tensor, Any]]:
-    """Cut the user's batches into those of one step: gates are few, and many short steps teach them most."""
-    steps = []
+    """Cut the user's batches into those of one step, evenly: gates are few, and many short steps teach them most."""
+    parts = []
     for batch in batches:
         images, labels = split_batch(batch)
-        for at in range(0, len(images), STEP_IMAGES):
-            part = slice(at, at + STEP_IMAGES)
-            steps.append((images[part], labels[part] if isinstance(labels, Tensor) else labels))
-    return steps
+        at = 0
+        for some in images.chunk(-(-len(images) // STEP_IMAGES)):
+            part = slice(at, at + len(some))
+            parts.append((some, labels[part] if isinstance(labels, (Tensor, list, tuple)) else labels))
+            at += len(some)
+    return parts
 
 
 def make_gates(
@@ -217,7 +224,7 @@ def measure_costs(
                 (count, float(total[count - 1]), divergence(model, group, order[:count], images, dense, moments))
             )
         measured = []
-        for (start, before, low), (stop, after, high) in itertools.pairwise(points):
+        for (start, before, low), (stop, after, high) in pairwise(points):
             slope = max(high - low, 1e-9) / max(after - before, 1e-30)
             measured += [slope * float(c) for c in cost[start:stop]]
         measured += [slope * float(c) for c in cost[len(measured) :]]

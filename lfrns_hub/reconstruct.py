@@ -7,6 +7,7 @@ G conv groups.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ ROWS_PER_ENTRY = 4  # at least
 MAX_ROWS = 65536
 TARGETS = 2**24  # figures kept for one layer: rows x outputs, 64 MiB
 MAX_ENTRIES = 4608  # 512 channels under a 3x3 kernel: 170 MB of moments, seconds to solve
-MAX_BYTES = 2**31  # of the largest activation: all images run at once
+MAX_BYTES = 2**30  # of the largest activation: all images run at once
 CHUNK = 16384  # rows in one product
 PRIOR_ROWS = (
     8  # what the start weighs, in rows at an entry's typical peak: units that hardly ever fire stay as they are
@@ -62,7 +63,7 @@ def reconstruct(
     """
     slim = copy.deepcopy(slim).eval()
     kept = {site.module: kept_outputs(dense, site.module, groups, plan) for site in sites}
-    run(dense, slim, sites, kept, batches, lambda layer, fit: layer.write(fit), seed=seed, accelerator=accelerator)
+    fit_layers(dense, slim, sites, kept, batches, Layer.write, seed=seed, accelerator=accelerator)
     return slim
 
 
@@ -77,20 +78,31 @@ def explained(
         batches: Images [N, C, H, W]; four batches of five fit a weight, the fifth tells what it explains.
         seed: Of the sampled positions.
     Returns:
-        Share of the variance of the outputs (about zero where the layer has neither bias nor norm), at most 1.
+        Share of the variance of the outputs, of their second moment where the layer has neither bias nor norm; at
+        most 1, below 0 where a constant would do better.
     """
     shares = {}
     kept = {site.module: torch.arange(dense.get_submodule(site.module).weight.shape[0]) for site in sites}
     alone = [Site(site.module, site.norm) for site in sites]
-    run(dense, model, alone, kept, batches, lambda layer, fit: shares.update({layer.name: fit.share}), seed=seed)
+    fit_layers(dense, model, alone, kept, batches, lambda layer, fit: shares.update({layer.name: fit.share}), seed=seed)
     return shares
 
 
+@dataclass
 class Fit:
-    """A fitted weight [G, O / G, P], its offset [O] or None, and the share of the targets' variance it explains."""
+    """What came of fitting one layer.
 
-    def __init__(self, weight: Tensor, offset: Tensor | None, share: float, changed: bool):
-        self.weight, self.offset, self.share, self.changed = weight, offset, share, changed
+    Attributes:
+        weight: [G, O / G, P], float64.
+        offset: [O], or None where the layer has no place for one.
+        share: Of the targets' variance on held-out images, what the weight explains.
+        changed: Whether it differs from where it started.
+    """
+
+    weight: Tensor
+    offset: Tensor | None
+    share: float
+    changed: bool
 
 
 class Layer:
@@ -118,9 +130,15 @@ class Layer:
         self.targets = torch.zeros(*positions.shape, len(kept), device=positions.device)
 
     def take(self, value: Tensor, images: slice | Tensor = slice(None)) -> Tensor:
-        """Give the rows of `value` [n, ..., C] at the sampled positions of its images, [n, r, C]."""
-        rows = value.flatten(1, -2) if value.ndim > 2 else value[:, None]
-        return rows.gather(1, self.positions[images][..., None].expand(-1, -1, rows.shape[-1])).float()
+        """Give the rows of `value` at the sampled positions of its images, [n, r, C].
+
+        Args:
+            value: Of those images, [..., C], image after image: [n, T, C], or windows of them [n x windows, T, C].
+            images: Which of all images they are.
+        """
+        index = self.positions[images]
+        rows = value.reshape(len(index), -1, value.shape[-1])
+        return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1])).float()
 
     def of_sum(self, other: Tensor) -> Tensor:
         """Give what the layer would have to answer to stand for `other` [n, r, O] in the sum behind it."""
@@ -130,7 +148,8 @@ class Layer:
     def entries(self, value: Tensor, images: Tensor) -> Tensor:
         """Give what each sampled output of some images reads, [G, n r, P + 1]; the last entry is 1."""
         if isinstance(self.module, nn.Linear):
-            rows = self.take(value[images], images).flatten(0, 1)[:, None]
+            whole = value.reshape(len(self.positions), -1, value.shape[-1])
+            rows = self.take(whole[images], images).flatten(0, 1)[:, None]
         else:
             rows = patches(self.module, value[images].float(), self.positions[images])
         return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2).transpose(0, 1)
@@ -149,7 +168,7 @@ class Layer:
         cross, square = start.new_zeros(2, *start.shape), start.new_zeros(2, *start.shape[:2])
         fourth = start.new_zeros(groups, start.shape[2])
         step = max(1, CHUNK // self.positions.shape[1])
-        for at in range(0, len(value), step):
+        for at in range(0, len(held), step):
             for part in (0, 1):
                 images = (held[at : at + step] == bool(part)).nonzero().flatten() + at
                 if len(images):
@@ -202,7 +221,7 @@ class Layer:
 
 
 @torch.no_grad()
-def run(
+def fit_layers(
     dense: nn.Module,
     slim: nn.Module,
     sites: Sequence[Site],
@@ -216,23 +235,28 @@ def run(
     """Run the dense network for the targets, then the narrow one; hand on each layer's fit just before it runs."""
     device = device_of(dense)
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    shapes = output_shapes(dense, sites, batches[0][:1].to(device))
-    sites = [site for site in sites if fittable(slim.get_submodule(site.module))]
+    batches = [batch for batch in batches if batch.shape[1:] == batches[0].shape[1:]]
+    every_image = torch.cat(batches)
+    places = count_places(dense, sites, every_image[:2].to(device))
+    sites = [s for s in sites if s.module in places and fittable(slim.get_submodule(s.module))]
     if not sites:
         return
-    most = max(1, MAX_BYTES // (4 * max(shape.numel() for shape in shapes.values())))
+    largest = max(places[s.module] * len(dense.get_submodule(s.module).weight) for s in sites)
+    most = max(1, MAX_BYTES // (4 * largest))
     held = torch.cat([torch.full((len(b),), i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) for i, b in enumerate(batches)])
+    if not held.any():  # fewer than five batches
+        held = torch.arange(len(held)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     chosen = torch.arange(len(held))[:: -(-len(held) // (most * ranks))][rank::ranks]
-    images, held = torch.cat(list(batches))[chosen].to(device), held[chosen].to(device)
+    images, held = every_image[chosen].to(device), held[chosen].to(device)
 
     layers = []
     for number, site in enumerate(sites):
-        entries, shape = slim.get_submodule(site.module).weight[0].numel() + 1, shapes[site.module]
-        wanted = max(ROWS_PER_ENTRY * entries, min(MAX_ROWS, TARGETS // shape[-1]))
-        places = shape[:-1].numel()
-        count = min(places, -(-wanted // (len(images) * ranks)))
+        entries, outputs = slim.get_submodule(site.module).weight[0].numel() + 1, len(kept[site.module])
+        wanted = max(ROWS_PER_ENTRY * entries, min(MAX_ROWS, TARGETS // outputs))
+        count = min(places[site.module], -(-wanted // (len(images) * ranks)))
         generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * ranks + rank)
-        positions = torch.stack([torch.randperm(places, generator=generator)[:count] for _ in images]).to(device)
+        drawn = [torch.randperm(places[site.module], generator=generator)[:count] for _ in images]
+        positions = torch.stack(drawn).to(device)
         layers.append(Layer(site, dense, slim, kept[site.module].to(device), positions))
 
     def total(tensor: Tensor) -> Tensor:
@@ -277,22 +301,47 @@ def kept_outputs(dense: nn.Module, name: str, groups: Sequence[UnitGroup], plan:
     return stays.nonzero().flatten()
 
 
-def output_shapes(model: nn.Module, sites: Sequence[Site], image: Tensor) -> dict[str, torch.Size]:
-    """Give the shape of each layer's output without the images' axis, channels last."""
-    shapes: dict[str, torch.Size] = {}
-    handles = []
-    for site in sites:
+def count_places(model: nn.Module, sites: Sequence[Site], images: Tensor) -> dict[str, int]:
+    """Count the outputs [O] that each layer gives for one image.
 
-        def note(module: nn.Module, _inputs: Any, output: Tensor, name: str = site.module) -> None:
-            shapes[name] = channels_last(module, output).shape[1:]
+    Args:
+        model: The dense network.
+        sites: Its layers.
+        images: Two images, [2, C, H, W]; of one alone nothing can be told, and any order is taken for right.
+    Returns:
+        Layers whose outputs come image after image: a layer that sees positions first, or windows of all images in
+        turn, is left out, for rows of two networks could not be paired.
+    """
 
-        handles.append(model.get_submodule(site.module).register_forward_hook(note))
-    try:
-        model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shapes
+    def outputs(some: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        handles = []
+        for site in sites:
+
+            def note(module: nn.Module, _inputs: Any, output: Tensor, name: str = site.module) -> None:
+                found[name] = channels_last(module, output)
+
+            handles.append(model.get_submodule(site.module).register_forward_hook(note))
+        try:
+            model(some)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    alone, together = outputs(images[:1]), outputs(images)
+    places = {}
+    for name, one in alone.items():
+        both = together[name]
+        if both.numel() != len(images) * one.numel():
+            continue
+        if isinstance(model.get_submodule(name), nn.Linear):
+            both = both.reshape(len(images), -1, both.shape[-1])
+        if len(both) == len(images):
+            rows = one.reshape(-1, one.shape[-1])
+            if (both[0].reshape(rows.shape) - rows).norm() <= 1e-2 * rows.norm():
+                places[name] = len(rows)
+    return places
 
 
 @contextmanager
@@ -311,7 +360,10 @@ def watching(
         module = model.get_submodule(name)
         if kind == "input":
             hook = module.register_forward_pre_hook(
-                lambda _module, args, kwargs: function(next(iter((*args, *kwargs.values())))), with_kwargs=True
+                lambda _module, args, kwargs: function(
+                    next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+                ),
+                with_kwargs=True,
             )
         else:
             hook = module.register_forward_hook(
@@ -369,6 +421,10 @@ def solve(inner: Tensor, cross: Tensor, start: Tensor, pull: Tensor) -> Tensor:
         cross: Products of the targets with the entries, [G, O / G, P].
         start: Where it is drawn to.
         pull: How strongly, as a sum of squares of each entry, [G, P].
+    Returns:
+        The weight; where it started, if rounding leaves the system without a solution.
     """
-    factor = torch.linalg.cholesky(inner + torch.diag_embed(pull))
+    factor, failed = torch.linalg.cholesky_ex(inner + torch.diag_embed(pull))
+    if failed.any():
+        return start
     return torch.cholesky_solve((cross + start * pull[:, None]).mT, factor).mT

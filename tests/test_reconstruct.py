@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lfrns_hub as lfrns
-from lfrns_hub.reconstruct import explained, kept_outputs, patches, reconstruct, solve
+from lfrns_hub.reconstruct import count_places, explained, kept_outputs, patches, reconstruct, solve
 from lfrns_hub.surgery import cut
 from lfrns_hub.trace import trace_model
 
@@ -92,11 +92,55 @@ def test_what_others_can_express_is_folded_without_loss():
     assert left < 0.02 * lost
 
 
-@pytest.mark.parametrize(("name", "size"), [("cifar_resnet20", 32), ("test_vit", 160), ("convnext_atto", 64)])
+def windowed(_name: object = None) -> nn.Module:
+    """A Swin of two stages, whose attention sees windows of all images in one axis."""
+    return timm.models.swin_transformer.SwinTransformer(
+        img_size=32, patch_size=2, embed_dim=24, depths=(2, 2), num_heads=(2, 4), window_size=4, num_classes=10
+    )
+
+
+class PositionsFirst(nn.Module):
+    """Tokens before images, as old transformers have them: rows of different batches do not pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc1, self.fc2 = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        """Give logits [N, 5]."""
+        x = self.stem(x).flatten(2).permute(2, 0, 1)  # [T, N, C]
+        return self.head(self.fc2(self.fc1(x).relu()).mean(0))
+
+
+def test_rows_that_do_not_pair_are_left_alone():
+    """The layers between keep their weights; those before and after are fitted."""
+    model, images = PositionsFirst().eval(), [torch.randn(6, 3, 16, 16) for _ in range(5)]
+    trace = trace_model(model, images[0])
+    assert set(count_places(model, trace.sites, images[0][:2])) == {"stem", "head"}
+    plan = lfrns.SlimPlan({"fc1": list(range(8))})
+    plain = cut(model, trace.groups, plan)
+    fitted = reconstruct(model, plain, trace.sites, trace.groups, plan, images)
+    assert torch.equal(fitted.fc2.weight, plain.fc2.weight)
+    assert not torch.equal(fitted.head.weight, plain.head.weight)
+
+
+def test_windows_of_all_images_pair():
+    """In a Swin's attention too, where the leading axis is images x windows."""
+    model, images = windowed().eval(), torch.randn(2, 3, 32, 32)
+    sites = trace_model(model, images).sites
+    places = count_places(model, sites, images)
+    assert places["layers.0.blocks.1.attn.qkv"] == 16 * 16
+    assert len(places) == len(sites)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("cifar_resnet20", 32), ("test_vit", 160), ("convnext_atto", 64), (windowed, 32)]
+)
 def test_a_cut_network_comes_nearer_and_nothing_else_changes(name, size):
     """On fresh images too; what came in is as it was, without hooks; the same seed gives the same weights."""
     torch.manual_seed(0)
-    model = timm.create_model(name).eval()
+    model = (windowed if name is windowed else timm.create_model)(name).eval()
     for parameter in model.parameters():  # a fresh head answers with 1e-14
         if parameter.ndim > 1:
             nn.init.normal_(parameter, 0, parameter[0].numel() ** -0.5)

@@ -2,10 +2,9 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 # Between a layer and the sum that it is added to: these leave every position and channel in its place.
@@ -65,23 +64,21 @@ def find_sites(trace: Any, nodes: list[Node]) -> list[Site]:
 def _follow(trace: Any, name: str, node: Node, seen: dict[Node, list], place: dict[Node, int]) -> Site:
     """Follow a layer's output to the sum that it goes into, if it goes there channel by channel."""
     norm, scales, at = None, [], node
-    outputs = len(trace.ids.by_axis[f"{name}.weight", 0])
-    first = not isinstance(trace.model.get_submodule(name), nn.Linear)
+    first = not isinstance(trace.model.get_submodule(name), nn.Linear)  # whether channels are on axis 1
     while len(at.users) == 1:
         user = next(iter(at.users))
         operation = _operation(user)
-        if operation == "batch_norm" and norm is None and not scales and user.args[0] is at:
-            norm = trace.module_of(user)
-            if norm is None or not isinstance(trace.model.get_submodule(norm), nn.modules.batchnorm._BatchNorm):
-                return Site(name)
-        elif operation == "mul":
-            factor = next((a for a in user.args[:2] if a is not at), None)
-            while isinstance(factor, Node) and _operation(factor) in ("reshape", "view", "unsqueeze"):
-                factor = factor.args[0]
-            parameter = trace.tensor_name(factor)
-            if not parameter or prod(trace.shape_of(parameter)) != outputs:
+        axis = 1 if first else at.meta["val"].ndim - 1
+        if operation == "batch_norm":
+            reads = _plain_norm(trace, user) if axis == 1 and user.args[0] is at else None
+            if reads is None or norm or scales:
                 break
-            scales.append(parameter)
+            norm = reads
+        elif operation == "mul":
+            scale = _scale(trace, next((a for a in user.args[:2] if a is not at), None), at, axis)
+            if scale is None:
+                break
+            scales.append(scale)
         elif operation == "add" and not user.kwargs:
             other = next((a for a in user.args[:2] if a is not at), None)
             if isinstance(other, Node) and other.meta["val"].shape == at.meta["val"].shape:
@@ -95,6 +92,31 @@ def _follow(trace: Any, name: str, node: Node, seen: dict[Node, list], place: di
             break
         at = user
     return Site(name, norm, tuple(scales))
+
+
+def _plain_norm(trace: Any, node: Node) -> str | None:
+    """Name the BatchNorm of a call, if it has running statistics and is called here alone."""
+    name = trace.module_of(node)
+    norm = trace.model.get_submodule(name) if name else None
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
+        return None
+    calls = [n for n in node.graph.nodes if _operation(n) == "batch_norm" and trace.module_of(n) == name]
+    return name if len(calls) == 1 else None
+
+
+def _scale(trace: Any, factor: Any, at: Node, axis: int) -> str | None:
+    """Name the parameter that a factor is, if it scales the channels of a value and nothing else."""
+    if not isinstance(factor, Node) or not isinstance(factor.meta.get("val"), Tensor):
+        return None
+    ndim, shape = at.meta["val"].ndim, factor.meta["val"].shape
+    wanted = [1] * ndim
+    wanted[axis] = at.meta["val"].shape[axis]
+    if [1] * (ndim - len(shape)) + list(shape) != wanted:
+        return None
+    while _operation(factor) in ("reshape", "view", "unsqueeze"):
+        factor = factor.args[0]
+    name = trace.tensor_name(factor)
+    return name if name in dict(trace.model.named_parameters()) else None
 
 
 def _operation(node: Node) -> str:
