@@ -51,8 +51,8 @@ def retrain(
     max_grad_norm: float | None = None,
     warmup_fraction: float = 0.1,
     label_smoothing: float = 0.0,
-    distill_weight: float = 0.5,
-    temperature: float = 2.0,
+    distill_weight: float = 0.9,
+    temperature: float = 4.0,
     gradient_accumulation_steps: int | None = None,
     mixed_precision: str | None = None,
     accelerator: Accelerator | None = None,
@@ -188,7 +188,7 @@ def _check_arguments(
                 f"retrain({name}={value}): it must lie in [0, 1{']' if closed else ')'}. For 10 % pass 0.1."
             )
     if not temperature > 0:
-        raise ValueError(f"retrain(temperature={temperature}): it must be above 0. The default is 2.")
+        raise ValueError(f"retrain(temperature={temperature}): it must be above 0. The default is 4.")
 
 
 def _fill_defaults(
