@@ -95,39 +95,38 @@ def describe(setup: dict[str, Any]) -> str:
     return (
         f"{budget}; dense {setup['dense_top1_pct']:.2f} % top-1, {setup['dense_macs_m']:.1f} M MACs, "
         f"{setup['dense_params_m']:.2f} M parameters; {setup['calibration_images']} calibration images; "
-        f"{setup['machine']['cpu']} ({setup['machine']['device']}), torch {setup['versions']['torch']}"
+        f"{setup['machine']['cpu']} ({setup['machine']['device']}, {setup['machine']['threads']} threads), "
+        f"torch {setup['versions']['torch']}"
     )
 
 
-def best_peer(cells: Cells, epochs: int) -> tuple[str, float] | None:
-    """Give the peer of the highest mean accuracy."""
+def best_of(family: str, cells: Cells, epochs: int) -> str:
+    """Name the contestant of a family that has the highest mean accuracy, with it."""
     means = {
         name: statistics.fmean(c["top1_pct"] for c in by_epochs[epochs].values())
         for name, by_epochs in cells.items()
-        if cell_family(by_epochs) == "peer" and by_epochs.get(epochs)
+        if cell_family(by_epochs) == family and by_epochs.get(epochs)
     }
-    return max(means.items(), key=lambda item: item[1]) if means else None
+    best = max(means, key=means.get, default=None)
+    return f"{means[best]:.2f} ({best})" if best else "not measured"
 
 
 def summary(files: list[tuple[dict[str, Any], Cells, dict[str, str]]]) -> list[str]:
     """Give the README's table: ours, dense trained as long, and the best peer of every task and budget."""
     lines = [
-        "| model | dense | budget | ours, right after the cut | best peer there | ours, 2 epochs | best peer, 2 epochs "
-        "| dense, 2 epochs more |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | dense | budget | ours, right after the cut | best control there | best peer there | ours, 2 epochs "
+        "| best peer, 2 epochs | dense, 2 epochs more |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for setup, cells, _ in files:
         if "ours" not in cells:
             continue
         budget = f"MACs {setup['macs']:g}" + (f", params {setup['params']:g}" if setup["params"] else "")
-        peers = []
-        for epochs in (0, 2):
-            best = best_peer(cells, epochs)
-            peers.append(f"{best[1]:.2f} ({best[0]})" if best else "not measured")
         longer = mean_of(cells.get("dense", {}).get(2, {}), "top1_pct")
         lines.append(
             f"| {setup['task']} | {setup['dense_top1_pct']:.2f} | {budget} | {mean_of(cells['ours'][0], 'top1_pct')} | "
-            f"{peers[0]} | {mean_of(cells['ours'].get(2, {}), 'top1_pct')} | {peers[1]} | {longer} |"
+            f"{best_of('control', cells, 0)} | {best_of('peer', cells, 0)} | "
+            f"{mean_of(cells['ours'].get(2, {}), 'top1_pct')} | {best_of('peer', cells, 2)} | {longer} |"
         )
     return lines
 
