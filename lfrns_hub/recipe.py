@@ -3,6 +3,7 @@
 import argparse
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -152,7 +153,8 @@ def describe_run(recipe: str) -> dict[str, str | None]:
     Args:
         recipe: The recipe's `__file__`.
     Returns:
-        `command`, as typed after `accelerate launch`, and `commit` of the checkout, None outside of one.
+        `command`, as typed after `accelerate launch`, but of absolute paths the last part alone, as a card is public;
+        and `commit` of the checkout, None outside of one.
     """
     path = Path(recipe)
     git = ["git", "-C", str(path.parent), "rev-parse", "--short", "HEAD"]
@@ -160,7 +162,8 @@ def describe_run(recipe: str) -> dict[str, str | None]:
         commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = None
-    return {"command": shlex.join(["accelerate", "launch", f"recipes/{path.name}", *sys.argv[1:]]), "commit": commit}
+    typed = [re.sub(r"^(--[\w-]+=)?/(?:.*/)?([^/]+)/*$", r"\1\2", word) for word in sys.argv[1:]]
+    return {"command": shlex.join(["accelerate", "launch", f"recipes/{path.name}", *typed]), "commit": commit}
 
 
 def random_plan(plan: SlimPlan, groups: list[UnitGroup], seed: int) -> SlimPlan:

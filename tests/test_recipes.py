@@ -174,3 +174,12 @@ def test_a_random_plan_has_the_widths_of_the_plan_and_follows_its_seed() -> None
     assert drawn == sorted(drawn)
     assert max(drawn) < 12
     assert drawn == recipe.random_plan(plan, groups, seed=1).keep[groups[0].name]
+
+
+def test_a_command_on_the_card_shows_no_folder_of_the_machine(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = ["x", "--data-dir=/home/me/pictures/", "--output-dir", "/scratch/out", "--macs", "0.5", "--model", "a/b"]
+    monkeypatch.setattr(sys, "argv", typed)
+    told = recipe.describe_run(str(repository / "recipes" / "vit_digits.py"))["command"]
+    assert told.endswith("recipes/vit_digits.py --data-dir=pictures --output-dir out --macs 0.5 --model a/b")
