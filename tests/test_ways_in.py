@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -36,6 +37,7 @@ from lfrns_hub.checkpoint.remote_code import MODELING_FILE
 
 TESTS = Path(__file__).parent
 EQUAL = 1e-5
+Saved = dict[str, tuple[Path, Path]]  # folder and answers of each kind
 
 
 def slim_swin() -> nn.Module:
@@ -56,7 +58,7 @@ def narrower_mlps(model: nn.Module) -> nn.Module:
     for tensor in model.parameters():
         nn.init.normal_(tensor, std=0.2)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    for first, second in zip(linears, linears[1:], strict=False):
+    for first, second in itertools.pairwise(linears):
         if first.out_features == second.in_features == 4 * first.in_features == 4 * second.out_features:
             cut_pair(first, second, list(range(0, first.out_features, 3)))
     return model
@@ -93,14 +95,14 @@ def save_with_answers(kind: str, root: Path, seed: int = 0) -> tuple[Path, Path]
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """A folder of every kind, and the answers."""
     root = tmp_path_factory.mktemp("ways")
     return {kind: save_with_answers(kind, root) for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_way_into_a_folder_gives_the_same_logits(kind: str, saved: dict[str, tuple[Path, Path]]) -> None:
+def test_every_way_into_a_folder_gives_the_same_logits(kind: str, saved: Saved) -> None:
     folder, answers = saved[kind]
     found = {n: distance(call(), load_file(answers)) for n, call in ways(str(folder), None, library(kind), True)}
     assert len(found) == (4 if library(kind) == "timm" else 3)
@@ -126,9 +128,7 @@ def job(source: Any, answers: Path, kind: str, revision: str | None = None) -> d
     return {"source": str(source), "revision": revision, "answers": str(answers), "library": library(kind)}
 
 
-def test_every_folder_opens_where_the_package_cannot_be_imported(
-    saved: dict[str, tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_every_folder_opens_where_the_package_cannot_be_imported(saved: Saved, tmp_path: Path) -> None:
     jobs = [job(folder, answers, kind) for kind, (folder, answers) in saved.items()]
     found = run_ways(jobs, tmp_path / "jobs.json", package=False, HF_HOME=str(tmp_path / "home"))
     assert len(found) == 2 * len(KINDS)
@@ -150,9 +150,7 @@ def commit(hub: Hub, repo: str, folder: Path, branch: str) -> None:
 
 @pytest.mark.hub
 @pytest.mark.parametrize("package", [True, False], ids=["with the package", "without"])
-def test_the_hub_and_then_its_cache_give_the_same_logits(
-    package: bool, saved: dict[str, tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_the_hub_and_then_its_cache_give_the_same_logits(package: bool, saved: Saved, tmp_path: Path) -> None:
     jobs = []
     with serve(tmp_path / "hub") as hub:
         for kind in HUB_KINDS:
@@ -211,9 +209,7 @@ def test_loading_without_the_package_is_strict_and_bounded(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["timm_resnet", "timm_cifar", "vit"])
-def test_the_modeling_file_defines_each_name_once_and_imports_nothing_of_ours(
-    kind: str, saved: dict[str, tuple[Path, Path]]
-) -> None:
+def test_the_modeling_file_defines_each_name_once_and_imports_nothing_of_ours(kind: str, saved: Saved) -> None:
     tree = ast.parse((saved[kind][0] / MODELING_FILE).read_text())
     names = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     assert len(names) == len(set(names))
@@ -223,9 +219,7 @@ def test_the_modeling_file_defines_each_name_once_and_imports_nothing_of_ours(
     assert ("timm" in str(imported)) == kind.startswith("timm")
 
 
-def test_a_folder_without_the_package_asks_for_trust_and_runs_nothing(
-    saved: dict[str, tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_a_folder_without_the_package_asks_for_trust_and_runs_nothing(saved: Saved, tmp_path: Path) -> None:
     code = STRICT.replace("trust_remote_code=True", "trust_remote_code=False")
     folders = [str(saved[kind][0]) for kind in ("timm_resnet", "vit")]
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
@@ -237,10 +231,18 @@ def test_a_folder_without_the_package_asks_for_trust_and_runs_nothing(
     assert not list(tmp_path.rglob(MODELING_FILE))
 
 
+def test_load_never_runs_the_code_of_a_folder(tmp_path: Path) -> None:
+    folder, answers = save_with_answers("vit", tmp_path)
+    (folder / MODELING_FILE).write_text("raise SystemExit('run')\n")
+    assert distance(checkpoint.load(folder), load_file(answers)) <= EQUAL
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "lfrns_nothing"}))
+    with pytest.raises(ValueError, match=r"'lfrns_nothing' is none of transformers"):
+        checkpoint.load(folder)
+
+
 @pytest.mark.parametrize("kind", ["timm_resnet", "timm_vit", "timm_cifar"])
-def test_timm_gives_a_new_head_other_channels_features_and_an_exportable_model(
-    kind: str, saved: dict[str, tuple[Path, Path]]
-) -> None:
+def test_timm_gives_a_new_head_other_channels_features_and_an_exportable_model(kind: str, saved: Saved) -> None:
     folder, answers = saved[kind]
     images, expected = load_file(answers).values()
     name = f"local-dir:{folder}"
@@ -257,7 +259,7 @@ def test_timm_gives_a_new_head_other_channels_features_and_an_exportable_model(
 
 
 @pytest.mark.parametrize("kind", ["timm_resnet", "vit", "swin", "convnext"])
-def test_auto_model_gives_the_model_without_its_head(kind: str, saved: dict[str, tuple[Path, Path]]) -> None:
+def test_auto_model_gives_the_model_without_its_head(kind: str, saved: Saved) -> None:
     folder, answers = saved[kind]
     whole = AutoModelForImageClassification.from_pretrained(folder).eval()
     base = AutoModel.from_pretrained(folder).eval()
@@ -272,7 +274,7 @@ def test_auto_model_gives_the_model_without_its_head(kind: str, saved: dict[str,
 
 
 @pytest.mark.parametrize("kind", ["timm_resnet", "vit"])
-def test_transformers_fine_tunes_with_another_number_of_classes(kind: str, saved: dict[str, tuple[Path, Path]]) -> None:
+def test_transformers_fine_tunes_with_another_number_of_classes(kind: str, saved: Saved) -> None:
     folder, answers = saved[kind]
     model = AutoModelForImageClassification.from_pretrained(folder, num_labels=3, ignore_mismatched_sizes=True)
     images = load_file(answers)["images"]
@@ -281,7 +283,7 @@ def test_transformers_fine_tunes_with_another_number_of_classes(kind: str, saved
 
 
 @pytest.mark.parametrize("kind", ["vit", "swin"])
-def test_eager_and_sdpa_attention_and_half_precision(kind: str, saved: dict[str, tuple[Path, Path]]) -> None:
+def test_eager_and_sdpa_attention_and_half_precision(kind: str, saved: Saved) -> None:
     folder, answers = saved[kind]
     images, expected = load_file(answers).values()
     for attention in ("eager", "sdpa"):
@@ -293,7 +295,7 @@ def test_eager_and_sdpa_attention_and_half_precision(kind: str, saved: dict[str,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_transformers_saves_again_loads_again(kind: str, saved: dict[str, tuple[Path, Path]], tmp_path: Path):
+def test_what_transformers_saves_again_loads_again(kind: str, saved: Saved, tmp_path: Path):
     folder, answers = saved[kind]
     AutoModelForImageClassification.from_pretrained(folder).save_pretrained(tmp_path / "again")
     AutoImageProcessor.from_pretrained(folder).save_pretrained(tmp_path / "again")
@@ -305,9 +307,7 @@ def test_what_transformers_saves_again_loads_again(kind: str, saved: dict[str, t
 
 @pytest.mark.parametrize("kind", ["timm_resnet", "timm_vit", "timm_cifar"])
 @pytest.mark.parametrize("loader", ["timm", "lfrns"])
-def test_what_timm_saves_again_loads_again(
-    kind: str, loader: str, saved: dict[str, tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_what_timm_saves_again_loads_again(kind: str, loader: str, saved: Saved, tmp_path: Path) -> None:
     folder, answers = saved[kind]
     first = timm.create_model(f"local-dir:{folder}", pretrained=True) if loader == "timm" else checkpoint.load(folder)
     save_for_hf(first, str(tmp_path), safe_serialization=True)
@@ -328,9 +328,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("kind", ["vit", "timm_cifar"])
-def test_a_checkpoint_of_the_trainer_loads_again(
-    kind: str, saved: dict[str, tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_the_trainer_loads_again(kind: str, saved: Saved, tmp_path: Path) -> None:
     model = AutoModelForImageClassification.from_pretrained(saved[kind][0])
     args = TrainingArguments(output_dir=str(tmp_path), max_steps=1, save_steps=1, report_to=[], use_cpu=True,
                              per_device_train_batch_size=2, disable_tqdm=True)  # fmt: skip

@@ -30,6 +30,10 @@ def ways(source: str, revision: str | None, library: str, package: bool) -> Iter
     """Name every way into one checkpoint, with a call that gives the model, or a pipeline around it."""
     from transformers import AutoModelForImageClassification, pipeline
 
+    if package:
+        import timm
+
+        import lfrns_hub  # before transformers opens anything: it registers our types
     at = {"revision": revision} if revision else {}
     trust = {} if package else {"trust_remote_code": True}
     yield (
@@ -38,10 +42,6 @@ def ways(source: str, revision: str | None, library: str, package: bool) -> Iter
     )
     yield "pipeline", lambda: pipeline("image-classification", model=source, **at, **trust)
     if package:
-        import timm
-
-        import lfrns_hub
-
         yield "lfrns_hub.load", lambda: lfrns_hub.load(source, revision=revision)
         if library == "timm":
             name = f"local-dir:{source}" if os.path.isdir(source) else f"hf-hub:{source}"

@@ -197,6 +197,12 @@ def _narrow_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 def load_transformers(folder: Path) -> nn.Module:
     """Check names and shapes on the meta device, then let transformers load, and read its report."""
+    model_type = read_config(folder)["model_type"]
+    if model_type.removeprefix(TYPE_PREFIX) not in TYPES:
+        raise ValueError(
+            f"load({str(folder)!r}): model_type {model_type!r} is none of transformers {transformers.__version__}. "
+            "Upgrade transformers; code that the folder brings is not run."
+        )
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         skeleton = AutoModelForImageClassification.from_config(config)
