@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_checkpoint import VITS
 from timm.models import resume_checkpoint, save_for_hf
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 from ways_in import logits
 
 import lfrns_hub as lfrns
@@ -24,7 +23,14 @@ def dense_resnet() -> nn.Module:
     return timm.create_model("test_resnet", num_classes=5)
 
 
-DENSE = {"timm": (dense_resnet, 64), "vit": (VITS["vit"], 32)}
+def dense_vit() -> nn.Module:
+    """Make a small transformers ViT, most of whose work is in units that may leave."""
+    config = ViTConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                       intermediate_size=128, num_labels=5)  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+DENSE = {"timm": (dense_resnet, 64), "vit": (dense_vit, 32)}
 
 
 def slim_once(model: nn.Module, size: int, **budget: float) -> Any:
@@ -39,9 +45,9 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Pat
     found, root = {}, tmp_path_factory.mktemp("rounds")
     for kind, (build, size) in DENSE.items():
         torch.manual_seed(0)
-        first = slim_once(build(), size, macs=0.7)
+        first = slim_once(build(), size, macs=0.8)
         folder = checkpoint.save(first.model, root / f"{kind}1")
-        second = slim_once(checkpoint.load(folder), size, macs=0.7)
+        second = slim_once(checkpoint.load(folder), size, macs=0.8)
         found[kind] = first, folder, second, checkpoint.save(second.model, root / f"{kind}2")
     return found
 
@@ -65,7 +71,7 @@ def test_what_slim_gives_is_saved_by_its_own_library(kind: str, rounds: dict[str
 
 
 def test_the_dense_model_and_its_config_stay_as_they_were() -> None:
-    model = VITS["vit"]()
+    model = dense_vit()
     result = slim_once(model, 32, macs=0.8)
     assert isinstance(result.model, type(model)) and type(result.model).forward is type(model).forward
     assert (model.config.model_type, result.model.config.model_type) == ("vit", "lfrns_vit")
@@ -79,7 +85,7 @@ def test_a_second_round_adds_up(kind: str, rounds: dict[str, Any]) -> None:
     told = json.loads((folder / "config.json").read_text())["slim"]
     once, again = first.model.lfrns_provenance, second.model.lfrns_provenance
     assert told["plan"] == again["plan"] and told["rounds"] == again["rounds"] and len(told["rounds"]) == 2
-    assert 0.4 < told["budget"]["macs"] <= 0.49
+    assert 0.6 < told["budget"]["macs"] <= 0.64
     assert told["report"]["macs_fraction"] == pytest.approx(
         first.report.macs_fraction * second.report.macs_fraction, abs=1e-3
     )
