@@ -7,7 +7,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 # Root of the client's HTTP errors, by way of one of them: the library under huggingface_hub changes between versions.
 TransportError = HfHubHTTPError.__bases__[0]
-OURS = ("*.json", "*.safetensors", "*.md", "*.png")  # what a checkpoint consists of: no pickle goes up or comes down
+# What a checkpoint consists of: no pickle goes up or comes down.
+OURS = ("*.json", "*.safetensors", "*.md", "*.png", "modeling_lfrns.py")
 
 
 def push(

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.answers import read_answer
+from lfrns_hub.checkpoint import carry_config
 from lfrns_hub.contribution import learn_contributions, measure_costs
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.options import KINDS, check_example, check_options, choose_groups, read_loader
 from lfrns_hub.reconstruct import reconstruct
 from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_gram
-from lfrns_hub.report import SlimReport, clocked, measure_integrity, provenance, report_group
+from lfrns_hub.report import SlimReport, added_up, clocked, measure_integrity, provenance, report_group
 from lfrns_hub.responses import HELD_OUT_EVERY, Moments, collect
 from lfrns_hub.running import as_input, device_of, dtype_of, refuse_meta, unwrap
 from lfrns_hub.select import Ledger, cluster_down, restore
@@ -128,7 +129,8 @@ def slim(
         progress: Show a bar on the main process.
     Returns:
         The slim model, the plain module in eval mode, on the device of the run, each weight in its own dtype and
-        trainable if it was; its plan and the report.
+        trainable if it was; its plan and the report. What transformers' save_pretrained or timm's save_for_hf write
+        of it loads again; a slim model may be slimmed further, and its provenance then tells of both rounds.
     Raises:
         TypeError: The model is no module.
         ValueError: A budget, name or option does not fit, the loader is empty, the budget is not reachable.
@@ -192,8 +194,9 @@ def slim(
         )
     report.seconds = clock.seconds
     result = typed_as(result, model).eval()
-    result.lfrns_provenance = provenance(report, plan, chosen, preset, seed, fcr_steps, batches)
-    return SlimResult(result, plan, report)
+    made = provenance(report, plan, chosen, preset, seed, fcr_steps, batches)
+    result.lfrns_provenance = added_up(getattr(model, "lfrns_provenance", None), made)
+    return SlimResult(carry_config(result), plan, report)
 
 
 def analysis_copy(model: nn.Module, device: Any) -> nn.Module:

@@ -69,7 +69,8 @@ def test_what_is_pushed_loads_from_the_hub_by_every_door(hub, tmp_path):
     assert lines[3] == f"{hub.endpoint}/tester/net/discussions/1"
     assert "tester/absent" in lines[4]
     files = hub.files("tester/net")
-    assert set(files) - {".gitattributes"} == {"README.md", "config.json", "model.safetensors", "widths.png"}
+    written = {"README.md", "config.json", "model.safetensors", "modeling_lfrns.py", "widths.png"}
+    assert set(files) - {".gitattributes"} == written
     assert files["model.safetensors"] == (net / "model.safetensors").read_bytes()
     commits = [line for line in hub.log if line == "POST /api/models/tester/net/commit/main"]
     assert len(commits) == 2  # one for the push, one as the pull request

@@ -33,6 +33,7 @@ ALLOWED = {
         "taps",
         "measure",
         "options",
+        "checkpoint",
     },
     "retrain": {"measure"},
     "pictures": {"reach"},
