@@ -224,6 +224,8 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    """Give the first line of the client's message that says something, or the error's class."""
+    """Give the first line of the client's message and what the server said, or the error's class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    said = getattr(error, "server_message", None)
+    parts = [lines[0] if lines else type(error).__name__, *([said.strip()] if said else [])]
+    return " ".join(parts).rstrip(".")

@@ -15,6 +15,8 @@ import torch
 from hub_server import TOKEN, Fault, Hub, hub, serve
 from safetensors.torch import load_file, save_file
 from test_checkpoint import slim_resnet, slim_transformers
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lfrns_hub import checkpoint
 from lfrns_hub.hub import push
@@ -138,7 +140,6 @@ CLIENT = """
 import json, sys, time
 import torch
 import lfrns_hub
-from lfrns_hub import hub, checkpoint
 
 def top(source, **options):
     with torch.no_grad():
@@ -294,25 +295,25 @@ def test_files_of_an_earlier_push_go_and_those_of_people_stay(client, hub_of, ne
 
 
 def test_a_branch_is_made_and_moves_alone(client, hub_of, net):
-    client("push", net, "tester/branch", commit_message="Half of it")
-    old = hub_of.files("tester/branch")
+    client("push", net, "tester/branched", commit_message="Half of it")
+    old = hub_of.files("tester/branched")
     change(net)
     hub_of.faults.append(Fault(500, UPLOAD, 99))
     with pytest.raises(ConnectionError, match="500"):
-        client("push", net, "tester/branch", revision="more-epochs")
-    assert set(client.hub.store.read("tester/branch")["refs"]) == {"main"}
+        client("push", net, "tester/branched", revision="more-epochs")
+    assert set(client.hub.store.read("tester/branched")["refs"]) == {"main"}
     hub_of.faults.clear()
-    address = client("push", net, "tester/branch", revision="more-epochs", commit_message="More epochs")
-    assert hub_of.files("tester/branch") == old
-    assert is_whole(hub_of.files("tester/branch", "more-epochs"), net)
-    messages = hub_of.store.read("tester/branch")["messages"]
+    address = client("push", net, "tester/branched", revision="more-epochs", commit_message="More epochs")
+    assert hub_of.files("tester/branched") == old
+    assert is_whole(hub_of.files("tester/branched", "more-epochs"), net)
+    messages = hub_of.store.read("tester/branched")["messages"]
     assert list(messages.values())[1:] == ["Half of it", "More epochs"]
-    assert client("top", "tester/branch", revision="more-epochs") == client("top", net)
-    assert client("top", "tester/branch", revision=address.rpartition("/")[2]) == client("top", net)
+    assert client("top", "tester/branched", revision="more-epochs") == client("top", net)
+    assert client("top", "tester/branched", revision=address.rpartition("/")[2]) == client("top", net)
     with pytest.raises(
-        FileNotFoundError, match=r"load\('tester/branch', revision='less'\).*Check the name and the rev"
+        FileNotFoundError, match=r"load\('tester/branched', revision='less'\).*Check the name and the rev"
     ):
-        client("top", "tester/branch", revision="less")
+        client("top", "tester/branched", revision="less")
 
 
 def test_a_pull_request_leaves_the_branch_and_can_be_added_to(client, hub_of, net):
@@ -421,14 +422,24 @@ def test_a_card_that_cannot_be_read_stops_the_push(client, hub_of, net):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_only_the_main_process_pushes(monkeypatch, tmp_path, net, rank, free_port):
-    monkeypatch.setenv("RANK", str(rank))
-    asked = []
-    monkeypatch.setattr("lfrns_hub.hub.HfApi", lambda **options: asked.append(options) or 1 / 0)
-    for _ in ("launched", "in a group"):
+@pytest.mark.parametrize("group", [False, True], ids=["launched", "in a group"])
+def test_only_the_main_process_pushes(monkeypatch, net, rank, group):
+    class Reached(Exception):
+        pass
+
+    def reach(**options: object) -> None:
+        raise Reached
+
+    monkeypatch.setattr("lfrns_hub.hub.HfApi", reach)
+    monkeypatch.setenv("RANK", "0" if group else str(rank))
+    if group:
+        distributed.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+    try:
         if rank == 0:
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(Reached):
                 push(net, "tester/net")
         else:
             assert push(net, "tester/net") is None
-    assert len(asked) == (2 if rank == 0 else 0)
+    finally:
+        if group:
+            distributed.destroy_process_group()
