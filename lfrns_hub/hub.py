@@ -32,6 +32,7 @@ REPLACED = (
     "widths.png",
     "clusters.png",
 )
+AGAIN = "Push the folder again."
 
 
 def push(
@@ -106,7 +107,7 @@ def push(
         files["README.md"] = merge_cards((folder / "README.md").read_text(encoding="utf-8"), card).encode()
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=source) for name, source in files.items()]
     removals = [CommitOperationDelete(name) for name in sorted(there - files.keys()) if _matches(name, REPLACED)]
-    with _one_message(call, api):
+    with _one_message(call, api, "If there is no new pull request, push the folder again." if create_pr else AGAIN):
         if not has_branch:
             api.preupload_lfs_files(repo_id, additions, free_memory=False)  # first: if it fails, there is no branch
             api.create_branch(repo_id, branch=revision, revision=head.sha, exist_ok=True)
@@ -190,7 +191,7 @@ def _find_head(api: HfApi, repo_id: str, revision: str | None) -> tuple[ModelInf
 
 
 @contextmanager
-def _one_message(call: str, api: HfApi) -> Iterator[None]:
+def _one_message(call: str, api: HfApi, again: str = AGAIN) -> Iterator[None]:
     """Turn whatever the client raises during a push into one error."""
     try:
         yield
@@ -202,9 +203,9 @@ def _one_message(call: str, api: HfApi) -> Iterator[None]:
         status = getattr(getattr(origin, "response", None), "status_code", None)
         way_out = {
             401: "Log in with `hf auth login`, then push the folder again.",
-            403: "Log in with `hf auth login` as somebody who may write there, then push the folder again.",
+            403: "Log in with `hf auth login`, with a token that may write there, then push the folder again.",
             429: "Wait a few minutes, then push the folder again.",
-        }.get(status, "Push the folder again.")
+        }.get(status, again)
         raise ConnectionError(
             f"{call}: {api.endpoint} did not take it: {_first_line(origin)}. The repository holds all of this push or "
             f"none of it. {way_out}"

@@ -327,7 +327,11 @@ def test_a_pull_request_leaves_the_branch_and_can_be_added_to(client, hub_of, ne
     assert is_whole(hub_of.files("tester/pull", "refs/pr/1"), net)
     assert hub_of.files("tester/pull") == old
     assert client("top", "tester/pull", revision="refs/pr/1") == client("top", net)
-    with pytest.raises(ConnectionError, match="refs/pr/9"):
+    hub_of.faults.append(Fault("lost", COMMIT))
+    with pytest.raises(ConnectionError, match=r"none of it. If there is no new pull request, push the"):
+        client("push", net, "tester/pull", create_pr=True)
+    assert is_whole(hub_of.files("tester/pull", "refs/pr/2"), net)
+    with pytest.raises(ConnectionError, match=r"400.*Invalid reference for a branch: refs/pr/9"):
         client("push", net, "tester/pull", revision="refs/pr/9")
     with pytest.raises(ValueError, match=r"push\(revision='half', create_pr=True\).*Give only one"):
         client("push", net, "tester/pull", revision="half", create_pr=True)
