@@ -18,7 +18,7 @@ UNKNOWN = "unknown"  # how a card says that nothing is known: no statement, so a
 
 @dataclass(frozen=True)
 class Section:
-    """A heading of level one or two, and the text down to the next."""
+    """A heading and the text down to the next."""
 
     heading: str
     text: str
@@ -42,17 +42,17 @@ def merge_cards(new: str, old: str | None) -> str:
     Raises:
         ValueError: The front matter of one of them cannot be read.
     """
-    stated, sections = _read(new, "the card to be pushed")
+    stated, plain = _read(new, "the card to be pushed")
     facts, before = _read(old, "the card that is there") if old else ({}, [])
-    known = {section.text for section in sections}
-    before = [section for section in before if section.text not in known]  # it came by another way than a push
-    written = _template_headings()
-    sections = [_mark(s) if s.heading.startswith("# ") or s.heading in written else s for s in sections]
+    sections = _mark(plain)
+    same = {section.text: marked.name for section, marked in zip(plain, sections, strict=True)}
     ours = {section.name: section.ours for section in sections}
-    after: dict[str | None, list[Section]] = {}  # a person's sections by the name of ours that they follow
+    after: dict[str | None, list[Section]] = {}  # a person's sections by the name of what they follow in the new card
     place = None
     for section in before:
-        if section.name in ours and section.ours == ours[section.name]:
+        if section.text in same:  # word for word: it came by another way than a push
+            place = same[section.text]
+        elif section.name in ours and section.ours == ours[section.name]:
             place = section.name
         elif not section.ours:
             after.setdefault(place, []).append(section)
@@ -84,10 +84,14 @@ def _read(card: str, which: str) -> tuple[dict[str, Any], list[Section]]:
     except (yaml.YAMLError, ValueError, TypeError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"README.md, {which}: its front matter cannot be read ({problem}). Mend it first.") from error
-    blocks, is_code = [[""]], False
+    blocks, fence = [[""]], ""
     for line in parsed.text.splitlines():
-        is_code ^= line.lstrip().startswith(("```", "~~~"))
-        if not is_code and re.match(r"##? ", line):
+        mark = re.match(r" {0,3}(`{3,}(?!.*`)|~{3,})(.*)", line)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and not mark[2].strip():
+            fence = ""
+        if not fence and re.match(r"#{1,6} ", line):
             blocks.append([line.rstrip()])
         else:
             blocks[-1].append(line)
@@ -95,15 +99,15 @@ def _read(card: str, which: str) -> tuple[dict[str, Any], list[Section]]:
     return parsed.data.to_dict(), [section for section in sections if section.text]
 
 
-def _mark(section: Section) -> Section:
-    """Write the mark under a section's heading, once."""
-    if section.ours:
-        return section
-    _, _, body = section.text.partition("\n")
-    return Section(section.heading, f"{section.heading}\n{MARK}\n{body}".rstrip(), ours=True)
-
-
-def _template_headings() -> set[str]:
-    """List the headings that card.py writes."""
+def _mark(sections: list[Section]) -> list[Section]:
+    """Write the mark under the title and under each heading of the card's template, once."""
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-    return set(re.findall(r"^## .*\S", template, re.MULTILINE))
+    generated = set(re.findall(r"^##+ .*\S", template, re.MULTILINE))
+    generated |= {next((section.heading for section in sections if section.heading.startswith("# ")), "")}
+    marked = []
+    for section in sections:
+        if section.heading in generated - {""} and not section.ours:
+            body = section.text.removeprefix(section.heading).strip()
+            section = Section(section.heading, f"{section.heading}\n{MARK}\n\n{body}".strip(), ours=True)
+        marked.append(section)
+    return marked

@@ -16,7 +16,7 @@ def card(name: str = "net", **setup: object) -> str:
 def headings(text: str) -> list[str]:
     """The headings of a card outside of code."""
     parts = RepoCard(text).text.split("```")[::2]
-    return [line for part in parts for line in part.splitlines() if line.startswith(("# ", "## "))]
+    return [line for part in parts for line in part.splitlines() if line.startswith("#")]
 
 
 def facts(text: str) -> dict:
@@ -34,7 +34,7 @@ def test_a_first_card_gains_nothing_but_marks():
 def test_merging_again_changes_nothing():
     old = merge_cards(card(), None).replace("\n## Limits", "\n## Mine\n\nText.\n\n## Limits") + "\n# More\n\nText.\n"
     new = card("other", dataset="cifar10")
-    once = merge_cards(new, "A banner.\n\n" + old if not old.startswith("---") else old)
+    once = merge_cards(new, old)
     assert merge_cards(new, once) == once
 
 
@@ -45,7 +45,7 @@ def test_sections_of_people_stay_behind_what_they_followed():
     old += "\n## After\n\n```python\n# no heading\n## neither\n```\n\n### Below\n\nMine too.\n"
     new = merge_cards(card("net2"), old)
     ours = headings(card("net2"))
-    assert headings(new) == [ours[0], "## Before", *ours[1:], "## After"]
+    assert headings(new) == [ours[0], "## Before", *ours[1:], "## After", "### Below"]
     assert RepoCard(new).text.lstrip().startswith("> A banner.\n\n# net2\n")
     assert "## After\n\n```python\n# no heading\n## neither\n```\n\n### Below\n\nMine too.\n" in new
 
@@ -57,6 +57,24 @@ def test_a_card_that_is_not_ours_stays_whole_even_under_headings_that_we_use():
     again = merge_cards(card("net2"), once)
     assert headings(again) == ["# A model of mine", "## Limits", *headings(card("net2"))]
     assert "It knows no owls." in again
+
+
+def test_a_small_heading_in_a_generated_section_begins_a_section_of_a_person():
+    old = merge_cards(card(), None).replace("\n## Limits", "\n### Note\n\nMine.\n\n## Limits")
+    ours = headings(card())
+    assert headings(merge_cards(card("net2"), old)) == ["# net2", *ours[1:-1], "### Note", ours[-1]]
+
+
+def test_a_fence_ends_only_where_markdown_ends_it():
+    mine = "## Mine\n\n````md\n```\n# no heading\n````\n\n``` inline ```\n\n~~~\n```\n## neither\n~~~"
+    mine += "\n\n## Mine too\n\nText."
+    old = merge_cards(card(), None) + f"\n{mine}\n"
+    assert merge_cards(card("net2"), old).endswith(f"\n\n{mine}\n")
+
+
+def test_only_the_first_title_is_ours():
+    old = merge_cards(card() + "\n# Notes\n\nMine.\n", None)
+    assert headings(merge_cards(card("net2"), old))[-1] == "# Notes"
 
 
 def test_a_generated_section_that_is_no_longer_written_goes():
@@ -74,6 +92,8 @@ def test_what_is_written_by_hand_in_the_folder_replaces_the_same_section_and_is_
 
 def test_a_card_uploaded_by_another_way_is_not_doubled():
     assert merge_cards(card(), card()) == merge_cards(card(), None)
+    old = card().replace("\n## Limits", "\n## Mine\n\nText.\n\n## Limits")
+    assert headings(merge_cards(card(), old)) == headings(old)
 
 
 def test_front_matter_of_people_is_kept_where_we_state_nothing():
@@ -99,6 +119,6 @@ def test_front_matter_that_cannot_be_read_is_named(broken):
         merge_cards(broken, None)
 
 
-def test_a_windows_card_merges(tmp_path):
+def test_a_windows_card_merges():
     old = merge_cards(card(), None) + "\n## Mine\n\nText.\n"
     assert merge_cards(card(), old.replace("\n", "\r\n")) == merge_cards(card(), old)

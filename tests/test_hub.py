@@ -87,23 +87,6 @@ def test_what_is_pushed_loads_from_the_hub_by_every_door(hub, tmp_path):
     assert len(commits) == 2  # one for the push, one as the pull request
 
 
-def test_a_refused_push_is_one_message(tmp_path):
-    folder = checkpoint.save(slim_resnet(), tmp_path / "net")
-    code = """
-import sys
-from lfrns_hub.hub import push
-try:
-    push(sys.argv[1], "tester/net")
-except ConnectionError as error:
-    print(error)
-"""
-    with serve(tmp_path / "hub", token="another") as hub:
-        done = run_client(hub.env, code, folder)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "did not take it" in done.stdout and "hf auth login" in done.stdout
-        assert hub.store.read("tester/net") is None
-
-
 def test_no_network_is_one_message_within_seconds(tmp_path):
     with socket.socket() as probe:  # a port that nobody listens on
         probe.bind(("127.0.0.1", 0))
@@ -347,6 +330,12 @@ def test_what_must_be_private_does_not_go_where_all_can_see_it(client, hub_of, n
     with pytest.raises(ValueError, match=r"'tester/open', private=True\): the repository exists and is public"):
         client("push", net, "tester/open", private=True)
     assert hub_of.files("tester/open") == old
+
+
+def test_a_refused_push_is_one_message(client, hub_of, net):
+    with pytest.raises(ConnectionError, match=r"'tester/refused'\): .* did not take it: .*401.*`hf auth login`"):
+        client("push", net, "tester/refused", token="another")
+    assert hub_of.store.read("tester/refused") is None
 
 
 def test_an_id_that_is_none_is_one_message(client, net):
