@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from huggingface_hub import CardData, RepoCard
 
-MARK = "<!-- lfrns_hub writes this section anew at every push; write under a heading of your own, which stays -->"
+MARK_START = "<!-- lfrns_hub writes this section"  # what it is known by; the rest is for the reader
+MARK = f"{MARK_START} anew at every push; write under a heading of your own, which stays -->"
 UNKNOWN = "unknown"  # how a card says that nothing is known: no statement, so a person's stands
 
 
@@ -83,7 +84,7 @@ def _read(card: str, which: str) -> tuple[dict[str, Any], list[Section]]:
         parsed = RepoCard(card if card.lstrip().startswith("---") else f"---\n\n---\n{card}")
     except (yaml.YAMLError, ValueError, TypeError) as error:
         problem = " ".join(str(error).split())
-        raise ValueError(f"README.md, {which}: its front matter cannot be read ({problem}). Mend it first.") from error
+        raise ValueError(f"README.md, {which}: front matter that cannot be read ({problem}). Mend it first.") from error
     blocks, fence = [[""]], ""
     for line in parsed.text.splitlines():
         mark = re.match(r" {0,3}(`{3,}(?!.*`)|~{3,})(.*)", line)
@@ -95,7 +96,10 @@ def _read(card: str, which: str) -> tuple[dict[str, Any], list[Section]]:
             blocks.append([line.rstrip()])
         else:
             blocks[-1].append(line)
-    sections = [Section(block[0], "\n".join(block).strip(), MARK in block) for block in blocks]
+    sections = [
+        Section(block[0], "\n".join(block).strip(), any(line.startswith(MARK_START) for line in block))
+        for block in blocks
+    ]
     return parsed.data.to_dict(), [section for section in sections if section.text]
 
 

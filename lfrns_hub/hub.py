@@ -104,7 +104,10 @@ def push(
         path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _matches(path.name, OURS)
     }
     if "README.md" in files:
-        files["README.md"] = merge_cards((folder / "README.md").read_text(encoding="utf-8"), card).encode()
+        try:
+            files["README.md"] = merge_cards((folder / "README.md").read_text(encoding="utf-8"), card).encode()
+        except ValueError as error:
+            raise ValueError(f"{call}: {error}") from error
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=source) for name, source in files.items()]
     removals = [CommitOperationDelete(name) for name in sorted(there - files.keys()) if _matches(name, REPLACED)]
     with _one_message(call, api, "If there is no new pull request, push the folder again." if create_pr else AGAIN):

@@ -113,7 +113,9 @@ def test_results_of_replaced_weights_go():
 
 @pytest.mark.parametrize("broken", ["---\ntags: [a\n---\n# net\n", "---\njust text\n---\n# net\n"])
 def test_front_matter_that_cannot_be_read_is_named(broken):
-    with pytest.raises(ValueError, match=r"README.md, the card that is there: .* cannot be read \(.*\). Mend it"):
+    with pytest.raises(
+        ValueError, match=r"README.md, the card that is there: front matter that cannot be read \(.*\). Mend it"
+    ):
         merge_cards(card(), broken)
     with pytest.raises(ValueError, match=r"README.md, the card to be pushed: "):
         merge_cards(broken, None)
