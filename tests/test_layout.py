@@ -39,7 +39,7 @@ ALLOWED = {
     "pictures": {"reach"},
     "zoo": {"models", "pictures", "reach", "checkpoint"},
     "checkpoint": {"zoo", "adapters", "surgery", "narrow", "models", "card", "hub", "plots"},
-    "hub": {"reach"},
+    "hub": {"reach", "handwritten"},
     "card": {"measure", "plots"},
     "plots": {"measure"},
     "gallery": {"slim", "taps", "report", "redundancy", "plots"},
@@ -55,7 +55,7 @@ DOORS = {
     "transformers": {"zoo", "pictures", "checkpoint", "adapters", "coverage"},
     "datasets": {"pictures"},
     "accelerate": {"retrain", "responses", "contribution"},
-    "huggingface_hub": {"hub", "card", "reach", "zoo", "pictures", "checkpoint"},
+    "huggingface_hub": {"hub", "handwritten", "card", "reach", "zoo", "pictures", "checkpoint"},
     "typer": {"cli"},
     "matplotlib": {"plots", "gallery"},
 }
