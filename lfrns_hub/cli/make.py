@@ -50,7 +50,7 @@ Rate = Annotated[float | None, typer.Option(help="peak of the retraining (defaul
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def demo(context: typer.Context) -> None:
-    """Slim a small ViT on handwritten digits: minutes, no network. Takes recipes/vit_digits.py's options, and --json."""
+    """Slim a small ViT on handwritten digits: minutes, no network. Takes recipes/vit_digits.py's options and --json."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", action="store_true")
     own, rest = parser.parse_known_args(context.args)
