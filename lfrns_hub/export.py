@@ -3,7 +3,8 @@
 import copy
 import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,35 +77,48 @@ def export(model: nn.Module, path: str | Path, example_input: Tensor, *, format:
     model, path = Logits(copy.deepcopy(model).cpu().float()).eval().requires_grad_(False), Path(path)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(CHECKED_IMAGES, *example_input.shape[1:], generator=generator)
-    try:
-        program = torch.export.export(
-            model, (images[:EXAMPLE_IMAGES],), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False
-        )
-    except Exception as error:  # torch.export raises a dozen types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"export({type(model.model).__name__}): torch.export cannot trace it: {reason}") from error
+    call = f"export({type(model.model).__name__}, format={format!r})"
+    with _said(call):
+        batches = ({0: torch.export.Dim.AUTO},)
+        program = torch.export.export(model, (images[:EXAMPLE_IMAGES],), dynamic_shapes=batches, strict=False)
     shape = next(node.meta["val"] for node in program.graph.nodes if node.name == "images").shape
-    any_batch = not isinstance(shape[0], int)
+    any_batch = not str(shape[0]).isdigit()  # a size that was found to be constant is still a symbol, and prints as it
     images = images if any_batch else images[:EXAMPLE_IMAGES]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft = Path(folder) / path.name
-        if format == "onnx":
-            # One file: weights beside the graph would be lost when it is moved.
-            options = {"input_names": ["images"], "output_names": ["logits"], "external_data": False, "verbose": False}
-            torch.onnx.export(program, (), str(draft), dynamo=True, **options)
-        else:
-            torch.export.save(program, draft)
-        runner = open_runner(draft)
+        with _said(call):
+            _write(program, draft)
+            runner = open_runner(draft)
         with torch.no_grad():
             error = None if runner is None else largest_error(runner(images), model(images))
         if error is not None and not error <= TOLERANCE:  # NaN counts as wrong
             raise ValueError(
-                f"export({type(model.model).__name__}, format={format!r}): its answers differ from PyTorch's by "
-                f"{error:.1e} of the largest, {TOLERANCE:g} are allowed. Nothing was written; try the other format."
+                f"{call}: its answers differ from PyTorch's by {error:.1e} of the largest, {TOLERANCE:g} are allowed. "
+                "Nothing was written; try the other format."
             )
         draft.replace(path)
     return Export(path, format, path.stat().st_size / 1e6, error, any_batch)
+
+
+def _write(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write an exported program in the format that the file's name says."""
+    if path.suffix == ".onnx":
+        # One file: weights beside the graph would be lost when it is moved.
+        options = {"input_names": ["images"], "output_names": ["logits"], "external_data": False, "verbose": False}
+        torch.onnx.export(program, (), str(path), dynamo=True, **options)
+    else:
+        torch.export.save(program, path)
+
+
+@contextmanager
+def _said(call: str) -> Iterator[None]:
+    """Say in one line what the exporters, which raise a dozen types, refuse."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{call}: torch cannot export it: {reason}") from error
 
 
 def open_runner(path: Path, *, threads: int | None = None) -> Callable[[Tensor], Tensor] | None:

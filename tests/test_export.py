@@ -49,6 +49,16 @@ def test_a_model_that_fixes_its_batch_is_exported_with_that_one(tmp_path: Path) 
     assert open_runner(done.path)(torch.randn(2, 3, 8, 8)).shape == (2, 5)
 
 
+def test_what_torch_cannot_trace_is_one_line(tmp_path: Path) -> None:
+    class Refuses(Net):
+        def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+            raise OSError("no\nway")
+
+    with pytest.raises(ValueError, match=r"export\(Refuses, format='pt2'\): torch cannot export it: no$"):
+        export(Refuses(), tmp_path / "m.pt2", IMAGES, format="pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_export_that_answers_otherwise_is_refused_and_what_was_there_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

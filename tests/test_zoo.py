@@ -230,6 +230,14 @@ def test_the_dense_network_of_a_checkpoint_is_built_from_its_folder(tmp_path: Pa
     assert shapes_of(create_base(tmp_path / "transformers")) == shapes_of(VITS["vit"]())
 
 
+def test_a_checkpoint_keeps_the_preprocessing_that_was_asked_for(tmp_path: Path) -> None:
+    model = slim_resnet()
+    zoo.set_preprocessing(model, mean=(0.1, 0.2, 0.3), crop_pct=0.5)
+    checkpoint.save(model, tmp_path / "timm")
+    again = checkpoint.load(tmp_path / "timm").pretrained_cfg
+    assert [list(again["mean"]), again["crop_pct"]] == [[0.1, 0.2, 0.3], 0.5]
+
+
 def test_a_folder_that_does_not_say_its_dense_network_asks_for_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere'.*no config\.json"):
         create_base("nowhere")

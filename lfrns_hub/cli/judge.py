@@ -105,22 +105,24 @@ def bench(
     runs: Annotated[int, typer.Option(help="timed passes of each")] = 30,
     as_json: Json = False,
 ) -> None:
-    """Time a slim model against its dense one, in turns: eager, and in ONNX Runtime where that is installed.
+    """Time a slim model against its dense one, in turns: eager, and in ONNX Runtime (on the CPU) where it is installed.
 
     Medians, with first and third quartile; the ratio is that of passes side by side. Speed does not depend on weights:
     those of the dense model are random.
     """
-    model = load_slim(directory, dense)
-    base = create_skeleton(dense) if dense else create_base(directory)
+    device = make_accelerator().device
+    model = load_slim(directory, dense).to(device)
+    base = (create_skeleton(dense) if dense else create_base(directory)).to(device)
     images = example_input(model)
     timings = time_models(model, base, images, batches=read_list(batches, "--batches", int), runs=runs)
     sizes = {
         "dense": sum(tensor.numel() * tensor.element_size() for tensor in base.state_dict().values()) / 1e6,
         "slim": sum(path.stat().st_size for path in Path(directory).glob("model*.safetensors")) / 1e6,
     }
-    setup = describe_setup(model, images, images.device)
+    setup = describe_setup(model, images, device)
     machine = setup["machine"]
-    title = f"{directory}: {machine['cpu']}, {machine['threads']} threads, {setup['dtype']}, median (quartiles)"
+    where = f"{machine['cpu']}, {machine['device']}, {machine['threads']} threads, {setup['dtype']}"
+    title = f"{directory}: {where}; median (quartiles)"
     found = {
         "timings": [asdict(one) for one in timings],
         "size_mb": sizes,

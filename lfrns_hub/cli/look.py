@@ -32,6 +32,7 @@ from lfrns_hub.cli.terminal import (
 from lfrns_hub.index import COLUMNS, cells
 from lfrns_hub.measure import measure_each
 from lfrns_hub.plots import plot_curve
+from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.slim import survey
 from lfrns_hub.units import UnitGroup
 from lfrns_hub.zoo import (
@@ -117,6 +118,7 @@ def curve(
     Accuracies are those right after the cut; retraining brings much of the loss back.
     """
     started, budgets = time.perf_counter(), read_budgets(macs)
+    accelerator = make_accelerator(seed=seed)
     dense = create_dense(model, weights=weights)
     set_preprocessing(dense, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
     pictures = Pictures(data, label_column, val_split, class_map)
@@ -125,14 +127,16 @@ def curve(
     test = DataLoader(pictures.load(dense, "validation", limit=test_images, seed=seed), batch_size)
     check_images(dense, calibration)
     guard_against_chance(dense, calibration, data)
-    options = {"preset": preset, "exclude": tuple(exclude or ()), "seed": seed, "progress": not as_json}
-    analysis = lfrns.analyse(dense, calibration, **options)
+    options = {"accelerator": accelerator, "progress": not as_json}
+    analysis = lfrns.analyse(dense, calibration, preset=preset, exclude=tuple(exclude or ()), seed=seed, **options)
     least = analysis.smallest()["macs"]
     reached = [budget for budget in budgets if budget >= least]
     if not reached:
         raise ValueError(f"--macs {macs}: the smallest that this model can be cut to is {least:.3f}. Ask for more.")
     slim = {f"{budget:g}": analysis.cut(macs=budget, fcr_steps=fcr_steps).model for budget in reached}
-    records = measure_each(slim, test, dense=dense, progress=not as_json)
+    records = measure_each(slim, test, dense=dense, **options)
+    if not accelerator.is_main_process:
+        return
     first = next(iter(records.values()))
     plot_curve([record.slim for record in records.values()], first.dense, picture)
     points = [{"macs": float(name), **record.slim} for name, record in records.items()]

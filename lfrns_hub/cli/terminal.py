@@ -50,7 +50,10 @@ def show(as_json: bool, data: Any, *parts: Any) -> None:
         print(json.dumps(data, indent=2, allow_nan=False))
         return
     for part in parts:
-        console.print(part, soft_wrap=isinstance(part, str))
+        if isinstance(part, str):
+            console.print(part, markup=False, soft_wrap=True)  # a name or an extra may stand in brackets
+        else:
+            console.print(part)
 
 
 @dataclass(frozen=True)
