@@ -49,14 +49,15 @@ from lfrns_hub.zoo import (
 def units(model: Model, as_json: Json = False) -> None:
     """List what can be removed from a model, and what cannot and why. Needs no weights and no network.
 
-    MACs are the share of the model's in layers that make or read the units; layers between two groups count for both.
+    MACs are the share of the model's in layers that make or read the units; a layer between two groups counts for both.
+    Groups that are not exact are approximate: removing a unit changes a norm, so they are cut only on request.
     """
     network = lfrns.load(model) if is_slim(model) else create_skeleton(model)
     groups, shares = survey(network, example_input(network))
-    table = Table("group", "kind", "units", "exact", "MACs", "read by", "frozen because", title=model)
+    table = Table("group", "kind", "units", "exact", "MACs", "read by", title=model)
+    table.add_column("frozen because", overflow="fold")
     for group in groups:
-        exact = "yes" if group.exact else "approximate"
-        row = [group.name, group.kind, str(group.size), exact, f"{shares[group.name]:.1%}"]
+        row = [group.name, group.kind, str(group.size), "yes" if group.exact else "no", f"{shares[group.name]:.1%}"]
         table.add_row(*row, _taps(group), group.frozen_reason or "")
     free = [group for group in groups if not group.frozen_reason and group.exact]
     approximate = [group for group in groups if not group.frozen_reason and not group.exact]
@@ -81,7 +82,7 @@ def units(model: Model, as_json: Json = False) -> None:
 
 def _taps(group: UnitGroup) -> str:
     """Name the first layer that reads a group, and count the others."""
-    others = f" and {len(group.taps) - 1} more" if len(group.taps) > 1 else ""
+    others = f" +{len(group.taps) - 1}" if len(group.taps) > 1 else ""
     return f"{group.taps[0].module}{others}" if group.taps else ""
 
 
