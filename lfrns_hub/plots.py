@@ -68,6 +68,8 @@ def plot_widths(source: Any, path: str | Path) -> Path:
 def plot_curve(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: str | Path) -> Path:
     """Draw accuracy against MACs, and against latency where it was measured, of slim models beside their dense one.
 
+    Each slim model is labelled with the share of the dense MACs that it keeps.
+
     Args:
         points: Of each slim model top1_pct, macs_g and perhaps latency_ms, as in the `slim` of a Record.
         dense: The same of the dense model.
@@ -82,7 +84,7 @@ def plot_curve(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: st
             "plot_curve(): each point and the dense model need a top1_pct. Measure them on labelled images."
         )
     timed = all(one.get("latency_ms") is not None for one in [*points, dense])
-    sides = [("macs_g", "GMACs"), ("latency_ms", "latency, ms, batch 1")] if timed else [("macs_g", "GMACs")]
+    sides = [("macs_g", "GMACs"), ("latency_ms", "latency, ms, batch 1")][: 1 + timed]
     figure = Figure(figsize=(4.2 * len(sides), 3.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (key, label) in zip(figure.subplots(1, len(sides), squeeze=False, sharey=True)[0], sides, strict=True):
@@ -97,8 +99,7 @@ def plot_curve(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: st
                 f"{one['macs_g'] / dense['macs_g']:.0%}" if dense["macs_g"] else "",
                 (one[key], one["top1_pct"]),
                 textcoords="offset points",
-                xytext=(0, -13),
-                ha="center",
+                xytext=(6, -9),
                 fontsize=7,
                 color="#333333",
             )

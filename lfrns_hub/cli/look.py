@@ -1,6 +1,7 @@
 """Commands that look at a model before anything is changed: units, curve, coverage."""
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -139,6 +140,7 @@ def curve(
     if not accelerator.is_main_process:
         return
     first = next(iter(records.values()))
+    Path(picture).parent.mkdir(parents=True, exist_ok=True)
     plot_curve([record.slim for record in records.values()], first.dense, picture)
     points = [{"macs": float(name), **record.slim} for name, record in records.items()]
     left_out = [budget for budget in budgets if budget < least]
