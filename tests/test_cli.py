@@ -116,6 +116,34 @@ def test_demo_hands_its_options_to_the_digits_recipe(monkeypatch: pytest.MonkeyP
     assert f"--output-dir {tmp_path}: is not empty" in capsys.readouterr().err
 
 
+def test_demo_as_json_prints_the_record_alone(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
+    def recipe_that_talks(path: str, run_name: str) -> None:
+        assert sys.argv[1:] == ["--smoke", "--output-dir", str(tmp_path)]
+        print("a table")
+        (tmp_path / "record.json").write_text('{"slim": {}}')
+
+    monkeypatch.setattr("runpy.run_path", recipe_that_talks)
+    assert run_main(monkeypatch, "demo", "--smoke", "--json", "--output-dir", str(tmp_path)) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"slim": {}}
+    assert "a table" in printed.err
+
+
+def test_push_as_json_gives_the_address(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    asked = {}
+
+    def push(folder: str, repo: str, **options: object) -> str:
+        asked.update(options, folder=folder, repo=repo)
+        return "https://hub/me/it/commit/1"
+
+    monkeypatch.setattr("lfrns_hub.push", push)
+    assert run_main(monkeypatch, "push", "slim", "me/it", "--private", "--revision", "b", "--pr", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"url": "https://hub/me/it/commit/1"}
+    assert asked["folder"] == "slim"
+    assert asked["repo"] == "me/it"
+    assert [asked[key] for key in ("private", "revision", "create_pr")] == [True, "b", True]
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise RuntimeError("a bug")

@@ -21,6 +21,7 @@ from lfrns_hub.cli.terminal import (
     CropPct,
     Data,
     Exclude,
+    Flip,
     Folder,
     Interpolation,
     Json,
@@ -94,6 +95,7 @@ def slim(
     std: Std = None,
     crop_pct: CropPct = None,
     interpolation: Interpolation = None,
+    flip: Flip = True,
     seed: int = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a checkpoint in the folder")] = False,
     push_to_hub: Annotated[
@@ -117,7 +119,7 @@ def slim(
     progress, main_process = not as_json, accelerator.is_main_process
     dense = create_dense(model, weights=weights)
     set_preprocessing(dense, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
-    pictures = Pictures(data, label_column, val_split, class_map)
+    pictures = Pictures(data, label_column, val_split, class_map, flip)
     calibration_set = pictures.load(dense, "train", limit=calibration_images, seed=seed)
     train, test = pictures.load(dense, "train", augment=True), pictures.load(dense, "validation")
     calibration_loader, test_loader = DataLoader(calibration_set, batch_size), DataLoader(test, batch_size)
@@ -194,13 +196,14 @@ def retrain(
     label_column: Labels = None,
     val_split: ValSplit = None,
     class_map: ClassMap = None,
+    flip: Flip = True,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
     """Train a slim model further, and bring its weights, record and card up to date."""
     model = load_slim(directory, teacher)
     dense = create_dense(teacher, weights=weights) if teacher else None
-    pictures = Pictures(data, label_column, val_split, class_map)
+    pictures = Pictures(data, label_column, val_split, class_map, flip)
     train, test = pictures.load(model, "train", augment=True), pictures.load(model, "validation")
     accelerator = make_accelerator(seed=seed)
     test_loader = DataLoader(test, batch_size)

@@ -35,6 +35,7 @@ Mean = Annotated[tuple[float, float, float] | None, typer.Option(help="of the pi
 Std = Annotated[tuple[float, float, float] | None, typer.Option(help="likewise")]
 CropPct = Annotated[float | None, typer.Option(help="share of the shorter side in the central crop, likewise")]
 Interpolation = Annotated[str | None, typer.Option(help="bilinear, bicubic, ..., likewise")]
+Flip = Annotated[bool, typer.Option("--flip/--no-flip", help="mirror half of the training pictures; not digits, signs")]
 Exclude = Annotated[list[str] | None, typer.Option(help="groups to leave alone: a name or glob, repeatable")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, and nothing else there")]
 
@@ -64,12 +65,13 @@ class Pictures:
     label_column: str | None = None
     val_split: float | None = None
     class_map: str | None = None
+    flip: bool = True
 
     def load(
         self, model: nn.Module, split: str, *, augment: bool = False, limit: int | None = None, seed: int = 0
     ) -> ImageData:
         """Load a split, prepared as a model wants its images."""
-        transform = make_transform(model, train=augment)
+        transform = make_transform(model, train=augment, flip=self.flip)
         options = {"label_column": self.label_column, "val_split": self.val_split, "class_map": self.class_map}
         return load_data(self.data, split, transform=transform, limit=limit, seed=seed, **options)
 
