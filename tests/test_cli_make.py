@@ -156,6 +156,15 @@ def test_export_writes_an_archive_that_answers_as_the_model(zoo: Path, monkeypat
     torch.testing.assert_close(archive(images), lfrns.load(folder, model=build())(images), rtol=1e-4, atol=1e-4)
 
 
+def test_a_class_of_ones_own_asks_for_what_builds_it(zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["lfrns", "bench", str(zoo / "build.lfrns50_pictures")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "it holds a TinyNet" in (said := capsys.readouterr().err)
+    assert "--dense" in said
+
+
 def test_a_curve_is_a_table_and_a_picture_and_says_what_is_out_of_reach(
     at: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

@@ -121,8 +121,13 @@ def load_slim(directory: str, dense: str | None) -> nn.Module:
         ValueError: The folder is no checkpoint, or one that needs the name.
     """
     config = Path(directory) / "config.json"
-    if dense and config.is_file():
-        stored = json.loads(config.read_text(encoding="utf-8"))
-        if stored.get("architecture") == "lfrns_own_class":
-            return lfrns.load(directory, model=create_skeleton(dense))
-    return lfrns.load(directory)
+    stored = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if stored.get("architecture") != "lfrns_own_class":
+        return lfrns.load(directory)
+    if dense is None:
+        kind = stored.get("slim", {}).get("class")
+        raise ValueError(
+            f"{directory}: it holds a {kind}, which neither timm nor transformers builds. Name what builds "
+            "the dense model, package.module:function, by --dense (of retrain: --teacher)."
+        )
+    return lfrns.load(directory, model=create_skeleton(dense))
