@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lfrns_hub.measure import Record
-from lfrns_hub.plots import plot_curve
+from lfrns_hub.plots import plot_ladder
 
 PICTURE = "accuracy.png"
 COLUMNS = ("MACs kept", "top-1, %", "agreement, %", "params, M", "GMACs", "latency, ms", "dense, ms", "size, MB")
@@ -59,7 +59,7 @@ def write_index(directory: str | Path, title: str) -> Path:
     picture = directory / PICTURE
     picture.unlink(missing_ok=True)
     if dense and all(side.get("top1_pct") is not None for side in [dense, *(record.slim for record in ordered)]):
-        plot_curve([record.slim for record in ordered], dense, picture)
+        plot_ladder([record.slim for record in ordered], dense, picture)
         lines += ["", f"![Top-1 accuracy against MACs and latency, dense and slim]({PICTURE})"]
     readme = directory / "README.md"
     readme.write_text("\n".join(lines) + "\n", encoding="utf-8")

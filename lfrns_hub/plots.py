@@ -65,7 +65,23 @@ def plot_widths(source: Any, path: str | Path) -> Path:
     return Path(path)
 
 
-def plot_curve(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: str | Path) -> Path:
+def mark_of(plan: dict[str, list[int]]) -> str:
+    """Give the comment in a PNG that says of which plan it is."""
+    return "lfrns plan " + hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def shows_plan(path: str | Path, plan: dict[str, list[int]]) -> bool:
+    """Say whether a picture is there and was drawn of this plan, so that no card shows another model's."""
+    if not Path(path).is_file():
+        return False
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Comment") == mark_of(plan)
+    except OSError:  # what pillow raises for a file that is no picture
+        return False
+
+
+def plot_ladder(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: str | Path) -> Path:
     """Draw accuracy against MACs, and against latency where it was measured, of slim models beside their dense one.
 
     Each slim model is labelled with the share of the dense MACs that it keeps.
@@ -81,7 +97,7 @@ def plot_curve(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: st
     """
     if not points or any(one.get("top1_pct") is None for one in [*points, dense]):
         raise ValueError(
-            "plot_curve(): each point and the dense model need a top1_pct. Measure them on labelled images."
+            "plot_ladder(): each point and the dense model need a top1_pct. Measure them on labelled images."
         )
     timed = all(one.get("latency_ms") is not None for one in [*points, dense])
     sides = [("macs_g", "GMACs"), ("latency_ms", "latency, ms, batch 1")][: 1 + timed]
@@ -112,22 +128,6 @@ def plot_curve(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: st
     figure.axes[0].legend(fontsize=8, frameon=False, loc="lower right")
     figure.savefig(path, format="png")
     return Path(path)
-
-
-def mark_of(plan: dict[str, list[int]]) -> str:
-    """Give the comment in a PNG that says of which plan it is."""
-    return "lfrns plan " + hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def shows_plan(path: str | Path, plan: dict[str, list[int]]) -> bool:
-    """Say whether a picture is there and was drawn of this plan, so that no card shows another model's."""
-    if not Path(path).is_file():
-        return False
-    try:
-        with Image.open(path) as picture:
-            return picture.info.get("Comment") == mark_of(plan)
-    except OSError:  # what pillow raises for a file that is no picture
-        return False
 
 
 def _read_widths(source: Any) -> tuple[dict[str, list[int]], dict[str, str]]:

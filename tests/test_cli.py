@@ -51,6 +51,8 @@ def test_each_command_shows_examples_and_speaks_json(command: str, monkeypatch: 
             ["slim", "test_vit", "--data", "x", "--out", "o", "--macs", "0.5,0.3", "--push-to-hub", "me/it"],
             "--push-to-hub me/it: 2 budgets .* the user",
         ),
+        (["slim", "test_vit", "--data", "x", "--out", "o"], "--macs or --params"),
+        (["slim", "test_vit", "--data", "x", "--out", "o", "--params", "50"], r"--params 50.0: .* For 50 % pass 0\.5"),
         (["bench", "nowhere"], "nowhere"),
         (["export", "nowhere"], "nowhere"),
         (["retrain", "nowhere", "--data", "x"], "nowhere"),

@@ -109,6 +109,7 @@ def test_several_budgets_make_a_folder_each_and_one_index(zoo: Path) -> None:
         assert one["slim"]["images"] == 80
         assert one["slim"]["top1_pct"] > 80 < one["dense"]["top1_pct"]
         assert one["setup"]["label_names"] == list("abcdefghij")
+        assert [row["top1_pct"] for row in one["setup"]["budgets"]] == [each["slim"]["top1_pct"] for each in found]
         assert f"[{folder.name}]({folder.name}) | {one['slim']['macs_g'] / one['dense']['macs_g']:.3f} |" in index
         assert f"| {one['slim']['top1_pct']:.2f} |" in index
     assert imread(zoo / "accuracy.png").std() > 0

@@ -7,7 +7,7 @@ from matplotlib.image import imread
 
 from lfrns_hub.index import checkpoint_name, write_index
 from lfrns_hub.measure import Record
-from lfrns_hub.plots import plot_curve
+from lfrns_hub.plots import plot_ladder
 
 DENSE = {"top1_pct": 80.0, "images": 500, "params_m": 2.0, "macs_g": 1.0, "latency_ms": 4.0, "size_mb": 8.0}
 SETUP = {"dataset": "flowers", "dtype": "float32", "machine": {"cpu": "some CPU", "device": "cpu", "threads": 2}}
@@ -44,7 +44,7 @@ def test_without_accuracy_there_is_a_table_and_no_picture(tmp_path: Path) -> Non
     assert ".png" not in text
     assert not (tmp_path / "accuracy.png").exists()
     with pytest.raises(ValueError, match="top1_pct"):
-        plot_curve([], DENSE, tmp_path / "curve.png")
+        plot_ladder([], DENSE, tmp_path / "curve.png")
 
 
 def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:

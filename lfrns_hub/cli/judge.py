@@ -86,6 +86,8 @@ def refresh(
         old = Record.load(earlier)
         record.dense = record.dense or old.dense
         record.setup = {**old.setup, **record.setup}
+    if epochs:
+        record.setup.pop("budgets", None)  # the accuracy of this one among them is that of before
     record.setup.update(
         dataset=recipe.describe_source(pictures.data)["dataset"],
         val_split=pictures.val_split,

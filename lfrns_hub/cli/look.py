@@ -32,7 +32,7 @@ from lfrns_hub.cli.terminal import (
 )
 from lfrns_hub.index import COLUMNS, cells
 from lfrns_hub.measure import measure_each
-from lfrns_hub.plots import plot_curve
+from lfrns_hub.plots import plot_ladder
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.slim import survey
 from lfrns_hub.units import UnitGroup
@@ -141,7 +141,7 @@ def curve(
         return
     first = next(iter(records.values()))
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
-    plot_curve([record.slim for record in records.values()], first.dense, picture)
+    plot_ladder([record.slim for record in records.values()], first.dense, picture)
     points = [{"macs": float(name), **record.slim} for name, record in records.items()]
     left_out = [budget for budget in budgets if budget < least]
     found: dict[str, Any] = {"model": model, "dense": first.dense, "points": points, "out_of_reach": left_out}

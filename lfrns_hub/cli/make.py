@@ -33,7 +33,6 @@ from lfrns_hub.cli.terminal import (
     ValSplit,
     Weights,
     app,
-    console,
     examples,
     load_slim,
     read_budgets,
@@ -110,6 +109,12 @@ def slim(
     directory = recipe.check_output_dir(out, resume=False, overwrite=overwrite)
     budgets: list[float | None] = read_budgets(macs) if macs is not None else [None]
     several = len(budgets) > 1
+    if macs is None and params is None:
+        raise ValueError("lfrns slim: --macs or --params must say how much to keep. For half of the MACs: --macs 0.5.")
+    if params is not None and not 0 < params <= 1:
+        raise ValueError(
+            f"--params {params}: the fraction of the parameters to keep must be in (0, 1]. For 50 % pass 0.5."
+        )
     if several and push_to_hub and "/" in push_to_hub:
         raise ValueError(
             f"--push-to-hub {push_to_hub}: {len(budgets)} budgets make as many repositories, named as their folders. "
@@ -127,11 +132,19 @@ def slim(
     check_images(dense, calibration_loader)
     guard_against_chance(dense, calibration_loader, data)
 
-    options = {"exclude": tuple(exclude or ()), "accelerator": accelerator, "seed": seed, "progress": progress}
-    analysis = lfrns.analyse(dense, calibration_loader, preset=preset, **options)
+    analysis = lfrns.analyse(
+        dense,
+        calibration_loader,
+        preset=preset,
+        exclude=tuple(exclude or ()),
+        accelerator=accelerator,
+        seed=seed,
+        progress=progress,
+    )
     # All cuts come before any training: a budget out of reach is known within minutes.
     results = [analysis.cut(macs=budget, params=params, fcr_steps=fcr_steps) for budget in budgets]
-    found = []
+    made: list[tuple[Path, nn.Module, Record]] = []
+    options = {"processor": load_processor(dense), "label_names": test.class_names, "overwrite": True}
     for budget, result in zip(budgets, results, strict=True):
         training = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed, "progress": progress}
         lfrns.retrain(result.model, train_loader, teacher=dense, accelerator=accelerator, **training)
@@ -145,38 +158,35 @@ def slim(
             label_names=test.class_names,
         )
         folder = directory / checkpoint_name(model, data, budget) if several else directory
+        made.append((folder, result.model, record))
         if main_process:
-            url = _publish(dense, result, record, calibration_loader, folder, test.class_names, push_to_hub, several)
-            found.append({"directory": str(folder), "pushed": url, **json.loads(record.to_json())})
-            if several:  # after each, so that what is there is listed if a later one fails
-                write_index(directory, f"{Path(model).name}, slimmed to {len(budgets)} budgets")
+            recipe.draw_clusters(dense, result, calibration_loader, folder)
+            # The folder was empty, or may be overwritten: that was checked before there was a picture in it.
+            lfrns.save(result.model, folder, record=record, **options)
             if progress:
                 recipe.print_results(record, [], folder)
-            if progress and url:
-                console.print(f"Pushed: {url}", soft_wrap=True)
         accelerator.wait_for_everyone()
     if main_process:
+        if several:
+            _compare(made, directory, f"{Path(model).name}, slimmed to {len(budgets)} budgets", options)
+        folders = [folder for folder, _, _ in made]
+        urls = [lfrns.push(f, f"{push_to_hub}/{f.name}" if several else push_to_hub) for f in folders if push_to_hub]
+        found = [{"directory": str(folder), **json.loads(record.to_json())} for folder, _, record in made]
         index = [f"Compared in {directory / 'README.md'}"] if several else []
-        show(as_json, {"checkpoints": found} if several else found[0], *index)
+        show(as_json, {"checkpoints": found, "pushed": urls}, *index, *(f"Pushed: {url}" for url in urls))
     accelerator.end_training()
 
 
-def _publish(
-    dense: nn.Module,
-    result: Any,
-    record: Record,
-    loader: Any,
-    folder: Path,
-    label_names: list[str],
-    repo: str | None,
-    several: bool,
-) -> str | None:
-    """Save one checkpoint with its pictures and card, and push it where that is wanted; gives its address there."""
-    recipe.draw_clusters(dense, result, loader, folder)
-    # The folder was empty, or may be overwritten: that was checked before there was a picture in it.
-    processor = load_processor(dense)
-    lfrns.save(result.model, folder, record=record, processor=processor, label_names=label_names, overwrite=True)
-    return lfrns.push(folder, f"{repo}/{folder.name}" if several else repo) if repo else None
+def _compare(made: list[tuple[Path, nn.Module, Record]], directory: Path, title: str, options: dict[str, Any]) -> None:
+    """Tell each card of all budgets, which are known when the last is done, and write the index over them."""
+    budgets = [
+        {"macs_fraction": record.slim["macs_g"] / record.dense["macs_g"], "top1_pct": record.slim["top1_pct"]}
+        for _, _, record in made
+    ]
+    for folder, model, record in made:
+        record.setup["budgets"] = budgets
+        lfrns.save(model, folder, record=record, **options)
+    write_index(directory, title)
 
 
 @app.command(
