@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from lfrns_hub import cli
@@ -52,7 +51,7 @@ def test_extending_runs_and_prints_what_it_says(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(cli, "console", Console(width=COLUMNS))
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
     monkeypatch.setattr(registry, "ADAPTERS", dict(registry.ADAPTERS))  # what the page registers leaves with it
     monkeypatch.setattr(rules, "RULES", dict(rules.RULES))
     try:
