@@ -1,6 +1,7 @@
 """A model card from a Record: every number is read from it, and what is missing reads "not measured"."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 NOT_MEASURED = "not measured"
 UNKNOWN = "unknown"
-TAGS = ["image-classification", "pruned", "structured-pruning", "lfrns"]
+TAGS = ["pruned", "structured-pruning", "lfrns"]
+KINDS = {"channel": "channels", "head": "attention heads", "neuron": "MLP neurons"}
+BUDGETS = {"macs": "MACs", "params": "parameters", "latency": "latency"}
+MAX_NAMES = 12  # of classes; config.json has them all
 
 
 def render_card(
@@ -20,6 +24,9 @@ def render_card(
     library: str = "timm",
     plot: str | None = None,
     gallery: str | None = None,
+    curve: str | None = None,
+    processor: bool | None = None,
+    remote_code: bool = False,
 ) -> str:
     """Render the model card.
 
@@ -31,25 +38,29 @@ def render_card(
         library: What loads it: timm, transformers or pytorch.
         plot: File name of the picture of widths, beside the card.
         gallery: File name of the picture of clusters, beside the card.
+        curve: File name of the picture of accuracy against MACs, beside the card.
+        processor: Whether a pipeline finds out how to prepare pictures. By default where timm's configuration says it.
+        remote_code: Whether the folder holds a modelling file for `trust_remote_code`.
     Returns:
         Markdown with the Hub's YAML header. Base model, licence and data stand there only if the record's setup
         names them (`base_model`, `license`, `dataset`).
     """
-    record = read_record(record) or {"dense": None, "slim": {}, "setup": {}}
+    record = read_record(record) or {}
     setup = record.get("setup") or {}
     provenance = provenance or setup.get("provenance") or {}
     slim, dense = record.get("slim") or {}, record.get("dense") or {}
     known = {key: setup.get(key) or provenance.get(key) for key in ("base_model", "license", "dataset", "dataset_id")}
+    task = "image-classification" if slim.get("explained_pct") is None else "image-feature-extraction"
     data = ModelCardData(
         model_name=model_name,
         library_name=library,
-        pipeline_tag="image-classification",
-        tags=list(TAGS),
+        pipeline_tag=task,
+        tags=[task, *TAGS],
         license=known["license"] or UNKNOWN,
         base_model=known["base_model"],
         base_model_relation="finetune" if known["base_model"] else None,
         datasets=[known["dataset_id"]] if known["dataset_id"] else None,
-        metrics=["accuracy"],
+        metrics=["accuracy"] if task == "image-classification" else None,
         eval_results=_eval_results(slim, known),
         ignore_metadata_errors=False,
     )
@@ -58,18 +69,28 @@ def render_card(
             data,
             template_str=Path(__file__).with_name("card.md").read_text(encoding="utf-8"),
             model_name=model_name,
+            repo=f"user/{re.sub(r'[^A-Za-z0-9_.-]+', '-', model_name).strip('-.') or 'name'}",
             base=base,
-            rows=_rows(dense, slim),
-            controls=[[row["name"], *_accuracy(row)] for row in setup.get("controls") or []],
-            facts=_facts(setup, provenance, known),
-            hardware=_hardware(setup),
-            groups=_groups(provenance),
+            library=library,
+            processor=library == "timm" if processor is None else processor,
+            remote_code=remote_code,
+            summary=_summary(base, dense, slim, provenance, known),
+            smoke=setup.get("smoke"),
+            rows=_cells(_rows(dense, slim, setup.get("label_names"))),
+            latency=_latency(setup),
+            controls=_cells([row["name"], _percent(row.get("top1_pct")), _count(row.get("images"))]
+                            for row in setup.get("controls") or []),
+            budgets=[[_number(row["macs_fraction"], "", 3), _percent(row.get("top1_pct")), _ms(row.get("latency_ms"))]
+                     for row in setup.get("budgets") or []],
+            removed=_removed(provenance),
             plot=plot,
             gallery=gallery,
-            library=library,
-            worst=_worst(slim, setup),
+            curve=curve,
+            groups=_cells(_groups(provenance)),
+            facts=_facts(setup, provenance, known),
+            limits=_limits(slim, setup, provenance, known),
         )
-    )
+    )  # fmt: skip
 
 
 def read_record(record: Any) -> dict[str, Any] | None:
@@ -77,88 +98,152 @@ def read_record(record: Any) -> dict[str, Any] | None:
     return record if record is None or isinstance(record, dict) else json.loads(record.to_json())
 
 
-def _rows(dense: dict[str, Any], slim: dict[str, Any]) -> list[list[str]]:
-    """Lay the figures out as rows of name, dense, slim."""
-    both = [
-        ("Top-1", lambda r: _number(r.get("top1_pct"), " %", 2)),
-        ("Images tested", lambda r: _number(r.get("images"), "", 0)),
-        ("Parameters", lambda r: _number(r.get("params_m"), " M", 3)),
-        ("Compute", _compute),
-        ("Latency, batch 1", lambda r: _number(r.get("latency_ms"), " ms", 2)),
-        ("File", lambda r: _number(r.get("size_mb"), " MB", 2)),
+def _summary(
+    base: str, dense: dict[str, Any], slim: dict[str, Any], provenance: dict[str, Any], known: dict[str, Any]
+) -> str:
+    """Say in two sentences what it is."""
+    widths, kinds = provenance.get("widths") or {}, provenance.get("kinds") or {}
+    narrower = {kinds.get(name) for name, (kept, full) in widths.items() if kept < full}
+    units = _list([word for kind, word in KINDS.items() if kind in narrower]) or "units"
+    told = [
+        f"{slim[key] / dense[key]:.3f} of the {name}"
+        for key, name in (("macs_g", "MACs"), ("params_m", "parameters"))
+        if dense.get(key) and slim.get(key) is not None
     ]
-    rows = [[name, show(dense), show(slim)] for name, show in both]
-    rows.insert(2, ["Agreement with dense", "", _number(slim.get("agreement_pct"), " %", 2)])
-    return rows
-
-
-def _compute(side: dict[str, Any]) -> str:
-    """Name both FLOPs and MACs, as no reader can tell which of them a bare figure means."""
-    macs, flops = side.get("macs_g"), side.get("flops_g")
-    if macs is None or flops is None:
-        return NOT_MEASURED
-    return f"{_significant(flops)} GFLOPs = {_significant(macs)} GMACs"
-
-
-def _worst(slim: dict[str, Any], setup: dict[str, Any]) -> str:
-    """Say which class lost most, by name where names are known."""
-    worst = slim.get("worst_class")
-    if not worst:
-        return NOT_MEASURED
-    names = setup.get("label_names")
-    label = names[worst["class"]] if names else f"class {worst['class']}"
+    if slim.get("top1_pct") is not None:
+        where = f" on {known['dataset']}" if known["dataset"] else ""
+        told.append(f"a top-1 of {_percent(slim['top1_pct'])}{where} (dense: {_percent(dense.get('top1_pct'))})")
     return (
-        f"{label}, {_number(worst['dense_pct'], ' %', 2)} dense, {_number(worst['slim_pct'], ' %', 2)} slim: "
-        f"{_number(worst['drop_points'], ' points', 2)} lost"
+        f"{base} with fewer {units} than its dense model{': ' if told else ''}{_list(told)}. LFRNS (Fang and Yin 2025) "
+        "removed the units that others can stand in for; the layers are the stock ones, only narrower."
     )
 
 
-def _accuracy(row: dict[str, Any]) -> list[str]:
-    """Show top-1 and the number of images of a control."""
-    return [_number(row.get("top1_pct"), " %", 2), _number(row.get("images"), "", 0)]
+def _rows(dense: dict[str, Any], slim: dict[str, Any], names: list[str] | None) -> list[list[str]]:
+    """Lay the figures out as rows of name, dense, slim, and what is left."""
+    worst = slim.get("worst_class") or {}
+    which = f": {names[worst['class']] if names else worst['class']}" if worst else ""
+    rows = [
+        ["Top-1", *_points(dense.get("top1_pct"), slim.get("top1_pct"))],
+        [f"Class that lost most{which}", *_points(worst.get("dense_pct"), worst.get("slim_pct"))],
+        ["Agreement with dense", "", _percent(slim.get("agreement_pct")), ""],
+    ]
+    if slim.get("explained_pct") is not None:
+        rows = [["Variance of the dense features explained", "", _percent(slim["explained_pct"]), ""]]
+    rows.append(["Images tested", _count(dense.get("images")), _count(slim.get("images")), ""])
+    for name, key, show in (
+        ("Parameters", "params_m", lambda value: _with_prefix(value, 1e6)),
+        ("FLOPs", "flops_g", lambda value: _with_prefix(value, 1e9)),
+        ("MACs", "macs_g", lambda value: _with_prefix(value, 1e9)),
+        ("Weights on disk", "size_mb", lambda value: _number(value, " MB", 2)),
+        ("Latency, batch 1", "latency_ms", _ms),
+    ):
+        before, after = dense.get(key), slim.get(key)
+        share = f"{after / before:.3f}" if before and after is not None else ""
+        rows.append([name, show(before), show(after), share])
+    return rows
 
 
-def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, Any]) -> list[list[str]]:
+def _points(before: float | None, after: float | None) -> list[str]:
+    """Show two accuracies and the points between them."""
+    change = "" if before is None or after is None else f"{after - before:+.2f} points"
+    return [_percent(before), _percent(after), change]
+
+
+def _latency(setup: dict[str, Any]) -> str:
+    """Say what the latency was measured on."""
+    machine = setup.get("machine") or {}
+    if not machine:
+        return f"The machine of the latency: {UNKNOWN}."
+    threads = machine.get("threads")
+    where = [
+        machine.get("cpu"),
+        f"{threads} thread{'s' if threads != 1 else ''}" if threads else None,
+        f"device {machine['device']}" if machine.get("device") else None,
+        setup.get("dtype"),
+        f"input {_plain(setup['input_size'])}" if setup.get("input_size") else None,
+    ]
+    return (
+        "Latency: the median of a forward pass of one image, the two models in turns, on "
+        f"{', '.join(str(part) for part in where if part)}."
+    )
+
+
+def _removed(provenance: dict[str, Any]) -> str:
+    """Count what left, and why."""
+    widths, report = provenance.get("widths") or {}, provenance.get("report") or {}
+    if not widths:
+        return "Which units were removed is not recorded."
+    total, kept = sum(dense for _, dense in widths.values()), sum(kept for kept, _ in widths.values())
+    text = f"{total - kept:,} of {total:,} units in {len(widths)} groups."
+    if "redundant" in report and "weak" in report:
+        text += (
+            f" {report['redundant']:,} were redundant: kept units explain them. {report['weak']:,} were weak: little "
+            "explains them, and they hardly reach the next layer."
+        )
+    if "restored" in report:
+        text += f" {report['restored']:,} more were marked for removal and restored, for what they contribute (FCR)."
+    return text
+
+
+def _groups(provenance: dict[str, Any]) -> list[list[str]]:
+    """List kind, dense and kept width and integrity of every group; an approximate one is called so."""
+    kinds = dict(provenance.get("kinds") or {})
+    for name in provenance.get("approximate") or []:
+        kinds[name] = f"{kinds.get(name, UNKNOWN)}, approximate"
+    integrity = (provenance.get("report") or {}).get("integrity") or {}
+    return [
+        [f"`{name}`", kinds.get(name, UNKNOWN), f"{dense:,}", f"{kept:,}", _number(integrity.get(name), "", 3)]
+        for name, (kept, dense) in (provenance.get("widths") or {}).items()
+    ]
+
+
+def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, Any]) -> list[tuple[str, str]]:
     """List what the model was made from and how; what was not recorded reads unknown."""
     budget = provenance.get("budget") or {}
-    shares = [f"{value:g} of the dense {name}" for name, value in budget.items() if isinstance(value, (int, float))]
-    seed = setup.get("seed", provenance.get("seed"))
+    shares = [f"{value:g} of the dense {BUDGETS.get(name, name)}" for name, value in budget.items()]
+    versions = [f"{name} {version}" for name, version in (setup.get("versions") or {}).items() if version]
+    names = [str(name) for name in setup.get("label_names") or []]
+    classes = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
     facts = {
         "Base model": known["base_model"],
         "Licence of the base": known["license"],
         "Data": known["dataset"],
-        "Budget asked for": ", ".join(shares) or None,
-        "Method": provenance.get("preset"),
-        "FCR steps": provenance.get("fcr_steps"),
-        "Calibration images": provenance.get("calibration_images", setup.get("calibration_images")),
-        "Epochs of retraining": setup.get("epochs"),
-        "Seed": seed,
+        "Classes": f"{len(names):,}: {classes}" if names else None,
+        "Method": f"LFRNS, preset `{provenance['preset']}`" if provenance.get("preset") else None,
+        "Budget": f"at most {_list(shares)}" if shares else None,
+        "Calibration": _of(provenance.get("calibration_images", setup.get("calibration_images")), "images"),
+        "FCR": _of(provenance.get("fcr_steps"), "steps"),
+        "Retraining": _of(setup.get("epochs"), "epochs"),
+        "Seed": setup.get("seed", provenance.get("seed")),
+        "Versions": ", ".join(versions) or None,
         "Commit": setup.get("commit"),
         "Command": f"`{setup['command']}`" if setup.get("command") else None,
     }
-    return [[name, UNKNOWN if value is None else str(value)] for name, value in facts.items()]
+    return [(name, UNKNOWN if value is None else str(value)) for name, value in facts.items()]
 
 
-def _hardware(setup: dict[str, Any]) -> str:
-    """Say what the figures were measured on."""
-    machine = setup.get("machine")
-    if not machine:
-        return UNKNOWN
-    parts = [f"{k} {v}" for k, v in machine.items()] if isinstance(machine, dict) else [str(machine)]
-    for key in ("dtype", "input_size", "batch_size"):
-        if setup.get(key) is not None:
-            parts.append(f"{key.replace('_', ' ')} {_plain(setup[key])}")
-    parts += [f"{name} {version}" for name, version in (setup.get("versions") or {}).items() if version]
-    return ", ".join(parts)
-
-
-def _groups(provenance: dict[str, Any]) -> list[list[str]]:
-    """List kind, dense and kept width of every group of units; an approximate one is called so."""
-    kinds = dict(provenance.get("kinds") or {})
-    for name in provenance.get("approximate") or []:
-        kinds[name] = f"{kinds.get(name, UNKNOWN)}, approximate"
-    widths = provenance.get("widths") or {}
-    return [[name, kinds.get(name, UNKNOWN), str(dense), str(kept)] for name, (kept, dense) in widths.items()]
+def _limits(
+    slim: dict[str, Any], setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, Any]
+) -> list[str]:
+    """Say what the figures do not."""
+    limits = []
+    if slim.get("top1_pct") is not None:
+        data = known["dataset"] or "one set of images"
+        limits += [
+            f"Accuracy is of {data} and of one run; other data, other seeds, robustness and calibration were not "
+            "measured.",
+            "A mean hides classes that lost more: the table names the one that lost most, `record.json` has all.",
+        ]
+    else:
+        limits.append("Its accuracy was not measured: measure it on your data before you use it.")
+    limits.append("Latency falls less than MACs on small layers, and differs from machine to machine.")
+    if provenance.get("approximate"):
+        limits.append(
+            "Groups marked approximate cross a norm whose mean changes with its width; no check proves such a cut."
+        )
+    limits.append("Biases of the dense model and of its data remain, and removing units can sharpen them.")
+    return limits
 
 
 def _eval_results(slim: dict[str, Any], known: dict[str, Any]) -> list[EvalResult] | None:
@@ -178,15 +263,50 @@ def _eval_results(slim: dict[str, Any], known: dict[str, Any]) -> list[EvalResul
     ]
 
 
-def _number(value: Any, unit: str, digits: int) -> str:
+def _cells(rows: Any) -> list[list[str]]:
+    """Make text safe inside a table: a bar in a class name would end its cell."""
+    return [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+
+
+def _list(words: list[str]) -> str:
+    """Join as "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def _of(value: int | None, unit: str) -> str | None:
+    """Show a number with what it counts, None where there is none."""
+    return None if value is None else f"{value:,} {unit.removesuffix('s') if value == 1 else unit}"
+
+
+def _number(value: float | None, unit: str, digits: int) -> str:
     """Show a number with its unit, or say that there is none."""
     return NOT_MEASURED if value is None else f"{value:,.{digits}f}{unit}"
 
 
-def _significant(value: float) -> str:
-    """Show three significant digits without an exponent."""
-    text = f"{value:.3g}"
-    return f"{value:.6f}".rstrip("0") if "e" in text else text
+def _percent(value: float | None) -> str:
+    return _number(value, " %", 2)
+
+
+def _ms(value: float | None) -> str:
+    return _number(value, " ms", 2)
+
+
+def _count(value: int | None) -> str:
+    return _number(value, "", 0)
+
+
+def _with_prefix(value: float | None, unit: float) -> str:
+    """Show a count to three digits with k, M or G."""
+    if value is None:
+        return NOT_MEASURED
+    count, prefix = value * unit, ""
+    for size, letter in ((1e3, "k"), (1e6, "M"), (1e9, "G")):
+        if count >= size:
+            prefix = letter
+            shown = count / size
+    if not prefix:
+        return f"{count:.0f}"
+    return f"{shown:.{2 if shown < 10 else 1 if shown < 100 else 0}f} {prefix}"
 
 
 def _plain(value: Any) -> str:

@@ -4,10 +4,18 @@ import re
 
 import pytest
 import yaml
+from hub_server import hub
+from huggingface_hub import ModelCard, metadata_load
 from matplotlib.image import imread
+from PIL import Image
+from test_checkpoint import slim_resnet, slim_transformers
+from test_hub import run_client
 
-from lfrns_hub.card import render_card
-from lfrns_hub.plots import plot_widths
+from lfrns_hub import checkpoint
+from lfrns_hub.card import _with_prefix, render_card
+from lfrns_hub.plots import plot_curve, plot_widths
+
+__all__ = ["hub"]
 
 RECORD = {
     "dense": {
@@ -38,6 +46,7 @@ RECORD = {
         "label_names": ["zero", "one"],
         "dataset": "digits",
         "seed": 7,
+        "epochs": 1,
         "commit": "abc1234",
         "controls": [{"name": "random plan", "top1_pct": 91.25, "images": 500}],
         "provenance": {
@@ -47,6 +56,7 @@ RECORD = {
             "fcr_steps": 100,
             "calibration_images": 1297,
             "preset": "ours",
+            "report": {"redundant": 70, "weak": 11, "restored": 9, "integrity": {"blocks.0.mlp": 0.9123}},
         },
     },
 }
@@ -63,44 +73,151 @@ def header(card: str) -> dict:
     return yaml.safe_load(card.split("---")[1])
 
 
+def facts(card: str) -> dict[str, str]:
+    """Read the list of how it was made."""
+    return dict(re.findall(r"^- \*\*(.+?):\*\* (.*)$", card, re.M))
+
+
+def changed(**setup) -> dict:
+    """The record with other entries in its setup."""
+    return {**RECORD, "setup": {**RECORD["setup"], **setup}}
+
+
 def test_every_number_is_the_records():
     card = render_card(RECORD, model_name="vit.lfrns50", base="ViT", library="transformers", plot="widths.png")
-    assert table_row(card, "Top-1") == ["97.61 %", "96.99 %"]
-    assert table_row(card, "Images tested") == ["500", "500"]
-    assert table_row(card, "Agreement with dense") == ["", "98.61 %"]
-    assert table_row(card, "Parameters") == ["0.141 M", "0.072 M"]
-    assert table_row(card, "Compute") == ["8.2 GFLOPs = 4.1 GMACs", "0.00284 GFLOPs = 0.00142 GMACs"]
-    assert table_row(card, "Latency, batch 1") == ["12.34 ms", "not measured"]
+    assert table_row(card, "Top-1") == ["97.61 %", "96.99 %", "-0.63 points"]
+    assert table_row(card, "Class that lost most: one") == ["98.00 %", "93.50 %", "-4.50 points"]
+    assert table_row(card, "Images tested") == ["500", "500", ""]
+    assert table_row(card, "Agreement with dense") == ["", "98.61 %", ""]
+    assert table_row(card, "Parameters") == ["141 k", "71.9 k", "0.511"]
+    assert table_row(card, "FLOPs") == ["8.20 G", "2.84 M", "0.000"]
+    assert table_row(card, "MACs") == ["4.10 G", "1.42 M", "0.000"]
+    assert table_row(card, "Weights on disk") == ["0.61 MB", "0.32 MB", "0.525"]
+    assert table_row(card, "Latency, batch 1") == ["12.34 ms", "not measured", ""]
     assert table_row(card, "random plan") == ["91.25 %", "500"]
-    assert table_row(card, "blocks.0.mlp") == ["neuron", "128", "48"]
-    assert table_row(card, "Budget asked for") == ["0.5 of the dense macs"]
-    assert table_row(card, "Seed") == ["7"]
-    assert "one, 98.00 % dense, 93.50 % slim: 4.50 points lost" in card
-    assert "input size 3x8x8" in card and "torch 2.14.1" in card
+    assert table_row(card, "`blocks.0.mlp`") == ["neuron", "128", "48", "0.912"]
+    assert table_row(card, "`blocks.0.attn`") == ["head", "4", "3", "not measured"]
+    assert "on a CPU, 2 threads, float32, input 3x8x8." in card
+    assert "81 of 132 units in 2 groups. 70 were redundant: kept units explain them. 11 were weak" in card
+    assert "9 more were marked for removal and restored" in card
+    assert "ViT with fewer attention heads and MLP neurons than its dense model: 0.000 of the MACs, 0.511 of" in card
+    assert "a top-1 of 96.99 % on digits (dense: 97.61 %)" in card
     assert "![" in card and "(widths.png)" in card
+    made = facts(card)
+    assert (made["Budget"], made["Seed"], made["Commit"]) == ("at most 0.5 of the dense MACs", "7", "abc1234")
+    assert (made["Calibration"], made["FCR"], made["Retraining"]) == ("1,297 images", "100 steps", "1 epoch")
+    assert (made["Classes"], made["Versions"]) == ("2: zero, one", "torch 2.14.1")
 
 
-def test_the_header_is_what_the_hub_reads():
-    meta = header(render_card(RECORD, model_name="net", base="resnet18"))
-    assert {"pruned", "structured-pruning", "lfrns"} <= set(meta["tags"])
+def test_the_header_is_what_the_hub_reads(tmp_path):
+    known = changed(base_model="timm/resnet18.a1_in1k", license="apache-2.0", dataset_id="mnist")
+    (tmp_path / "README.md").write_text(render_card(known, model_name="net", base="resnet18"))
+    card = ModelCard.load(tmp_path / "README.md")
+    meta = card.data.to_dict()
+    assert meta == metadata_load(tmp_path / "README.md")
+    assert {"image-classification", "pruned", "structured-pruning", "lfrns"} == set(meta["tags"])
     assert meta["pipeline_tag"] == "image-classification" and meta["library_name"] == "timm"
-    (result,) = meta["model-index"][0]["results"]
-    assert result["metrics"][0]["value"] == 96.99
-    assert "base_model" not in meta and meta["license"] == "unknown"
-    known = {**RECORD, "setup": {**RECORD["setup"], "base_model": "timm/resnet18.a1_in1k", "license": "apache-2.0"}}
-    meta = header(render_card(known, model_name="net", base="resnet18"))
     assert (meta["base_model"], meta["base_model_relation"]) == ("timm/resnet18.a1_in1k", "finetune")
-    assert meta["license"] == "apache-2.0"
+    assert (meta["license"], meta["datasets"], meta["metrics"]) == ("apache-2.0", ["mnist"], ["accuracy"])
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.dataset_name) == ("mnist", "digits")
+    assert (result.metric_type, result.metric_name, result.metric_value) == ("accuracy", "top-1, %", 96.99)
+
+
+def test_a_private_base_reads_unknown():
+    card = render_card(RECORD, model_name="net", base="resnet18")
+    meta = header(card)
+    assert "base_model" not in meta and "base_model_relation" not in meta and meta["license"] == "unknown"
+    assert facts(card)["Base model"] == facts(card)["Licence of the base"] == "unknown"
 
 
 def test_without_a_record_nothing_is_guessed():
     card = render_card(None, model_name="net", base="resnet18")
-    for name in ("Top-1", "Images tested", "Parameters", "Compute", "Latency, batch 1", "File"):
-        assert table_row(card, name) == ["not measured", "not measured"]
-    for name in ("Base model", "Licence of the base", "Data", "Seed", "Budget asked for"):
-        assert table_row(card, name) == ["unknown"]
-    assert "Class that lost most: not measured" in card
+    for name in ("Top-1", "Class that lost most", "Images tested", "Parameters", "FLOPs", "MACs", "Latency, batch 1"):
+        assert table_row(card, name) == ["not measured", "not measured", ""]
+    assert set(facts(card).values()) == {"unknown"}
+    assert "Its accuracy was not measured" in card
+    assert "resnet18 with fewer units than its dense model. LFRNS" in card
     assert "model-index" not in header(card)
+
+
+def test_a_model_of_features_is_shown_as_one():
+    record = {"dense": {"images": 64}, "slim": {"images": 64, "explained_pct": 91.5, "top1_pct": None}, "setup": {}}
+    card = render_card(record, model_name="net", base="dinov2")
+    assert header(card)["pipeline_tag"] == "image-feature-extraction" and "metrics" not in header(card)
+    assert table_row(card, "Variance of the dense features explained") == ["", "91.50 %", ""]
+    assert "Top-1" not in card
+
+
+def test_a_smoke_run_and_an_approximate_cut_are_called_so():
+    provenance = {**RECORD["setup"]["provenance"], "approximate": ["blocks.0.mlp"]}
+    card = render_card(changed(smoke=True, provenance=provenance), model_name="net", base="ViT")
+    assert "its figures say nothing about the method" in card
+    assert table_row(card, "`blocks.0.mlp`")[0] == "neuron, approximate"
+    assert "no check proves such a cut" in card
+    assert "smoke" not in render_card(RECORD, model_name="net", base="ViT")
+
+
+def test_a_bar_in_a_class_name_stays_in_its_cell():
+    card = render_card(changed(label_names=["a", "b|c"]), model_name="net", base="ViT")
+    assert r"| Class that lost most: b\|c | 98.00 % | 93.50 % |" in card
+
+
+def test_several_budgets_come_with_their_picture(tmp_path):
+    budgets = [
+        {"macs_fraction": 0.75, "top1_pct": 97.2, "latency_ms": 9.0},
+        {"macs_fraction": 0.5, "top1_pct": 96.99},
+    ]
+    record = changed(budgets=budgets)
+    card = render_card(record, model_name="net", base="ViT", curve="curve.png")
+    assert table_row(card, "0.750") == ["97.20 %", "9.00 ms"]
+    assert table_row(card, "0.500") == ["96.99 %", "not measured"]
+    assert "(curve.png)" in card
+    height, width, _ = imread(plot_curve(record, tmp_path / "curve.png")).shape
+    assert (height, width) == (432, 864)
+    with pytest.raises(ValueError, match=r"plot_curve\(\): 1 budgets"):
+        plot_curve(changed(budgets=budgets[:1]), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(("value", "shown"), [(999, "999"), (1e3, "1.00 k"), (25.557e6, "25.6 M"), (4.089e9, "4.09 G")])
+def test_counts_have_three_digits(value, shown):
+    assert _with_prefix(value, 1.0) == shown
+
+
+# Runs a card's Python blocks as they stand, each for itself, against the Hub of the environment.
+RUN_CARD = """
+import re, sys, torch
+from huggingface_hub import ModelCard
+
+card = ModelCard.load(sys.argv[1])
+logits = []
+for code in re.findall(r"```python\\n(.*?)```", card.text, re.S):
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    with torch.no_grad():
+        answer = names["model"].eval()(torch.ones(1, 3, *map(int, sys.argv[2].split("x"))))
+    logits.append(answer.logits if hasattr(answer, "logits") else answer)
+    if "classify" in names:
+        print(sorted(row["label"] for row in names["classify"]("picture.png", top_k=2)))
+assert all(torch.allclose(logits[0], other, atol=1e-5) for other in logits)
+print(len(logits))
+"""
+
+
+def test_the_snippets_of_a_card_run_as_they_stand(hub, tmp_path):
+    names = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
+    net, vit = tmp_path / "net.lfrns50", tmp_path / "vit"
+    checkpoint.save(slim_resnet(), net, label_names=names)
+    checkpoint.save(slim_transformers("vit"), vit)
+    for folder, size, snippets in ((net, "64x64", 3), (vit, "32x32", 2)):
+        Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+        push = "import sys; from lfrns_hub.hub import push; push(*sys.argv[1:])"
+        done = run_client(hub.env, push, folder, f"user/{folder.name}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        done = run_client(hub.env, f"import os; os.chdir({str(tmp_path)!r})\n{RUN_CARD}", f"user/{folder.name}", size)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.splitlines()[-1] == str(snippets)
 
 
 @pytest.mark.parametrize("groups", [1, 24, 200])

@@ -1,18 +1,22 @@
-"""What docs/extending.md shows runs, in order, and prints what it says."""
+"""What the pages in docs/ show runs, in order, and prints what they say."""
 
 import contextlib
 import io
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hub_server import hub
 from typer.testing import CliRunner
 
 from lfrns_hub import cli
 from lfrns_hub.adapters import registry
 from lfrns_hub.trace import rules
 
+__all__ = ["hub"]
 COLUMNS = 100  # of the tables in the page
 
 
@@ -36,7 +40,7 @@ def run_page(text: str, folder: Path) -> list[tuple[str, str]]:
         else:
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
-                exec(compile(body, "docs/extending.md", "exec"), namespace)
+                exec(compile(body, "page.md", "exec"), namespace)
             printed = out.getvalue()
     return pairs
 
@@ -62,3 +66,30 @@ def test_extending_runs_and_prints_what_it_says(
     assert len(pairs) == 8
     for said, printed in pairs:
         assert printed == said
+
+
+# In a process whose Hub is the local one: the page pushes to it and loads from it.
+RUN_PAGE = """
+import sys
+from pathlib import Path
+from test_docs import run_page
+
+for said, printed in run_page(Path(sys.argv[1]).read_text(encoding="utf-8"), Path.cwd()):
+    assert printed == said, (printed, said)
+    print("as it says")
+"""
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_pushes_and_prints_what_it_says(hub, repository: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_PAGE, str(repository / "docs" / "quickstart.md")],
+        env={**os.environ, **hub.env, "PYTHONPATH": os.pathsep.join([str(repository), str(repository / "tests")])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines().count("as it says") == 3
+    assert {"README.md", "config.json", "model.safetensors"} <= set(hub.files("user/digits.lfrns50"))
