@@ -142,14 +142,17 @@ def plot_curve(files: list[tuple[dict[str, Any], Cells, dict[str, str]]], task: 
                 point = cells[name][0].get(0)
                 if point and family != "reference":
                     lines[family, name].append((point["macs_fraction"], point["top1_pct"]))
-    lines = {key: sorted(points) for key, points in lines.items() if len(points) > 1}
+    lines = {key: [*sorted(points), (1.0, dense)] for key, points in lines.items() if len(points) > 1}
     if not lines:
         return False
     figure = Figure(figsize=(8.4, 5.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.axhline(dense, color="#333333", linewidth=0.8, linestyle=":")
-    axes.text(0.9, dense + 0.8, "dense", ha="right", fontsize=8, color="#333333")
+    axes.annotate("dense", (1, dense), (0, 3), textcoords="offset points", ha="right", fontsize=8, color="#333333")
+    axes.set_xlim(0.2, 1)
+    best = {max((points[0][1], name) for (group, name), points in lines.items() if group == kind)[1]
+            for kind in {family for family, _ in lines} & {"ours", "peer"}}  # fmt: skip
     known = set()
     for (family, name), points in sorted(lines.items(), key=lambda item: item[0][1] == "ours"):
         label = "ours" if name == "ours" else TITLES[family] if family not in known and family != "ours" else None
@@ -157,6 +160,8 @@ def plot_curve(files: list[tuple[dict[str, Any], Cells, dict[str, str]]], task: 
         width, alpha = (2.6, 1.0) if name == "ours" else (1.0, 0.75)
         axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[family], linewidth=width, alpha=alpha,
                   markersize=2 + width, label=label)  # fmt: skip
+        if name in best:
+            axes.annotate(name, points[0], (2, -12), textcoords="offset points", fontsize=8, color=COLOURS[family])
     axes.set_xlabel("MACs kept, share of dense", fontsize=9)
     axes.set_ylabel("top-1 right after the cut, %", fontsize=9)
     axes.set_title(f"{task}: accuracy against MACs, before any retraining", fontsize=10)

@@ -6,7 +6,7 @@ from lfrns_hub.checkpoint import load, save
 from lfrns_hub.hub import push
 from lfrns_hub.measure import Record, measure
 from lfrns_hub.retrain import retrain
-from lfrns_hub.slim import check, find_units, slim
+from lfrns_hub.slim import analyse, check, find_units, slim
 from lfrns_hub.trace import register_op
 from lfrns_hub.units import SlimPlan, UnitGroup
 
@@ -16,6 +16,7 @@ __all__ = [
     "Record",
     "SlimPlan",
     "UnitGroup",
+    "analyse",
     "check",
     "find_units",
     "list_adapters",

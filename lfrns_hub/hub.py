@@ -1,13 +1,40 @@
 """To the Hub and from it: the one place that speaks huggingface_hub's HTTP."""
 
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from torch import distributed
+
+from lfrns_hub.handwritten import merge_cards
 
 # Root of the client's HTTP errors, by way of one of them: the library under huggingface_hub changes between versions.
 TransportError = HfHubHTTPError.__bases__[0]
-OURS = ("*.json", "*.safetensors", "*.md", "*.png")  # what a checkpoint consists of: no pickle goes up or comes down
+# What a checkpoint consists of: no pickle goes up or comes down.
+OURS = ("*.json", "*.safetensors", "*.md", "*.png", "modeling_lfrns.py")
+# Of an earlier push, and false beside new weights where the folder has no such file: a push takes them away.
+REPLACED = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "preprocessor_config.json",
+    "record.json",
+    "widths.png",
+    "clusters.png",
+    "modeling_lfrns.py",
+)
+AGAIN = "Push the folder again."
 
 
 def push(
@@ -19,55 +46,90 @@ def push(
     commit_message: str | None = None,
     create_pr: bool = False,
     token: str | None = None,
-) -> str:
-    """Upload a saved checkpoint as one commit: all of its files or none.
+) -> str | None:
+    """Upload a saved checkpoint as one commit: the repository then holds all of it, or is as it was.
+
+    Of a card that is there already, the sections and the front matter that people wrote are kept (see
+    `handwritten.merge_cards`). Files that are not a checkpoint's stay.
 
     Args:
         folder: What `save` wrote.
         repo_id: "user/name"; made if it is not there.
-        private: Whether a new repository is private.
-        revision: Branch to commit to, made if it is not there; the default branch otherwise.
+        private: The repository must be private, and is made so if it is new.
+        revision: Branch to commit to, made of the default branch if it is not there, or "refs/pr/N".
         commit_message: What the commit says.
-        create_pr: Open a pull request instead of committing to the branch.
+        create_pr: Open a pull request against the default branch instead of committing to it.
         token: Of the Hub; by default the one that `hf auth login` stored.
     Returns:
-        Address of the commit, or of the pull request.
+        Address of the commit, or of the pull request. Of several processes only the main one pushes, and the others
+        get None at once.
     Raises:
         FileNotFoundError: The folder is not a saved checkpoint.
-        ConnectionError: The Hub could not be reached or refused.
+        ValueError: The id is none, both a revision and a pull request are asked for, the repository is public where
+            private is asked for, or the front matter of a card cannot be read.
+        ConnectionError: The Hub could not be reached, refused, or had somebody else's commit meanwhile.
+    Example:
+        >>> push("out", "user/resnet50.lfrns50", private=True)  # doctest: +SKIP
+        'https://huggingface.co/user/resnet50.lfrns50/commit/...'
     """
     folder = Path(folder)
+    call = f"push({str(folder)!r}, {repo_id!r})"
+    if create_pr and revision is not None:
+        raise ValueError(
+            f"push(revision={revision!r}, create_pr=True): a pull request is opened against the default branch. "
+            "Give only one of them."
+        )
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"push({str(folder)!r}): it has no {name}. Push a folder that lfrns_hub.save wrote."
             )
+    if not _is_main_process():
+        return None
+
     api = HfApi(token=token, library_name="lfrns_hub")
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message or f"Upload {folder.resolve().name}",
-            create_pr=create_pr,
-            allow_patterns=list(OURS),
-            ignore_patterns=["*/*"],  # a recipe's work/ stays at home
+    with _one_message(call, api):
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        head, has_branch = _find_head(api, repo_id, revision)
+        there = {file.rfilename for file in head.siblings or []}
+        card = None
+        if "README.md" in there:
+            card = Path(api.hf_hub_download(repo_id, "README.md", revision=head.sha)).read_text(encoding="utf-8-sig")
+    if private and not head.private:
+        raise ValueError(
+            f"push({str(folder)!r}, {repo_id!r}, private=True): the repository exists and is public. Make it private "
+            "in its settings, or push to another name."
         )
-    except HFValidationError as error:
-        raise ValueError(f"push(repo_id={repo_id!r}): {error}") from error
-    except (TransportError, OSError) as error:
-        raise ConnectionError(
-            f"push({str(folder)!r}, {repo_id!r}): {api.endpoint} did not take it: {_first_line(error)}. Nothing is "
-            "lost: log in with `hf auth login` if it asks for that, then push the folder again."
-        ) from error
-    return commit.pr_url if create_pr and commit.pr_url else commit.commit_url
+
+    # A recipe's work/ and what else lies in the folder stay at home.
+    files: dict[str, Path | bytes] = {
+        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _matches(path.name, OURS)
+    }
+    if "README.md" in files:
+        try:
+            files["README.md"] = merge_cards((folder / "README.md").read_text(encoding="utf-8"), card).encode()
+        except ValueError as error:
+            raise ValueError(f"{call}: {error}") from error
+    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=source) for name, source in files.items()]
+    removals = [CommitOperationDelete(name) for name in sorted(there - files.keys()) if _matches(name, REPLACED)]
+    with _one_message(call, api, "If there is no new pull request, push the folder again." if create_pr else AGAIN):
+        if not has_branch:
+            api.preupload_lfs_files(repo_id, additions, free_memory=False)  # first: if it fails, there is no branch
+            api.create_branch(repo_id, branch=revision, revision=head.sha, exist_ok=True)
+        # Not upload_folder, which makes several commits of a folder.
+        commit = api.create_commit(
+            repo_id,
+            [*removals, *additions],
+            commit_message=commit_message or f"Upload {folder.resolve().name}",
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=head.sha,  # the Hub refuses if somebody else has committed since
+        )
+    return commit.pr_url or commit.commit_url
 
 
 def fetch(repo_id: str, *, revision: str | None = None) -> Path:
-    """Download a checkpoint into the Hub's cache, or find it there.
+    """Download a checkpoint into the Hub's cache, or find it there, and compare it with the Hub's checksums.
 
     Args:
         repo_id: "user/name".
@@ -76,25 +138,100 @@ def fetch(repo_id: str, *, revision: str | None = None) -> Path:
         Folder of the snapshot.
     Raises:
         FileNotFoundError: Neither a folder nor an id of a repository that can be seen.
-        ConnectionError: The Hub cannot be reached and the cache does not hold it.
+        ConnectionError: The Hub cannot be reached or fails, and the cache does not hold it.
+        ValueError: A file is not the one that the Hub has; the next call downloads it again.
     """
+    call = f"load({repo_id!r})" if revision is None else f"load({repo_id!r}, revision={revision!r})"
+    endpoint = HfApi().endpoint
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(OURS), etag_timeout=5))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(OURS), etag_timeout=5))
     except HFValidationError as error:
-        raise FileNotFoundError(f"load({repo_id!r}): neither a folder nor a Hub id of the form user/name.") from error
+        raise FileNotFoundError(f"{call}: neither a folder nor a Hub id of the form user/name.") from error
     except LocalEntryNotFoundError as error:
         raise ConnectionError(
-            f"load({repo_id!r}): no such folder here, and {HfApi().endpoint} cannot be reached. Give a local folder, "
+            f"{call}: no such folder here, and {endpoint} cannot be reached. Give a local folder, "
             "or download the repository once while there is a network."
         ) from error
-    except TransportError as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(
-            f"load({repo_id!r}, revision={revision!r}): no such folder, and {HfApi().endpoint} says: "
-            f"{_first_line(error)}. Check the name, or log in with `hf auth login` if it is private."
+            f"{call}: no such folder, and {endpoint} says: {_first_line(error)}. Check the name and the revision, or "
+            "log in with `hf auth login` if it is private."
+        ) from error
+    except (TransportError, OSError) as error:
+        raise ConnectionError(
+            f"{call}: {endpoint} did not give all of it: {_first_line(error)}. Load it again: what has arrived is "
+            "not downloaded twice."
+        ) from error
+    _refuse_damaged(folder, call)
+    return folder
+
+
+def _refuse_damaged(folder: Path, call: str) -> None:
+    """Compare the LFS files of a snapshot with their SHA-256, and take a wrong one out of the cache.
+
+    The client compares no more than sizes. Its cache names an LFS file by the SHA-256 that the repository's metadata
+    gives, so that this needs no network. (Where there are no symbolic links, the cache has no such name.)
+    """
+    for path in folder.iterdir():
+        blob = path.resolve()
+        if not re.fullmatch(r"[0-9a-f]{64}", blob.name):
+            continue
+        with blob.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != blob.name:
+            path.unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
+            raise ValueError(
+                f"{call}: {path.name} is damaged: its SHA-256 is {found[:12]}..., the repository's is "
+                f"{blob.name[:12]}.... It was taken out of the cache: load again to download it anew."
+            )
+
+
+def _find_head(api: HfApi, repo_id: str, revision: str | None) -> tuple[ModelInfo, bool]:
+    """Give the commit that a push builds on, and whether the revision is there."""
+    try:
+        return api.model_info(repo_id, revision=revision), True
+    except RevisionNotFoundError:
+        return api.model_info(repo_id), False
+
+
+@contextmanager
+def _one_message(call: str, api: HfApi, again: str = AGAIN) -> Iterator[None]:
+    """Turn whatever the client raises during a push into one error."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f"{call}: {_first_line(error)}. A Hub id has the form user/name.") from error
+    except (TransportError, OSError, RuntimeError, ValueError) as error:
+        # The client wraps what stopped an upload into a RuntimeError, and cannot parse some servers' errors.
+        origin = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        status = getattr(getattr(origin, "response", None), "status_code", None)
+        way_out = {
+            401: "Log in with `hf auth login`, then push the folder again.",
+            403: "Log in with `hf auth login`, with a token that may write there, then push the folder again.",
+            429: "Wait a few minutes, then push the folder again.",
+        }.get(status, again)
+        raise ConnectionError(
+            f"{call}: {api.endpoint} did not take it: {_first_line(origin)}. The repository holds all of this push or "
+            f"none of it. {way_out}"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    """Give the last line of the client's message that says something, or the error's class."""
+def _is_main_process() -> bool:
+    """Tell whether this is the first of the processes that run together."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"  # launched together, but the group is not made yet
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Tell whether a file of the top folder has one of the names."""
+    return not name.startswith(".") and "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _first_line(error: BaseException) -> str:
+    """Give the first line of the client's message and what the server said, or the error's class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    said = getattr(error, "server_message", None)
+    parts = [lines[0] if lines else type(error).__name__, *([said.strip()] if said else [])]
+    return " ".join(parts).rstrip(".")

@@ -1,4 +1,7 @@
-"""What of a slim model differs from its dense skeleton, as plain numbers, and a skeleton made that narrow again."""
+"""What of a slim model differs from its dense skeleton, as plain numbers, and a skeleton made that narrow again.
+
+A checkpoint takes this file along, so it imports nothing of the package.
+"""
 
 import copy
 from math import prod
@@ -9,6 +12,8 @@ from torch import Tensor, nn
 
 Shapes = dict[str, list[int]]
 Attrs = dict[str, dict[str, Any]]
+
+FORMAT_VERSION = 1  # of how a checkpoint states shapes and attrs
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -13,12 +13,8 @@ from lfrns_hub.units import UnitGroup
 KINDS = ("channel", "head", "neuron")
 
 
-def check_options(
-    macs: Any, params: Any, latency: Any, preset: str, kinds: Any, widths: str, min_keep: int, contribution: Any
-) -> dict[str, float]:
-    """Give the budgets, or one clear error."""
-    if preset not in ("ours", "paper"):
-        raise ValueError(f"slim(preset={preset!r}): presets are 'ours' and 'paper'.")
+def check_budgets(macs: Any, params: Any, latency: Any, contribution: Any = "fcr") -> dict[str, float]:
+    """Give the budgets of one cut, or one clear error."""
     if latency is not None:
         raise ValueError(f"slim(latency={latency}): latency budgets are not available yet. Use macs= or params=.")
     budgets = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None}
@@ -31,16 +27,22 @@ def check_options(
             what = "MACs" if name == "macs" else "parameters"
             hint = f" For {value:g} % pass {value / 100:g}." if 1 < value <= 100 else ""
             raise ValueError(f"slim({name}={value}): the fraction of {what} to keep must be in (0, 1].{hint}")
+    if not callable(contribution) and contribution not in ("fcr", "cost"):
+        raise ValueError(f"slim(contribution={contribution!r}): pass 'fcr', 'cost' or a function.")
+    return budgets
+
+
+def check_options(preset: str, kinds: Any, widths: str, min_keep: int) -> None:
+    """Refuse an option of the analysis that does not fit."""
+    if preset not in ("ours", "paper"):
+        raise ValueError(f"slim(preset={preset!r}): presets are 'ours' and 'paper'.")
     unknown = set(kinds) - set(KINDS)
     if unknown:
         raise ValueError(f"slim(kinds={tuple(kinds)}): unknown {sorted(unknown)}; kinds are {', '.join(KINDS)}.")
     if widths not in ("global", "uniform", "distance"):
         raise ValueError(f"slim(widths={widths!r}): widths are 'global' or 'uniform'.")
-    if not callable(contribution) and contribution not in ("fcr", "cost"):
-        raise ValueError(f"slim(contribution={contribution!r}): pass 'fcr', 'cost' or a function.")
     if min_keep < 1:
         raise ValueError(f"slim(min_keep={min_keep}): every group keeps at least one unit.")
-    return budgets
 
 
 def check_example(example_input: Any, call: str) -> Tensor:

@@ -26,6 +26,8 @@ SPLIT_FILES = {
     "test": ("test", "validation", "valid", "val"),
 }
 IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image", "pixel_values"), ("label", "fine_label", "labels")
+# By the numbers that pillow and transformers give them.
+INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 # Decoded pictures are kept up to this many bytes a dataset; CIFAR's 50,000 need 0.15 GB.
 MAX_CACHE_BYTES = 1 << 30
 GUARD_IMAGES = 2000
@@ -132,6 +134,52 @@ def make_transform(
     return T.Compose([*steps, T.ToTensor(), T.Normalize(mean, std)])
 
 
+def set_preprocessing(
+    model: nn.Module,
+    *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+) -> None:
+    """State, by timm's options, how a model's images are prepared; what is None stays as it is.
+
+    It is written into the model's pretrained_cfg: `make_transform` reads it there, and a checkpoint carries it along.
+
+    Args:
+        model: Of timm, or a class of your own.
+        mean, std: Of each channel, of pixels from 0 to 1.
+        crop_pct: Share of the picture's shorter side that the central crop takes, in (0, 1].
+        interpolation: "nearest", "bilinear", "bicubic", "lanczos", "box" or "hamming".
+    Raises:
+        ValueError: A value is out of its range, or the model is transformers', whose image processor says all this.
+
+    Example:
+        >>> model = timm.create_model("cifar_resnet20")
+        >>> set_preprocessing(model, crop_pct=0.9)
+        >>> model.pretrained_cfg["crop_pct"]
+        0.9
+    """
+    given = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": interpolation}
+    given = {key: value for key, value in given.items() if value is not None}
+    if not given:
+        return
+    if hasattr(getattr(model, "config", None), "model_type"):
+        told = ", ".join(f"{key}={value}" for key, value in given.items())
+        raise ValueError(
+            f"{told}: a transformers model's images are prepared as its image processor says. Change "
+            "preprocessor_config.json beside it."
+        )
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct={crop_pct}: the share of the shorter side must be in (0, 1]. ImageNet's is 0.875.")
+    if std is not None and min(std) <= 0:
+        raise ValueError(f"std={std}: each must be above 0. ImageNet's are 0.229, 0.224, 0.225.")
+    if interpolation is not None and interpolation not in INTERPOLATIONS.values():
+        raise ValueError(f"interpolation={interpolation!r}: it must be one of {', '.join(INTERPOLATIONS.values())}.")
+    cfg = getattr(model, "pretrained_cfg", None) or {"input_size": input_size_of(model)}
+    model.pretrained_cfg = model.default_cfg = {**cfg, **given}
+
+
 def load_processor(model: nn.Module) -> Any:
     """Load the image processor that a transformers model came with, to be saved beside its slim one.
 
@@ -185,6 +233,8 @@ def load_data(
     *,
     transform: Callable[[Image.Image], Tensor],
     label_column: str | None = None,
+    val_split: float | None = None,
+    class_map: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> ImageData:
@@ -192,11 +242,15 @@ def load_data(
 
     Args:
         name_or_dir: A folder of parquet files (`train-*.parquet`, `validation-*` or `test-*`; a column `img` or
-            `image`, and `label` or `fine_label`), an image folder (`train/<class>/*.png`), a Hub id such as
-            "uoft-cs/cifar100", or "digits", scikit-learn's 8x8 handwritten ones (a fifth is held out).
+            `image`, and `label` or `fine_label`), an image folder (`train/<class>/*.png`, or `<class>/*.png` with
+            `val_split`), a Hub id such as "uoft-cs/cifar100", or "digits", scikit-learn's 8x8 handwritten ones (a
+            fifth is held out).
         split: "train", "validation" or "test"; where one of the last two is missing the other stands in.
         transform: Picture to tensor, from `make_transform`.
         label_column: Where it has another name.
+        val_split: Share of the training pictures that stands in for the validation split, in (0, 1): as many of each
+            class, the same ones at every call and for every seed, so that no later call trains on them.
+        class_map: Text file that names the classes in the order of the model's logits, one a line, as timm's.
         limit: At most so many pictures, drawn at random: files are often sorted by class.
         seed: Of that draw.
     Returns:
@@ -209,20 +263,32 @@ def load_data(
         raise ValueError(f"load_data(split={split!r}): the splits are {', '.join(SPLIT_FILES)}.")
     if limit is not None and limit < 1:
         raise ValueError(f"load_data(limit={limit}): at least one picture is needed. For all of them pass None.")
+    if val_split is not None and not 0 < val_split < 1:
+        hint = f" For {val_split:g} % pass {val_split / 100:g}." if 1 <= val_split < 100 else ""
+        raise ValueError(f"load_data(val_split={val_split}): the share held out must be in (0, 1).{hint}")
     name = str(name_or_dir)
     if name == "digits" and not Path(name).exists():
+        if val_split is not None or class_map is not None:
+            raise ValueError(
+                f"load_data('digits', val_split={val_split}, class_map={class_map}): the digits come divided and "
+                "named. Leave both out."
+            )
         pictures, labels, class_names = _read_digits(split)
         chosen = _draw(len(labels), limit, seed)
         pictures, labels = [pictures[i] for i in chosen], [labels[i] for i in chosen]
         return ImageData(pictures, labels, class_names=class_names, transform=transform)
 
-    table = _read_table(name, split)
+    table = _read_table(name, "train" if val_split is not None else split, val_split is not None)
     image_column = _find_column(table, None, IMAGE_COLUMNS, f"load_data({name!r})", required="pictures")
     label_column = _find_column(table, label_column, LABEL_COLUMNS, f"load_data({name!r})")
     if len(table) == 0:
         raise ValueError(f"load_data({name!r}, {split!r}): the split holds no pictures.")
     if isinstance(table[0][image_column], dict):  # parquet that was not written by datasets says only "bytes"
         table = _as_pictures(table, image_column)
+    if val_split is not None:
+        labels = list(table[label_column]) if label_column else [0] * len(table)
+        train, held_out = _hold_out(labels, val_split, f"load_data({name!r}, val_split={val_split})")
+        table = table.select(train if split == "train" else held_out)
     if limit is not None and limit < len(table):
         table = table.select(_draw(len(table), limit, seed))
     labels, class_names = None, []
@@ -235,6 +301,8 @@ def load_data(
                 f"(such as {next(v for v in labels if not isinstance(v, int) or v < 0)!r}). Use a labelled split."
             )
         class_names = class_names or [str(i) for i in range(max(labels) + 1)]
+        if class_map is not None:
+            labels, class_names = _map_classes(labels, class_names, Path(class_map))
     return ImageData(_Column(table, image_column), labels, class_names=list(class_names), transform=transform)
 
 
@@ -340,11 +408,10 @@ def _processor_settings(source: str, size: int) -> dict[str, Any]:
     crop_pct = settings.get("crop_pct")
     if crop_pct is None and shortest and settings.get("do_center_crop"):
         crop_pct = size / shortest
-    names = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
     return {
         "mean": tuple(settings.get("image_mean") or (0.5, 0.5, 0.5)),
         "std": tuple(settings.get("image_std") or (0.5, 0.5, 0.5)),
-        "interpolation": names[settings.get("resample", 2)],
+        "interpolation": INTERPOLATIONS[settings.get("resample", 2)],
         "crop_pct": crop_pct,
     }
 
@@ -379,6 +446,29 @@ def _draw(total: int, limit: int | None, seed: int) -> list[int]:
     return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
 
 
+def _hold_out(labels: list[int], share: float, call: str) -> tuple[list[int], list[int]]:
+    """Split indices into those to train on and those held out: of each class the same share, whatever the order."""
+    drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
+    by_class = sorted(drawn, key=labels.__getitem__)  # stable: within a class as drawn
+    held_out = sorted(i for n, i in enumerate(by_class) if int((n + 1) * share + 0.5) > int(n * share + 0.5))
+    if not 0 < len(held_out) < len(labels):
+        raise ValueError(f"{call}: holds out {len(held_out)} of {len(labels)} pictures. Give another share.")
+    return sorted(set(drawn) - set(held_out)), held_out
+
+
+def _map_classes(labels: list[int], class_names: list[str], path: Path) -> tuple[list[int], list[str]]:
+    """Number the classes in the order in which a file names them."""
+    if not path.is_file():
+        raise ValueError(f"class_map={str(path)!r}: there is no such file. Give one that names a class on each line.")
+    order = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    number = {name: index for index, name in enumerate(order)}
+    missing = [name for name in class_names if name not in number]
+    if missing or len(number) < len(order):
+        what = f"does not name {', '.join(map(repr, missing[:3]))}" if missing else "names a class twice"
+        raise ValueError(f"class_map={str(path)!r}: {what}. Each class of the data stands on one line, once.")
+    return [number[class_names[label]] for label in labels], order
+
+
 def _read_digits(split: str) -> tuple[list[Image.Image], list[int], list[str]]:
     """Read scikit-learn's digits, 1,437 to train and 360 held out, as grey pictures."""
     from sklearn.datasets import load_digits
@@ -391,8 +481,8 @@ def _read_digits(split: str) -> tuple[list[Image.Image], list[int], list[str]]:
     return [Image.fromarray(pixels[i]) for i in chosen], [int(digits.target[i]) for i in chosen], list("0123456789")
 
 
-def _read_table(name: str, split: str) -> Any:
-    """Open a split with datasets, from a folder or the Hub."""
+def _read_table(name: str, split: str, undivided: bool) -> Any:
+    """Open a split with datasets, from a folder or the Hub; `undivided`, all of a folder that has no splits."""
     import datasets
 
     bar = datasets.is_progress_bar_enabled()
@@ -408,6 +498,8 @@ def _read_table(name: str, split: str) -> Any:
                     return datasets.load_dataset("parquet", data_files=files, split="train")
                 if (folder / stem).is_dir():
                     return datasets.load_dataset("imagefolder", data_dir=str(folder / stem), split="train")
+            if undivided and any(path.is_dir() for path in folder.iterdir()):
+                return datasets.load_dataset("imagefolder", data_files=f"{folder}/*/*", split="train")
         except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
             reason = str(error.__cause__ or error).splitlines()[0][:200]
             raise ValueError(f"load_data({name!r}, {split!r}): cannot be read as pictures ({reason}).") from error
@@ -417,7 +509,7 @@ def _read_table(name: str, split: str) -> Any:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise ValueError(
             f"load_data({name!r}, {split!r}): found {found}. The folder must hold {SPLIT_FILES[split][0]}-*.parquet "
-            f"or {SPLIT_FILES[split][0]}/<class>/<picture>."
+            f"or {SPLIT_FILES[split][0]}/<class>/<picture>; of one folder per class, --val-split 0.1 holds a tenth out."
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,55 @@ def shows_plan(path: str | Path, plan: dict[str, list[int]]) -> bool:
             return picture.info.get("Comment") == mark_of(plan)
     except OSError:  # what pillow raises for a file that is no picture
         return False
+
+
+def plot_ladder(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: str | Path) -> Path:
+    """Draw accuracy against MACs, and against latency where it was measured, of slim models beside their dense one.
+
+    Each slim model is labelled with the share of the dense MACs that it keeps.
+
+    Args:
+        points: Of each slim model top1_pct, macs_g and perhaps latency_ms, as in the `slim` of a Record.
+        dense: The same of the dense model.
+        path: The PNG to write.
+    Returns:
+        The path.
+    Raises:
+        ValueError: There is no point, or one without accuracy.
+    """
+    if not points or any(one.get("top1_pct") is None for one in [*points, dense]):
+        raise ValueError(
+            "plot_ladder(): each point and the dense model need a top1_pct. Measure them on labelled images."
+        )
+    timed = all(one.get("latency_ms") is not None for one in [*points, dense])
+    sides = [("macs_g", "GMACs"), ("latency_ms", "latency, ms, batch 1")][: 1 + timed]
+    figure = Figure(figsize=(4.2 * len(sides), 3.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (key, label) in zip(figure.subplots(1, len(sides), squeeze=False, sharey=True)[0], sides, strict=True):
+        line = sorted(points, key=lambda one: one[key])
+        axes.axhline(dense["top1_pct"], color=OTHER, linewidth=0.8, linestyle=":")
+        axes.plot(
+            [p[key] for p in line], [p["top1_pct"] for p in line], marker="o", color=COLOURS["channel"], label="slim"
+        )
+        axes.plot([dense[key]], [dense["top1_pct"]], marker="s", linestyle="", color=OTHER, label="dense")
+        for one in line:
+            axes.annotate(
+                f"{one['macs_g'] / dense['macs_g']:.0%}" if dense["macs_g"] else "",
+                (one[key], one["top1_pct"]),
+                textcoords="offset points",
+                xytext=(6, -9),
+                fontsize=7,
+                color="#333333",
+            )
+        axes.set_xlabel(label, fontsize=9)
+        axes.set_xlim(left=0)
+        axes.margins(y=0.2)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("top-1, %", fontsize=9)
+    figure.axes[0].legend(fontsize=8, frameon=False, loc="lower right")
+    figure.savefig(path, format="png")
+    return Path(path)
 
 
 def _read_widths(source: Any) -> tuple[dict[str, list[int]], dict[str, str]]:

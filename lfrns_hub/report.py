@@ -136,6 +136,59 @@ def provenance(
     }
 
 
+def added_up(before: dict[str, Any] | None, made: dict[str, Any]) -> dict[str, Any]:
+    """Put what was known of a model's making before this round together with this round.
+
+    Plan, widths, budget and fractions are then those of the first dense model; `rounds` has each round as it was.
+
+    Args:
+        before: The provenance of the model that was slimmed, None of a dense one.
+        made: This round's.
+
+    Example:
+        >>> first = {"plan": {"a": [1, 3, 4]}, "widths": {"a": [3, 6]}, "budget": {"macs": 0.5}}
+        >>> again = added_up(first, {"plan": {"a": [0, 2]}, "widths": {"a": [2, 3]}, "budget": {"params": 0.5}})
+        >>> again["plan"], again["widths"], again["budget"]
+        ({'a': [1, 4]}, {'a': [2, 6]}, {'macs': 0.5, 'params': 0.5})
+    """
+    if not before:
+        return made
+    plan, widths = dict(before.get("plan") or {}), dict(before.get("widths") or {})
+    for name, kept in made["plan"].items():
+        plan[name] = [plan[name][i] for i in kept] if name in plan else list(kept)
+    for name, (kept, dense) in made["widths"].items():
+        widths[name] = [kept, widths[name][1] if name in widths else dense]
+    was, now = dict(before.get("report") or {}), dict(made.get("report") or {})
+    budget = dict(before.get("budget") or {})
+    for name, fraction in made["budget"].items():
+        budget[name] = round(fraction * was.get(f"{name}_fraction", budget.get(name, 1.0)), 4)
+    for name in ("macs_fraction", "params_fraction"):
+        if name in was and name in now:
+            now[name] = round(was[name] * now[name], 4)
+    for name in ("restored", "redundant", "weak"):
+        if name in was and name in now:
+            now[name] += was[name]
+    if "integrity" in now:
+        now["integrity"] = {**(was.get("integrity") or {}), **now["integrity"]}
+    rounds = before.get("rounds") or [_round(before)]
+    together = {
+        "plan": plan,
+        "widths": widths,
+        "kinds": {**(before.get("kinds") or {}), **(made.get("kinds") or {})},
+        "approximate": sorted({*(before.get("approximate") or []), *(made.get("approximate") or [])}),
+        "budget": budget,
+        "rounds": [*rounds, _round(made)],
+    }
+    return {**before, **made, **together, **({"report": now} if now else {})}
+
+
+def _round(made: dict[str, Any]) -> dict[str, Any]:
+    """Give what one round was asked for and gave, as fractions of the model that it began with."""
+    fractions = {k: v for k, v in (made.get("report") or {}).items() if k.endswith("_fraction")}
+    asked = ("budget", "preset", "seed", "fcr_steps", "calibration_images")
+    return {k: made[k] for k in asked if k in made} | fractions
+
+
 class Clock:
     """Seconds of each step, and its line on the terminal."""
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.answers import read_answer
+from lfrns_hub.checkpoint import carry_config
 from lfrns_hub.contribution import learn_contributions, measure_costs
 from lfrns_hub.measure import count_macs, count_params
-from lfrns_hub.options import KINDS, check_example, check_options, choose_groups, read_loader
+from lfrns_hub.options import KINDS, check_budgets, check_example, check_options, choose_groups, read_loader
 from lfrns_hub.reconstruct import reconstruct
 from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_gram
-from lfrns_hub.report import SlimReport, clocked, measure_integrity, provenance, report_group
+from lfrns_hub.report import SlimReport, added_up, clocked, measure_integrity, provenance, report_group
 from lfrns_hub.responses import HELD_OUT_EVERY, Moments, collect
 from lfrns_hub.running import as_input, device_of, dtype_of, refuse_meta, unwrap
 from lfrns_hub.select import Ledger, cluster_down, restore
@@ -52,9 +53,24 @@ def find_units(model: nn.Module, example_input: Tensor) -> list[UnitGroup]:
         TypeError: It is no module.
         ValueError: The model cannot be exported on such images.
     """
+    return survey(model, example_input)[0]
+
+
+def survey(model: nn.Module, example_input: Tensor) -> tuple[list[UnitGroup], dict[str, float]]:
+    """Find all groups, as `find_units` does, and the share of the model's MACs that each of them has a hand in.
+
+    Args:
+        model, example_input: As for `find_units`.
+    Returns:
+        The groups, and by name the fraction of MACs in layers that make or read a group's units. Shares overlap: most
+        layers read one group and make another.
+    """
     model = unwrap(model, "find_units")
     example = as_input(check_example(example_input, "find_units"), model)
-    return narrowing(model, trace_model(model, example).groups, example)
+    trace = trace_model(model, example)
+    dense = trace.cost.macs({})
+    shares = {g.name: 1 - trace.cost.macs({g.name: g.size}) / dense if dense else 0.0 for g in trace.groups}
+    return narrowing(model, trace.groups, example), shares
 
 
 def check(model: nn.Module, example_input: Tensor) -> CheckReport:
@@ -128,18 +144,68 @@ def slim(
         progress: Show a bar on the main process.
     Returns:
         The slim model, the plain module in eval mode, on the device of the run, each weight in its own dtype and
-        trainable if it was; its plan and the report.
+        trainable if it was; its plan and the report. What transformers' save_pretrained or timm's save_for_hf write
+        of it loads again; a slim model may be slimmed further, and its provenance then tells of both rounds.
     Raises:
         TypeError: The model is no module.
         ValueError: A budget, name or option does not fit, the loader is empty, the budget is not reachable.
     Source: Fang and Yin 2025; each step's docstring says what is ours.
     """
+    budgets = check_budgets(macs, params, latency, contribution)
+    analysis = analyse(
+        model,
+        loader,
+        preset=preset,
+        kinds=kinds,
+        groups=groups,
+        exclude=exclude,
+        distance=distance,
+        widths=widths,
+        min_keep=min_keep,
+        approximate=approximate,
+        accelerator=accelerator,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+    return analysis.cut(
+        **budgets, contribution=contribution, fcr_steps=fcr_steps, restore=restore, fold=fold, round_to=round_to
+    )
+
+
+def analyse(
+    model: nn.Module,
+    loader: Any,
+    *,
+    preset: str = "ours",
+    kinds: Sequence[str] = KINDS,
+    groups: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    distance: Any = "functional",
+    widths: str = "global",
+    min_keep: int = 1,
+    approximate: bool = False,
+    accelerator: Any = None,
+    seed: int = 0,
+    device: Any = None,
+    progress: bool = True,
+) -> "Analysis":
+    """Do the part of `slim` that no budget changes: trace, self-check, responses, the cost of every merge.
+
+    Args:
+        model, loader, preset, kinds, groups, exclude, distance, widths, min_keep, approximate, accelerator, seed,
+            device, progress: As for `slim`.
+    Returns:
+        What `.cut(macs=0.5)` makes a slim model of, at as many budgets as are wanted, each as `slim` would give it.
+    Raises:
+        TypeError: The model is no module.
+        ValueError: A name or option does not fit, or the loader is empty.
+    """
     if preset == "paper":
-        distance, fold, widths = "correlation", False, "distance"
-    budgets = check_options(macs, params, latency, preset, kinds, widths, min_keep, contribution)
+        distance, widths = "correlation", "distance"
+    check_options(preset, kinds, widths, min_keep)
     model = unwrap(model, "slim")
     refuse_meta(model, "slim")
-    steps = fcr_steps if restore else 0
     with clocked(progress and (accelerator is None or accelerator.is_main_process)) as clock:
         dense = analysis_copy(model, accelerator.device if accelerator else device or device_of(model))
         batches = read_loader(loader, dtype_of(dense))
@@ -160,40 +226,115 @@ def slim(
         merges = {g.name: find_merges(views[g.name], g.size, distance, min(min_keep, g.size)) for g in chosen}
         if distance == "functional" and widths == "global":
             merges = measure_costs(dense, chosen, merges, probe_images(batches), moments)
-        keep, pruning_set, ledger = cluster(chosen, merges, trace, budgets, widths, CLUSTER_TO if restore else 1.0)
+    return Analysis(
+        model, dense, batches, trace, every, checked, chosen, moments, views, merges,
+        preset, widths, accelerator, seed, progress, clock.seconds,
+    )  # fmt: skip
 
-        clock.step("FCR gates", steps if steps and contribution == "fcr" else 1)
-        contributions = contribute(
-            contribution, dense, chosen, keep, batches, moments, merges, steps, fold, accelerator, clock.advance
-        )
 
-        clock.step("restore")
-        plan, restored = restored_plan(chosen, keep, pruning_set, contributions, ledger, round_to if restore else 1)
+@dataclass(frozen=True)
+class Analysis:
+    """What is known of a model before a budget is named; `cut` is the rest of `slim`.
 
-        clock.step("cut and fold")
-        result = plain = cut(dense, every, plan)
-        if fold:
-            result = fold_if_better(dense, plain, trace, every, plan, moments, batches, seed, accelerator)
-        folded = result is not plain
-        result, recalibrated = recalibrate_if_better(dense, result, batches)
+    Attributes:
+        model: The dense model, as it came.
+        dense: Its copy for the analysis, never changed by a cut.
+        batches: The calibration images and labels.
+        trace: Every group's place in the graph, MACs and parameters as functions of widths.
+        every, chosen: All groups, and those that are cut.
+        checked: What the self-check found.
+        moments, views, merges: Responses at each tap, what each consumer sees, and the cost of each merge, by group.
+        preset, widths, accelerator, seed, progress: As `analyse` was told.
+        seconds: What each step took.
+    """
 
-        clock.step("report")
-        whole = measure_integrity(dense, chosen, plan, moments)
-        report = SlimReport(
-            [report_group(g, plan, views[g.name], len(restored[g.name]), whole) for g in chosen],
-            count_macs(result, example) / count_macs(dense, example),
-            count_params(result) / count_params(dense),
-            budgets,
-            sum(len(r) for r in restored.values()),
-            folded,
-            recalibrated,
-            {g.name: g.frozen_reason for g in every if g.frozen_reason},
-            {"largest_error": checked.largest_error, "moved": checked.moved},
-        )
-    report.seconds = clock.seconds
-    result = typed_as(result, model).eval()
-    result.lfrns_provenance = provenance(report, plan, chosen, preset, seed, fcr_steps, batches)
-    return SlimResult(result, plan, report)
+    model: nn.Module
+    dense: nn.Module
+    batches: Batches
+    trace: Trace
+    every: list[UnitGroup]
+    checked: CheckReport
+    chosen: list[UnitGroup]
+    moments: dict[str, Moments]
+    views: dict[str, list[TapView]]
+    merges: dict[str, Merges]
+    preset: str
+    widths: str
+    accelerator: Any
+    seed: int
+    progress: bool
+    seconds: dict[str, float]
+
+    def smallest(self) -> dict[str, float]:
+        """Give the fraction of the dense MACs and parameters that is left when all units go that may."""
+        cost, removed = self.trace.cost, {name: len(merges.order) for name, merges in self.merges.items()}
+        return {"macs": cost.macs(removed) / cost.macs({}), "params": cost.params(removed) / cost.params({})}
+
+    def cut(
+        self,
+        *,
+        macs: float | None = None,
+        params: float | None = None,
+        contribution: Any = "fcr",
+        fcr_steps: int = 200,
+        restore: bool = True,
+        fold: bool = True,
+        round_to: int | str = "auto",
+    ) -> SlimResult:
+        """Cluster, train the gates, restore, cut and fold at one budget; the analysis serves the next as well.
+
+        Args:
+            macs, params, contribution, fcr_steps, restore, fold, round_to: As for `slim`.
+        Returns:
+            As `slim`, and equal to what it gives.
+        Raises:
+            ValueError: A budget or option does not fit, or the budget is not reachable.
+        """
+        budgets = check_budgets(macs, params, None, contribution)
+        dense, chosen, moments, batches = self.dense, self.chosen, self.moments, self.batches
+        example, accelerator = batches[0][0][:1], self.accelerator
+        steps, fold = fcr_steps if restore else 0, fold and self.preset != "paper"
+        with clocked(self.progress and (accelerator is None or accelerator.is_main_process)) as clock:
+            clock.step("clusters")
+            to = CLUSTER_TO if restore else 1.0
+            keep, pruning_set, ledger = cluster(chosen, self.merges, self.trace, budgets, self.widths, to)
+
+            clock.step("FCR gates", steps if steps and contribution == "fcr" else 1)
+            contributions = contribute(
+                contribution, dense, chosen, keep, batches, moments, self.merges, steps, fold, accelerator,
+                clock.advance,
+            )  # fmt: skip
+
+            clock.step("restore")
+            plan, restored = restored_plan(chosen, keep, pruning_set, contributions, ledger, round_to if restore else 1)
+
+            clock.step("cut and fold")
+            result = plain = cut(dense, self.every, plan)
+            if fold:
+                result = fold_if_better(
+                    dense, plain, self.trace, self.every, plan, moments, batches, self.seed, accelerator
+                )
+            folded = result is not plain
+            result, recalibrated = recalibrate_if_better(dense, result, batches)
+
+            clock.step("report")
+            whole = measure_integrity(dense, chosen, plan, moments)
+            report = SlimReport(
+                [report_group(g, plan, self.views[g.name], len(restored[g.name]), whole) for g in chosen],
+                count_macs(result, example) / count_macs(dense, example),
+                count_params(result) / count_params(dense),
+                budgets,
+                sum(len(r) for r in restored.values()),
+                folded,
+                recalibrated,
+                {g.name: g.frozen_reason for g in self.every if g.frozen_reason},
+                {"largest_error": self.checked.largest_error, "moved": self.checked.moved},
+            )
+        report.seconds = self.seconds | clock.seconds
+        result = typed_as(result, self.model).eval()
+        made = provenance(report, plan, chosen, self.preset, self.seed, fcr_steps, batches)
+        result.lfrns_provenance = added_up(getattr(self.model, "lfrns_provenance", None), made)
+        return SlimResult(carry_config(result), plan, report)
 
 
 def analysis_copy(model: nn.Module, device: Any) -> nn.Module:

@@ -26,12 +26,14 @@ from .pictures import (
     load_data,
     make_transform,
     num_classes_of,
+    set_preprocessing,
 )
 from .reach import CONNECT_TIMEOUT_S, cached, hub_errors, reach_hub
 
 __all__ = [
     "ImageData",
     "check_images",
+    "create_base",
     "create_dense",
     "create_skeleton",
     "example_input",
@@ -41,6 +43,7 @@ __all__ = [
     "make_transform",
     "num_classes_of",
     "read_weights",
+    "set_preprocessing",
 ]
 
 # Transformers ids whose shape is that of the type's default configuration: their units can be listed without a network.
@@ -137,6 +140,37 @@ def create_skeleton(name: str, *, device: str | torch.device = "cpu") -> nn.Modu
         if kind == "transformers":
             return AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(source)).eval()
         return _load_timm(name, source, None, False).eval()
+
+
+def create_base(directory: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
+    """Build the dense network that a checkpoint was cut from, with random weights: for its size and its speed.
+
+    Args:
+        directory: What `lfrns_hub.save` wrote of a timm or transformers model.
+        device: Where it is built; "meta" without memory.
+    Returns:
+        The dense model, in eval mode.
+    Raises:
+        ValueError: The folder holds no such checkpoint.
+    """
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{str(directory)!r}: it has no config.json. Give a folder that lfrns slim wrote.")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    with torch.device(device):
+        if config.get("architecture") == "lfrns_slim":
+            args = {key: value for key, value in config["model_args"].items() if key not in ("shapes", "attrs")}
+            cfg = {**config.get("pretrained_cfg", {}), "num_classes": config.get("num_classes")}
+            return timm.create_model("lfrns_slim", pretrained=False, pretrained_cfg=cfg, **args).eval()
+        if str(config.get("model_type", "")).startswith("lfrns_"):
+            dense = AutoConfig.from_pretrained(directory)
+            dense.lfrns = {}
+            return AutoModelForImageClassification.from_config(dense).eval()
+    raise ValueError(
+        f"{str(directory)!r}: its config.json does not say which dense model it was cut from. Name it by --dense."
+    )
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:

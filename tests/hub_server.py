@@ -12,9 +12,11 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,27 @@ USER = "tester"
 TOKEN = "hf_local_test_token"
 LFS_SUFFIXES = (".safetensors", ".bin", ".png")
 SHA = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next requests of a kind: what happens, to which, how often.
+
+    An integer is answered as the status, as a proxy does it: with a page, not JSON. "cut" closes the connection in the
+    middle of an upload or of an answer, "lost" does what was asked and closes it without an answer, "flip" changes a
+    bit of the answer, "moved" has somebody else commit first.
+    """
+
+    what: int | str
+    request: str
+    times: int = 1
+
+    def meets(self, request: str) -> bool:
+        """Tell whether a request, "METHOD /path", is one of those, and count it."""
+        if self.times < 1 or not re.search(self.request, request):
+            return False
+        self.times -= 1
+        return True
 
 
 class Store:
@@ -59,6 +82,11 @@ class Store:
         path = self.root / "blobs" / oid
         return path.read_bytes() if SHA.fullmatch(oid) and path.exists() else None
 
+    def add_file(self, content: bytes, lfs: bool) -> dict[str, Any]:
+        """Keep a file, and describe it as git and LFS do."""
+        git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        return {"sha256": self.put(content), "git": git, "size": len(content), "lfs": lfs}
+
     def create(self, repo: str, private: bool) -> None:
         """Make an empty repository with one commit."""
         state = {"private": private, "refs": {}, "commits": {}, "messages": {}}
@@ -86,6 +114,8 @@ class Handler(BaseHTTPRequestHandler):
     store: Store
     token: str | None = None
     log: list[str]
+    faults: list[Fault]
+    fault: int | str | None = None
 
     def do_GET(self) -> None:
         self._route("GET")
@@ -101,10 +131,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def _route(self, method: str) -> None:
         """Find the handler of a path."""
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         parts = urlsplit(self.path)
+        request = f"{method} {parts.path}"
+        self.fault = next((fault.what for fault in self.faults if fault.meets(request)), None)
+        length = int(self.headers.get("Content-Length") or 0)
+        self.body = self.rfile.read(length // 2 if self.fault == "cut" else length)
         self.query = parse_qs(parts.query)
-        self.log.append(f"{method} {parts.path}")
+        self.log.append(request)
+        if self.fault == "cut" and method in ("POST", "PUT"):
+            return self._hang_up()
+        if isinstance(self.fault, int):
+            headers = {"Retry-After": "1"} if self.fault == 429 else {}
+            return self._send(self.fault, b"<html>a page of the proxy</html>", "text/html", headers)
         routes = [
             ("POST", r"/api/repos/create", self._create),
             ("POST", r"/api/validate-yaml", self._validate),
@@ -124,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
         for methods, pattern, handler in routes:
             match = re.fullmatch(pattern, parts.path)
             if match and method in methods.split("|"):
-                if method in ("POST", "PUT") and self.token and not self._is_authorised(parts.path):
+                if method in ("POST", "PUT") and not self._is_authorised(parts.path):
                     return self._error(401, "Unauthorized", "Invalid credentials in Authorization header")
                 with self.store.lock:
                     return handler(*(unquote(group) for group in match.groups()))
@@ -132,14 +170,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def _is_authorised(self, path: str) -> bool:
         """Ask for the token where something is written; blobs are uploaded by an address that was handed out."""
-        return path.startswith("/lfs/") or self.headers.get("Authorization") == f"Bearer {self.token}"
+        by_address = re.fullmatch(r"/lfs/[0-9a-f]{64}", path)
+        return not self.token or bool(by_address) or self.headers.get("Authorization") == f"Bearer {self.token}"
+
+    def _hang_up(self) -> None:
+        """Close the connection as if the wire were cut."""
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def _create(self) -> None:
         wish = json.loads(self.body)
         repo = f"{wish.get('organization') or USER}/{wish['name'].rpartition('/')[2]}"
         if self.store.read(repo) is not None:
             return self._json({"error": "You already created this model repo", "url": f"{self._base()}/{repo}"}, 409)
-        self.store.create(repo, bool(wish.get("private")))
+        self.store.create(repo, wish.get("visibility") == "private")
         return self._json({"url": f"{self._base()}/{repo}", "name": repo, "id": repo})
 
     def _validate(self) -> None:
@@ -196,18 +240,25 @@ class Handler(BaseHTTPRequestHandler):
         if files is None:
             return None
         files, state, message = dict(files), self.store.read(repo), ""
+        if self.fault == "moved":
+            state["refs"][revision] = self.store.add_commit(state, dict(files), "somebody else's")
+            self.store.write(repo, state)
         for line in self.body.splitlines():
             item = json.loads(line)
             kind, value = item["key"], item["value"]
             if kind == "header":
                 message = value.get("summary", "")
+                if value.get("parentCommit") not in (None, self._sha(state, revision)):
+                    return self._error(
+                        412, "PreconditionFailed", "A commit has happened since. Please refresh and try again."
+                    )
             elif kind == "file":
-                files[value["path"]] = self._entry(base64.b64decode(value["content"]), lfs=False)
+                files[value["path"]] = self.store.add_file(base64.b64decode(value["content"]), lfs=False)
             elif kind == "lfsFile":
                 content = self.store.get(value["oid"])
                 if content is None:
                     return self._error(400, "BadRequest", f"{value['path']}: its content was not uploaded")
-                files[value["path"]] = self._entry(content, lfs=True)
+                files[value["path"]] = self.store.add_file(content, lfs=True)
             elif kind == "deletedFile":
                 files.pop(value["path"], None)
             elif kind == "deletedFolder":
@@ -231,9 +282,14 @@ class Handler(BaseHTTPRequestHandler):
         state = self.store.read(repo)
         if state is None:
             return self._error(404, "RepoNotFound", "Repository not found")
+        if branch.startswith("refs/"):
+            return self._error(400, "BadRequest", f"Invalid reference for a branch: {branch}")
         if branch in state["refs"]:
             return self._json({"error": "Reference already exists"}, 409)
-        state["refs"][branch] = state["refs"]["main"]
+        start = self._sha(state, json.loads(self.body or b"{}").get("startingPoint") or "main")
+        if start is None:
+            return self._error(404, "RevisionNotFound", "Invalid starting point")
+        state["refs"][branch] = start
         self.store.write(repo, state)
         return self._json({})
 
@@ -302,15 +358,10 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(416, b"", "application/octet-stream", headers)
         return self._send(206, content[first : last + 1], "application/octet-stream", headers)
 
-    def _entry(self, content: bytes, lfs: bool) -> dict[str, Any]:
-        """Describe a file as git and LFS do."""
-        git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        return {"sha256": self.store.put(content), "git": git, "size": len(content), "lfs": lfs}
-
     def _files(self, repo: str, revision: str) -> dict[str, Any] | None:
         """Give the files of a revision; otherwise answer with the error and give None."""
         state = self.store.read(repo)
-        if state is None:
+        if state is None or (state["private"] and not self._is_authorised(self.path)):
             self._error(404, "RepoNotFound", "Repository not found")
             return None
         sha = self._sha(state, revision)
@@ -336,24 +387,33 @@ class Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps(value).encode(), kind, {})
 
     def _send(self, status: int, content: bytes, kind: str, headers: dict[str, str]) -> None:
+        if self.fault == "lost":
+            return self._hang_up()
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
+        half = len(content) // 2
+        if self.fault == "flip":
+            content = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[:half] if self.fault == "cut" else content)
+        if self.fault == "cut":
+            self._hang_up()
+        return None
 
     def log_message(self, *args: Any) -> None:
         """Stay silent; `log` holds the requests."""
 
 
 class Hub:
-    """A running server: where it is, what the client's environment must hold, what it was asked."""
+    """A running server: where it is, what the client's environment must hold, what it was asked, what goes wrong."""
 
-    def __init__(self, server: ThreadingHTTPServer, store: Store, log: list[str]) -> None:
+    def __init__(self, server: ThreadingHTTPServer, store: Store, log: list[str], faults: list[Fault]) -> None:
         self.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         self.store = store
         self.log = log
+        self.faults = faults
         self.env = {
             "HF_ENDPOINT": self.endpoint,
             "HF_HUB_DISABLE_XET": "1",
@@ -370,14 +430,24 @@ class Hub:
         state = self.store.read(repo)
         return {n: self.store.get(e["sha256"]) for n, e in state["commits"][state["refs"][revision]].items()}
 
+    def write(self, repo: str, name: str, content: bytes, revision: str = "main") -> None:
+        """Commit one file as somebody in a browser does; b"" deletes it."""
+        state = self.store.read(repo)
+        files = dict(state["commits"][state["refs"][revision]])
+        files.pop(name, None)
+        if content:
+            files[name] = self.store.add_file(content, name.endswith(LFS_SUFFIXES))
+        state["refs"][revision] = self.store.add_commit(state, files, f"Edit {name}")
+        self.store.write(repo, state)
+
 
 def make_server(root: Path, port: int = 0, token: str | None = None) -> tuple[ThreadingHTTPServer, Hub]:
     """Build a server on the loopback address; port 0 takes a free one."""
-    store, log = Store(Path(root)), []
-    handler = type("BoundHandler", (Handler,), {"store": store, "token": token, "log": log})
+    store, log, faults = Store(Path(root)), [], []
+    handler = type("BoundHandler", (Handler,), {"store": store, "token": token, "log": log, "faults": faults})
     server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     server.daemon_threads = True
-    return server, Hub(server, store, log)
+    return server, Hub(server, store, log, faults)
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """The command line says what it did, and refuses bad input in one line."""
 
+import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from lfrns_hub import cli
+from lfrns_hub import cli, recipe
 
 RUNNER = CliRunner()
 
@@ -19,10 +21,55 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return ended.value.code or 0
 
 
+def _refuse(name: str, **_: object) -> Path:
+    """Stand in for a Hub that has no such checkpoint."""
+    raise FileNotFoundError(f"load({name!r}): no such folder")
+
+
 def test_help_names_every_command() -> None:
     text = RUNNER.invoke(cli.app, ["--help"]).output
-    for command in ("demo", "units", "slim", "evaluate", "push"):
+    for command in ("demo", "units", "curve", "slim", "retrain", "evaluate", "bench", "push", "export", "coverage"):
         assert command in text
+
+
+@pytest.mark.parametrize("command", ["units", "curve", "slim", "retrain", "evaluate", "bench", "push", "export"])
+def test_each_command_shows_examples_and_speaks_json(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    text = RUNNER.invoke(cli.app, [command, "--help"]).output
+    assert f"lfrns {command} " in text.partition("Examples")[2]
+    assert "--json" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["slim", "test_vit", "--data", "x", "--macs", "0.5"], "Missing option '--out'"),
+        (["units", "test_vit", "--jason"], "No such option: --jason"),
+        (["slim", "test_vit", "--data", "x", "--out", "o", "--macs", "0.5,50"], "--macs 0.5,50: .* For 50 % pass 0.5"),
+        (["slim", "test_vit", "--data", "x", "--out", "o", "--macs", "half"], "--macs half: numbers"),
+        (
+            ["slim", "test_vit", "--data", "x", "--out", "o", "--macs", "0.5,0.3", "--push-to-hub", "me/it"],
+            "--push-to-hub me/it: 2 budgets .* the user",
+        ),
+        (["slim", "test_vit", "--data", "x", "--out", "o"], "--macs or --params"),
+        (["slim", "test_vit", "--data", "x", "--out", "o", "--params", "50"], r"--params 50.0: .* For 50 % pass 0\.5"),
+        (["bench", "nowhere"], "nowhere"),
+        (["export", "nowhere"], "nowhere"),
+        (["retrain", "nowhere", "--data", "x"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("lfrns_hub.checkpoint.save_load.fetch", _refuse)
+    assert run_main(monkeypatch, *arguments) == 1
+    printed = capsys.readouterr()
+    assert re.search(said, printed.err)
+    assert len(printed.err.strip().splitlines()) == 1
+    assert printed.out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_units_lists_groups_with_their_kinds_and_sizes(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -32,6 +79,16 @@ def test_units_lists_groups_with_their_kinds_and_sizes(monkeypatch: pytest.Monke
     assert "neuron" in text
     assert "head" in text
     assert "can go" in text
+    assert "blocks.0.mlp.fc2" in text  # what reads the neurons
+
+
+def test_units_as_json_gives_each_group_its_share_of_the_macs(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    assert run_main(monkeypatch, "units", "cifar_resnet20", "--json") == 0
+    groups = {group["name"]: group for group in json.loads(capsys.readouterr().out)["groups"]}
+    # Of 40.55 M MACs two 3x3 convolutions make and read each of these 16 channels, at 32x32: 2 x 2.36 M.
+    assert groups["layer1.0.conv1"]["macs_share"] == pytest.approx(2 * 9 * 16 * 16 * 1024 / 40.55e6, rel=1e-3)
+    assert groups["layer1.0.conv1"]["taps"] == ["layer1.0.conv2"]
+    assert groups["linear"]["frozen_reason"] == "it is the network's output"
 
 
 def test_an_unknown_model_is_one_line_with_near_matches(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -61,12 +118,40 @@ def test_demo_hands_its_options_to_the_digits_recipe(monkeypatch: pytest.MonkeyP
     assert f"--output-dir {tmp_path}: is not empty" in capsys.readouterr().err
 
 
+def test_demo_as_json_prints_the_record_alone(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
+    def recipe_that_talks(path: str, run_name: str) -> None:
+        assert sys.argv[1:] == ["--smoke", "--output-dir", str(tmp_path)]
+        print("a table")
+        (tmp_path / "record.json").write_text('{"slim": {}}')
+
+    monkeypatch.setattr("runpy.run_path", recipe_that_talks)
+    assert run_main(monkeypatch, "demo", "--smoke", "--json", "--output-dir", str(tmp_path)) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"slim": {}}
+    assert "a table" in printed.err
+
+
+def test_push_as_json_gives_the_address(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    asked = {}
+
+    def push(folder: str, repo: str, **options: object) -> str:
+        asked.update(options, folder=folder, repo=repo)
+        return "https://hub/me/it/commit/1"
+
+    monkeypatch.setattr("lfrns_hub.push", push)
+    assert run_main(monkeypatch, "push", "slim", "me/it", "--private", "--revision", "b", "--pr", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"url": "https://hub/me/it/commit/1"}
+    assert asked["folder"] == "slim"
+    assert asked["repo"] == "me/it"
+    assert [asked[key] for key in ("private", "revision", "create_pr")] == [True, "b", True]
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.recipe.run(broken)
+        recipe.run(broken)
 
 
 def test_user_errors_are_raised_where_a_traceback_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,4 +160,4 @@ def test_user_errors_are_raised_where_a_traceback_is_asked_for(monkeypatch: pyte
 
     monkeypatch.setenv("LFRNS_TRACEBACK", "1")
     with pytest.raises(ValueError, match="macs=50"):
-        cli.recipe.run(refuse)
+        recipe.run(refuse)

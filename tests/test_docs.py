@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from hub_server import hub
-from rich.console import Console
 from typer.testing import CliRunner
 
 from lfrns_hub import cli
@@ -56,7 +55,7 @@ def test_extending_runs_and_prints_what_it_says(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(cli, "console", Console(width=COLUMNS))
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
     monkeypatch.setattr(registry, "ADAPTERS", dict(registry.ADAPTERS))  # what the page registers leaves with it
     monkeypatch.setattr(rules, "RULES", dict(rules.RULES))
     try:

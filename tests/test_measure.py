@@ -8,7 +8,16 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lfrns_hub.measure import Record, count_macs, count_params, evaluate, format_table, measure, measure_latency
+from lfrns_hub.measure import (
+    Record,
+    count_macs,
+    count_params,
+    evaluate,
+    format_table,
+    measure,
+    measure_each,
+    measure_latency,
+)
 
 
 class Oracle(nn.Module):
@@ -182,3 +191,18 @@ def test_the_table_shows_dense_against_slim():
 def test_without_an_input_size_anywhere_measure_says_what_to_pass():
     with pytest.raises(ValueError, match=r"measure\(Linear\).*example_input"):
         measure(nn.Linear(2, 2))
+
+
+def test_several_models_are_measured_at_once_as_one_by_one():
+    loader, dense = make_loader([0, 1, 2, 2], [0, 1, 2, 1]), Oracle()
+    models = {"same": Oracle(), "shifted": Oracle(shift=1)}
+    together = measure_each(models, loader, dense=dense, progress=False)
+    for name, model in models.items():
+        alone = measure(model, loader, dense=dense, progress=False)
+        for side in ("dense", "slim"):
+            one, other = getattr(together[name], side), getattr(alone, side)
+            assert {k: v for k, v in one.items() if k != "latency_ms"} == {
+                k: v for k, v in other.items() if k != "latency_ms"
+            }
+    assert together["same"].slim["agreement_pct"] == 100
+    assert together["shifted"].slim["agreement_pct"] == 0

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
 
 from lfrns_hub import zoo
-from lfrns_hub.zoo import check_images, example_input, guard_against_chance, load_data, make_transform
+from lfrns_hub.zoo import (
+    check_images,
+    example_input,
+    guard_against_chance,
+    load_data,
+    make_transform,
+    set_preprocessing,
+)
 
 
 def plain(picture: Image.Image) -> torch.Tensor:
@@ -61,6 +69,66 @@ def test_image_folder_is_read(tmp_path: Path) -> None:
     data = load_data(tmp_path / "d", "train", transform=plain)
     assert data.class_names == ["a", "b"]
     assert {(int(data[i][0].mean()), data[i][1]) for i in range(2)} == {(9, 0), (0, 1)}
+
+
+def values_of(data: zoo.ImageData) -> list[tuple[int, int]]:
+    """The grey value and the label of every picture."""
+    return [(int(data[i][0].mean()), data[i][1]) for i in range(len(data))]
+
+
+def test_a_share_of_each_class_is_held_out_the_same_for_every_seed(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", "train", [i // 20 for i in range(60)])
+    train, test = (load_data(tmp_path / "d", s, transform=plain, val_split=0.1) for s in ("train", "validation"))
+    assert sorted(values_of(train) + values_of(test)) == [(i, i // 20) for i in range(60)]
+    assert [label for _, label in values_of(test)] == [0, 0, 1, 1, 2, 2]
+    other = load_data(tmp_path / "d", "train", transform=plain, val_split=0.1, limit=20, seed=5)
+    assert set(values_of(other)) <= set(values_of(train))
+    with pytest.raises(ValueError, match=r"val_split=10\).*For 10 % pass 0\.1"):
+        load_data(tmp_path / "d", "train", transform=plain, val_split=10)
+    with pytest.raises(ValueError, match=r"val_split=0\.001\): holds out 0 of 60"):
+        load_data(tmp_path / "d", "train", transform=plain, val_split=0.001)
+    with pytest.raises(ValueError, match=r"'digits', val_split=0\.5"):
+        load_data("digits", "train", transform=plain, val_split=0.5)
+
+
+def test_a_folder_per_class_without_splits_is_divided_and_numbered_as_a_class_map_says(tmp_path: Path) -> None:
+    for i, name in enumerate(["train_car", "apple"] * 4):  # "train" in a name is no split
+        (tmp_path / "d" / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((5, 5, 3), i, dtype=np.uint8)).save(tmp_path / "d" / name / f"{i}.png")
+    (tmp_path / "map.txt").write_text("train_car\nother\n\napple\n")
+    options = {"transform": plain, "val_split": 0.25, "class_map": tmp_path / "map.txt"}
+    train, test = (load_data(tmp_path / "d", s, **options) for s in ("train", "validation"))
+    assert (len(train), len(test)) == (6, 2)
+    assert train.class_names == ["train_car", "other", "apple"]
+    assert sorted(values_of(train) + values_of(test)) == [(i, 2 * (i % 2)) for i in range(8)]
+    with pytest.raises(ValueError, match=r"found apple, train_car.*--val-split"):
+        load_data(tmp_path / "d", "validation", transform=plain)
+    (tmp_path / "map.txt").write_text("apple\n")
+    with pytest.raises(ValueError, match=r"map\.txt'.*does not name 'train_car'"):
+        load_data(tmp_path / "d", "train", **options)
+    (tmp_path / "map.txt").write_text("apple\ntrain_car\napple")
+    with pytest.raises(ValueError, match=r"map\.txt'.*twice"):
+        load_data(tmp_path / "d", "train", **options)
+    with pytest.raises(ValueError, match=r"no\.txt'.*no such file"):
+        load_data(tmp_path / "d", "train", transform=plain, val_split=0.25, class_map="no.txt")
+
+
+def test_preprocessing_set_on_a_model_is_what_its_transform_does_and_its_configuration_says() -> None:
+    model = timm.create_model("cifar_resnet20")
+    other = timm.create_model("cifar_resnet20")
+    set_preprocessing(model, mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=0.5, interpolation="nearest")
+    picture = Image.fromarray(np.full((64, 64, 3), 255, dtype=np.uint8))
+    picture.paste((0, 0, 0), (0, 0, 15, 64))  # the central half begins at 16
+    assert torch.equal(make_transform(model, train=False)(picture), torch.full((3, 32, 32), 2.0))
+    assert model.pretrained_cfg["mean"] == (0.5,) * 3
+    assert other.pretrained_cfg["mean"] != (0.5,) * 3
+    for wrong in ({"crop_pct": 87.5}, {"std": (0.2, 0.0, 0.2)}, {"interpolation": "cubic"}):
+        (name, value), *_ = wrong.items()
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}")):
+            set_preprocessing(model, **wrong)
+    vit = ViTForImageClassification(ViTConfig(image_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1))
+    with pytest.raises(ValueError, match=r"crop_pct=0\.9.*preprocessor_config"):
+        set_preprocessing(vit, crop_pct=0.9)
 
 
 def test_digits_ship_with_scikit_learn_and_are_held_out() -> None:

@@ -10,11 +10,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from test_checkpoint import VITS, slim_resnet, slim_transformers
 from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
-from lfrns_hub import zoo
-from lfrns_hub.zoo import create_dense, create_skeleton, read_weights
+from lfrns_hub import checkpoint, zoo
+from lfrns_hub.zoo import create_base, create_dense, create_skeleton, read_weights
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not here")
@@ -214,3 +215,32 @@ def test_the_given_vit_loads_as_it_lies_there(tmp_path: Path) -> None:
     model = create_dense(str(tmp_path / "vit"))
     assert zoo.num_classes_of(model) == 10
     assert zoo.input_size_of(model) == (3, 32, 32)
+
+
+def shapes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
+    """The shape of every tensor."""
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def test_the_dense_network_of_a_checkpoint_is_built_from_its_folder(tmp_path: Path) -> None:
+    checkpoint.save(slim_resnet(), tmp_path / "timm")
+    dense = create_base(tmp_path / "timm", device="meta")
+    assert shapes_of(dense) == shapes_of(timm.create_model("test_resnet", num_classes=7))
+    checkpoint.save(slim_transformers("vit"), tmp_path / "transformers")
+    assert shapes_of(create_base(tmp_path / "transformers")) == shapes_of(VITS["vit"]())
+
+
+def test_a_checkpoint_keeps_the_preprocessing_that_was_asked_for(tmp_path: Path) -> None:
+    model = slim_resnet()
+    zoo.set_preprocessing(model, mean=(0.1, 0.2, 0.3), crop_pct=0.5)
+    checkpoint.save(model, tmp_path / "timm")
+    again = checkpoint.load(tmp_path / "timm").pretrained_cfg
+    assert [list(again["mean"]), again["crop_pct"]] == [[0.1, 0.2, 0.3], 0.5]
+
+
+def test_a_folder_that_does_not_say_its_dense_network_asks_for_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere'.*no config\.json"):
+        create_base("nowhere")
+    checkpoint.save(torch.nn.Linear(3, 2), tmp_path / "own")
+    with pytest.raises(ValueError, match=r"own'.*--dense"):
+        create_base(tmp_path / "own")

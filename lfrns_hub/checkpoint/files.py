@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lfrns_hub.card import read_record, render_card
-from lfrns_hub.narrow import computed_buffers, grown
+from lfrns_hub.checkpoint.remote_code import MODELING_FILE
+from lfrns_hub.narrow import FORMAT_VERSION, computed_buffers, grown
 from lfrns_hub.plots import plot_widths, shows_plan
 
-FORMAT_VERSION = 1
 # Written last to first: a folder that is being overwritten has its new config only when the weights are there.
 FILES = (
     "config.json",
@@ -23,6 +23,7 @@ FILES = (
     "widths.png",
     "clusters.png",
     "preprocessor_config.json",
+    MODELING_FILE,
     "model.safetensors",
 )
 
@@ -32,14 +33,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"load({str(folder)!r}): it has no config.json. Give a folder that lfrns_hub.save wrote.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if "slim" not in config:  # timm's save_for_hf keeps no key but its own
+        config["slim"] = (config.get("model_args") or {}).get("slim") or {}
+    return config
 
 
 def write_config(draft: Path, config: dict[str, Any], model: nn.Module) -> None:
     """Write config.json with what is known of the model's making."""
-    provenance = getattr(model, "lfrns_provenance", None) or {}
-    config["slim"] = {**provenance, "format_version": FORMAT_VERSION, "class": type(model).__name__}
+    config["slim"] = facts_of(model)
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def facts_of(model: nn.Module) -> dict[str, Any]:
+    """Give what config.json says of a model's making."""
+    provenance = getattr(model, "lfrns_provenance", None) or {}
+    return {**provenance, "format_version": FORMAT_VERSION, "class": type(model).__name__}
 
 
 def write_weights(model: nn.Module, draft: Path) -> None:

@@ -13,9 +13,10 @@ from torch import nn
 
 from lfrns_hub.checkpoint.files import FORMAT_VERSION, compare, publish, read_config, write_card
 from lfrns_hub.checkpoint.own import OWN_NAME, fill_own, narrow_as_stored, own_skeleton, write_own
-from lfrns_hub.checkpoint.timm import TIMM_NAME, load_timm, timm_base, write_timm
+from lfrns_hub.checkpoint.timm import TIMM_NAME, carry_timm, load_timm, timm_base, write_timm
 from lfrns_hub.checkpoint.transformers import (
     TYPE_PREFIX,
+    carry_transformers,
     fill_transformers,
     has_narrow_class,
     is_transformers,
@@ -117,11 +118,12 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
             f"load({str(source)!r}): format_version {facts.get('format_version')!r}, this package reads "
             f"{FORMAT_VERSION}. Not a folder written by lfrns_hub.save, or one of a newer version: upgrade lfrns_hub."
         )
-    in_transformers = str(config.get("model_type", "")).startswith(TYPE_PREFIX)
+    in_timm = config.get("architecture") == TIMM_NAME
+    in_transformers = not in_timm and str(config.get("model_type", "")).startswith(TYPE_PREFIX)
     if model is not None:
         fill = fill_transformers if in_transformers else fill_own
         loaded = fill(narrow_as_stored(model, config), folder)
-    elif config.get("architecture") == TIMM_NAME:
+    elif in_timm:
         loaded = load_timm(folder, config)
     elif in_transformers:
         loaded = load_transformers(folder)
@@ -132,6 +134,28 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
         raise ValueError(f"load({str(source)!r}): config.json names neither {TIMM_NAME} nor a {TYPE_PREFIX}* model.")
     loaded.lfrns_provenance = {k: v for k, v in facts.items() if k not in ("format_version", "class")}
     return loaded.eval()
+
+
+def carry_config(model: nn.Module) -> nn.Module:
+    """Let a slim model's own config state its widths, in place, so that its library saves what loads again.
+
+    A model of transformers becomes an `Lfrns<Class>`, which is the same but for what its config says, so that
+    save_pretrained and the Trainer write it; one of timm gets the entrypoint's arguments, for save_for_hf.
+
+    Args:
+        model: A slim model, with `lfrns_provenance`. One that neither library can build again stays as it is.
+    Returns:
+        The same model.
+    """
+    try:
+        if is_transformers(model):
+            if has_narrow_class(model):
+                carry_transformers(model)
+        elif (name := timm_base(model, None)) is not None:
+            carry_timm(model, name)
+    except (ValueError, TypeError, RuntimeError):
+        pass  # its base is not what its config says: save() tells, and takes another by base=
+    return model
 
 
 def _num_classes(model: nn.Module) -> int | None:

@@ -4,109 +4,27 @@ The stock model is built as its arguments say, then narrowed by the stored sizes
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.layers import set_layer_config
-from timm.models import get_pretrained_cfg, is_model, load_pretrained, model_entrypoint, register_model
-from timm.models._features import FeatureGetterNet
+from timm.models import get_model_args, get_pretrained_cfg, is_model, model_entrypoint
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-import lfrns_hub.models  # noqa: F401  the CIFAR networks, so that timm can build them as a base
-from lfrns_hub.checkpoint.files import check_tensors, match_dtype, write_config, write_weights
-from lfrns_hub.narrow import Attrs, Shapes, describe, narrow
+import lfrns_hub.models  # the CIFAR networks, so that timm can build them as a base
+from lfrns_hub.checkpoint.entrypoint import TIMM_NAME, lfrns_slim
+from lfrns_hub.checkpoint.files import check_tensors, facts_of, match_dtype, write_config, write_weights
+from lfrns_hub.checkpoint.remote_code import auto_map, write_code
+from lfrns_hub.narrow import describe
 
-TIMM_NAME = "lfrns_slim"  # what timm prints to people who lack the package
-NOT_BASE_ARGS = ("base", "shapes", "attrs", "num_classes", "pretrained_cfg", "pretrained", "cache_dir")
-
-
-@register_model
-def lfrns_slim(
-    pretrained: bool = False,
-    *,
-    base: str | None = None,
-    shapes: Shapes | None = None,
-    attrs: Attrs | None = None,
-    pretrained_cfg: dict[str, Any] | None = None,
-    pretrained_cfg_overlay: dict[str, Any] | None = None,
-    pretrained_model_args: dict[str, Any] | None = None,
-    cache_dir: str | None = None,
-    num_classes: int | None = None,
-    in_chans: int | None = None,
-    features_only: bool = False,
-    out_indices: Any = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """Build the stock timm model `base`, narrow it, and load weights: timm's entrypoint of every slim model.
-
-    Args:
-        pretrained: Load the weights that pretrained_cfg names.
-        base: A timm architecture.
-        shapes: Tensors that differ from the base's.
-        attrs: Width attributes that differ from the base's.
-        pretrained_cfg: timm's, from config.json.
-        pretrained_cfg_overlay: timm's.
-        pretrained_model_args: timm's record of what the file was saved with.
-        cache_dir: timm's.
-        num_classes: Other than the checkpoint's: a new head after loading.
-        in_chans: Other than the checkpoint's: timm adapts the first convolution.
-        features_only: Wrap as a backbone of feature maps.
-        out_indices: Which maps; the base's own choice by default.
-        kwargs: For the base.
-    """
-    if base is None or base == TIMM_NAME or not is_model(base):
-        raise ValueError(f"{TIMM_NAME}(base={base!r}): not a model of this timm ({timm.__version__}). Load a folder "
-                         "saved by lfrns_hub, or upgrade timm.")  # fmt: skip
-    build = model_entrypoint(base)
-    cfg = dict(pretrained_cfg) if pretrained_cfg else None
-    stored_classes = cfg.get("num_classes", num_classes) if cfg else num_classes
-    stored_chans = (cfg.get("input_size") or (3,))[0] if cfg else in_chans
-    own = {"num_classes": stored_classes, "in_chans": in_chans if in_chans is not None else stored_chans}
-    own = _without_none(own)
-    overlay = {"pretrained_cfg_overlay": pretrained_cfg_overlay} if pretrained_cfg_overlay else {}
-    wanted_size, stored_size = kwargs.get("img_size"), (pretrained_model_args or {}).get("img_size")
-    resize = pretrained and wanted_size is not None and _as_size(wanted_size) != _as_size(stored_size)
-    if resize:
-        kwargs["img_size"] = stored_size  # the weights are of that size: resized once they are in
-    model = build(pretrained=False, pretrained_cfg=cfg, **overlay, **own, **_without_none(kwargs))
-    shapes = dict(shapes or {})
-    if own.get("in_chans") != stored_chans:
-        for conv in _as_tuple(model.pretrained_cfg.get("first_conv")):
-            if (weight := f"{conv}.weight") in shapes:
-                shapes[weight] = [shapes[weight][0], own["in_chans"], *shapes[weight][2:]]
-    narrow(model, shapes, attrs or {})
-    if pretrained:
-        load_pretrained(
-            model,
-            pretrained_cfg=model.pretrained_cfg,
-            num_classes=stored_classes if stored_classes is not None else model.num_classes,
-            in_chans=own.get("in_chans", 3),
-            strict=True,
-            cache_dir=cache_dir,
-        )
-    if resize:
-        model.set_input_size(img_size=wanted_size)
-    if num_classes is not None and num_classes != stored_classes:
-        model.reset_classifier(num_classes)
-    model.pretrained_cfg["architecture"] = TIMM_NAME  # so that timm's save_for_hf writes what loads again
-    if features_only:
-        return _as_backbone(model, build, out_indices)
-    return model
-
-
-def _as_backbone(model: nn.Module, build: Callable[..., nn.Module], out_indices: Any) -> nn.Module:
-    """Wrap a slim model as timm does for features_only, by its forward_intermediates."""
-    if out_indices is None:
-        with torch.device("meta"):
-            out_indices = build(pretrained=False, features_only=True, feature_cls="getter").out_indices
-    cfg = model.pretrained_cfg
-    backbone = FeatureGetterNet(model, out_indices=out_indices)
-    backbone.pretrained_cfg = backbone.default_cfg = cfg
-    return backbone
+NOT_BASE_ARGS = ("base", "shapes", "attrs", "slim", "num_classes", "pretrained_cfg", "pretrained", "cache_dir")
+# The type under which transformers finds its wrapper of timm models, registered in transformers.py.
+WRAPPER_TYPE = "lfrns_timm_wrapper"
+WRAPPER_MAP = auto_map("TimmWrapperConfig", "TimmWrapperForImageClassification", "TimmWrapperModel")
 
 
 def timm_base(model: nn.Module, base: Any) -> str | None:
@@ -133,16 +51,40 @@ def write_timm(
         model.pretrained_cfg = {**get_pretrained_cfg(base).to_dict(), "architecture": base}
     save_config_for_hf(model, str(draft / "config.json"), model_config={})
     config = json.loads((draft / "config.json").read_text())
-    args = config.get("model_args", {}) | (base_args or {})
-    args = {k: v for k, v in args.items() if k not in NOT_BASE_ARGS}
-    with torch.device("meta"):
-        skeleton = _create_slim({**args, "base": base, "num_classes": config["num_classes"]}, config["pretrained_cfg"])
-    shapes, attrs = describe(model, skeleton)
-    config |= {"architecture": TIMM_NAME, "model_args": {"base": base, "shapes": shapes, "attrs": attrs, **args}}
+    write_code(draft, WRAPPER_MAP, own_source(base))
+    config |= {
+        "architecture": TIMM_NAME,
+        "model_args": _model_args(model, base, base_args or {}),
+        "model_type": WRAPPER_TYPE,
+        "image_processor_type": "TimmWrapperImageProcessor",
+        "auto_map": WRAPPER_MAP,
+    }
     if label_names is not None:
         config["label_names"] = list(label_names)
     write_config(draft, config, model)
     write_weights(model, draft)
+
+
+def carry_timm(model: nn.Module, base: str) -> None:
+    """Let a slim model's own arguments state its widths, so that timm's save_for_hf writes what loads again."""
+    model._model_args = {**_model_args(model, base, {}), "slim": facts_of(model)}
+    model.pretrained_cfg = {**model.pretrained_cfg, "architecture": TIMM_NAME}
+
+
+def _model_args(model: nn.Module, base: str, base_args: dict[str, Any]) -> dict[str, Any]:
+    """Give the entrypoint's arguments for a model: base, what differs from it, and the base's own arguments."""
+    args = {k: v for k, v in (get_model_args(model) | base_args).items() if k not in NOT_BASE_ARGS}
+    with torch.device("meta"):
+        cfg = {**model.pretrained_cfg, "num_classes": model.num_classes}
+        skeleton = _create_slim({**args, "base": base, "num_classes": model.num_classes}, cfg)
+    shapes, attrs = describe(model, skeleton)
+    return {"base": base, "shapes": shapes, "attrs": attrs, **args}
+
+
+def own_source(base: str | None) -> Path | None:
+    """Name the source of a base that timm alone does not have."""
+    is_ours = is_model(base or "") and model_entrypoint(base).__module__ == lfrns_hub.models.__name__
+    return Path(lfrns_hub.models.__file__) if is_ours else None
 
 
 def _create_slim(args: dict[str, Any], pretrained_cfg: dict[str, Any]) -> nn.Module:
@@ -157,19 +99,5 @@ def load_timm(folder: Path, config: dict[str, Any]) -> nn.Module:
     with torch.device("meta"):
         check_tensors(_create_slim(config["model_args"], cfg).state_dict(), folder)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    model._model_args["slim"] = config["slim"]
     return match_dtype(model, folder)
-
-
-def _as_size(value: Any) -> tuple[int, int] | None:
-    """Give timm's int or pair as a pair."""
-    return None if value is None else (value, value) if isinstance(value, int) else tuple(value)
-
-
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is not given."""
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _as_tuple(value: Any) -> tuple[str, ...]:
-    """Give timm's None, name or tuple of names as a tuple."""
-    return () if value is None else (value,) if isinstance(value, str) else tuple(value)

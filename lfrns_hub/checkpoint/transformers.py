@@ -11,20 +11,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TimmWrapperModel,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING,
+    MODEL_MAPPING_NAMES,
 )
 from transformers.utils import logging as transformers_logging
 
-from lfrns_hub.checkpoint.files import check_shapes, check_tensors, match_dtype, read_config, write_config
-from lfrns_hub.narrow import describe, narrow
+from lfrns_hub.checkpoint.files import check_shapes, check_tensors, facts_of, match_dtype, read_config, write_config
+from lfrns_hub.checkpoint.narrow_classes import (
+    CLASS_PREFIX,
+    TYPE_PREFIX,
+    narrow_base,
+    narrow_class,
+    narrow_config,
+    wrapper_class,
+)
+from lfrns_hub.checkpoint.remote_code import auto_map, write_code
+from lfrns_hub.checkpoint.timm import own_source
+from lfrns_hub.narrow import describe
 
-TYPE_PREFIX = "lfrns_"
 # Image classifiers that build what they wrap by name, so that a subclass has nothing to narrow; what to save instead.
 NOT_SAVED = {
     "timm_wrapper": "Save the timm model in it: save(model.timm_model, ...).",
@@ -41,10 +62,34 @@ def _register(model_type: str) -> None:
         narrow_classes(model_type)
         return object.__new__(cls)
 
-    name = f"Lfrns{stock.__name__}"
-    body = {"model_type": TYPE_PREFIX + model_type, "__new__": __new__}
-    globals()[name] = type(name, (stock,), {**body, "__module__": __name__, "__doc__": stock.__doc__})
-    AutoConfig.register(TYPE_PREFIX + model_type, globals()[name], exist_ok=True)
+    config_class = _add(narrow_config(stock, __name__, _write_code, __new__=__new__))
+    AutoConfig.register(TYPE_PREFIX + model_type, config_class, exist_ok=True)
+
+
+def _register_wrapper() -> None:
+    """Register the classes under which transformers opens folders in timm's layout."""
+    config_class = _add(narrow_config(TimmWrapperConfig, __name__, _write_code))
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for mapping, stock in (
+        (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, TimmWrapperForImageClassification),
+        (MODEL_MAPPING, TimmWrapperModel),
+    ):
+        mapping.register(config_class, _add(wrapper_class(stock, config_class, __name__)), exist_ok=True)
+    # The file has timm's own names, without the wrapper's prefix.
+    prefix = get_checkpoint_conversion_mapping(TimmWrapperConfig.model_type)
+    register_checkpoint_conversion_mapping(config_class.model_type, prefix, overwrite=True)
+
+
+def _add(made: type) -> type:
+    """Let a generated class be found by its name."""
+    globals()[made.__name__] = made
+    return made
+
+
+def _write_code(config: PreTrainedConfig, folder: str | Path) -> None:
+    """Write the modeling file beside a config that transformers saves."""
+    base = (getattr(config, "model_args", None) or {}).get("base")
+    write_code(Path(folder), getattr(config, "auto_map", None) or {}, own_source(base))
 
 
 @cache
@@ -53,36 +98,29 @@ def narrow_classes(model_type: str) -> dict[type[PreTrainedModel], type[PreTrain
     config_class = CONFIG_MAPPING[TYPE_PREFIX + model_type]
     stock_classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[CONFIG_MAPPING[model_type]]
     stock_classes = stock_classes if isinstance(stock_classes, tuple) else (stock_classes,)
-    classes = {stock: _narrow_class(stock, config_class) for stock in stock_classes}
+    classes = {stock: _add(narrow_class(stock, config_class, __name__)) for stock in stock_classes}
     # A tuple, as transformers has it for DeiT: the config's `architectures` says which.
     value = tuple(classes.values()) if len(classes) > 1 else next(iter(classes.values()))
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(config_class, value, exist_ok=True)
+    if (stock := _stock_base(model_type)) is not None:
+        base = _add(narrow_base(stock, next(iter(classes.values())), __name__))
+        MODEL_MAPPING.register(config_class, base, exist_ok=True)
     return classes
 
 
-def _narrow_class(stock: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """Subclass a stock transformers model: the same, then narrowed by config.lfrns."""
-
-    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
-        stock.__init__(self, config, *args, **kwargs)
-        sizes = getattr(config, "lfrns", None) or {}
-        narrow(self, sizes.get("shapes", {}), sizes.get("attrs", {}))
-        for module in self.modules():  # the narrowed tensors hold no values yet: initialise once more
-            module.__dict__.pop("_is_hf_initialized", None)
-        self.init_weights()
-
-    name = f"Lfrns{stock.__name__}"
-    body = {"__init__": __init__, "config_class": config_class, "__module__": __name__, "__doc__": stock.__doc__}
-    globals()[name] = type(name, (stock,), body)
-    return globals()[name]
+def _stock_base(model_type: str) -> type[PreTrainedModel] | None:
+    """Find the model without a head that AutoModel gives for a type."""
+    found = MODEL_MAPPING.get(CONFIG_MAPPING[model_type], None)
+    return found[0] if isinstance(found, tuple) else found
 
 
 def __getattr__(name: str) -> Any:
     """Make the class that a pickled model or a worker process asks for by its name."""
-    for model_type, stock in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.items():
-        if name.removeprefix("Lfrns") in ((stock,) if isinstance(stock, str) else stock) and model_type in TYPES:
-            narrow_classes(model_type)
-            return globals()[name]
+    for model_type in TYPES if name.startswith(CLASS_PREFIX) else ():
+        for names in (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[model_type], MODEL_MAPPING_NAMES.get(model_type)):
+            if name.removeprefix(CLASS_PREFIX) in ((names,) if isinstance(names, str) else names or ()):
+                narrow_classes(model_type)
+                return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -99,24 +137,46 @@ def has_narrow_class(model: nn.Module) -> bool:
 
 def write_transformers(model: PreTrainedModel, draft: Path, label_names: Sequence[str] | None) -> None:
     """Write transformers' config.json and weights, by its own save_pretrained."""
-    narrow_class = _narrow_class_of(model)
-    fields = model.config.to_dict()
-    for key in ("model_type", "lfrns", "slim", "architectures", "transformers_version"):
-        fields.pop(key, None)
+    config = _narrow_config_of(model)
     if label_names is not None:
-        fields["id2label"] = dict(enumerate(label_names))
-        fields["label2id"] = {name: i for i, name in enumerate(label_names)}
-    config = narrow_class.config_class(**fields)
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {name: i for i, name in enumerate(label_names)}
     with torch.device("meta"):
-        skeleton = narrow_class(config)
-    shapes, attrs = describe(model, skeleton)
-    config.lfrns = {"shapes": shapes, "attrs": attrs}
-    with torch.device("meta"):
-        twin = narrow_class(config)
+        twin = _narrow_class_of(model)(config)
     twin.load_state_dict({k: v.contiguous().clone() for k, v in model.state_dict().items()}, assign=True, strict=True)
     with _no_progress_bar():
         twin.save_pretrained(draft)
     write_config(draft, read_config(draft), model)
+
+
+def carry_transformers(model: PreTrainedModel) -> None:
+    """Let a slim model be of the class, and its config of the type, that state its widths when they are saved."""
+    generated, config = _narrow_class_of(model), _narrow_config_of(model)
+    model.__class__, model.config.__class__ = generated, generated.config_class
+    model.config.lfrns, model.config.auto_map, model.config.slim = config.lfrns, config.auto_map, facts_of(model)
+
+
+def _narrow_config_of(model: PreTrainedModel) -> PreTrainedConfig:
+    """Make the config that states a model's widths and its code."""
+    generated = _narrow_class_of(model)
+    fields = model.config.to_dict()
+    for key in ("model_type", "lfrns", "slim", "architectures", "transformers_version"):
+        fields.pop(key, None)
+    config = generated.config_class(**fields)
+    with torch.device("meta"):
+        skeleton = generated(config)
+    shapes, attrs = describe(model, skeleton)
+    config.lfrns = {"shapes": shapes, "attrs": attrs, "num_labels": config.num_labels}
+    ours = auto_map(generated.config_class.__base__.__name__, generated.__base__.__name__, _exported_base(model))
+    config.auto_map = {**(fields.get("auto_map") or {}), **ours}
+    return config
+
+
+def _exported_base(model: PreTrainedModel) -> str | None:
+    """Name the model inside a classifier, where AutoModel gives its class and transformers exports it."""
+    stock = _stock_base(model.config.model_type.removeprefix(TYPE_PREFIX))
+    inside = getattr(model, model.base_model_prefix, None)
+    return stock.__name__ if type(inside) is stock and hasattr(transformers, stock.__name__) else None
 
 
 def _narrow_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -137,6 +197,12 @@ def _narrow_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 def load_transformers(folder: Path) -> nn.Module:
     """Check names and shapes on the meta device, then let transformers load, and read its report."""
+    model_type = read_config(folder)["model_type"]
+    if model_type.removeprefix(TYPE_PREFIX) not in TYPES:
+        raise ValueError(
+            f"load({str(folder)!r}): model_type {model_type!r} is none of transformers {transformers.__version__}. "
+            "Upgrade transformers; code that the folder brings is not run."
+        )
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         skeleton = AutoModelForImageClassification.from_config(config)
@@ -174,3 +240,4 @@ def _no_progress_bar() -> Iterator[None]:
 
 for _type in TYPES:
     _register(_type)
+_register_wrapper()

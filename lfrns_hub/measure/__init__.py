@@ -1,9 +1,9 @@
 """What a model scores and what it costs: accuracy, parameters, MACs, latency, and the Record that keeps them."""
 
 from lfrns_hub.answers import check_labels
-from lfrns_hub.measure.compare import measure
+from lfrns_hub.measure.compare import measure, measure_each
 from lfrns_hub.measure.counting import count_macs, count_params
-from lfrns_hub.measure.latency import cpu_name, measure_latency
+from lfrns_hub.measure.latency import cpu_name, describe_setup, forward_passes, measure_latency, take_turns
 from lfrns_hub.measure.record import Record, format_table
 from lfrns_hub.measure.score import evaluate, prepare_loader
 from lfrns_hub.running import evaluating
@@ -14,10 +14,14 @@ __all__ = [
     "count_macs",
     "count_params",
     "cpu_name",
+    "describe_setup",
     "evaluate",
     "evaluating",
     "format_table",
+    "forward_passes",
     "measure",
+    "measure_each",
     "measure_latency",
     "prepare_loader",
+    "take_turns",
 ]

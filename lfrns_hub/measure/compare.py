@@ -1,5 +1,6 @@
-"""One model measured, or a slim one beside its dense one: the Record of all figures."""
+"""One model measured, or slim ones beside their dense one: the Record of all figures."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,19 +40,42 @@ def measure(
     Raises:
         ValueError: No input size is known, or as `evaluate`.
     """
-    models = {"slim": unwrap(model, "measure")}
-    if dense is not None:
-        models["dense"] = unwrap(dense, "measure")
+    options = {"accelerator": accelerator, "example_input": example_input, "progress": progress}
+    return measure_each({"slim": model}, loader, dense=dense, **options)["slim"]
+
+
+def measure_each(
+    models: dict[str, nn.Module],
+    loader: Iterable[Any] | None = None,
+    *,
+    dense: nn.Module | None = None,
+    accelerator: Any = None,
+    example_input: Tensor | None = None,
+    progress: bool = True,
+) -> dict[str, Record]:
+    """Measure several models of one dense one in a single pass over the images, and all in turns on the clock.
+
+    Args:
+        models: By any name but "dense", at least one.
+        loader, dense, accelerator, example_input, progress: As for `measure`.
+    Returns:
+        A record for each, as `measure` would give it.
+    Raises:
+        ValueError: As `measure`.
+    """
+    slims = {name: unwrap(model, "measure") for name, model in models.items()}
+    models = slims if dense is None else {**slims, "dense": unwrap(dense, "measure")}
+    first = next(iter(slims.values()))
     scores: dict[str, dict[str, Any]] = {
         name: dict.fromkeys(("top1_pct", "images", "per_class_pct")) for name in models
     }
-    input_size = None
+    input_size, answers = None, {}
     if loader is not None:
         answers, input_size = answer(models, loader, accelerator, progress)
         scores = {name: score(answers, name, input_size) for name in models}
     if example_input is None:
-        example_input = torch.zeros(1, *input_size) if input_size else _configured_image(models["slim"])
-    device = device_of(models["slim"]) if accelerator is None else accelerator.device
+        example_input = torch.zeros(1, *input_size) if input_size else _configured_image(first)
+    device = device_of(first) if accelerator is None else accelerator.device
     with evaluating(*models.values(), device=device):
         latency = latency_on_main(models, example_input[:1], accelerator)
     for name, one in models.items():
@@ -63,14 +87,18 @@ def measure(
             "latency_ms": latency[name],
             "size_mb": sum(value.numel() * value.element_size() for value in one.state_dict().values()) / 1e6,
         }
-    slim_scores, dense_scores = scores["slim"], scores.get("dense")
+    dense_scores = scores.get("dense")
     if dense_scores is not None:
-        classes = loader is not None and "labels" in answers
-        slim_scores["agreement_pct"] = percent(answers["slim"] == answers["dense"]) if classes else None
-        slim_scores["worst_class"] = worst_class(dense_scores, slim_scores) if classes else None
-        if loader is not None and not classes:
-            slim_scores["explained_pct"] = 100 * (1 - answers["slim error"].double().mean().item())
-    return Record(dense_scores, slim_scores, describe_setup(models["slim"], example_input, device))
+        for name in slims:
+            classes = "labels" in answers
+            scores[name]["agreement_pct"] = percent(answers[name] == answers["dense"]) if classes else None
+            scores[name]["worst_class"] = worst_class(dense_scores, scores[name]) if classes else None
+            if loader is not None and not classes:
+                scores[name]["explained_pct"] = 100 * (1 - answers[f"{name} error"].double().mean().item())
+    return {
+        name: Record(copy.copy(dense_scores), scores[name], describe_setup(one, example_input, device))
+        for name, one in slims.items()
+    }
 
 
 def _configured_image(model: nn.Module) -> Tensor:

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,18 +36,38 @@ def measure_latency(
     """
     if runs < 1:
         raise ValueError(f"measure_latency(runs={runs}): at least one timed run is needed. The default is 30.")
-    times: dict[str, list[float]] = {name: [] for name in models}
     with evaluating(*models.values()), torch.no_grad():
-        inputs = {name: as_input(example_input, model) for name, model in models.items()}
-        for turn in range(warmup + runs):
-            for name, model in models.items():
-                _wait_for(inputs[name].device)
-                start = time.perf_counter()
-                model(inputs[name])
-                _wait_for(inputs[name].device)
-                if turn >= warmup:
-                    times[name].append(1000 * (time.perf_counter() - start))
+        times = take_turns(forward_passes(models, example_input), runs=runs, warmup=warmup)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def forward_passes(models: dict[str, nn.Module], example_input: Tensor) -> dict[str, Callable[[], None]]:
+    """Give a call for each model that runs it on the images where it is, and returns when it is done."""
+
+    def call(model: nn.Module, images: Tensor) -> None:
+        model(images)
+        _wait_for(images.device)
+
+    inputs = {name: as_input(example_input, model) for name, model in models.items()}
+    for images in inputs.values():
+        _wait_for(images.device)
+    return {name: functools.partial(call, model, inputs[name]) for name, model in models.items()}
+
+
+def take_turns(calls: dict[str, Callable[[], Any]], *, runs: int, warmup: int) -> dict[str, list[float]]:
+    """Time several calls one after the other, again and again.
+
+    Returns:
+        Name -> milliseconds of each timed turn, [runs]; equal places are of the same turn.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warmup + runs):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn >= warmup:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times
 
 
 def latency_on_main(models: dict[str, nn.Module], image: Tensor, accelerator: Any) -> dict[str, float]:

@@ -1,0 +1,156 @@
+"""Beside classes of transformers the narrow ones: the same, then narrowed by `config.lfrns`, and loaded strictly.
+
+A checkpoint takes this file along (see remote_code.py): of the package it may import narrow.py alone.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lfrns_hub.narrow import Shapes, narrow
+
+TYPE_PREFIX = "lfrns_"
+CLASS_PREFIX = "Lfrns"
+MODELING = "modeling_lfrns"  # the file in a checkpoint, by its name as a module
+
+
+def narrow_config(
+    stock: type[PreTrainedConfig], module: str, write: Callable[[Any, Any], None] | None = None, **body: Any
+) -> type[PreTrainedConfig]:
+    """Subclass a stock config: its type is `lfrns_<type>`, and what it saves has its code beside it.
+
+    Args:
+        stock: The config class of transformers.
+        module: Where the class will be found.
+        write: Writes the code, given the config and the folder; transformers copies that of a class it got by
+            trust_remote_code itself.
+        body: Further attributes of the class.
+    """
+
+    def save_pretrained(self: PreTrainedConfig, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        # Of a model from the Hub transformers makes it "user/name--file.Class"; the file comes along, so name it alone.
+        for auto, name in (getattr(self, "auto_map", None) or {}).items():
+            if isinstance(name, str) and f"--{MODELING}." in name:
+                self.auto_map[auto] = name.rpartition("--")[2]
+        if write is not None:
+            write(self, save_directory)
+        stock.save_pretrained(self, save_directory, *args, **kwargs)
+
+    fields = {"model_type": TYPE_PREFIX + stock.model_type, "save_pretrained": save_pretrained}
+    return _subclass(stock, module, {**fields, **body})
+
+
+def narrow_class(
+    stock: type[PreTrainedModel], config_class: type[PreTrainedConfig], module: str
+) -> type[PreTrainedModel]:
+    """Subclass a stock classifier: the same, then narrowed by config.lfrns, `{"shapes": ..., "attrs": ...}`."""
+
+    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, config, *args, **kwargs)
+        sizes = getattr(config, "lfrns", None) or {}
+        narrow(self, _fit_head(self, config, sizes.get("shapes", {})), sizes.get("attrs", {}))
+        for part in self.modules():  # the narrowed tensors hold no values yet: initialise once more
+            part.__dict__.pop("_is_hf_initialized", None)
+        self.init_weights()
+
+    body = {"__init__": __init__, "config_class": config_class}
+    return _subclass(stock, module, {**body, "from_pretrained": _strictly(stock)})
+
+
+def narrow_base(stock: type[PreTrainedModel], classifier: type[PreTrainedModel], module: str) -> type[PreTrainedModel]:
+    """Subclass a stock model without a head, for AutoModel: what a narrow classifier holds, taken out of it."""
+
+    def taken(cls: type[PreTrainedModel], whole: PreTrainedModel) -> PreTrainedModel:
+        """Take the base out of a classifier, as this class."""
+        base = getattr(whole, whole.base_model_prefix, None)
+        if not isinstance(base, stock):
+            raise ValueError(
+                f"{cls.__name__}: the classifier {type(whole).__name__} holds no {stock.__name__} to give. Load it by "
+                "AutoModelForImageClassification."
+            )
+        base.__class__ = cls
+        base.config.architectures = [cls.__name__]
+        return base
+
+    @classmethod
+    def from_pretrained(
+        cls: type[PreTrainedModel], *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        whole, info = classifier.__base__.from_pretrained.__func__(
+            classifier, *args, output_loading_info=True, **kwargs
+        )
+        prefix = classifier.base_model_prefix + "."
+        # A folder that this class wrote has no head, and none is needed.
+        _refuse({**info, "missing_keys": {k for k in info["missing_keys"] if k.startswith(prefix)}}, cls, args)
+        model = taken(cls, whole)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _from_config(cls: type[PreTrainedModel], config: Any, **kwargs: Any) -> PreTrainedModel:
+        return taken(cls, classifier._from_config(config, **kwargs))
+
+    body = {"config_class": classifier.config_class, "from_pretrained": from_pretrained, "_from_config": _from_config}
+    return _subclass(stock, module, body)
+
+
+def wrapper_class(
+    stock: type[PreTrainedModel], config_class: type[PreTrainedConfig], module: str
+) -> type[PreTrainedModel]:
+    """Subclass transformers' wrapper of timm models, which timm's entrypoint `lfrns_slim` narrows: loaded strictly."""
+
+    def __init__(self: PreTrainedModel, config: Any) -> None:
+        stock.__init__(self, config)
+        if not self.timm_model.num_classes:  # AutoModel: the file has a classifier, the model none
+            heads = config.pretrained_cfg.get("classifier") or ()
+            heads = [heads] if isinstance(heads, str) else heads
+            ignored = {rf"^(timm_model\.)?{re.escape(head)}\." for head in heads}
+            self._keys_to_ignore_on_load_unexpected = (self._keys_to_ignore_on_load_unexpected or set()) | ignored
+
+    body = {"__init__": __init__, "config_class": config_class}
+    return _subclass(stock, module, {**body, "from_pretrained": _strictly(stock)})
+
+
+def _subclass(stock: type, module: str, body: dict[str, Any]) -> type:
+    """Make Lfrns<Stock>, which says that it lies in `module`."""
+    return type(CLASS_PREFIX + stock.__name__, (stock,), {**body, "__module__": module, "__doc__": stock.__doc__})
+
+
+def _strictly(stock: type[PreTrainedModel]) -> classmethod:
+    """Give a from_pretrained that raises where transformers only reports."""
+
+    @classmethod
+    def from_pretrained(
+        cls: type[PreTrainedModel], *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        model, info = stock.from_pretrained.__func__(cls, *args, output_loading_info=True, **kwargs)
+        _refuse(info, cls, args)
+        return (model, info) if output_loading_info else model
+
+    return from_pretrained
+
+
+def _refuse(info: dict[str, Any], cls: type, args: tuple[Any, ...]) -> None:
+    """Refuse tensors that are missing or unexpected; misshapen ones pass only by ignore_mismatched_sizes."""
+    misshapen = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    problems = [f"{name} is missing" for name in sorted(set(info["missing_keys"]) - misshapen)]
+    problems += [f"{name} is unexpected" for name in sorted(info["unexpected_keys"])]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        source = repr(str(args[0])) if args else ""
+        raise ValueError(
+            f"{cls.__name__}.from_pretrained({source}): {'; '.join(problems[:4])}{more}. The file is damaged, or of "
+            "another model: save it again."
+        )
+
+
+def _fit_head(model: nn.Module, config: Any, shapes: Shapes) -> Shapes:
+    """Fit the head's stated sizes to the classes asked for (num_labels=), which the stored ones may differ from."""
+    stored = (getattr(config, "lfrns", None) or {}).get("num_labels", config.num_labels)
+    body = model.base_model_prefix + "."
+    if stored == config.num_labels:
+        return shapes
+    heads = {name for name, shape in shapes.items() if not name.startswith(body) and list(shape)[:1] == [stored]}
+    return shapes | {name: [config.num_labels, *shapes[name][1:]] for name in heads}

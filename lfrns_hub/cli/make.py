@@ -1,0 +1,236 @@
+"""Commands that make a slim checkpoint: demo, slim, retrain."""
+
+import argparse
+import contextlib
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lfrns_hub as lfrns
+from lfrns_hub import recipe
+from lfrns_hub.cli.judge import refresh
+from lfrns_hub.cli.terminal import (
+    Batch,
+    ClassMap,
+    CropPct,
+    Data,
+    Exclude,
+    Flip,
+    Folder,
+    Interpolation,
+    Json,
+    Labels,
+    Mean,
+    Model,
+    Pictures,
+    Std,
+    ValSplit,
+    Weights,
+    app,
+    examples,
+    load_slim,
+    read_budgets,
+    show,
+)
+from lfrns_hub.index import checkpoint_name, write_index
+from lfrns_hub.measure import Record, format_table
+from lfrns_hub.pictures import load_processor
+from lfrns_hub.retrain import make_accelerator
+from lfrns_hub.zoo import check_images, create_dense, guard_against_chance, set_preprocessing
+
+Epochs = Annotated[int, typer.Option(min=0, help="retraining, with the dense model as teacher")]
+Rate = Annotated[float | None, typer.Option(help="peak of the retraining (default: 0.01 with SGD, 1e-4 with AdamW)")]
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def demo(context: typer.Context) -> None:
+    """Slim a small ViT on handwritten digits: minutes, no network. Takes recipes/vit_digits.py's options and --json."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true")
+    own, rest = parser.parse_known_args(context.args)
+    script = _digits_recipe()
+    sys.argv = [str(script), *rest]
+    with contextlib.redirect_stdout(sys.stderr) if own.json else contextlib.nullcontext():
+        runpy.run_path(str(script), run_name="__main__")
+    if own.json:
+        parser.add_argument("--output-dir", default="out/vit_digits")
+        record = Path(parser.parse_known_args(rest)[0].output_dir) / "record.json"
+        print(record.read_text(encoding="utf-8"), end="")
+
+
+@app.command(
+    epilog=examples(
+        "lfrns slim resnet50 --weights my.pth --data DIR --val-split 0.1 --macs 0.5 --epochs 10 --out slim/",
+        "lfrns slim resnet50.a1_in1k --data DIR --macs 0.75,0.5,0.35 --out zoo/",
+        "accelerate launch -m lfrns_hub slim google/vit-base-patch16-224 --data DIR --macs 0.5 --out slim/",
+    )
+)
+def slim(
+    model: Model,
+    data: Data,
+    out: Annotated[str, typer.Option(metavar="DIR", help="output folder")],
+    weights: Weights = None,
+    macs: Annotated[
+        str | None, typer.Option(help="fraction of the MACs to keep, in (0, 1]; several make a folder of checkpoints")
+    ] = None,
+    params: Annotated[float | None, typer.Option(help="fraction of the parameters to keep, in (0, 1]")] = None,
+    epochs: Epochs = 3,
+    learning_rate: Rate = None,
+    preset: Annotated[str, typer.Option(help="ours, or paper for the abstract taken literally")] = "ours",
+    calibration_images: Annotated[int, typer.Option(help="training images that units are ranked by")] = 2000,
+    fcr_steps: Annotated[int, typer.Option(help="training steps of the FCR gates")] = 200,
+    exclude: Exclude = None,
+    batch_size: Batch = 64,
+    label_column: Labels = None,
+    val_split: ValSplit = None,
+    class_map: ClassMap = None,
+    mean: Mean = None,
+    std: Std = None,
+    crop_pct: CropPct = None,
+    interpolation: Interpolation = None,
+    flip: Flip = True,
+    seed: int = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a checkpoint in the folder")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="push the finished checkpoint; several: the user alone")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Slim a trained model to a budget, retrain it, measure both, save it with its card.
+
+    Several budgets share one analysis; each gets a folder of its own, named as on the Hub, under one README.
+    """
+    directory = recipe.check_output_dir(out, resume=False, overwrite=overwrite)
+    budgets: list[float | None] = read_budgets(macs) if macs is not None else [None]
+    several = len(budgets) > 1
+    if macs is None and params is None:
+        raise ValueError("lfrns slim: --macs or --params must say how much to keep. For half of the MACs: --macs 0.5.")
+    if params is not None and not 0 < params <= 1:
+        raise ValueError(
+            f"--params {params}: the fraction of the parameters to keep must be in (0, 1]. For 50 % pass 0.5."
+        )
+    if several and push_to_hub and "/" in push_to_hub:
+        raise ValueError(
+            f"--push-to-hub {push_to_hub}: {len(budgets)} budgets make as many repositories, named as their folders. "
+            "Give the user or the organisation alone."
+        )
+    accelerator = make_accelerator(seed=seed)
+    progress, main_process = not as_json, accelerator.is_main_process
+    dense = create_dense(model, weights=weights)
+    set_preprocessing(dense, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
+    pictures = Pictures(data, label_column, val_split, class_map, flip)
+    calibration_set = pictures.load(dense, "train", limit=calibration_images, seed=seed)
+    train, test = pictures.load(dense, "train", augment=True), pictures.load(dense, "validation")
+    calibration_loader, test_loader = DataLoader(calibration_set, batch_size), DataLoader(test, batch_size)
+    train_loader = DataLoader(train, max(1, batch_size // accelerator.num_processes), shuffle=True)
+    check_images(dense, calibration_loader)
+    guard_against_chance(dense, calibration_loader, data)
+
+    analysis = lfrns.analyse(
+        dense,
+        calibration_loader,
+        preset=preset,
+        exclude=tuple(exclude or ()),
+        accelerator=accelerator,
+        seed=seed,
+        progress=progress,
+    )
+    # All cuts come before any training: a budget out of reach is known within minutes.
+    results = [analysis.cut(macs=budget, params=params, fcr_steps=fcr_steps) for budget in budgets]
+    made: list[tuple[Path, nn.Module, Record]] = []
+    options = {"processor": load_processor(dense), "label_names": test.class_names, "overwrite": True}
+    for budget, result in zip(budgets, results, strict=True):
+        training = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed, "progress": progress}
+        lfrns.retrain(result.model, train_loader, teacher=dense, accelerator=accelerator, **training)
+        record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator, progress=progress)
+        record.setup.update(
+            recipe.describe_source(data, model),
+            calibration_images=len(calibration_set),
+            seed=seed,
+            epochs=epochs,
+            val_split=val_split,
+            label_names=test.class_names,
+        )
+        folder = directory / checkpoint_name(model, data, budget) if several else directory
+        made.append((folder, result.model, record))
+        if main_process:
+            recipe.draw_clusters(dense, result, calibration_loader, folder)
+            # The folder was empty, or may be overwritten: that was checked before there was a picture in it.
+            lfrns.save(result.model, folder, record=record, **options)
+            if progress:
+                recipe.print_results(record, [], folder)
+        accelerator.wait_for_everyone()
+    if main_process:
+        if several:
+            _compare(made, directory, f"{Path(model).name}, slimmed to {len(budgets)} budgets", options)
+        folders = [folder for folder, _, _ in made]
+        urls = [lfrns.push(f, f"{push_to_hub}/{f.name}" if several else push_to_hub) for f in folders if push_to_hub]
+        found = [{"directory": str(folder), **json.loads(record.to_json())} for folder, _, record in made]
+        index = [f"Compared in {directory / 'README.md'}"] if several else []
+        show(as_json, {"checkpoints": found, "pushed": urls}, *index, *(f"Pushed: {url}" for url in urls))
+    accelerator.end_training()
+
+
+def _compare(made: list[tuple[Path, nn.Module, Record]], directory: Path, title: str, options: dict[str, Any]) -> None:
+    """Tell each card of all budgets, which are known when the last is done, and write the index over them."""
+    budgets = [
+        {"macs_fraction": record.slim["macs_g"] / record.dense["macs_g"], "top1_pct": record.slim["top1_pct"]}
+        for _, _, record in made
+    ]
+    for folder, model, record in made:
+        record.setup["budgets"] = budgets
+        lfrns.save(model, folder, record=record, **options)
+    write_index(directory, title)
+
+
+@app.command(
+    epilog=examples(
+        "lfrns retrain slim/ --data DIR --teacher resnet50 --weights my.pth --epochs 10",
+        "accelerate launch -m lfrns_hub retrain slim/ --data DIR",
+    )
+)
+def retrain(
+    directory: Folder,
+    data: Data,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="the dense model, to learn from")] = None,
+    weights: Weights = None,
+    epochs: Annotated[int, typer.Option(min=1, help="passes over the training pictures")] = 3,
+    learning_rate: Rate = None,
+    batch_size: Batch = 64,
+    label_column: Labels = None,
+    val_split: ValSplit = None,
+    class_map: ClassMap = None,
+    flip: Flip = True,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a slim model further, and bring its weights, record and card up to date."""
+    model = load_slim(directory, teacher)
+    dense = create_dense(teacher, weights=weights) if teacher else None
+    pictures = Pictures(data, label_column, val_split, class_map, flip)
+    train, test = pictures.load(model, "train", augment=True), pictures.load(model, "validation")
+    accelerator = make_accelerator(seed=seed)
+    test_loader = DataLoader(test, batch_size)
+    check_images(model, test_loader)
+    options = {"accelerator": accelerator, "progress": not as_json}
+    loader = DataLoader(train, max(1, batch_size // accelerator.num_processes), shuffle=True)
+    lfrns.retrain(model, loader, teacher=dense, epochs=epochs, learning_rate=learning_rate, seed=seed, **options)
+    record = lfrns.measure(model, test_loader, dense=dense, **options)
+    if accelerator.is_main_process:
+        record = refresh(directory, model, record, pictures, test.class_names, epochs=epochs)
+        show(as_json, json.loads(record.to_json()), format_table(record))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def _digits_recipe() -> Path:
+    """Find the recipe: inside the wheel, or beside the package in a checkout."""
+    package = Path(__file__).parent.parent
+    inside, beside = package / "_recipes" / "vit_digits.py", package.parent / "recipes" / "vit_digits.py"
+    return inside if inside.is_file() else beside

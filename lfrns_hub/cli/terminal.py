@@ -1,0 +1,133 @@
+"""What the commands share: the app, their common arguments, the pictures they read, how they print."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from torch import nn
+
+import lfrns_hub as lfrns
+from lfrns_hub.zoo import ImageData, create_skeleton, load_data, make_transform
+
+app = typer.Typer(
+    help="Slim vision models: find redundant units, remove them, retrain. Each command's --help shows examples.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(help="timm name, hf-hub:..., transformers repo id, folder, or package.module:fn")]
+Folder = Annotated[str, typer.Argument(metavar="DIR", help="folder that lfrns slim wrote")]
+Data = Annotated[str, typer.Option("--data", metavar="DIR", help="parquet or image folder, a Hub id, or digits")]
+Weights = Annotated[str | None, typer.Option(metavar="FILE", help="of the dense model: safetensors or .pth")]
+Batch = Annotated[int, typer.Option(min=1, help="images a step, all processes")]
+Labels = Annotated[str | None, typer.Option(help="column of the parquet files (default: fine_label or label)")]
+ValSplit = Annotated[float | None, typer.Option(metavar="SHARE", help="of the training pictures, held out to test on")]
+ClassMap = Annotated[
+    str | None, typer.Option(metavar="FILE", help="names the classes in the model's order, one a line")
+]
+Mean = Annotated[tuple[float, float, float] | None, typer.Option(help="of the pixels, in place of the model's")]
+Std = Annotated[tuple[float, float, float] | None, typer.Option(help="likewise")]
+CropPct = Annotated[float | None, typer.Option(help="share of the shorter side in the central crop, likewise")]
+Interpolation = Annotated[str | None, typer.Option(help="bilinear, bicubic, ..., likewise")]
+Flip = Annotated[bool, typer.Option("--flip/--no-flip", help="mirror half of the training pictures; not digits, signs")]
+Exclude = Annotated[list[str] | None, typer.Option(help="groups to leave alone: a name or glob, repeatable")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, and nothing else there")]
+
+
+def examples(*lines: str) -> str:
+    """Give the end of a command's help: lines to copy."""
+    return "\n\n".join(["[bold]Examples[/bold]", *lines])
+
+
+def show(as_json: bool, data: Any, *parts: Any) -> None:
+    """Print what a command found: tables and lines for people, or its data as JSON for scripts."""
+    if as_json:
+        print(json.dumps(data, indent=2, allow_nan=False))
+        return
+    for part in parts:
+        if isinstance(part, str):
+            console.print(part, markup=False, soft_wrap=True)  # a name or an extra may stand in brackets
+        else:
+            console.print(part)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The data that a command was given."""
+
+    data: str
+    label_column: str | None = None
+    val_split: float | None = None
+    class_map: str | None = None
+    flip: bool = True
+
+    def load(
+        self, model: nn.Module, split: str, *, augment: bool = False, limit: int | None = None, seed: int = 0
+    ) -> ImageData:
+        """Load a split, prepared as a model wants its images."""
+        transform = make_transform(model, train=augment, flip=self.flip)
+        options = {"label_column": self.label_column, "val_split": self.val_split, "class_map": self.class_map}
+        return load_data(self.data, split, transform=transform, limit=limit, seed=seed, **options)
+
+
+def read_list(text: str, option: str, kind: type) -> list[Any]:
+    """Read numbers with commas between them.
+
+    Raises:
+        ValueError: One is no number.
+
+    Example:
+        >>> read_list("0.75,0.5", "--macs", float)
+        [0.75, 0.5]
+    """
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError as error:
+        raise ValueError(
+            f"{option} {text}: numbers with commas between them are needed, as 1,32 or 0.75,0.5."
+        ) from error
+
+
+def read_budgets(text: str) -> list[float]:
+    """Read fractions of the MACs to keep, the largest first.
+
+    Raises:
+        ValueError: One is no number, or outside (0, 1].
+    """
+    budgets = read_list(text, "--macs", float)
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            hint = f" For {budget:g} % pass {budget / 100:g}." if 1 < budget <= 100 else ""
+            raise ValueError(f"--macs {text}: each fraction of the MACs to keep must be in (0, 1].{hint}")
+    return sorted(budgets, reverse=True)
+
+
+def is_slim(model: str) -> bool:
+    """Tell a folder that `lfrns_hub.save` wrote."""
+    config = Path(model) / "config.json"
+    return config.is_file() and "slim" in json.loads(config.read_text(encoding="utf-8"))
+
+
+def load_slim(directory: str, dense: str | None) -> nn.Module:
+    """Load a checkpoint; of a class of one's own by way of the dense model's name.
+
+    Raises:
+        ValueError: The folder is no checkpoint, or one that needs the name.
+    """
+    config = Path(directory) / "config.json"
+    stored = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if stored.get("architecture") != "lfrns_own_class":
+        return lfrns.load(directory)
+    if dense is None:
+        kind = stored.get("slim", {}).get("class")
+        raise ValueError(
+            f"{directory}: it holds a {kind}, which neither timm nor transformers builds. Name what builds "
+            "the dense model, package.module:function, by --dense (of retrain: --teacher)."
+        )
+    return lfrns.load(directory, model=create_skeleton(dense))

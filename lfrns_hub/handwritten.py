@@ -1,0 +1,117 @@
+"""What people wrote into a card on the Hub outlives the next push of it.
+
+A push marks the sections that the card's template writes, title included. In the card that is already there, a marked
+section is ours and is replaced; one without the mark is somebody's own and stays behind the section it followed.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CardData, RepoCard
+
+MARK_START = "<!-- lfrns_hub writes this section"  # what it is known by; the rest is for the reader
+MARK = f"{MARK_START} anew at every push; write under a heading of your own, which stays -->"
+UNKNOWN = "unknown"  # how a card says that nothing is known: no statement, so a person's stands
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and the text down to the next."""
+
+    heading: str
+    text: str
+    ours: bool
+
+    @property
+    def name(self) -> str:
+        """What it is called from push to push; our title changes with the model's name."""
+        return "title" if self.ours and self.heading.startswith("# ") else self.heading
+
+
+def merge_cards(new: str, old: str | None) -> str:
+    """Put a person's sections and front matter of the old card into the new one.
+
+    Args:
+        new: The card to be pushed.
+        old: The card in the repository, None where there is none.
+    Returns:
+        The new card, its generated sections marked; merged with `new` again it stays as it is. Of the old front matter
+        it has the keys that `new` does not state, and the tags; results of weights that a push replaced go.
+    Raises:
+        ValueError: The front matter of one of them cannot be read.
+    """
+    stated, plain = _read(new, "the card to be pushed")
+    facts, before = _read(old, "the card that is there") if old else ({}, [])
+    sections = _mark(plain)
+    same = {section.text: marked.name for section, marked in zip(plain, sections, strict=True)}
+    ours = {section.name: section.ours for section in sections}
+    after: dict[str | None, list[Section]] = {}  # a person's sections by the name of what they follow in the new card
+    place = None
+    for section in before:
+        if section.text in same:  # word for word: it came by another way than a push
+            place = same[section.text]
+        elif section.name in ours and section.ours == ours[section.name]:
+            place = section.name
+        elif not section.ours:
+            after.setdefault(place, []).append(section)
+    merged = after.pop(None, [])
+    for section in sections:
+        merged += [section, *after.pop(section.name, [])]
+    if any(section.ours for section in before):
+        facts.pop("model-index", None)
+    front = CardData(**_merge_facts(stated, facts)).to_yaml()
+    return "\n\n".join([f"---\n{front}\n---", *(section.text for section in merged)]) + "\n"
+
+
+def _merge_facts(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """Take what the new front matter states, from the old one the other keys and all tags."""
+    merged = new | {key: value for key, value in old.items() if new.get(key) in (None, UNKNOWN)}
+    tags = [tag for facts in (new, old) for tag in _as_list(facts.get("tags"))]
+    return merged | ({"tags": list(dict.fromkeys(tags))} if tags else {})
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Give a list of what YAML has as nothing, one or several."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _read(card: str, which: str) -> tuple[dict[str, Any], list[Section]]:
+    """Split a card into its front matter and its sections."""
+    try:
+        parsed = RepoCard(card if card.lstrip().startswith("---") else f"---\n\n---\n{card}")
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"README.md, {which}: front matter that cannot be read ({problem}). Mend it first.") from error
+    blocks, fence = [[""]], ""
+    for line in parsed.text.splitlines():
+        mark = re.match(r" {0,3}(`{3,}(?!.*`)|~{3,})(.*)", line)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and not mark[2].strip():
+            fence = ""
+        if not fence and re.match(r"#{1,6} ", line):
+            blocks.append([line.rstrip()])
+        else:
+            blocks[-1].append(line)
+    sections = [
+        Section(block[0], "\n".join(block).strip(), any(line.startswith(MARK_START) for line in block))
+        for block in blocks
+    ]
+    return parsed.data.to_dict(), [section for section in sections if section.text]
+
+
+def _mark(sections: list[Section]) -> list[Section]:
+    """Write the mark under the title and under each heading of the card's template, once."""
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    generated = set(re.findall(r"^##+ .*\S", template, re.MULTILINE))
+    generated |= {next((section.heading for section in sections if section.heading.startswith("# ")), "")}
+    marked = []
+    for section in sections:
+        if section.heading in generated - {""} and not section.ours:
+            body = section.text.removeprefix(section.heading).strip()
+            section = Section(section.heading, f"{section.heading}\n{MARK}\n\n{body}".strip(), ours=True)
+        marked.append(section)
+    return marked

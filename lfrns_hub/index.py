@@ -1,0 +1,99 @@
+"""A folder of checkpoints of one model at several budgets: their names, and the README that compares them."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lfrns_hub.measure import Record
+from lfrns_hub.plots import plot_ladder
+
+PICTURE = "accuracy.png"
+COLUMNS = ("MACs kept", "top-1, %", "agreement, %", "params, M", "GMACs", "latency, ms", "dense, ms", "size, MB")
+
+
+def checkpoint_name(model: str, data: str, macs: float) -> str:
+    """Name a checkpoint as the Hub's collections do: the architecture, how much is left, and the data.
+
+    Args:
+        model: A timm name, repo id, folder, or "package.module:function".
+        data: A folder or a Hub id.
+        macs: Fraction of the MACs kept.
+
+    Example:
+        >>> checkpoint_name("resnet50.a1_in1k", "uoft-cs/cifar100", 0.5)
+        'resnet50.lfrns50_cifar100'
+        >>> checkpoint_name("google/vit-base-patch16-224", "data/My Flowers/", 0.125)
+        'vit-base-patch16-224.lfrns12p5_my_flowers'
+    """
+    arch = Path(model.rpartition(":")[2]).name.partition(".")[0]
+    return f"{_plain(arch)}.lfrns{f'{100 * macs:.4g}'.replace('.', 'p')}_{_plain(Path(data).resolve().name.lower())}"
+
+
+def write_index(directory: str | Path, title: str) -> Path:
+    """Write README.md over the checkpoints in a folder: one table, and accuracy against MACs as a picture.
+
+    Args:
+        directory: Its subfolders with a record.json are listed, the largest model first.
+        title: Heading.
+    Returns:
+        The README.
+    Raises:
+        ValueError: No subfolder holds a record.
+    """
+    directory = Path(directory)
+    records = {path.parent.name: Record.load(path) for path in directory.glob("*/record.json")}
+    if not records:
+        raise ValueError(f"write_index({str(directory)!r}): no subfolder has a record.json. Run lfrns slim first.")
+    names = sorted(records, key=lambda name: (-records[name].slim["macs_g"], name))
+    ordered = [records[name] for name in names]
+    lines = [f"# {title}", "", "| checkpoint | " + " | ".join(COLUMNS) + " |"]
+    lines.append("|---|" + "---:|" * len(COLUMNS))
+    dense = ordered[0].dense
+    if dense:
+        lines.append("| dense | " + " | ".join(cells(dense, dense)) + " |")
+    lines += [
+        f"| [{n}]({n}) | " + " | ".join(cells(r.slim, r.dense)) + " |" for n, r in zip(names, ordered, strict=True)
+    ]
+    lines += ["", _footnote(ordered[0])]
+    picture = directory / PICTURE
+    picture.unlink(missing_ok=True)
+    if dense and all(side.get("top1_pct") is not None for side in [dense, *(record.slim for record in ordered)]):
+        plot_ladder([record.slim for record in ordered], dense, picture)
+        lines += ["", f"![Top-1 accuracy against MACs and latency, dense and slim]({PICTURE})"]
+    readme = directory / "README.md"
+    readme.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return readme
+
+
+def cells(side: dict[str, Any], dense: dict[str, Any] | None) -> Sequence[str]:
+    """Give the figures of one model under COLUMNS."""
+    kept = side["macs_g"] / dense["macs_g"] if dense and dense.get("macs_g") else None
+    before = dense.get("latency_ms") if dense and side is not dense else side.get("latency_ms")
+    figures = [
+        (kept, ".3f"),
+        (side.get("top1_pct"), ".2f"),
+        (100.0 if side is dense else side.get("agreement_pct"), ".2f"),
+        (side.get("params_m"), ".3f"),
+        (side.get("macs_g"), ".4f"),
+        (side.get("latency_ms"), ".2f"),
+        (before, ".2f"),
+        (side.get("size_mb"), ".2f"),
+    ]
+    return ["not measured" if value is None else format(value, form) for value, form in figures]
+
+
+def _footnote(record: Record) -> str:
+    """Say what the figures were taken on."""
+    setup, images = record.setup, record.slim.get("images")
+    machine = setup.get("machine") or {}
+    return (
+        f"Accuracy on {images or 'no'} images of {setup.get('dataset') or 'unknown data'}. Latency: batch 1, "
+        f"{setup.get('dtype')}, {machine.get('device')} ({machine.get('cpu')}), {machine.get('threads')} threads, each "
+        "beside the dense model in turns. One MAC is two FLOPs."
+    )
+
+
+def _plain(name: str) -> str:
+    """Keep what the Hub takes in a name."""
+    return re.sub(r"[^\w-]+", "_", name).strip("_")

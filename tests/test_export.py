@@ -1,0 +1,104 @@
+"""What is exported answers as PyTorch does, whatever the batch; what does not is never put in place."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from lfrns_hub import export as module
+from lfrns_hub.bench import bench, format_timings
+from lfrns_hub.export import export, open_runner
+
+IMAGES = torch.zeros(1, 3, 8, 8)
+
+
+class Net(nn.Module):
+    """A network that answers as transformers' do."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, width, 3), nn.Linear(width, 5)
+
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=self.head(self.first(pixel_values).relu().mean((2, 3))))
+
+
+class OfTwo(Net):
+    """Counts its images in Python, so that the graph fits no other number."""
+
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        return super().forward(torch.stack(list(pixel_values)))
+
+
+def test_an_archive_gives_the_logits_of_any_batch_in_float32(tmp_path: Path) -> None:
+    model = Net().eval().bfloat16()
+    done = export(model, tmp_path / "sub" / "m.pt2", IMAGES, format="pt2")
+    assert done.any_batch
+    assert done.largest_error <= 1e-6
+    assert done.size_mb == (tmp_path / "sub" / "m.pt2").stat().st_size / 1e6
+    images = torch.randn(7, 3, 8, 8)
+    torch.testing.assert_close(open_runner(done.path)(images), Net.forward(model.float(), images).logits)
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["m.pt2"]
+
+
+def test_a_model_that_fixes_its_batch_is_exported_with_that_one(tmp_path: Path) -> None:
+    done = export(OfTwo().eval(), tmp_path / "m.pt2", IMAGES, format="pt2")
+    assert not done.any_batch
+    assert open_runner(done.path)(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+
+
+def test_what_torch_cannot_trace_is_one_line(tmp_path: Path) -> None:
+    class Refuses(Net):
+        def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+            raise OSError("no\nway")
+
+    with pytest.raises(ValueError, match=r"export\(Refuses, format='pt2'\): torch cannot export it: no$"):
+        export(Refuses(), tmp_path / "m.pt2", IMAGES, format="pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_answers_otherwise_is_refused_and_what_was_there_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.pt2").write_text("earlier")
+    monkeypatch.setattr(module, "open_runner", lambda path: lambda images: torch.full((len(images), 5), float("nan")))
+    with pytest.raises(ValueError, match=r"Net, format='pt2'\): its answers differ .* nan"):
+        export(Net().eval(), tmp_path / "m.pt2", IMAGES, format="pt2")
+    assert (tmp_path / "m.pt2").read_text() == "earlier"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_formats_endings_and_missing_packages_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"format='tflite'\): the formats are onnx and pt2"):
+        export(Net(), tmp_path / "m.tflite", IMAGES, format="tflite")
+    with pytest.raises(ValueError, match=r"m\.bin', format='onnx'\): .* end in \.onnx"):
+        export(Net(), tmp_path / "m.bin", IMAGES)
+    monkeypatch.setattr(module, "installed", lambda package: package != "onnxscript")
+    with pytest.raises(ImportError, match=r"onnxscript: pip install 'lfrns_hub\[export\]'"):
+        export(Net(), tmp_path / "m.onnx", IMAGES)
+
+
+def test_onnx_is_compared_in_onnxruntime_and_timed_beside_eager(tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    done = export(Net(4).eval(), tmp_path / "m.onnx", IMAGES)
+    assert done.any_batch
+    assert done.largest_error <= 1e-5
+    timings = bench(Net(4), Net(8), IMAGES, batches=(1, 3), runs=3, warmup=1)
+    assert [(one.runtime, one.batch) for one in timings] == [
+        ("eager", 1),
+        ("eager", 3),
+        ("onnxruntime", 1),
+        ("onnxruntime", 3),
+    ]
+    assert all(0 < one.ratio[1] <= one.ratio[0] <= one.ratio[2] for one in timings)
+    assert format_timings(timings, "Net").row_count == 4
+
+
+def test_bench_refuses_what_it_cannot_time() -> None:
+    with pytest.raises(ValueError, match=r"batches=\[0\], runs=30"):
+        bench(Net(), Net(), IMAGES, batches=[0])
+    with pytest.raises(ValueError, match=r"batches=\[1\], runs=0"):
+        bench(Net(), Net(), IMAGES, batches=[1], runs=0)

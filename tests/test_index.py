@@ -1,0 +1,64 @@
+"""The README over a folder of checkpoints says what their records say."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from lfrns_hub.index import checkpoint_name, write_index
+from lfrns_hub.measure import Record
+from lfrns_hub.plots import plot_ladder
+
+DENSE = {"top1_pct": 80.0, "images": 500, "params_m": 2.0, "macs_g": 1.0, "latency_ms": 4.0, "size_mb": 8.0}
+SETUP = {"dataset": "flowers", "dtype": "float32", "machine": {"cpu": "some CPU", "device": "cpu", "threads": 2}}
+
+
+def write(folder: Path, name: str, macs_g: float, **figures: object) -> None:
+    """A checkpoint's record."""
+    slim = {**DENSE, "macs_g": macs_g, "agreement_pct": 90.0, **figures}
+    (folder / name).mkdir(parents=True)
+    Record(DENSE, slim, SETUP).save(folder / name / "record.json")
+
+
+def test_the_largest_comes_first_under_the_dense_one(tmp_path: Path) -> None:
+    write(tmp_path, "net.lfrns35_flowers", 0.35, top1_pct=70.5, latency_ms=2.0)
+    write(tmp_path, "net.lfrns75_flowers", 0.75, top1_pct=79.25, latency_ms=3.0)
+    (tmp_path / "work").mkdir()
+    lines = write_index(tmp_path, "net, slimmed").read_text().splitlines()
+    assert lines[0] == "# net, slimmed"
+    assert [line for line in lines if line.startswith("| ")][1:] == [
+        "| dense | 1.000 | 80.00 | 100.00 | 2.000 | 1.0000 | 4.00 | 4.00 | 8.00 |",
+        "| [net.lfrns75_flowers](net.lfrns75_flowers) | 0.750 | 79.25 | 90.00 | 2.000 | 0.7500 | 3.00 | 4.00 | 8.00 |",
+        "| [net.lfrns35_flowers](net.lfrns35_flowers) | 0.350 | 70.50 | 90.00 | 2.000 | 0.3500 | 2.00 | 4.00 | 8.00 |",
+    ]
+    assert "500 images of flowers" in lines[-3]
+    assert "some CPU" in lines[-3]
+    assert "(accuracy.png)" in lines[-1]
+    assert imread(tmp_path / "accuracy.png").std() > 0
+
+
+def test_without_accuracy_there_is_a_table_and_no_picture(tmp_path: Path) -> None:
+    write(tmp_path, "net.lfrns35_x", 0.35, top1_pct=None, agreement_pct=None)
+    text = write_index(tmp_path, "net").read_text()
+    assert "| 0.350 | not measured | not measured |" in text
+    assert ".png" not in text
+    assert not (tmp_path / "accuracy.png").exists()
+    with pytest.raises(ValueError, match="top1_pct"):
+        plot_ladder([], DENSE, tmp_path / "curve.png")
+
+
+def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"write_index\(.*no subfolder has a record"):
+        write_index(tmp_path, "net")
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "macs", "name"),
+    [
+        ("hf-hub:timm/resnet50.a1_in1k", "imagenet-1k", 0.75, "resnet50.lfrns75_imagenet-1k"),
+        ("my.package:build_it", "./data/Flowers 102", 1, "build_it.lfrns100_flowers_102"),
+        ("runs/resnet20.lfrns50_cifar10/", "digits", 0.35, "resnet20.lfrns35_digits"),
+    ],
+)
+def test_names_are_what_the_hub_takes(model: str, data: str, macs: float, name: str) -> None:
+    assert checkpoint_name(model, data, macs) == name
