@@ -32,6 +32,7 @@ REPLACED = (
     "record.json",
     "widths.png",
     "clusters.png",
+    "curve.png",
     "modeling_lfrns.py",
 )
 AGAIN = "Push the folder again."

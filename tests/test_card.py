@@ -180,6 +180,15 @@ def test_several_budgets_come_with_their_picture(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
+def test_a_folder_has_the_pictures_that_its_card_shows(tmp_path):
+    budgets = [{"macs_fraction": 0.75, "top1_pct": 97.0}, {"macs_fraction": 0.5, "top1_pct": 96.0}]
+    for found in ([], budgets[:1], budgets):
+        checkpoint.save(slim_resnet(), tmp_path / "net", record=changed(budgets=found), overwrite=True)
+        card = (tmp_path / "net" / "README.md").read_text(encoding="utf-8")
+        assert ("(curve.png)" in card) == (tmp_path / "net" / "curve.png").is_file() == (len(found) > 1)
+        assert "trust_remote_code=True" in card
+
+
 @pytest.mark.parametrize(("value", "shown"), [(999, "999"), (1e3, "1.00 k"), (25.557e6, "25.6 M"), (4.089e9, "4.09 G")])
 def test_counts_have_three_digits(value, shown):
     assert _with_prefix(value, 1.0) == shown

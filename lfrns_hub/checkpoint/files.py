@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lfrns_hub.card import read_record, render_card
 from lfrns_hub.checkpoint.remote_code import MODELING_FILE
 from lfrns_hub.narrow import FORMAT_VERSION, computed_buffers, grown
-from lfrns_hub.plots import plot_widths, shows_plan
+from lfrns_hub.plots import plot_curve, plot_widths, shows_plan
 
 # Written last to first: a folder that is being overwritten has its new config only when the weights are there.
 FILES = (
@@ -22,6 +22,7 @@ FILES = (
     "record.json",
     "widths.png",
     "clusters.png",
+    "curve.png",
     "preprocessor_config.json",
     MODELING_FILE,
     "model.safetensors",
@@ -105,17 +106,18 @@ def match_dtype(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def write_card(draft: Path, record: Any, directory: Path, *, base: str, library: str) -> None:
-    """Write README.md, record.json and the picture of widths; take along a picture of this plan's clusters.
+    """Write README.md, record.json and the pictures of widths and budgets; take along one of this plan's clusters.
 
     Args:
-        draft: The folder, with its config.json.
+        draft: The folder, with its config.json and, where there is one, its preprocessor_config.json.
         record: The Record, its dict, or None.
         directory: Where the draft will go; the model has its name where the record does not say.
         base: The dense architecture.
         library: Which library builds it: timm, transformers or pytorch.
     """
-    facts = read_config(draft)["slim"]
-    record = read_record(record)
+    config = read_config(draft)
+    facts, record = config["slim"], read_record(record)
+    setup = (record or {}).get("setup") or {}
     if record is not None:
         (draft / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     has_plot = bool(facts.get("widths"))
@@ -125,14 +127,20 @@ def write_card(draft: Path, record: Any, directory: Path, *, base: str, library:
     has_gallery = shows_plan(gallery, facts.get("plan") or {})
     if has_gallery:
         shutil.copyfile(gallery, draft / gallery.name)
+    has_curve = sum(row.get("top1_pct") is not None for row in setup.get("budgets") or []) > 1
+    if has_curve:
+        plot_curve(record, draft / "curve.png")
     card = render_card(
         record,
-        model_name=((record or {}).get("setup") or {}).get("model_name") or directory.name,
+        model_name=setup.get("model_name") or directory.name,
         base=base,
         provenance=facts,
         library=library,
         plot="widths.png" if has_plot else None,
         gallery=gallery.name if has_gallery else None,
+        curve="curve.png" if has_curve else None,
+        processor=True if (draft / "preprocessor_config.json").is_file() else None,
+        remote_code="auto_map" in config,
     )
     (draft / "README.md").write_text(card, encoding="utf-8")
 
