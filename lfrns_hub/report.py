@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
@@ -217,7 +218,7 @@ class Clock:
 @contextmanager
 def clocked(show: bool) -> Iterator[Clock]:
     """Time the steps, with bars where `show`."""
-    bars = Progress() if show else None
+    bars = Progress(console=Console(stderr=True)) if show else None
     clock = Clock(bars)
     if bars:
         bars.start()

@@ -82,7 +82,7 @@ def test_approximate_groups_are_labelled_so_in_report_provenance_and_card(slimme
     stored = json.loads((tmp_path / "config.json").read_text())["slim"]
     assert made["approximate"] == stored["approximate"]
     card = (tmp_path / "README.md").read_text()
-    rows = {line.split(" | ")[0].lstrip("| "): line for line in card.splitlines() if line.startswith("| ")}
+    rows = {line.split(" | ")[0].strip("| `"): line for line in card.splitlines() if line.startswith("| ")}
     assert stored["kinds"][RESIDUAL[name]] == "channel"
     for group in result.report.groups:
         assert group.exact == (group.name not in made["approximate"])

@@ -400,7 +400,7 @@ def test_what_people_wrote_into_the_card_survives_the_next_push(client, hub_of, 
     assert "# net after more epochs" in merged and "# net\n" not in merged
     assert "license: mit\n" in merged and "language: en\n" in merged and "- birds\n" in merged
     headings = [line for line in merged.splitlines() if line.startswith("## ")]
-    assert headings[-3:] == ["## Who should use it", "## Limits", "## Thanks"]
+    assert headings[-4:] == ["## Who should use it", "## Limits", "## Citation", "## Thanks"]
     assert "\nBirdwatchers.\n" in merged and "\nTo all.\n" in merged
     assert (net / "README.md").read_text() == local.replace("# net", "# net after more epochs")
 

@@ -95,7 +95,7 @@ def test_a_second_round_adds_up(kind: str, rounds: dict[str, Any]) -> None:
         if told["kinds"][name] != "head":
             assert told["widths"][name][1] in tuple(dense[name].weight.shape)
     card = (folder / "README.md").read_text()
-    assert f"{told['budget']['macs']:g} of the dense macs" in card
+    assert f"{told['budget']['macs']:g} of the dense MACs" in card
 
 
 def test_the_kept_units_of_two_rounds_are_those_of_the_dense_model(rounds: dict[str, Any]) -> None:

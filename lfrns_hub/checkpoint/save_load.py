@@ -151,7 +151,7 @@ def carry_config(model: nn.Module) -> nn.Module:
         if is_transformers(model):
             if has_narrow_class(model):
                 carry_transformers(model)
-        elif (name := timm_base(model, None)) is not None:
+        elif hasattr(model, "num_classes") and (name := timm_base(model, None)) is not None:
             carry_timm(model, name)
     except (ValueError, TypeError, RuntimeError):
         pass  # its base is not what its config says: save() tells, and takes another by base=

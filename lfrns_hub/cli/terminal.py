@@ -19,7 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console()
 
 Model = Annotated[str, typer.Argument(help="timm name, hf-hub:..., transformers repo id, folder, or package.module:fn")]
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="folder that lfrns slim wrote")]
@@ -50,6 +49,7 @@ def show(as_json: bool, data: Any, *parts: Any) -> None:
     if as_json:
         print(json.dumps(data, indent=2, allow_nan=False))
         return
+    console = Console()  # as wide as the terminal is now
     for part in parts:
         if isinstance(part, str):
             console.print(part, markup=False, soft_wrap=True)  # a name or an extra may stand in brackets
