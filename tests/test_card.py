@@ -219,7 +219,7 @@ def test_the_snippets_of_a_card_run_as_they_stand(hub, tmp_path):
     net, vit = tmp_path / "net.lfrns50", tmp_path / "vit"
     checkpoint.save(slim_resnet(), net, label_names=names)
     checkpoint.save(slim_transformers("vit"), vit)
-    for folder, size, snippets in ((net, "64x64", 3), (vit, "32x32", 2)):
+    for folder, size, snippets in ((net, "64x64", 4), (vit, "32x32", 3)):
         Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
         push = "import sys; from lfrns_hub.hub import push; push(*sys.argv[1:])"
         done = run_client(hub.env, push, folder, f"user/{folder.name}")
