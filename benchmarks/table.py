@@ -143,7 +143,7 @@ def plot_curve(files: list[tuple[dict[str, Any], Cells, dict[str, str]]], task: 
                 if point and family != "reference":
                     lines[family, name].append((point["macs_fraction"], point["top1_pct"]))
     lines = {key: [*sorted(points), (1.0, dense)] for key, points in lines.items() if len(points) > 1}
-    if not lines:
+    if len(lines) < 2:  # one alone compares nothing
         return False
     figure = Figure(figsize=(8.4, 5.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

@@ -65,42 +65,6 @@ def plot_widths(source: Any, path: str | Path) -> Path:
     return Path(path)
 
 
-def plot_curve(record: Any, path: str | Path) -> Path:
-    """Draw top-1 against the share of the MACs kept, where several budgets of one dense model were run.
-
-    Args:
-        record: A Record, or its dict, whose setup has `budgets`: {"macs_fraction", "top1_pct"} of each.
-        path: The PNG to write.
-    Returns:
-        The path.
-    Raises:
-        ValueError: Fewer than two budgets were measured.
-    """
-    parts = vars(record) if hasattr(record, "setup") else record
-    budgets, dense = (parts.get("setup") or {}).get("budgets") or [], (parts.get("dense") or {}).get("top1_pct")
-    points = sorted((row["macs_fraction"], row["top1_pct"]) for row in budgets if row.get("top1_pct") is not None)
-    if len(points) < 2:
-        raise ValueError(f"plot_curve(): {len(points)} budgets with a top-1, and a curve needs two. Slim to several.")
-    figure = Figure(figsize=(7.2, 3.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(*zip(*points, strict=True), "o-", color=COLOURS["channel"], linewidth=2, clip_on=False)
-    for macs, top1 in points:
-        axes.annotate(f"{top1:.2f}", (macs, top1), (7, -11), textcoords="offset points", fontsize=8)
-    if dense is not None:
-        axes.axhline(dense, color=OTHER, linewidth=1, linestyle=":")
-        axes.annotate(f"dense, {dense:.2f}", (1, dense), (0, 4), textcoords="offset points", ha="right", fontsize=8)
-    axes.set_xlim(0, 1)
-    axes.margins(y=0.2)
-    axes.set_xlabel("MACs kept, share of dense", fontsize=9)
-    axes.set_ylabel("top-1, %", fontsize=9)
-    axes.tick_params(labelsize=8)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, format="png")
-    return Path(path)
-
-
 def mark_of(plan: dict[str, list[int]]) -> str:
     """Give the comment in a PNG that says of which plan it is."""
     return "lfrns plan " + hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lfrns_hub.card import read_record, render_card
 from lfrns_hub.checkpoint.remote_code import MODELING_FILE
 from lfrns_hub.narrow import FORMAT_VERSION, computed_buffers, grown
-from lfrns_hub.plots import plot_curve, plot_widths, shows_plan
+from lfrns_hub.plots import plot_ladder, plot_widths, shows_plan
 
 # Written last to first: a folder that is being overwritten has its new config only when the weights are there.
 FILES = (
@@ -127,9 +127,11 @@ def write_card(draft: Path, record: Any, directory: Path, *, base: str, library:
     has_gallery = shows_plan(gallery, facts.get("plan") or {})
     if has_gallery:
         shutil.copyfile(gallery, draft / gallery.name)
-    has_curve = sum(row.get("top1_pct") is not None for row in setup.get("budgets") or []) > 1
+    budgets, dense = setup.get("budgets") or [], (record or {}).get("dense") or {}
+    has_curve = len(budgets) > 1 and all(one.get("top1_pct") is not None for one in [*budgets, dense])
     if has_curve:
-        plot_curve(record, draft / "curve.png")
+        points = [{**one, "macs_g": one["macs_fraction"] * dense["macs_g"]} for one in budgets]
+        plot_ladder(points, dense, draft / "curve.png")
     card = render_card(
         record,
         model_name=setup.get("model_name") or directory.name,

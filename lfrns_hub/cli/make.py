@@ -180,7 +180,11 @@ def slim(
 def _compare(made: list[tuple[Path, nn.Module, Record]], directory: Path, title: str, options: dict[str, Any]) -> None:
     """Tell each card of all budgets, which are known when the last is done, and write the index over them."""
     budgets = [
-        {"macs_fraction": record.slim["macs_g"] / record.dense["macs_g"], "top1_pct": record.slim["top1_pct"]}
+        {
+            "macs_fraction": record.slim["macs_g"] / record.dense["macs_g"],
+            "top1_pct": record.slim["top1_pct"],
+            "latency_ms": record.slim["latency_ms"],
+        }
         for _, _, record in made
     ]
     for folder, model, record in made:
