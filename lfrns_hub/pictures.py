@@ -278,13 +278,13 @@ def load_data(
         pictures, labels = [pictures[i] for i in chosen], [labels[i] for i in chosen]
         return ImageData(pictures, labels, class_names=class_names, transform=transform)
 
-    table = _read_table(name, "train" if val_split is not None else split, val_split is not None)
-    image_column = _find_column(table, None, IMAGE_COLUMNS, f"load_data({name!r})", required="pictures")
-    label_column = _find_column(table, label_column, LABEL_COLUMNS, f"load_data({name!r})")
+    table = read_table(name, "train" if val_split is not None else split, val_split is not None)
+    image_column = find_column(table, None, IMAGE_COLUMNS, f"load_data({name!r})", required="pictures")
+    label_column = find_column(table, label_column, LABEL_COLUMNS, f"load_data({name!r})")
     if len(table) == 0:
         raise ValueError(f"load_data({name!r}, {split!r}): the split holds no pictures.")
     if isinstance(table[0][image_column], dict):  # parquet that was not written by datasets says only "bytes"
-        table = _as_pictures(table, image_column)
+        table = as_pictures(table, image_column)
     if val_split is not None:
         labels = list(table[label_column]) if label_column else [0] * len(table)
         train, held_out = _hold_out(labels, val_split, f"load_data({name!r}, val_split={val_split})")
@@ -481,8 +481,24 @@ def _read_digits(split: str) -> tuple[list[Image.Image], list[int], list[str]]:
     return [Image.fromarray(pixels[i]) for i in chosen], [int(digits.target[i]) for i in chosen], list("0123456789")
 
 
-def _read_table(name: str, split: str, undivided: bool) -> Any:
-    """Open a split with datasets, from a folder or the Hub; `undivided`, all of a folder that has no splits."""
+def parquet_files(folder: Path, split: str) -> list[Path]:
+    """Find the parquet files of a split."""
+    for stem in SPLIT_FILES[split]:
+        files = sorted([*folder.glob(f"{stem}[-_.]*parquet"), *folder.glob(f"data/{stem}[-_.]*parquet")])
+        if files:
+            return files
+    return []
+
+
+def read_table(name: str, split: str, undivided: bool = False, streaming: bool = False) -> Any:
+    """Open a split with datasets, from a folder or the Hub.
+
+    Args:
+        name: Folder or Hub id.
+        split: "train", "validation" or "test".
+        undivided: Take all of a folder of pictures that has no splits.
+        streaming: Give a `datasets.IterableDataset`, of which nothing is read or fetched yet.
+    """
     import datasets
 
     bar = datasets.is_progress_bar_enabled()
@@ -490,14 +506,14 @@ def _read_table(name: str, split: str, undivided: bool) -> Any:
     if folder.is_dir():
         datasets.disable_progress_bar()
         try:
+            files = parquet_files(folder, split)
+            if files:
+                files = [str(file) for file in files]
+                return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
             for stem in SPLIT_FILES[split]:
-                files = sorted(
-                    map(str, [*folder.glob(f"{stem}[-_.]*parquet"), *folder.glob(f"data/{stem}[-_.]*parquet")])
-                )
-                if files:
-                    return datasets.load_dataset("parquet", data_files=files, split="train")
                 if (folder / stem).is_dir():
-                    return datasets.load_dataset("imagefolder", data_dir=str(folder / stem), split="train")
+                    given = {"data_dir": str(folder / stem), "split": "train", "streaming": streaming}
+                    return datasets.load_dataset("imagefolder", **given)
             if undivided and any(path.is_dir() for path in folder.iterdir()):
                 return datasets.load_dataset("imagefolder", data_files=f"{folder}/*/*", split="train")
         except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
@@ -521,19 +537,19 @@ def _read_table(name: str, split: str, undivided: bool) -> Any:
         wanted = next((s for s in SPLIT_FILES[split] if s in splits), None)
         if wanted is None:
             raise ValueError(f"load_data({name!r}, {split!r}): it has the splits {', '.join(splits)}.")
-        return datasets.load_dataset(name, split=wanted)
+        return datasets.load_dataset(name, split=wanted, streaming=streaming)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(f"load_data({name!r}): the Hub has no such data, or not for you. Check the name.") from error
 
 
-def _as_pictures(table: Any, column: str) -> Any:
+def as_pictures(table: Any, column: str) -> Any:
     """Read a column of encoded files as pictures."""
     import datasets
 
     return table.cast_column(column, datasets.Image())
 
 
-def _find_column(
+def find_column(
     table: Any, given: str | None, usual: tuple[str, ...], call: str, *, required: str | None = None
 ) -> str | None:
     """Find a column by its name, or by the usual ones."""
