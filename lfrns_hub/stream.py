@@ -1,4 +1,4 @@
-"""Pictures that are read as they are needed: splits too large for memory or disk, each process with files of its own."""
+"""Pictures read as they are needed: splits too large for memory or disk, each process with files of its own."""
 
 import os
 from collections.abc import Callable

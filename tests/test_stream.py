@@ -38,11 +38,11 @@ def read(loader):
 def test_each_picture_once(folder, processes):
     stream = stream_data(folder, "train", transform=pixels)
     assert (stream.images, stream.class_names) == (FILES * IN_EACH, ["even", "odd"])
-    shares = [
-        read(prepare_data_loader(stream.loader(4), num_processes=processes, process_index=rank, dispatch_batches=False))
-        for rank in range(processes)
-    ]
-    assert sorted(sum(shares, [])) == list(range(FILES * IN_EACH))
+    greys = []
+    for rank in range(processes):
+        share = {"num_processes": processes, "process_index": rank, "dispatch_batches": False}
+        greys += read(prepare_data_loader(stream.loader(4), **share))
+    assert sorted(greys) == list(range(FILES * IN_EACH))
 
 
 def test_order_follows_seed_and_epoch(folder):
