@@ -1,0 +1,119 @@
+"""Slim a ResNet-50 of timm on ImageNet-1k, read as a stream: file by file, each process its own, nothing kept on disk.
+
+Makes:     resnet50.a1_in1k at half of its MACs
+Data:      ImageNet-1k from the Hub (`ILSVRC/imagenet-1k`, behind a licence), or `--data-dir` of the same layout
+Result:    not measured
+Hardware:  not measured
+Versions:  torch 2.14.1, timm 1.0.31, accelerate 1.15, datasets 5.2
+
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/resnet50_imagenet1k.py --output-dir DIR
+"""
+
+import sys
+
+from torch.utils.data import DataLoader
+
+import lfrns_hub as lfrns
+from lfrns_hub import recipe
+from lfrns_hub.measure import Record, evaluate
+from lfrns_hub.retrain import make_accelerator, set_seed
+from lfrns_hub.stream import stream_data
+from lfrns_hub.zoo import check_images, create_dense, guard_against_chance, load_data, make_transform
+
+CALIBRATION_IMAGES = 2000
+LEARNING_RATE = 0.02  # at 256 images a step; it grows with them (Goyal et al. 2017)
+WEIGHT_DECAY = 5e-5
+LABEL_SMOOTHING = 0.1
+FCR_STEPS = 200
+
+
+def main() -> None:
+    parser = recipe.recipe_parser(
+        __doc__,
+        name="resnet50_imagenet1k",
+        model="resnet50.a1_in1k",
+        macs=0.5,
+        epochs=30,
+        batch_size=1024,
+        dense_epochs=None,
+    )
+    parser.add_argument("--weights", default=None, help="of the dense model, in place of the published ones")
+    parser.add_argument("--train-images", type=int, default=None, help="an epoch has (default: what the data says)")
+    parser.add_argument("--workers", type=int, default=8, help="that decode, of each process (default: %(default)s)")
+    args = parser.parse_args()
+    out = recipe.check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
+    accelerator = make_accelerator(seed=args.seed)
+    main_process = accelerator.is_main_process
+    if args.resume and recipe.is_finished(out):
+        if main_process:
+            record = Record.load(out / "record.json")
+            recipe.print_results(record, record.setup["controls"], out)
+        return
+    epochs, fcr_steps, limit = (min(args.epochs, 1), 5, 128) if args.smoke else (args.epochs, FCR_STEPS, None)
+    set_seed(args.seed)
+
+    # Load. Training pictures are a stream; those that calibrate are the front of it, kept in memory.
+    dense = create_dense(args.model, weights=args.weights)
+    data = args.data_dir or "ILSVRC/imagenet-1k"
+    test_transform = make_transform(dense, train=False)
+    stream = stream_data(
+        data, "train", transform=make_transform(dense, train=True), images=args.train_images, seed=args.seed
+    )
+    test_set = load_data(data, "validation", transform=test_transform, limit=limit, seed=args.seed)
+    calibration_set = stream.front(min(limit or CALIBRATION_IMAGES, CALIBRATION_IMAGES), test_transform)
+    batch_size = max(1, args.batch_size // accelerator.num_processes)
+    train_loader = stream.loader(batch_size, workers=args.workers)
+    calibration_loader = DataLoader(calibration_set, min(64, batch_size))
+    test_loader = DataLoader(test_set, batch_size, num_workers=args.workers)
+    check_images(dense, calibration_loader)
+    if not args.smoke:
+        guard_against_chance(dense, calibration_loader, data)
+    accelerator.wait_for_everyone()
+    if main_process and args.overwrite:
+        recipe.empty_output_dir(out)
+
+    # Slim and retrain.
+    result = lfrns.slim(
+        dense, calibration_loader, macs=args.macs, fcr_steps=fcr_steps, accelerator=accelerator, seed=args.seed
+    )
+    before = evaluate(result.model, test_loader, teacher=dense, accelerator=accelerator)
+    lfrns.retrain(
+        result.model,
+        train_loader,
+        teacher=dense,
+        epochs=epochs,
+        images_per_epoch=min(stream.images, limit or stream.images),
+        learning_rate=LEARNING_RATE * args.batch_size / 256,
+        weight_decay=WEIGHT_DECAY,
+        label_smoothing=LABEL_SMOOTHING,
+        accelerator=accelerator,
+        seed=args.seed,
+    )
+
+    # Evaluate: the last epoch, on images that nothing was chosen by.
+    record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
+    rows = [{"name": "slim, not retrained", "top1_pct": before["top1_pct"], "images": before["images"]}]
+    record.setup.update(
+        recipe.describe_run(__file__),
+        **recipe.describe_source(data, args.model),
+        calibration_images=len(calibration_set),
+        seed=args.seed,
+        epochs=epochs,
+        smoke=args.smoke,
+        label_names=test_set.class_names,
+        controls=rows,
+    )
+
+    # Save and push.
+    if main_process:
+        recipe.draw_clusters(dense, result, calibration_loader, out)
+        lfrns.save(result.model, out, record=record, label_names=test_set.class_names, overwrite=True)
+        recipe.print_results(record, rows, out)
+        if args.push_to_hub:
+            print(lfrns.push(out, args.push_to_hub))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe.run(main))
