@@ -89,7 +89,7 @@ def refresh(
     if epochs:
         record.setup.pop("budgets", None)  # the accuracy of this one among them is that of before
     record.setup.update(
-        dataset=recipe.describe_source(pictures.data)["dataset"],
+        dataset=recipe.describe_data(pictures.data)["dataset"],
         val_split=pictures.val_split,
         label_names=label_names,
         epochs=(record.setup.get("epochs") or 0) + epochs,

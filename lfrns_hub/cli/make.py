@@ -150,7 +150,7 @@ def slim(
         lfrns.retrain(result.model, train_loader, teacher=dense, accelerator=accelerator, **training)
         record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator, progress=progress)
         record.setup.update(
-            recipe.describe_source(data, None if weights else model),  # other weights: another base
+            recipe.describe_data(data),
             calibration_images=len(calibration_set),
             seed=seed,
             epochs=epochs,
