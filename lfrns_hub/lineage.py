@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import hf_hub_download, metadata_load
+from huggingface_hub import hf_hub_download, hf_hub_url, metadata_load
 
 from lfrns_hub.reach import CONNECT_TIMEOUT_S, cached, reach_hub
 
-LICENSE_KEYS = ("license", "license_name", "license_link")
-KEYS = ("base_model", *LICENSE_KEYS)
+KEYS = ("base_model", "license", "license_name", "license_link")
 # Of the licences that timm names, those that the Hub has an identifier for; it refuses a card with any other.
 HUB_LICENSES = {
     "apache-2.0",
@@ -43,7 +42,7 @@ def base_facts(name: str) -> dict[str, str]:
     """
     folder = Path(name.removeprefix("local-dir:"))
     if folder.is_dir():
-        return _stated(folder / "README.md", KEYS)
+        return _stated(folder / "README.md")
     repo_id = re.sub(r"^hf[-_]hub:", "", name).partition("@")[0]
     timm_name = repo_id.removeprefix("timm/")
     if timm.is_model(timm_name):
@@ -51,7 +50,7 @@ def base_facts(name: str) -> dict[str, str]:
         found = {"base_model": cfg.hf_hub_id, **_license(cfg.license)} if cfg else {}
         return {key: value for key, value in found.items() if value}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        return {"base_model": repo_id, **_stated(_fetch_card(repo_id), LICENSE_KEYS)}
+        return _stated(_fetch_card(repo_id), repo_id) | {"base_model": repo_id}
     raise ValueError(
         f"base_model={name!r}: neither a timm name, a Hub id (user/name) nor a folder. Name the weights that the dense "
         "model was loaded from, or leave it out: the card then says unknown."
@@ -77,13 +76,18 @@ def _fetch_card(repo_id: str) -> Path | None:
     return path
 
 
-def _stated(card: Path | None, keys: tuple[str, ...]) -> dict[str, str]:
-    """Read what a card's front matter says, if there is one that can be read."""
+def _stated(card: Path | None, repo_id: str | None = None) -> dict[str, str]:
+    """Read what a card's front matter says, if there is one that can be read; a link to a file of the repository."""
     if card is None or not card.is_file():
         return {}
     try:
         front: Any = metadata_load(card) or {}
     except Exception:  # YAML that cannot be parsed states nothing
         return {}
-    stated = {key: front[key] for key in keys if isinstance(front.get(key), str) and front[key] != "unknown"}
-    return stated if "license" in stated else {key: stated[key] for key in stated if key not in LICENSE_KEYS}
+    stated = {key: front[key] for key in KEYS if isinstance(front.get(key), str) and front[key] != "unknown"}
+    if stated.get("license") != "other":  # what the Hub has an identifier for needs no name and no link
+        stated = {key: value for key, value in stated.items() if key in ("base_model", "license")}
+    link = stated.pop("license_link", "")
+    if "://" not in link:  # a file beside that card, not beside ours
+        link = hf_hub_url(repo_id, link) if repo_id and link else ""
+    return stated | ({"license_link": link} if link else {})

@@ -131,6 +131,17 @@ def test_a_private_base_reads_unknown():
     assert facts(card)["Base model"] == facts(card)["Licence of the base"] == "unknown"
 
 
+def test_a_licence_that_the_hub_does_not_know_is_named_and_linked():
+    licence = {"license": "other", "license_name": "owl-1", "license_link": "https://owl.example/1"}
+    card = render_card(changed(**licence), model_name="net", base="resnet18")
+    assert header(card).items() >= licence.items()
+    assert facts(card)["Licence of the base"] == "[owl-1](https://owl.example/1)"
+    provenance = {**RECORD["setup"]["provenance"], **licence}
+    assert "license_name" not in header(
+        render_card(changed(license="mit", provenance=provenance), model_name="net", base="resnet18")
+    )
+
+
 def test_without_a_record_nothing_is_guessed():
     card = render_card(None, model_name="net", base="resnet18")
     for name in ("Top-1", "Class that lost most", "Images tested", "Parameters", "FLOPs", "MACs", "Latency, batch 1"):

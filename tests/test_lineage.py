@@ -70,6 +70,9 @@ def test_a_folder_is_asked_for_its_card(tmp_path: Path) -> None:
     assert base_facts(f"local-dir:{stated}") == base_facts(str(stated))
     assert base_facts(str(write_readme(tmp_path / "b", "license: unknown\nlicense_name: mine"))) == {}
     assert base_facts(str(write_readme(tmp_path / "c", "license: [\nmit"))) == {}
+    other = "license: other\nlicense_name: owl-1\nlicense_link: "
+    assert "license_link" not in base_facts(str(write_readme(tmp_path / "e", other + "LICENSE")))
+    assert base_facts(str(write_readme(tmp_path / "f", other + "https://a.b/c")))["license_link"] == "https://a.b/c"
     (tmp_path / "d").mkdir()
     assert base_facts(str(tmp_path / "d")) == {}
 
@@ -89,7 +92,8 @@ def test_a_repository_is_asked_for_its_card_once_and_then_without_a_network(
     card = b"---\nlicense: other\nlicense_name: owl-1\nlicense_link: LICENSE\nbase_model: someone/else\n---\n"
     state["refs"]["main"] = here.store.add_commit(state, {"README.md": here.store.add_file(card, False)}, "card")
     here.store.write("tester/net", state)
-    found = {"base_model": "tester/net", "license": "other", "license_name": "owl-1", "license_link": "LICENSE"}
+    found = {"base_model": "tester/net", "license": "other", "license_name": "owl-1"}
+    found["license_link"] = f"{here.endpoint}/tester/net/resolve/main/LICENSE"
     assert base_facts("tester/net") == found
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     started = time.monotonic()
