@@ -211,9 +211,11 @@ def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, A
     versions = [f"{name} {version}" for name, version in (setup.get("versions") or {}).items() if version]
     names = [str(name) for name in setup.get("label_names") or []]
     classes = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
+    trained = _of(setup.get("dense_epochs") or None, "epochs")
     facts = {
         "Base model": known["base_model"],
         "Licence of the base": _licence(known),
+        **({"Dense model": f"trained for {trained} in the same run"} if trained else {}),
         "Data": known["dataset"],
         "Classes": f"{len(names):,}: {classes}" if names else None,
         "Method": f"LFRNS, preset `{provenance['preset']}`" if provenance.get("preset") else None,

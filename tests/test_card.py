@@ -107,6 +107,9 @@ def test_every_number_is_the_records():
     assert (made["Budget"], made["Seed"], made["Commit"]) == ("at most 0.5 of the dense MACs", "7", "abc1234")
     assert (made["Calibration"], made["FCR"], made["Retraining"]) == ("1,297 images", "100 steps", "1 epoch")
     assert (made["Classes"], made["Versions"]) == ("2: zero, one", "torch 2.14.1")
+    assert "Dense model" not in made  # the record does not say that it was trained
+    here = render_card(changed(dense_epochs=25), model_name="net", base="ViT")
+    assert facts(here)["Dense model"] == "trained for 25 epochs in the same run"
 
 
 def test_the_header_is_what_the_hub_reads(tmp_path):
