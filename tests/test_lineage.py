@@ -120,7 +120,8 @@ def test_a_dense_model_knows_whose_published_weights_it_has(tmp_path: Path) -> N
 
     images = [torch.randn(8, 3, 8, 8) for _ in range(3)]
     result = lfrns.slim(dense, images, macs=0.8, fcr_steps=0, progress=False)
-    for path in (lfrns.save(result.model, tmp_path / "out"), lfrns.save(lfrns.load(tmp_path / "out"), tmp_path / "b")):
+    out = lfrns.save(result.model, tmp_path / "out")
+    for path in (out, lfrns.save(lfrns.load(out), tmp_path / "b"), lfrns.save(dense, tmp_path / "dense")):
         front = front_matter(path)
         assert (front["base_model"], front["license"]) == ("google/vit-base-patch16-224-in21k", "apache-2.0")
         assert front["base_model_relation"] == "finetune"

@@ -49,7 +49,7 @@ def write_config(draft: Path, config: dict[str, Any], model: nn.Module) -> None:
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
     """Give what config.json says of a model's making."""
-    provenance = getattr(model, "lfrns_provenance", None) or {}
+    provenance = getattr(model, "lfrns_base", {}) | (getattr(model, "lfrns_provenance", None) or {})
     return {**provenance, "format_version": FORMAT_VERSION, "class": type(model).__name__}
 
 
