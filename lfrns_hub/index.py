@@ -54,6 +54,7 @@ def write_index(directory: str | Path, title: str) -> Path:
     readme = directory / "README.md"
     above, below = _around(readme) or (f"# {title}\n\n", "\n")
     block = "\n".join([START, "", *_table({name: records[name] for name in names}, directory / PICTURE), "", END])
+    readme.unlink(missing_ok=True)  # it may be a link to elsewhere
     readme.write_text(above + block + below, encoding="utf-8")
     return readme
 
