@@ -4,6 +4,7 @@ D input channels of a consumer, U units of a group.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.answers import Answer, check_labels, read_answer
 from lfrns_hub.batches import split_batch
+from lfrns_hub.cache import Training
 from lfrns_hub.redundancy import Merges
 from lfrns_hub.responses import Moments, best_fold, fold_offset
 from lfrns_hub.running import device_of
@@ -73,6 +75,7 @@ def learn_contributions(
     steps: int,
     accelerator: Any = None,
     progress: Callable[[int], None] | None = None,
+    training: Training | None = None,
 ) -> dict[str, Tensor]:
     """Train the gates and read each unit's contribution.
 
@@ -90,6 +93,7 @@ def learn_contributions(
         steps: Gate updates.
         accelerator: Given, each process takes its share of every batch and gradients are averaged.
         progress: Called with 1 after each step.
+        training: Where the state is kept, and gone on from.
     Returns:
         Contribution of each unit, [U], float64, per group.
     Raises:
@@ -105,7 +109,10 @@ def learn_contributions(
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     parts = small_batches(batches)
     dense: dict[int, Answer] = {}
-    for step in range(steps):
+    done = resume_gates(training, parameters, optimizer, contributions)
+    if progress and done:
+        progress(done)
+    for step in range(done, steps):
         number = step % len(parts)
         images, labels = parts[number]
         if number not in dense:
@@ -130,7 +137,36 @@ def learn_contributions(
             total -= (gradient * (parameter.detach() - old)).double().cpu()
         if progress:
             progress(1)
+        if training:
+            state = partial(gate_state, step + 1, parameters, optimizer, contributions)
+            training.after(step + 1, state, last=step + 1 == steps)
     return {group.name: total for group, total in zip(groups, contributions, strict=True)}
+
+
+def gate_state(
+    step: int, parameters: list[Tensor], optimizer: torch.optim.Optimizer, contributions: list[Tensor]
+) -> dict[str, Any]:
+    """Give all that the gates' training goes on from; it draws no random numbers."""
+    adam = [dict(optimizer.state[parameter]) for parameter in parameters]
+    return {"step": step, "gates": list(parameters), "adam": adam, "contributions": list(contributions)}
+
+
+def resume_gates(
+    training: Training | None,
+    parameters: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    contributions: list[Tensor],
+) -> int:
+    """Put a kept state into gates, optimizer and contributions, in place; give the steps done."""
+    state = training.load() if training else None
+    if state is None:
+        return 0
+    for number, parameter in enumerate(parameters):
+        parameter.data.copy_(state["gates"][number])
+        contributions[number].copy_(state["contributions"][number])
+        kept = state["adam"][number]
+        optimizer.state[parameter] = {key: t if key == "step" else t.to(parameter.device) for key, t in kept.items()}
+    return state["step"]
 
 
 def small_batches(batches: Sequence[Any]) -> list[tuple[Tensor, Any]]:

@@ -1,11 +1,13 @@
 """What the recipes share: their options, the output folder, and one line instead of a traceback for bad input."""
 
 import argparse
+import json
 import os
 import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,10 +22,13 @@ from torch import nn
 from lfrns_hub.batches import iterate
 from lfrns_hub.gallery import plot_clusters
 from lfrns_hub.measure import Record, format_table
+from lfrns_hub.resume import written_aside
 from lfrns_hub.units import SlimPlan, UnitGroup
 
 # What a user can cause and mend; anything else is a bug and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+# What may differ between a run and its --resume: where it is told to write, and what comes after it.
+_NOT_THE_RUN = {"output_dir", "overwrite", "resume", "push_to_hub", "no_controls"}
 
 
 def kept_fraction(text: str) -> float:
@@ -116,18 +121,66 @@ def is_finished(directory: Path) -> bool:
     return (directory / "record.json").is_file()
 
 
-def empty_output_dir(directory: Path) -> None:
-    """Remove what an earlier run left, just before the first file of this one is written."""
-    if directory.is_dir():
-        shutil.rmtree(directory)
+def check_same_run(directory: Path, args: argparse.Namespace) -> None:
+    """Refuse to go on with another run than the one that lies in a folder.
+
+    Args:
+        directory: The output folder, there or not.
+        args: What the recipe was told.
+    Raises:
+        ValueError: An option that changes the result is not what it was.
+    """
+    path = directory / "work" / "run.json"
+    if not (args.resume and path.is_file()):
+        return
+    before, now = json.loads(path.read_text()), _settings(args)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"--resume: the run in {directory} has --{name.replace('_', '-')} {before.get(name)}, this one "
+                f"{now.get(name)}. Repeat the options of then, pass --overwrite, or name another --output-dir."
+            )
+
+
+def begin_run(directory: Path, args: argparse.Namespace, accelerator: Any) -> Path:
+    """Note a run's options in its folder, just before it writes anything else there; `--overwrite` empties it first.
+
+    Args:
+        directory: The output folder, there or not.
+        args: What the recipe was told.
+        accelerator: Of the run; the main process writes.
+    Returns:
+        `work/` in the folder: each stage keeps in a folder of its own there what `--resume` goes on from.
+    """
+    if accelerator.is_main_process:
+        if args.overwrite and not args.resume and directory.is_dir():
+            shutil.rmtree(directory)
+        with written_aside(directory / "work" / "run.json") as partial:
+            partial.write_text(json.dumps(_settings(args)))
+    accelerator.wait_for_everyone()
+    return directory / "work"
+
+
+def tidy(directory: Path) -> None:
+    """Remove what a finished run needs no more from `work/`: all but the dense weights and the run's options."""
+    for path in (directory / "work").glob("*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Give the options that change a run's result; paths in full."""
+    settings = {name: value for name, value in vars(args).items() if name not in _NOT_THE_RUN}
+    return {
+        name: str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+        for name, value in settings.items()
+    }
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Keep a model's weights for `--resume`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    safetensors.torch.save_model(model, str(partial))
-    partial.replace(path)
+    with written_aside(path) as partial:
+        safetensors.torch.save_model(model, str(partial))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -136,7 +189,18 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe; bad input ends it with one line and exit code 1 (`LFRNS_TRACEBACK=1` shows where)."""
+    """Run a recipe; bad input ends it with one line and exit code 1 (`LFRNS_TRACEBACK=1` shows where).
+
+    SIGTERM ends it with one line and exit code 0: what was kept in files is whole. While a model trains, `retrain` and
+    `slim` finish the step and keep it first.
+    """
+
+    def stop(*_: Any) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("SIGTERM: stopped. What was kept before is there still.", file=sys.stderr, flush=True)
+        sys.exit(0)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         main()
     except _USER_ERRORS as error:
@@ -145,6 +209,8 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def describe_run(recipe: str) -> dict[str, str | None]:

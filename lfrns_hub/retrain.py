@@ -1,6 +1,8 @@
 """Retrain a slim model (or train a dense one): an Accelerate loop with warm-up, cosine and distillation."""
 
+import contextlib
 import math
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,8 +15,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lfrns_hub.batches import iterate, read_logits
+from lfrns_hub.batches import read_logits, split_batch
 from lfrns_hub.measure import check_labels, evaluate, evaluating
+from lfrns_hub.resume import Checkpoints, Position, caught_sigterm, describe_model, told_anywhere
+from lfrns_hub.seeded import apart, random_kept, seeded_loader
 
 # Learning rate, weight decay, gradient norm limit. For models that are nearly right already, as slim ones are:
 # a tenth of what training from scratch takes (He et al. 2016: 0.1; Dosovitskiy et al. 2021, table 3: 1e-3).
@@ -59,6 +63,8 @@ def retrain(
     seed: int = 0,
     progress: bool = True,
     tracker: Callable[[dict[str, float], int], None] | None = None,
+    checkpoint_dir: str | os.PathLike | None = None,
+    checkpoint_every: int = 500,
 ) -> nn.Module:
     """Train a model in place, from its labels, from a teacher, or from both.
 
@@ -83,14 +89,26 @@ def retrain(
         seed: With the same one, the same weights on CPU.
         progress: Show a bar on the main process.
         tracker: Called on the main process with (values, step), as `Accelerator.log` takes them.
+        checkpoint_dir: A folder for this run alone, seen by all processes. The same call, made again after the
+            program ended anyhow, goes on there and ends with the same weights on CPU; after the last step it trains
+            no more. Augmentation is had again where it draws from python's, numpy's or torch's own random numbers.
+            SIGTERM then finishes the step, saves and ends the program with exit code 0. None: nothing is written.
+        checkpoint_every: Steps between two checkpoints; one more follows every epoch. The last two are kept.
     Returns:
         The model that came in.
     Raises:
-        ValueError: A value is out of its range, the loader is empty, labels are missing or are no class of the model.
-        FloatingPointError: The loss is no longer finite.
+        ValueError: A value is out of its range, the loader is empty, labels are missing or are no class of the model,
+            or the checkpoint is of another run.
+        FloatingPointError: The loss or a weight is no longer finite; the message names the last good checkpoint.
+        OSError: A checkpoint cannot be written or read; what was there before is there still.
     Source: Fang and Yin 2025 retrain plainly; the teacher's share is Hinton et al. 2015, section 2.
     """
     _check_arguments(model, loader, epochs, teacher, warmup_fraction, label_smoothing, distill_weight, temperature)
+    if checkpoint_every < 1:
+        raise ValueError(
+            f"retrain(checkpoint_every={checkpoint_every}): it must be 1 or more steps. For epochs' ends "
+            "alone pass a number above the steps of one."
+        )
     rule, learning_rate, weight_decay, max_grad_norm = _fill_defaults(
         model, optimizer, learning_rate, weight_decay, max_grad_norm
     )
@@ -100,50 +118,95 @@ def retrain(
     set_seed(seed, device_specific=True)
 
     modes = [(module, module.training) for module in model.modules()]
-    loader = accelerator.prepare_data_loader(loader)
+    images = len(loader.dataset)
+    data_seed = accelerator.dataloader_config.data_seed
+    loader = seeded_loader(loader, seed, seed if data_seed is None else data_seed)
+    order, loader = loader.batch_sampler, accelerator.prepare_data_loader(loader)
     eval_loader = eval_loader if eval_loader is None else accelerator.prepare_data_loader(eval_loader)
     plain_optimizer = _make_optimizer(model, rule, learning_rate, weight_decay)
     steps = epochs * math.ceil(len(loader) / accelerator.gradient_accumulation_steps)
     # Not prepared: a prepared scheduler steps once per process.
     scheduler = LambdaLR(plain_optimizer, lambda step: _rate(step, steps, warmup_fraction))
+    run = {
+        "model": describe_model(model),
+        "epochs": epochs,
+        "images": images,
+        "batches of an epoch": len(loader),
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+        "teacher": teacher is not None,
+        "optimizer": rule,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "max_grad_norm": str(max_grad_norm),
+        "warmup_fraction": warmup_fraction,
+        "label_smoothing": label_smoothing,
+        "distill_weight": distill_weight,
+        "temperature": temperature,
+        "mixed_precision": accelerator.mixed_precision,
+        "seed": seed,
+        "data_seed": data_seed,
+    }
     trained, prepared_optimizer = accelerator.prepare(model, plain_optimizer)
-
-    step = 0
-    bar = tqdm(total=steps, desc="retrain", mininterval=0.5, disable=not (progress and accelerator.is_main_process))
     try:
-        with evaluating(teacher, device=accelerator.device), bar:
-            for epoch in range(epochs):
+        checkpoints, at = None, Position()
+        if checkpoint_dir is not None:
+            checkpoints = Checkpoints(checkpoint_dir, accelerator, run, checkpoint_every)
+            at = checkpoints.load(scheduler)
+        show = progress and accelerator.is_main_process
+        bar = tqdm(total=steps, initial=at.step, desc="retrain", mininterval=0.5, disable=not show)
+        listening = caught_sigterm() if checkpoints else contextlib.nullcontext()
+        with evaluating(teacher, device=accelerator.device), bar, listening as told:
+            for epoch in range(at.epoch, epochs):
                 loader.set_epoch(epoch)
+                if hasattr(order, "set_epoch"):
+                    order.set_epoch(epoch)
                 trained.train()
-                for images, labels in iterate(loader):
+                left = accelerator.skip_first_batches(loader, at.batch) if at.batch else loader
+                for images, labels in map(split_batch, apart(left, seed, epoch)):
                     with accelerator.accumulate(trained):
                         with accelerator.autocast():
                             logits = read_logits(trained(images)).float()
                             soft_targets = _ask(teacher, images)
                         loss = _loss(logits, labels, soft_targets, label_smoothing, distill_weight, temperature)
                         rate = scheduler.get_last_lr()[0]
-                        _check_finite(loss, learning_rate, f"step {step + 1} of {steps}, rate {rate:.3g}")
+                        where = f"step {at.step + 1} of {steps}, rate {rate:.3g}"
+                        _check_finite(f"loss is {loss.item()}", loss, learning_rate, where, checkpoints)
                         accelerator.backward(loss)
                         if accelerator.sync_gradients:
                             accelerator.clip_grad_norm_(trained.parameters(), max_grad_norm)
                         prepared_optimizer.step()
                         prepared_optimizer.zero_grad()
-                    if accelerator.sync_gradients:
-                        step += 1
-                        if not accelerator.optimizer_step_was_skipped:
-                            scheduler.step()
-                        bar.update()
-                        bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", lr=f"{rate:.2e}", refresh=False)
-                        _track(tracker, accelerator, {"loss": loss.item(), "learning_rate": rate}, step)
+                    at.batch += 1
+                    if not accelerator.sync_gradients:
+                        continue
+                    at.step += 1
+                    if not accelerator.optimizer_step_was_skipped:
+                        scheduler.step()
+                    bar.update()
+                    bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", lr=f"{rate:.2e}", refresh=False)
+                    _track(tracker, accelerator, {"loss": loss.item(), "learning_rate": rate}, at.step)
+                    if checkpoints and not accelerator.gradient_state.end_of_dataloader:
+                        stopping = told_anywhere(told, accelerator)
+                        if stopping or checkpoints.due(at):
+                            _check_weights(model, learning_rate, where, checkpoints)
+                            checkpoints.save(at, scheduler)
+                        if stopping:
+                            checkpoints.stop(at, steps)
                 _average_buffers(model, accelerator)
+                _check_weights(model, learning_rate, where, checkpoints)
+                at = Position(at.step, epoch + 1)
+                if checkpoints:
+                    checkpoints.save(at, scheduler)
+                    if told_anywhere(told, accelerator):
+                        checkpoints.stop(at, steps)
                 if eval_loader is not None:
-                    scores = evaluate(model, eval_loader, accelerator=accelerator, progress=progress)
+                    with random_kept():  # the next epoch is the same, whether this has run or not
+                        scores = evaluate(model, eval_loader, accelerator=accelerator, progress=progress)
                     if not bar.disable:
                         top1 = f"top-1 {scores['top1_pct']:.2f} % of {scores['images']} images"
                         bar.write(f"epoch {epoch + 1} of {epochs}: {top1}")
-                    _track(
-                        tracker, accelerator, {"eval_top1_pct": scores["top1_pct"], "eval_loss": scores["loss"]}, step
-                    )
+                    values = {"eval_top1_pct": scores["top1_pct"], "eval_loss": scores["loss"]}
+                    _track(tracker, accelerator, values, at.step)
     finally:
         accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
         accelerator.free_memory()
@@ -299,13 +362,24 @@ def _loss(
     return soft if labels is None else (1 - distill_weight) * hard + distill_weight * soft
 
 
-def _check_finite(loss: Tensor, learning_rate: float, where: str) -> None:
-    """Stop before a loss that is not finite spoils the weights further."""
-    if not math.isfinite(loss.item()):
-        raise FloatingPointError(
-            f"retrain(learning_rate={learning_rate:g}): the loss is {loss.item()} at {where}. Try "
-            f"learning_rate={learning_rate / 10:g}, and look for images whose values are not finite."
-        )
+def _check_finite(
+    what: str, value: Tensor, learning_rate: float, where: str, checkpoints: Checkpoints | None = None
+) -> None:
+    """Stop before a loss or weights that are not finite spoil the rest; say where to go on from."""
+    if bool(value.isfinite().all()):
+        return
+    last = checkpoints.last() if checkpoints else None
+    raise FloatingPointError(
+        f"retrain(learning_rate={learning_rate:g}): the {what} at {where}. Try "
+        f"learning_rate={learning_rate / 10:g}, and look for images whose values are not finite."
+        + (f" The last good checkpoint is {last}." if last else "")
+    )
+
+
+def _check_weights(model: nn.Module, learning_rate: float, where: str, checkpoints: Checkpoints | None) -> None:
+    """Stop where a step has left a weight that is not finite, before it is saved or given back."""
+    for name, weight in model.named_parameters():
+        _check_finite(f"weight {name} is not finite", weight.detach(), learning_rate, where, checkpoints)
 
 
 def _average_buffers(model: nn.Module, accelerator: Accelerator) -> None:

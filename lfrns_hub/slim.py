@@ -1,6 +1,7 @@
 """The one call: trace, responses, redundancy, contribution, select, surgery, in reading order."""
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.answers import read_answer
+from lfrns_hub.cache import Cache
 from lfrns_hub.checkpoint import carry_config
 from lfrns_hub.contribution import learn_contributions, measure_costs
 from lfrns_hub.measure import count_macs, count_params
@@ -115,6 +117,7 @@ def slim(
     seed: int = 0,
     device: Any = None,
     progress: bool = True,
+    checkpoint_dir: str | os.PathLike | None = None,
 ) -> SlimResult:
     """Make a model physically narrower by low functional redundancy network slimming.
 
@@ -142,6 +145,10 @@ def slim(
         seed: Same seed, same plan.
         device: Where to run; by default where the model is.
         progress: Show a bar on the main process.
+        checkpoint_dir: A folder, seen by all processes, where moments, merges, the gates' training and the finished
+            weights are kept by the content of all they hang on: the same call takes up what is there, and ends with
+            the same result, bit by bit on CPU. Moments take 16 bytes x width^2 per consumer. SIGTERM while the gates
+            train saves and ends the program with exit code 0. None: nothing is written.
     Returns:
         The slim model, the plain module in eval mode, on the device of the run, each weight in its own dtype and
         trainable if it was; its plan and the report. What transformers' save_pretrained or timm's save_for_hf write
@@ -149,6 +156,7 @@ def slim(
     Raises:
         TypeError: The model is no module.
         ValueError: A budget, name or option does not fit, the loader is empty, the budget is not reachable.
+        OSError: checkpoint_dir cannot be written to.
     Source: Fang and Yin 2025; each step's docstring says what is ours.
     """
     budgets = check_budgets(macs, params, latency, contribution)
@@ -167,6 +175,7 @@ def slim(
         seed=seed,
         device=device,
         progress=progress,
+        checkpoint_dir=checkpoint_dir,
     )
     return analysis.cut(
         **budgets, contribution=contribution, fcr_steps=fcr_steps, restore=restore, fold=fold, round_to=round_to
@@ -189,12 +198,13 @@ def analyse(
     seed: int = 0,
     device: Any = None,
     progress: bool = True,
+    checkpoint_dir: str | os.PathLike | None = None,
 ) -> "Analysis":
     """Do the part of `slim` that no budget changes: trace, self-check, responses, the cost of every merge.
 
     Args:
         model, loader, preset, kinds, groups, exclude, distance, widths, min_keep, approximate, accelerator, seed,
-            device, progress: As for `slim`.
+            device, progress, checkpoint_dir: As for `slim`.
     Returns:
         What `.cut(macs=0.5)` makes a slim model of, at as many budgets as are wanted, each as `slim` would give it.
     Raises:
@@ -219,17 +229,31 @@ def analyse(
         chosen = choose_groups(every, kinds, groups, exclude, approximate, min_keep)
 
         clock.step("responses")
-        moments = observe(dense, chosen, batches, seed, accelerator)
+        images, names = [images for images, _ in batches], [group.name for group in chosen]
+        cache = Cache(checkpoint_dir, accelerator, dense, images, names, seed)
+        kept = cache.keep("moments", lambda: as_data(observe(dense, chosen, batches, seed, accelerator)))
+        moments = {name: Moments(**fields) for name, fields in kept.items()}
 
         clock.step("redundancy")
         views = {g.name: [view(dense, t.module, t.index.flatten(), moments) for t in g.taps] for g in chosen}
-        merges = {g.name: find_merges(views[g.name], g.size, distance, min(min_keep, g.size)) for g in chosen}
-        if distance == "functional" and widths == "global":
-            merges = measure_costs(dense, chosen, merges, probe_images(batches), moments)
+
+        def find() -> dict[str, Merges]:
+            merges = {g.name: find_merges(views[g.name], g.size, distance, min(min_keep, g.size)) for g in chosen}
+            if distance == "functional" and widths == "global":
+                return measure_costs(dense, chosen, merges, probe_images(batches), moments)
+            return merges
+
+        kept = cache.keep("merges", lambda: as_data(find()), distance, widths, min_keep)
+        merges = {name: Merges(**fields) for name, fields in kept.items()}
     return Analysis(
         model, dense, batches, trace, every, checked, chosen, moments, views, merges,
-        preset, widths, accelerator, seed, progress, clock.seconds,
+        preset, widths, accelerator, seed, progress, cache, clock.seconds,
     )  # fmt: skip
+
+
+def as_data(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Give dataclasses by name as plain data that a cache keeps."""
+    return {name: dict(vars(result)) for name, result in results.items()}
 
 
 @dataclass(frozen=True)
@@ -245,6 +269,7 @@ class Analysis:
         checked: What the self-check found.
         moments, views, merges: Responses at each tap, what each consumer sees, and the cost of each merge, by group.
         preset, widths, accelerator, seed, progress: As `analyse` was told.
+        cache: Where results are kept.
         seconds: What each step took.
     """
 
@@ -263,6 +288,7 @@ class Analysis:
     accelerator: Any
     seed: int
     progress: bool
+    cache: Cache
     seconds: dict[str, float]
 
     def smallest(self) -> dict[str, float]:
@@ -302,20 +328,16 @@ class Analysis:
             clock.step("FCR gates", steps if steps and contribution == "fcr" else 1)
             contributions = contribute(
                 contribution, dense, chosen, keep, batches, moments, self.merges, steps, fold, accelerator,
-                clock.advance,
+                clock.advance, self.cache,
             )  # fmt: skip
 
             clock.step("restore")
             plan, restored = restored_plan(chosen, keep, pruning_set, contributions, ledger, round_to if restore else 1)
 
             clock.step("cut and fold")
-            result = plain = cut(dense, self.every, plan)
-            if fold:
-                result = fold_if_better(
-                    dense, plain, self.trace, self.every, plan, moments, batches, self.seed, accelerator
-                )
-            folded = result is not plain
-            result, recalibrated = recalibrate_if_better(dense, result, batches)
+            result = cut(dense, self.every, plan)
+            finished = self.cache.keep("weights", lambda: self.finish(result, plan, fold), plan.keep, fold)
+            result.load_state_dict(finished["state"])
 
             clock.step("report")
             whole = measure_integrity(dense, chosen, plan, moments)
@@ -325,8 +347,8 @@ class Analysis:
                 count_params(result) / count_params(dense),
                 budgets,
                 sum(len(r) for r in restored.values()),
-                folded,
-                recalibrated,
+                finished["folded"],
+                finished["recalibrated"],
                 {g.name: g.frozen_reason for g in self.every if g.frozen_reason},
                 {"largest_error": self.checked.largest_error, "moved": self.checked.moved},
             )
@@ -336,6 +358,17 @@ class Analysis:
         made |= getattr(self.model, "lfrns_base", {})
         result.lfrns_provenance = added_up(getattr(self.model, "lfrns_provenance", None), made)
         return SlimResult(carry_config(result), plan, report)
+
+    def finish(self, plain: nn.Module, plan: SlimPlan, fold: bool) -> dict[str, Any]:
+        """Fold and recalibrate a cut model, each where it is better: its state, and whether each was."""
+        result, images = plain, self.batches
+        if fold:
+            result = fold_if_better(
+                self.dense, plain, self.trace, self.every, plan, self.moments, images, self.seed, self.accelerator
+            )
+        folded = result is not plain
+        result, recalibrated = recalibrate_if_better(self.dense, result, images)
+        return {"state": dict(result.state_dict()), "folded": folded, "recalibrated": recalibrated}
 
 
 def analysis_copy(model: nn.Module, device: Any) -> nn.Module:
@@ -413,6 +446,7 @@ def contribute(
     fold: bool,
     accelerator: Any,
     advance: Callable[[int], None],
+    cache: Cache,
 ) -> dict[str, Tensor]:
     """Give the contribution of each unit, by FCR, by a function, or by the cost of merging it."""
     if callable(contribution):
@@ -425,9 +459,11 @@ def contribute(
     if contribution == "cost" or steps == 0:
         return by_cost
     standing = moments if fold else {}
-    return learn_contributions(
-        dense, chosen, keep, batches, standing, steps=steps, accelerator=accelerator, progress=advance
-    )
+    with cache.training("gates", keep, [labels for _, labels in batches], steps, fold) as training:
+        return learn_contributions(
+            dense, chosen, keep, batches, standing, steps=steps, accelerator=accelerator, progress=advance,
+            training=training,
+        )  # fmt: skip
 
 
 def restored_plan(

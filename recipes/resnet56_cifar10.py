@@ -46,8 +46,10 @@ def main() -> None:
     out = recipe.check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
     accelerator = make_accelerator(seed=args.seed)
     main_process = accelerator.is_main_process
+    recipe.check_same_run(out, args)
     if args.resume and recipe.is_finished(out):
         if main_process:
+            recipe.tidy(out)
             record = Record.load(out / "record.json")
             recipe.print_results(record, record.setup["controls"], out)
         return
@@ -71,8 +73,9 @@ def main() -> None:
     test_loader = DataLoader(test_set, 250)
     check_images(dense, calibration_loader)
 
-    # The dense model.
-    kept_weights = out / "work" / "dense.safetensors"
+    # The dense model. Every stage keeps in a folder of its own in work/ what --resume goes on from.
+    work = recipe.begin_run(out, args, accelerator)
+    kept_weights = work / "dense.safetensors"
     if args.resume and kept_weights.exists():
         recipe.load_weights(dense, kept_weights)
     elif dense_epochs:
@@ -84,18 +87,23 @@ def main() -> None:
             weight_decay=DENSE_WEIGHT_DECAY,
             accelerator=accelerator,
             seed=args.seed,
+            checkpoint_dir=work / "dense",
         )
     if not args.smoke:
         guard_against_chance(dense, calibration_loader, data)
     accelerator.wait_for_everyone()
     if main_process:
-        if args.overwrite:
-            recipe.empty_output_dir(out)
         recipe.save_weights(dense, kept_weights)
 
     # Slim and retrain.
     result = lfrns.slim(
-        dense, calibration_loader, macs=args.macs, fcr_steps=fcr_steps, accelerator=accelerator, seed=args.seed
+        dense,
+        calibration_loader,
+        macs=args.macs,
+        fcr_steps=fcr_steps,
+        accelerator=accelerator,
+        seed=args.seed,
+        checkpoint_dir=work / "slim",
     )
     before = evaluate(result.model, test_loader, teacher=dense, accelerator=accelerator)
     if main_process:
@@ -108,7 +116,7 @@ def main() -> None:
         "accelerator": accelerator,
         "seed": args.seed,
     }
-    lfrns.retrain(result.model, train_loader, **retraining)
+    lfrns.retrain(result.model, train_loader, checkpoint_dir=work / "retrain", **retraining)
 
     # Beside it, equally trained: as many units drawn at random, and the dense model.
     rows = [{"name": "slim, not retrained", "top1_pct": before["top1_pct"], "images": before["images"]}]
@@ -121,7 +129,7 @@ def main() -> None:
             "dense, retrained as long": copy.deepcopy(dense),
         }
         for name, model in controls.items():
-            lfrns.retrain(model, train_loader, **retraining)
+            lfrns.retrain(model, train_loader, checkpoint_dir=work / name.partition(",")[0], **retraining)
             score = evaluate(model, test_loader, accelerator=accelerator)
             rows.append({"name": name, "top1_pct": score["top1_pct"], "images": score["images"]})
 
@@ -143,6 +151,7 @@ def main() -> None:
     if main_process:
         recipe.draw_clusters(dense, result, calibration_loader, out)
         lfrns.save(result.model, out, record=record, label_names=test_set.class_names, overwrite=True)
+        recipe.tidy(out)
         recipe.print_results(record, rows, out)
         if args.push_to_hub:
             print(lfrns.push(out, args.push_to_hub))

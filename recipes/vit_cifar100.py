@@ -55,8 +55,10 @@ def main() -> None:
     out = recipe.check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
     accelerator = make_accelerator(seed=args.seed)
     main_process = accelerator.is_main_process
+    recipe.check_same_run(out, args)
     if args.resume and recipe.is_finished(out):
         if main_process:
+            recipe.tidy(out)
             record = Record.load(out / "record.json")
             recipe.print_results(record, record.setup["controls"], out)
         return
@@ -87,7 +89,8 @@ def main() -> None:
     test_loader = DataLoader(test_set, args.batch_size)
     check_images(dense, calibration_loader)
 
-    # The dense model.
+    # The dense model. Every stage keeps in a folder of its own in work/ what --resume goes on from.
+    work = recipe.begin_run(out, args, accelerator)
     training = {
         "learning_rate": LEARNING_RATE,
         "weight_decay": WEIGHT_DECAY,
@@ -95,24 +98,29 @@ def main() -> None:
         "accelerator": accelerator,
         "seed": args.seed,
     }
-    kept_weights = out / "work" / "dense.safetensors"
+    kept_weights = work / "dense.safetensors"
     if args.resume and kept_weights.exists():
         recipe.load_weights(dense, kept_weights)
     elif dense_epochs:
-        lfrns.retrain(dense, train_loader, epochs=1 if args.smoke else dense_epochs, **training)
+        dense_epochs = 1 if args.smoke else dense_epochs
+        lfrns.retrain(dense, train_loader, epochs=dense_epochs, checkpoint_dir=work / "dense", **training)
     if not args.smoke:
         guard_against_chance(dense, calibration_loader, data)
     accelerator.wait_for_everyone()
     if main_process:
-        if args.overwrite:
-            recipe.empty_output_dir(out)
         recipe.save_weights(dense, kept_weights)
 
     # Slim and retrain.
     result = lfrns.slim(
-        dense, calibration_loader, macs=args.macs, fcr_steps=fcr_steps, accelerator=accelerator, seed=args.seed
+        dense,
+        calibration_loader,
+        macs=args.macs,
+        fcr_steps=fcr_steps,
+        accelerator=accelerator,
+        seed=args.seed,
+        checkpoint_dir=work / "slim",
     )
-    lfrns.retrain(result.model, train_loader, teacher=dense, epochs=epochs, **training)
+    lfrns.retrain(result.model, train_loader, teacher=dense, epochs=epochs, checkpoint_dir=work / "retrain", **training)
 
     # Beside it, equally trained: as many units drawn at random, and the dense model.
     rows = []
@@ -125,7 +133,8 @@ def main() -> None:
             "dense, retrained as long": copy.deepcopy(dense),
         }
         for name, model in controls.items():
-            lfrns.retrain(model, train_loader, teacher=dense, epochs=epochs, **training)
+            folder = work / name.partition(",")[0]
+            lfrns.retrain(model, train_loader, teacher=dense, epochs=epochs, checkpoint_dir=folder, **training)
             score = evaluate(model, test_loader, accelerator=accelerator)
             rows.append({"name": name, "top1_pct": score["top1_pct"], "images": score["images"]})
 
@@ -148,6 +157,7 @@ def main() -> None:
         processor = load_processor(dense)
         recipe.draw_clusters(dense, result, calibration_loader, out)
         lfrns.save(result.model, out, record=record, processor=processor, label_names=label_names, overwrite=True)
+        recipe.tidy(out)
         recipe.print_results(record, rows, out)
         if args.push_to_hub:
             print(lfrns.push(out, args.push_to_hub))

@@ -61,8 +61,10 @@ def main() -> None:
     out = recipe.check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
     accelerator = make_accelerator(seed=args.seed)
     main_process = accelerator.is_main_process
+    recipe.check_same_run(out, args)
     if args.resume and recipe.is_finished(out):
         if main_process:
+            recipe.tidy(out)
             record = Record.load(out / "record.json")
             recipe.print_results(record, record.setup["controls"], out)
         return
@@ -81,8 +83,9 @@ def main() -> None:
     calibration_loader = DataLoader(train_set, args.batch_size)
     test_loader = DataLoader(TensorDataset(images[test], labels[test]), 100)
 
-    # The dense model.
-    kept_weights = out / "work" / "dense.safetensors"
+    # The dense model. Every stage keeps in a folder of its own in work/ what --resume goes on from.
+    work = recipe.begin_run(out, args, accelerator)
+    kept_weights = work / "dense.safetensors"
     training = {"accelerator": accelerator, "weight_decay": WEIGHT_DECAY, "label_smoothing": LABEL_SMOOTHING}
     if args.model:
         dense = create_dense(args.model, num_classes=len(LABEL_NAMES))
@@ -92,26 +95,36 @@ def main() -> None:
             recipe.load_weights(dense, kept_weights)
         else:
             lfrns.retrain(
-                dense, train_loader, epochs=dense_epochs, learning_rate=LEARNING_RATE, seed=args.seed, **training
+                dense,
+                train_loader,
+                epochs=dense_epochs,
+                learning_rate=LEARNING_RATE,
+                seed=args.seed,
+                checkpoint_dir=work / "dense",
+                **training,
             )
     guard_against_chance(dense, calibration_loader, "scikit-learn's digits")
     accelerator.wait_for_everyone()
     if main_process:
-        if args.overwrite:
-            recipe.empty_output_dir(out)
         recipe.save_weights(dense, kept_weights)
 
     # Slim and retrain.
     result = lfrns.slim(
-        dense, calibration_loader, macs=args.macs, fcr_steps=fcr_steps, accelerator=accelerator, seed=args.seed
+        dense,
+        calibration_loader,
+        macs=args.macs,
+        fcr_steps=fcr_steps,
+        accelerator=accelerator,
+        seed=args.seed,
+        checkpoint_dir=work / "slim",
     )
     retraining = {**training, "teacher": dense, "epochs": epochs, "learning_rate": RETRAIN_LEARNING_RATE}
-    lfrns.retrain(result.model, train_loader, seed=args.seed, **retraining)
+    lfrns.retrain(result.model, train_loader, seed=args.seed, checkpoint_dir=work / "retrain", **retraining)
 
     # Beside it, equally trained: as many units drawn at random; and the slim shape from scratch, for all epochs.
     groups = lfrns.find_units(dense, images[:1])
     drawn = cut(dense, groups, recipe.random_plan(result.plan, groups, args.seed))
-    lfrns.retrain(drawn, train_loader, seed=args.seed, **retraining)
+    lfrns.retrain(drawn, train_loader, seed=args.seed, checkpoint_dir=work / "random plan", **retraining)
     set_seed(args.seed + 1)
     scratch = cut(build_dense(), groups, result.plan) if not args.model else None
     if scratch is not None:
@@ -121,6 +134,7 @@ def main() -> None:
             epochs=dense_epochs + epochs,
             learning_rate=LEARNING_RATE,
             seed=args.seed + 1,
+            checkpoint_dir=work / "from scratch",
             **training,
         )
 
@@ -155,6 +169,7 @@ def main() -> None:
         )
         recipe.draw_clusters(dense, result, calibration_loader, out)
         lfrns.save(result.model, out, record=record, processor=processor, label_names=LABEL_NAMES, overwrite=True)
+        recipe.tidy(out)
         recipe.print_results(record, rows, out)
         if args.push_to_hub:
             print(lfrns.push(out, args.push_to_hub))

@@ -1,11 +1,14 @@
 """Every recipe runs, start to end, as a user starts it; what it must refuse, it refuses before it writes anything."""
 
+import argparse
 import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas
@@ -17,6 +20,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
+from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.units import SlimPlan
 
 RECIPES = ("vit_digits", "resnet56_cifar10", "vit_cifar100")
@@ -163,6 +167,55 @@ def test_weights_kept_for_resume_come_back_equal(tmp_path: Path) -> None:
     recipe.load_weights(other, tmp_path / "work" / "dense.safetensors")
     assert torch.equal(model.weight, other.weight)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["dense.safetensors"]
+
+
+def options(*typed: object) -> argparse.Namespace:
+    parser = recipe.recipe_parser("x", name="x", model=None, macs=0.5, epochs=1, batch_size=1, dense_epochs=1)
+    return parser.parse_args([str(word) for word in typed])
+
+
+def test_a_run_is_gone_on_with_by_its_own_options_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    recipe.check_same_run(out, options("--resume"))  # nothing is there yet
+    work = recipe.begin_run(out, options("--macs", 0.6, "--data-dir", "data"), make_accelerator())
+    same = ("--resume", "--macs", 0.6, "--data-dir", tmp_path / "data", "--output-dir", out, "--push-to-hub", "a/b")
+    recipe.check_same_run(out, options(*same))
+    with pytest.raises(ValueError, match=r"--resume: the run in .*out has --macs 0\.6, this one 0\.7\. Repeat"):
+        recipe.check_same_run(out, options(*same, "--macs", 0.7))
+    assert [path.name for path in work.iterdir()] == ["run.json"]
+
+
+def test_overwrite_empties_the_folder_and_resume_leaves_it(tmp_path: Path) -> None:
+    for how, left in (("--resume", True), ("--overwrite", False)):
+        out = tmp_path / how
+        out.mkdir()
+        (out / "mine.txt").write_text("mine")
+        recipe.begin_run(out, options(how), make_accelerator())
+        assert (out / "mine.txt").exists() is left
+
+
+def test_a_finished_run_leaves_the_dense_weights_and_its_options(tmp_path: Path) -> None:
+    work = recipe.begin_run(tmp_path, options(), make_accelerator())
+    recipe.save_weights(torch.nn.Linear(3, 2), work / "dense.safetensors")
+    (work / "retrain" / "step_000000001").mkdir(parents=True)
+    recipe.tidy(tmp_path)
+    assert sorted(path.name for path in work.iterdir()) == ["dense.safetensors", "run.json"]
+
+
+def test_sigterm_ends_a_recipe_with_one_line_and_0(capsys: pytest.CaptureFixture) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def told() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with pytest.raises(SystemExit) as stopped:
+        recipe.run(told)
+    assert stopped.value.code == 0
+    assert capsys.readouterr().err == "SIGTERM: stopped. What was kept before is there still.\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_random_plan_has_the_widths_of_the_plan_and_follows_its_seed() -> None:

@@ -1,0 +1,264 @@
+"""What a run that was stopped goes on from: written aside and renamed, so that it is whole or not there."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+FORMAT = 1
+KEPT = 2  # checkpoints: the last, and the one before
+_PARTIAL = ".partial"
+_STATE = "state.json"
+_SENTINEL = 0x5EED0F2B2E57A7E  # no seed that anyone takes
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give a name to write a file or folder to; it takes the place of `path` when the context ends without an error.
+
+    Raises:
+        OSError: It could not be written. What lay at `path` before lies there still.
+    """
+    partial = path.with_name(path.name + _PARTIAL)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        yield partial
+        _put_in_place(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove(partial)
+        raise
+
+
+@dataclass
+class Position:
+    """Where a training run is: steps done in all, the epoch (from 0) and the batches done of it by each process."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one training run, in one folder that all processes see.
+
+    Args:
+        directory: The folder, there or not.
+        accelerator: Whose `save_state` writes model, optimizer, scaler and each process's random states. It has
+            prepared the model and the optimizer.
+        run: What must be equal for a checkpoint to be of this run: names to JSON values.
+        every: Steps between two checkpoints.
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+
+    def __init__(self, directory: str | os.PathLike, accelerator: Any, run: dict[str, Any], every: int):
+        self.directory, self.accelerator, self.every = Path(directory), accelerator, every
+        self.run = json.loads(json.dumps({"format": FORMAT, "processes": accelerator.num_processes, **run}))
+        self._call = f"retrain(checkpoint_dir={str(directory)!r})"
+        if accelerator.project_configuration.automatic_checkpoint_naming:
+            raise ValueError(
+                f"{self._call}: the accelerator has automatic_checkpoint_naming and would write elsewhere. "
+                "Build it without."
+            )
+        self._together(self._clear, "the folder cannot be written to", "Name another one.", main_only=True)
+
+    def last(self) -> Path | None:
+        """Give the newest complete checkpoint, None where there is none."""
+        return max(self._all(), default=None)
+
+    def load(self, scheduler: Any) -> Position:
+        """Take up the newest checkpoint: model, optimizer, scaler, random states, and a scheduler, in place.
+
+        Returns:
+            Where to go on: at the start where there is no checkpoint.
+        Raises:
+            ValueError: It is of another run, or not all processes see it.
+            OSError: It cannot be read.
+        """
+        path = self.last()
+        steps = self.accelerator.gather(
+            torch.tensor([int(path.name[5:]) if path else -1], device=self.accelerator.device)
+        )
+        if len(steps.unique()) > 1:
+            raise ValueError(
+                f"{self._call}: the processes see different checkpoints there (steps {steps.tolist()}). Name a folder "
+                "that all machines share."
+            )
+        if path is None:
+            return Position()
+        saved: dict[str, Any] = {}
+
+        def read() -> None:
+            saved.update(json.loads((path / _STATE).read_text()))
+            self._refuse_another_run(saved["run"], path)
+            if not (path / f"random_states_{self.accelerator.process_index}.pkl").is_file():
+                raise FileNotFoundError(f"the random states of process {self.accelerator.process_index} are missing")
+            before = torch.default_generator.manual_seed(_SENTINEL).get_state()
+            self.accelerator.load_state(str(path))  # by safetensors, and by torch's weights_only
+            if torch.equal(torch.get_rng_state(), before):  # of which Accelerate says nothing
+                raise OSError("the random states are no longer what was written")
+            scheduler.load_state_dict(saved["scheduler"])
+
+        way_out = f"Remove {path} to go on from the one before it, or the whole folder to start afresh."
+        self._together(read, f"{path.name} there cannot be read", way_out)
+        return Position(**saved["position"])
+
+    def due(self, position: Position) -> bool:
+        """Say whether a checkpoint is to be written after this step."""
+        return position.step % self.every == 0
+
+    def save(self, position: Position, scheduler: Any) -> None:
+        """Write a checkpoint and remove old ones; called by all processes.
+
+        Raises:
+            OSError: It could not be written; the one before is still there.
+        """
+        path = self.directory / f"step_{position.step:09d}"
+        partial = path.with_name(path.name + _PARTIAL)
+        last = self.last()
+        kept = f"The last good one is {last}" if last else "There was none before"
+        what = f"the checkpoint of step {position.step} could not be written"
+        way_out = f"{kept}. Make room, or name another folder and start afresh."
+
+        def write() -> None:
+            self.accelerator.save_state(str(partial))
+            if self.accelerator.is_main_process:
+                state = {"run": self.run, "position": asdict(position), "scheduler": scheduler.state_dict()}
+                (partial / _STATE).write_text(json.dumps(state))
+
+        try:
+            self._together(partial.mkdir, what, way_out, main_only=True)
+            self._together(write, what, way_out)
+            self._together(lambda: _put_in_place(partial, path), what, way_out, main_only=True)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if self.accelerator.is_main_process:
+            for old in self._all()[:-KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def stop(self, position: Position, steps: int) -> None:
+        """End the program after a SIGTERM, with exit code 0 and a message; the checkpoint has been written."""
+        if self.accelerator.is_main_process:
+            print(
+                f"SIGTERM: stopped after step {position.step} of {steps}, saved in {self.last()}. The same call goes "
+                "on from there.",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise SystemExit(0)
+
+    def _all(self) -> list[Path]:
+        """Give the complete checkpoints, the oldest first."""
+        return sorted(p for p in self.directory.glob("step_*") if p.suffix != _PARTIAL and (p / _STATE).is_file())
+
+    def _clear(self) -> None:
+        """Make the folder, see that it can be written to, and remove what was half-written."""
+        with written_aside(self.directory / "writable") as probe:
+            probe.write_text("yes")
+        (self.directory / "writable").unlink()
+        for path in self.directory.glob(f"*{_PARTIAL}"):
+            _remove(path)
+
+    def _refuse_another_run(self, saved: dict[str, Any], path: Path) -> None:
+        """Raise where a checkpoint is of another run, naming the first difference."""
+        for name in sorted(self.run.keys() | saved.keys()):
+            ours, theirs = self.run.get(name), saved.get(name)
+            if ours == theirs:
+                continue
+            if isinstance(ours, dict) and isinstance(theirs, dict):
+                part = next(key for key in [*ours, *theirs] if ours.get(key) != theirs.get(key))
+                name, ours, theirs = f"{name} {part}", ours.get(part), theirs.get(part)
+            raise ValueError(
+                f"{self._call}: {path.name} there is of another run: {name} is {theirs} in it, and {ours} now. Go on "
+                "with the settings of then, name another folder, or remove this one to start afresh."
+            )
+
+    def _together(self, work: Callable[[], None], what: str, way_out: str, *, main_only: bool = False) -> None:
+        """Do something on every process, and raise on every one where one has failed: none waits for ever."""
+        error = None
+        try:
+            if self.accelerator.is_main_process or not main_only:
+                work()
+        except Exception as failed:  # each library tells of a full disk or a damaged file in a type of its own
+            error = failed
+        failures = torch.tensor([int(error is not None)], device=self.accelerator.device)
+        if not int(self.accelerator.reduce(failures, "sum").item()):
+            return
+        if isinstance(error, ValueError) and str(error).startswith(self._call):
+            raise error
+        reason = str(error).partition("\n")[0] if error else "on another process"
+        raise OSError(f"{self._call}: {what} ({reason}). {way_out}") from error
+
+
+def describe_model(model: nn.Module) -> dict[str, str]:
+    """Give the dtype and shape of every parameter and buffer that is saved, by name."""
+    return {name: f"{str(t.dtype)[6:]}{list(t.shape)}" for name, t in model.state_dict().items()}
+
+
+@contextlib.contextmanager
+def caught_sigterm() -> Iterator[threading.Event]:
+    """Give an event that is set when SIGTERM comes, instead of ending at once; in the main thread alone."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if told.is_set():  # it came after the last time that anyone asked
+        signal.raise_signal(signal.SIGTERM)
+
+
+def told_anywhere(told: threading.Event, accelerator: Any = None) -> bool:
+    """Say whether SIGTERM has come to any of the processes; all of them ask together."""
+    if accelerator is None:
+        return told.is_set()
+    if told.is_set():
+        accelerator.set_trigger()
+    return accelerator.check_trigger()
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Have the disk take a file or folder, then give it its name."""
+    for file in [partial] if partial.is_file() else sorted(partial.rglob("*")):
+        if file.is_file():
+            _sync(file)
+    if path.is_dir():
+        _remove(path)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, there or not."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk take a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if path.is_file():  # some file systems have no fsync of folders
+            raise
+    finally:
+        os.close(descriptor)

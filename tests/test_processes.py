@@ -1,0 +1,123 @@
+"""Several processes do what one does: weights, plan; none waits for ever where another ends."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from faulty_run import end, make_model, start, train
+from safetensors.torch import load_file, save_file
+from timm.layers import freeze_batch_norm_2d
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lfrns_hub as lfrns
+from lfrns_hub.retrain import make_accelerator, retrain
+
+BATCH, EPOCHS = 8, 5  # of one process of two; 64 images: 20 steps
+
+
+def build(name: str) -> nn.Module:
+    """A timm network without BatchNorm, or with it frozen: statistics are those of one process's images."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4, **({"img_size": 32} if "vit" in name else {}))
+    return freeze_batch_norm_2d(model) if "resnet" in name else model
+
+
+def pictures() -> TensorDataset:
+    draw = torch.Generator().manual_seed(5)
+    labels = torch.arange(64) % 4
+    return TensorDataset(torch.randn(64, 3, 32, 32, generator=draw) + labels[:, None, None, None], labels)
+
+
+def train_network(name: str, processes: int) -> dict[str, torch.Tensor]:
+    model = build(name)
+    loader = DataLoader(pictures(), 2 * BATCH // processes, shuffle=True)
+    retrain(model, loader, epochs=EPOCHS, optimizer="sgd", learning_rate=0.01, progress=False)
+    return model.state_dict()
+
+
+def slim_network(accelerator: Any) -> Any:
+    loader = DataLoader(pictures(), 8)
+    return lfrns.slim(build("test_resnet"), loader, macs=0.5, fcr_steps=4, accelerator=accelerator, progress=False)
+
+
+def train_and_slim(rank: int, folder: Path) -> None:
+    """In each of two processes: train both networks, slim one, leave the results."""
+    for name in ("test_vit", "test_resnet"):
+        state = train_network(name, 2)
+        save_file({key: value.clone() for key, value in state.items()}, folder / f"{name}{rank}.safetensors")
+    (folder / f"plan{rank}.json").write_text(slim_network(make_accelerator()).plan.to_json())
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_choose_what_one_with_twice_the_batch_does(tmp_path: Path, free_port: str) -> None:
+    assert end(start(train_and_slim, tmp_path, processes=2, port=free_port)) == [0, 0]
+    for name in ("test_vit", "test_resnet"):
+        alone, start_weights = train_network(name, 1), build(name).state_dict()
+        for rank in (0, 1):
+            shared = load_file(tmp_path / f"{name}{rank}.safetensors")
+            assert shared.keys() == alone.keys()
+            for key, value in alone.items():
+                torch.testing.assert_close(shared[key], value, rtol=1e-4, atol=1e-5, msg=f"{name} {key}")
+        moved = max(float((alone[key] - start_weights[key]).abs().max()) for key in alone)
+        assert moved > 0.01, name  # a thousand times what may differ
+    plan = slim_network(None).plan.to_json()
+    assert [(tmp_path / f"plan{rank}.json").read_text() for rank in (0, 1)] == [plan, plan]
+
+
+def train_and_leave(rank: int, folder: Path, name: str, stop: int) -> None:
+    """In each of two processes: train with everything random, perhaps tell one process to stop after a step."""
+
+    def track(values: dict[str, float], step: int) -> None:
+        if "learning_rate" in values:
+            with (folder / f"{name}.steps").open("a") as file:
+                file.write(f"{step} ")
+            if step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    state = train(folder / name, epochs=2, seed=4, tracker=track)
+    save_file(state, folder / f"{name}{rank}.safetensors")
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on_as_if_they_had_not(tmp_path: Path, free_port: str) -> None:
+    assert end(start(train_and_leave, tmp_path, "whole", -1, processes=2, port=free_port)) == [0, 0]
+    assert end(start(train_and_leave, tmp_path, "stopped", 5, processes=2, port=free_port)) == [0, 0]
+    assert not list(tmp_path.glob("stopped*.safetensors"))
+    assert (tmp_path / "stopped.steps").read_text().split() == ["1", "2", "3", "4", "5"]
+    assert end(start(train_and_leave, tmp_path, "stopped", -1, processes=2, port=free_port)) == [0, 0]
+    assert (tmp_path / "stopped.steps").read_text() == (tmp_path / "whole.steps").read_text()
+    for rank in (0, 1):
+        whole, stopped = (load_file(tmp_path / f"{name}{rank}.safetensors") for name in ("whole", "stopped"))
+        assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+
+
+def train_until_one_fails(rank: int, folder: Path) -> None:
+    """In each of two processes: train, until an image of one of them cannot be read."""
+
+    class Broken(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            if rank == 1 and index == 20:
+                raise OSError("this image cannot be read")
+            return super().__getitem__(index)
+
+    images = Broken(torch.randn(32, 3, 6, 6), torch.arange(32) % 3)
+    retrain(make_model(), DataLoader(images, 4), epochs=1, checkpoint_dir=folder, progress=False)
+
+
+@pytest.mark.parametrize("case", ["image", "disk"])
+def test_where_one_process_fails_none_waits_for_ever(case: str, tmp_path: Path, free_port: str) -> None:
+    function = {"image": train_until_one_fails, "disk": train_where_nothing_can_be_written}[case]
+    codes = end(start(function, tmp_path, processes=2, port=free_port), seconds=90)
+    assert all(code not in (0, None) for code in codes), codes
+
+
+def train_where_nothing_can_be_written(rank: int, folder: Path) -> None:
+    """In each of two processes: the folder of the checkpoints is a file."""
+    if rank == 0:
+        (folder / "file").write_text("")
+    train(folder / "file" / "run")
