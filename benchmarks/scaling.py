@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py
 
-Each row runs in fresh processes, one thread each, on pictures of noise: time and memory do not depend on what they show.
+Each row runs in fresh processes, one thread each, on pictures of noise: what they show changes neither time nor memory.
 Printed: seconds of each step of `slim`, the peak resident memory of the first process, less what importing took, and
 the bytes that this process hands to all-reduce. Processes that share cores do not run faster for being more.
 """
@@ -118,7 +118,12 @@ def main() -> None:
             rows.append({"grows": name, "to": value, **row})
             seconds = [f"{row['seconds'].get(step, 0):.1f}" for step in STEPS]
             table.add_row(
-                name, str(value), *seconds, f"{row['memory_mib']:.0f}", f"{row['reduced_mib']:.0f}", f"{row['params_m']:.2f}"
+                name,
+                str(value),
+                *seconds,
+                f"{row['memory_mib']:.0f}",
+                f"{row['reduced_mib']:.0f}",
+                f"{row['params_m']:.2f}",
             )
     Console(width=120).print(table)
     RESULTS.parent.mkdir(exist_ok=True)

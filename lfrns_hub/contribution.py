@@ -228,6 +228,7 @@ def measure_costs(
     merges: dict[str, Merges],
     images: Sequence[Tensor],
     moments: dict[str, Moments],
+    accelerator: Any = None,
 ) -> dict[str, Merges]:
     """Give every merge its cost in loss: the divergence from the dense model, measured group by group.
 
@@ -240,32 +241,45 @@ def measure_costs(
         merges: Their hierarchies, with costs that compare within a group.
         images: Batches [N, C, H, W].
         moments: Responses per consumer.
+        accelerator: Given, each process takes its share of the groups.
     Returns:
         The same orders, costs in nats an image (of features: in shares of their variance), non-decreasing.
     Source: ours; DESIGN.md section 5 asks for a cost in terms of the loss.
     """
     with torch.no_grad():
         dense = [answer_to(model, batch) for batch in images]
-    result = {}
+    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    counts = {}
     for group in groups:
-        order, cost = merges[group.name].order, torch.tensor(merges[group.name].cost, dtype=torch.float64)
-        if not order:
-            result[group.name] = merges[group.name]
-            continue
-        counts = sorted({max(1, round(len(order) * share)) for share in PROBED_SHARES})
-        total = cost.cumsum(0)
-        points = [(0, 0.0, 0.0)]
-        for count in counts:
-            points.append(
-                (count, float(total[count - 1]), divergence(model, group, order[:count], images, dense, moments))
-            )
-        measured = []
-        for (start, before, low), (stop, after, high) in pairwise(points):
-            slope = max(high - low, 1e-9) / max(after - before, 1e-30)
-            measured += [slope * float(c) for c in cost[start:stop]]
-        measured += [slope * float(c) for c in cost[len(measured) :]]
-        result[group.name] = Merges(order, torch.tensor(measured).cummax(0).values.tolist())
-    return result
+        order = merges[group.name].order
+        counts[group.name] = sorted({max(1, round(len(order) * share)) for share in PROBED_SHARES}) if order else []
+    found = torch.zeros(len(groups), len(PROBED_SHARES), dtype=torch.float64)
+    for number in range(rank, len(groups), ranks):
+        group = groups[number]
+        for place, count in enumerate(counts[group.name]):
+            gone = merges[group.name].order[:count]
+            found[number, place] = divergence(model, group, gone, images, dense, moments)
+    if ranks > 1:
+        found = accelerator.reduce(found.to(accelerator.device), "sum").cpu()
+    return {
+        group.name: spread(merges[group.name], counts[group.name], row.tolist())
+        for group, row in zip(groups, found, strict=True)
+    }
+
+
+def spread(merges: Merges, counts: list[int], measured: list[float]) -> Merges:
+    """Give merges whose costs add up to what was measured after some of them, in the proportions that they had."""
+    if not counts:
+        return merges
+    cost = torch.tensor(merges.cost, dtype=torch.float64)
+    total = [0.0, *(float(cost[:count].sum()) for count in counts)]
+    points = zip([0, *counts], total, [0.0, *measured], strict=False)
+    costs: list[float] = []
+    for (start, before, low), (stop, after, high) in pairwise(points):
+        slope = max(high - low, 1e-9) / max(after - before, 1e-30)
+        costs += [slope * float(c) for c in cost[start:stop]]
+    costs += [slope * float(c) for c in cost[len(costs) :]]
+    return Merges(merges.order, torch.tensor(costs).cummax(0).values.tolist())
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Retrain a slim model (or train a dense one): an Accelerate loop with warm-up, cosine and distillation."""
 
 import contextlib
+import copy
 import math
 import os
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -18,7 +20,7 @@ from tqdm import tqdm
 from lfrns_hub.batches import read_logits, split_batch
 from lfrns_hub.measure import check_labels, evaluate, evaluating
 from lfrns_hub.resume import Checkpoints, Position, caught_sigterm, describe_model, told_anywhere
-from lfrns_hub.seeded import apart, random_kept, seeded_loader
+from lfrns_hub.seeded import apart, random_kept, rounds, seeded_loader
 
 # Learning rate, weight decay, gradient norm limit. For models that are nearly right already, as slim ones are:
 # a tenth of what training from scratch takes (He et al. 2016: 0.1; Dosovitskiy et al. 2021, table 3: 1e-3).
@@ -36,7 +38,9 @@ def make_accelerator(*, seed: int = 0, **kwargs: Any) -> Accelerator:
         1
     """
     kwargs.setdefault("cpu", not torch.accelerator.is_available())
-    kwargs.setdefault("dataloader_config", DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed))
+    # Not dispatched: of a stream each process reads files of its own, not one process all of them for the others.
+    shared_out = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, dispatch_batches=False)
+    kwargs.setdefault("dataloader_config", shared_out)
     # Some models own parameters that a forward pass skips (DINOv2's mask token); plain DDP stops at the second step.
     kwargs.setdefault("kwargs_handlers", [DistributedDataParallelKwargs(find_unused_parameters=True)])
     return Accelerator(**kwargs)
@@ -47,6 +51,7 @@ def retrain(
     loader: DataLoader,
     *,
     epochs: int = 3,
+    images_per_epoch: int | None = None,
     teacher: nn.Module | None = None,
     eval_loader: DataLoader | None = None,
     optimizer: Literal["auto", "sgd", "adamw"] = "auto",
@@ -72,6 +77,8 @@ def retrain(
         model: Trained in place; it ends on the accelerator's device, in the training mode in which it came.
         loader: A plain DataLoader with the batch size of one process; prepared here.
         epochs: Passes over the loader; 0 changes nothing.
+        images_per_epoch: Of a loader without a length, a stream, over all processes. A process whose share has fewer
+            begins it anew.
         teacher: The dense model. With it the images may come without labels.
         eval_loader: Scored after every epoch, for the reader only: the last epoch is what is returned.
         optimizer: "sgd" has Nesterov momentum 0.9; "auto" takes "sgd" for networks with BatchNorm and without
@@ -103,7 +110,8 @@ def retrain(
         OSError: A checkpoint cannot be written or read; what was there before is there still.
     Source: Fang and Yin 2025 retrain plainly; the teacher's share is Hinton et al. 2015, section 2.
     """
-    _check_arguments(model, loader, epochs, teacher, warmup_fraction, label_smoothing, distill_weight, temperature)
+    _check_loader(loader, images_per_epoch)
+    _check_arguments(model, epochs, teacher, warmup_fraction, label_smoothing, distill_weight, temperature)
     if checkpoint_every < 1:
         raise ValueError(
             f"retrain(checkpoint_every={checkpoint_every}): it must be 1 or more steps. For epochs' ends "
@@ -118,20 +126,31 @@ def retrain(
     set_seed(seed, device_specific=True)
 
     modes = [(module, module.training) for module in model.modules()]
-    images = len(loader.dataset)
+    synced = accelerator.gradient_state.sync_with_dataloader
+    images = images_per_epoch or len(loader.dataset)
     data_seed = accelerator.dataloader_config.data_seed
     loader = seeded_loader(loader, seed, seed if data_seed is None else data_seed)
     order, loader = loader.batch_sampler, accelerator.prepare_data_loader(loader)
     eval_loader = eval_loader if eval_loader is None else accelerator.prepare_data_loader(eval_loader)
+    if images_per_epoch:
+        batches = math.ceil(images / (loader.batch_size * accelerator.num_processes))
+        accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False  # the shares end at different times
+    else:
+        batches = len(loader)
+    # FSDP2 cuts a model's weights up where they are: a copy is trained, and what came in takes its weights each epoch.
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    whole, model = model, copy.deepcopy(model) if sharded else model
+    whole.to(accelerator.device)
     plain_optimizer = _make_optimizer(model, rule, learning_rate, weight_decay)
-    steps = epochs * math.ceil(len(loader) / accelerator.gradient_accumulation_steps)
+    accumulated = accelerator.gradient_accumulation_steps
+    steps = max(1, epochs * batches // accumulated) if images_per_epoch else epochs * math.ceil(batches / accumulated)
     # Not prepared: a prepared scheduler steps once per process.
     scheduler = LambdaLR(plain_optimizer, lambda step: _rate(step, steps, warmup_fraction))
     run = {
         "model": describe_model(model),
         "epochs": epochs,
         "images": images,
-        "batches of an epoch": len(loader),
+        "batches of an epoch": batches,
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "teacher": teacher is not None,
         "optimizer": rule,
@@ -161,7 +180,10 @@ def retrain(
                 if hasattr(order, "set_epoch"):
                     order.set_epoch(epoch)
                 trained.train()
-                left = accelerator.skip_first_batches(loader, at.batch) if at.batch else loader
+                if images_per_epoch:
+                    left = rounds(loader, batches, at.batch)
+                else:
+                    left = accelerator.skip_first_batches(loader, at.batch) if at.batch else loader
                 for images, labels in map(split_batch, apart(left, seed, epoch)):
                     with accelerator.accumulate(trained):
                         with accelerator.autocast():
@@ -185,15 +207,18 @@ def retrain(
                     bar.update()
                     bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", lr=f"{rate:.2e}", refresh=False)
                     _track(tracker, accelerator, {"loss": loss.item(), "learning_rate": rate}, at.step)
-                    if checkpoints and not accelerator.gradient_state.end_of_dataloader:
+                    ended = at.batch == batches if images_per_epoch else accelerator.gradient_state.end_of_dataloader
+                    if checkpoints and not ended:
                         stopping = told_anywhere(told, accelerator)
                         if stopping or checkpoints.due(at):
                             _check_weights(model, learning_rate, where, checkpoints)
                             checkpoints.save(at, scheduler)
                         if stopping:
                             checkpoints.stop(at, steps)
-                _average_buffers(model, accelerator)
-                _check_weights(model, learning_rate, where, checkpoints)
+                if sharded:
+                    _take_weights(whole, trained)
+                _average_buffers(whole, accelerator)
+                _check_weights(whole, learning_rate, where, checkpoints)
                 at = Position(at.step, epoch + 1)
                 if checkpoints:
                     checkpoints.save(at, scheduler)
@@ -201,7 +226,7 @@ def retrain(
                         checkpoints.stop(at, steps)
                 if eval_loader is not None:
                     with random_kept():  # the next epoch is the same, whether this has run or not
-                        scores = evaluate(model, eval_loader, accelerator=accelerator, progress=progress)
+                        scores = evaluate(whole, eval_loader, accelerator=accelerator, progress=progress)
                     if not bar.disable:
                         top1 = f"top-1 {scores['top1_pct']:.2f} % of {scores['images']} images"
                         bar.write(f"epoch {epoch + 1} of {epochs}: {top1}")
@@ -210,14 +235,40 @@ def retrain(
     finally:
         accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
         accelerator.free_memory()
+        accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = synced
         for module, training in modes:
             module.training = training
-    return model
+    return whole
+
+
+def _check_loader(loader: Any, images_per_epoch: int | None) -> None:
+    """Refuse a loader that has no images, or whose epochs have no length."""
+    if not isinstance(loader, DataLoader):
+        raise TypeError(
+            f"retrain(loader={type(loader).__name__}): a torch DataLoader is needed. Wrap the images in one."
+        )
+    if images_per_epoch is not None and images_per_epoch < 1:
+        raise ValueError(f"retrain(images_per_epoch={images_per_epoch}): it must be 1 or more.")
+    sized = hasattr(loader.dataset, "__len__")
+    if sized and images_per_epoch is not None:
+        raise ValueError(
+            f"retrain(images_per_epoch={images_per_epoch}): the loader has {len(loader.dataset)} images and epochs of "
+            "its own. Leave it out; for fewer images give a torch Subset."
+        )
+    if not sized and images_per_epoch is None:
+        raise ValueError(
+            "retrain(loader): the rate schedule needs the length of an epoch. Pass images_per_epoch, or use a dataset "
+            "that has a length."
+        )
+    if sized and len(loader) == 0:
+        raise ValueError(
+            f"retrain(loader): the loader is empty ({len(loader.dataset)} images, batch_size={loader.batch_size}, "
+            f"drop_last={loader.drop_last}). Check the folder and the split, or lower batch_size."
+        )
 
 
 def _check_arguments(
     model: nn.Module,
-    loader: Any,
     epochs: int,
     teacher: nn.Module | None,
     warmup_fraction: float,
@@ -226,17 +277,6 @@ def _check_arguments(
     temperature: float,
 ) -> None:
     """Refuse values out of range before anything is touched."""
-    if not isinstance(loader, DataLoader):
-        raise TypeError(
-            f"retrain(loader={type(loader).__name__}): a torch DataLoader is needed. Wrap the images in one."
-        )
-    if not hasattr(loader.dataset, "__len__"):
-        raise ValueError("retrain(loader): the rate schedule needs len(loader). Use a dataset that has a length.")
-    if len(loader) == 0:
-        raise ValueError(
-            f"retrain(loader): the loader is empty ({len(loader.dataset)} images, batch_size={loader.batch_size}, "
-            f"drop_last={loader.drop_last}). Check the folder and the split, or lower batch_size."
-        )
     if epochs < 0:
         raise ValueError(f"retrain(epochs={epochs}): epochs must be 0 or more. The default is 3.")
     if teacher is model:
@@ -380,6 +420,12 @@ def _check_weights(model: nn.Module, learning_rate: float, where: str, checkpoin
     """Stop where a step has left a weight that is not finite, before it is saved or given back."""
     for name, weight in model.named_parameters():
         _check_finite(f"weight {name} is not finite", weight.detach(), learning_rate, where, checkpoints)
+
+
+def _take_weights(whole: nn.Module, trained: nn.Module) -> None:
+    """Put the weights of a model in shards together, on every process, into a plain one of its shape, in place."""
+    state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in trained.state_dict().items()}
+    whole.load_state_dict(state)
 
 
 def _average_buffers(model: nn.Module, accelerator: Accelerator) -> None:

@@ -5,6 +5,7 @@ So training can go on from the middle of an epoch without loading again what wen
 
 import copy
 import hashlib
+import itertools
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -106,6 +107,15 @@ def apart(batches: Iterable[Any], seed: int, epoch: int) -> Iterator[Any]:
                 return
             states = get_random()
         yield batch
+
+
+def rounds(loader: Iterable[Any], batches: int, start: int = 0) -> Iterator[Any]:
+    """Yield the batches of an epoch from the one numbered `start` on; a loader with fewer begins anew.
+
+    What comes before `start` is loaded and left out: a stream has no other way there.
+    """
+    endless = itertools.chain.from_iterable(itertools.repeat(loader))
+    return itertools.islice(endless, start, batches)
 
 
 def start_random(*numbers: int) -> None:

@@ -240,7 +240,7 @@ def analyse(
         def find() -> dict[str, Merges]:
             merges = {g.name: find_merges(views[g.name], g.size, distance, min(min_keep, g.size)) for g in chosen}
             if distance == "functional" and widths == "global":
-                return measure_costs(dense, chosen, merges, probe_images(batches), moments)
+                return measure_costs(dense, chosen, merges, probe_images(batches), moments, accelerator)
             return merges
 
         kept = cache.keep("merges", lambda: as_data(find()), distance, widths, min_keep)

@@ -35,17 +35,21 @@ def main() -> None:
         macs=0.5,
         epochs=30,
         batch_size=1024,
-        dense_epochs=None,
+        dense_epochs=0,
     )
     parser.add_argument("--weights", default=None, help="of the dense model, in place of the published ones")
     parser.add_argument("--train-images", type=int, default=None, help="an epoch has (default: what the data says)")
     parser.add_argument("--workers", type=int, default=8, help="that decode, of each process (default: %(default)s)")
     args = parser.parse_args()
+    if args.dense_epochs:
+        raise ValueError(f"--dense-epochs {args.dense_epochs}: the dense model is not trained here. Bring --weights.")
     out = recipe.check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
     accelerator = make_accelerator(seed=args.seed)
     main_process = accelerator.is_main_process
+    recipe.check_same_run(out, args)
     if args.resume and recipe.is_finished(out):
         if main_process:
+            recipe.tidy(out)
             record = Record.load(out / "record.json")
             recipe.print_results(record, record.setup["controls"], out)
         return
@@ -68,13 +72,17 @@ def main() -> None:
     check_images(dense, calibration_loader)
     if not args.smoke:
         guard_against_chance(dense, calibration_loader, data)
-    accelerator.wait_for_everyone()
-    if main_process and args.overwrite:
-        recipe.empty_output_dir(out)
 
-    # Slim and retrain.
+    # Slim and retrain. Every stage keeps in a folder of its own in work/ what --resume goes on from.
+    work = recipe.begin_run(out, args, accelerator)
     result = lfrns.slim(
-        dense, calibration_loader, macs=args.macs, fcr_steps=fcr_steps, accelerator=accelerator, seed=args.seed
+        dense,
+        calibration_loader,
+        macs=args.macs,
+        fcr_steps=fcr_steps,
+        accelerator=accelerator,
+        seed=args.seed,
+        checkpoint_dir=work / "slim",
     )
     before = evaluate(result.model, test_loader, teacher=dense, accelerator=accelerator)
     lfrns.retrain(
@@ -88,6 +96,7 @@ def main() -> None:
         label_smoothing=LABEL_SMOOTHING,
         accelerator=accelerator,
         seed=args.seed,
+        checkpoint_dir=work / "retrain",
     )
 
     # Evaluate: the last epoch, on images that nothing was chosen by.
@@ -95,7 +104,7 @@ def main() -> None:
     rows = [{"name": "slim, not retrained", "top1_pct": before["top1_pct"], "images": before["images"]}]
     record.setup.update(
         recipe.describe_run(__file__),
-        **recipe.describe_source(data, args.model),
+        **recipe.describe_data(data),
         calibration_images=len(calibration_set),
         seed=args.seed,
         epochs=epochs,
@@ -108,6 +117,7 @@ def main() -> None:
     if main_process:
         recipe.draw_clusters(dense, result, calibration_loader, out)
         lfrns.save(result.model, out, record=record, label_names=test_set.class_names, overwrite=True)
+        recipe.tidy(out)
         recipe.print_results(record, rows, out)
         if args.push_to_hub:
             print(lfrns.push(out, args.push_to_hub))

@@ -53,7 +53,7 @@ def build_dense() -> ViTForImageClassification:
 
 def main() -> None:
     parser = recipe.recipe_parser(
-        __doc__, name="vit_digits", model=None, macs=0.5, epochs=12, batch_size=64, dense_epochs=25
+        __doc__, name="vit_digits", model=None, macs=0.5, epochs=12, batch_size=64, dense_epochs=40
     )
     args = parser.parse_args()
     if args.data_dir:
@@ -118,13 +118,22 @@ def main() -> None:
         seed=args.seed,
         checkpoint_dir=work / "slim",
     )
+    rows = []
+
+    def add_row(name: str, model: torch.nn.Module) -> None:
+        score = evaluate(model, test_loader, accelerator=accelerator)
+        rows.append({"name": name, "top1_pct": score["top1_pct"], "images": score["images"]})
+
+    add_row("slim, not retrained", result.model)
     retraining = {**training, "teacher": dense, "epochs": epochs, "learning_rate": RETRAIN_LEARNING_RATE}
     lfrns.retrain(result.model, train_loader, seed=args.seed, checkpoint_dir=work / "retrain", **retraining)
 
     # Beside it, equally trained: as many units drawn at random; and the slim shape from scratch, for all epochs.
     groups = lfrns.find_units(dense, images[:1])
     drawn = cut(dense, groups, recipe.random_plan(result.plan, groups, args.seed))
+    add_row("random plan, same widths, cut alone, not retrained", drawn)
     lfrns.retrain(drawn, train_loader, seed=args.seed, checkpoint_dir=work / "random plan", **retraining)
+    add_row("random plan, same widths, equally retrained", drawn)
     set_seed(args.seed + 1)
     scratch = cut(build_dense(), groups, result.plan) if not args.model else None
     if scratch is not None:
@@ -137,19 +146,10 @@ def main() -> None:
             checkpoint_dir=work / "from scratch",
             **training,
         )
+        add_row("slim shape from scratch, as many epochs", scratch)
 
     # Evaluate on the held-out digits.
     record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
-    controls = {
-        "random plan, same widths, equally retrained": drawn,
-        "slim shape from scratch, as many epochs": scratch,
-    }
-    rows = [
-        {"name": name, **{key: score[key] for key in ("top1_pct", "images")}}
-        for name, model in controls.items()
-        if model is not None
-        for score in [evaluate(model, test_loader, accelerator=accelerator)]
-    ]
     record.setup.update(
         recipe.describe_run(__file__),
         dataset="scikit-learn digits",

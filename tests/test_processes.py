@@ -5,17 +5,23 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import timm
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from faulty_run import end, make_model, start, train
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision import transforms
 
 import lfrns_hub as lfrns
 from lfrns_hub.retrain import make_accelerator, retrain
+from lfrns_hub.stream import stream_data
 
 BATCH, EPOCHS = 8, 5  # of one process of two; 64 images: 20 steps
 
@@ -94,6 +100,67 @@ def test_two_processes_stop_together_and_go_on_as_if_they_had_not(tmp_path: Path
     for rank in (0, 1):
         whole, stopped = (load_file(tmp_path / f"{name}{rank}.safetensors") for name in ("whole", "stopped"))
         assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+
+
+def train_on_a_stream(rank: int, folder: Path) -> None:
+    """In each of two processes: train on three files of unlike lengths, gradients of two batches a step."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    if rank == 0:
+        for number, rows in enumerate((40, 12, 4)):
+            pictures = [Image.new("RGB", (6, 6), (7 * row, 3, 5)) for row in range(rows)]
+            table = datasets.Dataset.from_dict({"image": pictures, "label": [row % 3 for row in range(rows)]}, features)
+            table.to_parquet(str(folder / f"train-{number}-of-3.parquet"))
+    make_accelerator().wait_for_everyone()
+    stream = stream_data(folder, "train", transform=transforms.ToTensor(), seed=2)
+    steps = []
+    model = retrain(
+        make_model(), stream.loader(4), epochs=2, images_per_epoch=stream.images, gradient_accumulation_steps=2,
+        checkpoint_dir=folder / "run", checkpoint_every=2, progress=False, tracker=lambda _, step: steps.append(step),
+    )  # fmt: skip
+    save_file(model.state_dict(), folder / f"weights{rank}.safetensors")
+    assert steps == ([1, 2, 3, 4, 5, 6, 7] if rank == 0 else [])  # 56 images, 16 a step, twice
+
+
+@pytest.mark.slow
+def test_a_process_with_a_short_share_of_a_stream_holds_nobody_up(tmp_path: Path, free_port: str) -> None:
+    assert end(start(train_on_a_stream, tmp_path, processes=2, port=free_port), seconds=120) == [0, 0]
+    first, second = (load_file(tmp_path / f"weights{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(first[key], second[key]) for key in first if "running" not in key)
+
+
+def train_in_shards(rank: int, folder: Path, sharded: bool) -> None:
+    """In each of two processes: train by plain DDP, or with weights in shards as FSDP2 has them.
+
+    Accelerate starts FSDP on GPUs alone; told that it runs, it does the same on CPUs, by gloo.
+    """
+    accelerator = make_accelerator(seed=0)
+    if sharded:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=1000, reshard_after_forward=True,
+            state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=False,
+        )  # fmt: skip
+        accelerator.state._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    model = build("test_vit")
+    loader = DataLoader(pictures(), BATCH, shuffle=True)
+    trained = retrain(
+        model, loader, teacher=build("test_vit").eval(), epochs=2, optimizer="adamw", learning_rate=1e-3,
+        accelerator=accelerator, progress=False,
+    )  # fmt: skip
+    assert trained is model and not any(isinstance(p, DTensor) for p in model.parameters())
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    save_file(state, folder / f"{'shards' if sharded else 'whole'}{rank}.safetensors")
+
+
+@pytest.mark.slow
+def test_weights_in_shards_train_as_whole_ones_do(tmp_path: Path, free_port: str) -> None:
+    for sharded in (True, False):
+        assert end(start(train_in_shards, tmp_path, sharded, processes=2, port=free_port)) == [0, 0]
+    whole, begin = load_file(tmp_path / "whole0.safetensors"), build("test_vit").state_dict()
+    for rank in (0, 1):
+        shards = load_file(tmp_path / f"shards{rank}.safetensors")
+        for key, value in whole.items():
+            torch.testing.assert_close(shards[key], value, rtol=1e-3, atol=1e-4, msg=key)
+    assert max(float((whole[key] - begin[key]).abs().max()) for key in whole) > 0.003  # thirty times what may differ
 
 
 def train_until_one_fails(rank: int, folder: Path) -> None:

@@ -5,7 +5,10 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from lfrns_hub.retrain import retrain
 from lfrns_hub.stream import stream_data
 
 FILES, IN_EACH = 4, 10
@@ -14,6 +17,11 @@ FILES, IN_EACH = 4, 10
 def pixels(picture: Image.Image) -> torch.Tensor:
     """Give the picture's grey value."""
     return torch.tensor(picture.getpixel((0, 0))).float()
+
+
+def noisy(picture: Image.Image) -> torch.Tensor:
+    """Give the picture [3, 2, 2], augmented."""
+    return torch.full((3, 2, 2), picture.getpixel((0, 0)) / 40) + 0.1 * torch.randn(3, 2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +79,39 @@ def test_folder_of_pictures(tmp_path):
     stream = stream_data(tmp_path, "train", transform=pixels)
     assert (stream.images, stream.class_names) == (6, ["cat", "dog"])
     assert sorted(read(stream.loader(4))) == [0, 0, 1, 1, 2, 2]
+
+
+def test_training_on_a_stream_goes_on_where_it_was_stopped(folder, tmp_path):
+    def train(name, stop=None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+        stream = stream_data(folder, "train", transform=noisy, seed=1)
+
+        def track(values, step):
+            if step == stop:
+                raise KeyboardInterrupt
+
+        options = {"epochs": 2, "images_per_epoch": stream.images, "progress": False, "tracker": track}
+        return retrain(model, stream.loader(4), checkpoint_dir=tmp_path / name, checkpoint_every=1, **options)
+
+    whole = train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped", stop=7)
+    again = train("stopped")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_an_epoch_of_a_stream_has_as_many_images_as_is_said(folder):
+    stream, steps = stream_data(folder, "train", transform=noisy), []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    tracked = {"progress": False, "tracker": lambda _, step: steps.append(step)}
+    retrain(model, stream.loader(4), epochs=1, images_per_epoch=100, **tracked)
+    assert len(steps) == 25  # of 40 images: begun anew twice
+    with pytest.raises(ValueError, match=r"the length of an epoch. Pass images_per_epoch"):
+        retrain(model, stream.loader(4), epochs=1)
+    sized = DataLoader(TensorDataset(torch.zeros(8, 12), torch.zeros(8, dtype=torch.int64)), 4)
+    with pytest.raises(ValueError, match=r"images_per_epoch=4\): the loader has 8 images .* Leave it out"):
+        retrain(model, sized, epochs=1, images_per_epoch=4)
 
 
 def test_refuses_what_cannot_be_streamed(folder, tmp_path):
