@@ -246,18 +246,18 @@ def test_a_recipe_killed_at_random_moments_ends_as_if_it_had_not_been(repository
     print(f"uninterrupted: {seconds:.1f} s, {steps('whole')} steps")
     draw = random.Random(0)
     for number in range(KILLS):
-        out, moment = f"killed{number}", draw.uniform(0, seconds)
-        killed = launch(out)
-        killed[0].join(moment)
-        killed[0].kill()
-        killed[0].join()
+        out, moment, later = f"killed{number}", draw.randrange(steps("whole")), draw.uniform(0, seconds / 10)
+        (killed,) = launch(out)
+        while steps(out) < moment and killed.is_alive():
+            time.sleep(0.01)
+        killed.join(later)  # between steps, too, and where none is counted
+        killed.kill()
+        killed.join()
         before = steps(out)
         began = time.monotonic()
         assert end(launch(out, "--resume")) == [0], out
-        print(
-            f"{out}: after {moment:.1f} s and {before} steps; resumed: {time.monotonic() - began:.1f} s, "
-            f"{steps(out) - before} steps"
-        )
+        again = steps(out) - before
+        print(f"{out}: after {before} steps; resumed: {time.monotonic() - began:.1f} s, {again} steps")
         assert outcome(out) == outcome("whole"), out
         # At most an epoch of ten steps, or the gates' ten, are done again.
         assert steps("whole") <= steps(out) <= steps("whole") + 11, out
