@@ -31,7 +31,7 @@ class ImageStream:
     Attributes:
         table: The rows, a `datasets.IterableDataset`.
         image_column, label_column: Where pictures and labels stand.
-        class_names: By label.
+        class_names: By label; none where the data only numbers them.
         images: How many the split holds.
         transform: Picture to tensor.
         seed: Of the order.
@@ -104,9 +104,9 @@ def stream_data(
     table = read_table(name, split, streaming=True)
     image_column = find_column(table, None, IMAGE_COLUMNS, call, required="pictures")
     label_column = find_column(table, label_column, LABEL_COLUMNS, call)
-    class_names = getattr(table.features.get(label_column), "names", None)
-    if not class_names:
-        raise ValueError(f"{call}: no column of labels that names its classes. Give label_column, or use load_data.")
+    if label_column is None:
+        raise ValueError(f"{call}: no column of labels: {', '.join(LABEL_COLUMNS)}. Give label_column.")
+    class_names = getattr(table.features[label_column], "names", None) or []
     if type(table.features[image_column]).__name__ != "Image":
         table = as_pictures(table, image_column)
     images = images or count_images(table, Path(name), split)

@@ -23,7 +23,7 @@ from lfrns_hub import recipe
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.units import SlimPlan
 
-RECIPES = ("vit_digits", "resnet56_cifar10", "vit_cifar100")
+RECIPES = ("vit_digits", "resnet56_cifar10", "vit_cifar100", "resnet50_imagenet1k")
 
 
 def launch(
@@ -97,7 +97,7 @@ def test_the_digits_recipe_runs_and_resuming_a_finished_run_only_prints(reposito
     assert done.returncode == 0, done.stderr[-3000:]
     record = check_folder(out, 0.5)
     assert record["slim"]["images"] == 500
-    assert len(record["setup"]["controls"]) == 2
+    assert len(record["setup"]["controls"]) == 4
     written = (out / "model.safetensors").stat().st_mtime_ns
     again = launch(repository, "vit_digits", "--smoke", "--output-dir", out, "--resume")
     assert again.returncode == 0, again.stderr[-3000:]
@@ -113,6 +113,16 @@ def test_the_cifar_recipe_runs(repository: Path, tmp_path: Path, pictures: Path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Slim, not retrained" in done.stdout
     check_folder(out, 0.5)
+
+
+@pytest.mark.slow
+def test_the_recipe_of_streams_runs(repository: Path, tmp_path: Path, pictures: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--smoke", "--model", "cifar_resnet20", "--data-dir", pictures, "--output-dir", out, "--workers", 0)
+    done = launch(repository, "resnet50_imagenet1k", *arguments, "--batch-size", 64)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = check_folder(out, 0.5)
+    assert record["setup"]["epochs"] == 1 and record["setup"]["controls"][0]["name"] == "slim, not retrained"
 
 
 @pytest.mark.slow
