@@ -203,7 +203,7 @@ def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, A
     budget = provenance.get("budget") or {}
     shares = [f"{value:g} of the dense {BUDGETS.get(name, name)}" for name, value in budget.items()]
     versions = [f"{name} {version}" for name, version in (setup.get("versions") or {}).items() if version]
-    names = [str(name) for name in setup.get("label_names") or []]
+    names = [_line(name) for name in setup.get("label_names") or []]
     classes = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
     facts = {
         "Base model": known["base_model"],
@@ -220,7 +220,7 @@ def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, A
         "Commit": setup.get("commit"),
         "Command": f"`{setup['command']}`" if setup.get("command") else None,
     }
-    return [(name, UNKNOWN if value is None else str(value)) for name, value in facts.items()]
+    return [(name, UNKNOWN if value is None else _line(value)) for name, value in facts.items()]
 
 
 def _limits(
@@ -265,7 +265,12 @@ def _eval_results(slim: dict[str, Any], known: dict[str, Any]) -> list[EvalResul
 
 def _cells(rows: Any) -> list[list[str]]:
     """Make text safe inside a table: a bar in a class name would end its cell."""
-    return [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return [[_line(cell).replace("|", "\\|") for cell in row] for row in rows]
+
+
+def _line(text: Any) -> str:
+    """Bring text of others, such as a class name, on one line, where it can start no heading and no HTML."""
+    return " ".join(str(text).split()).replace("<", "&lt;")
 
 
 def _list(words: list[str]) -> str:

@@ -24,7 +24,9 @@ from lfrns_hub.checkpoint.transformers import (
     write_transformers,
 )
 from lfrns_hub.hub import fetch
+from lfrns_hub.narrow import short
 from lfrns_hub.running import unwrap
+from lfrns_hub.untrusted import refusing
 
 
 def save(
@@ -112,24 +114,27 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
     if not folder.is_dir():
         folder = fetch(str(source), revision=revision)
     config = read_config(folder)
-    facts = config.get("slim") or {}
+    facts = config["slim"]
     if facts.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"load({str(source)!r}): format_version {facts.get('format_version')!r}, this package reads "
+            f"load({str(source)!r}): format_version {short(facts.get('format_version'))}, this package reads "
             f"{FORMAT_VERSION}. Not a folder written by lfrns_hub.save, or one of a newer version: upgrade lfrns_hub."
         )
     in_timm = config.get("architecture") == TIMM_NAME
     in_transformers = not in_timm and str(config.get("model_type", "")).startswith(TYPE_PREFIX)
     if model is not None:
         fill = fill_transformers if in_transformers else fill_own
-        loaded = fill(narrow_as_stored(model, config), folder)
+        with refusing(f"load({str(source)!r}, model={type(model).__name__})"):
+            narrow_as_stored(model, config)
+        loaded = fill(model, folder)
     elif in_timm:
         loaded = load_timm(folder, config)
     elif in_transformers:
         loaded = load_transformers(folder)
     elif config.get("architecture") == OWN_NAME:
-        raise ValueError(f"load({str(source)!r}): it holds a {facts.get('class')}, which neither timm nor transformers "
-                         "builds. Pass the dense model: load(..., model=MyNet()).")  # fmt: skip
+        kind = short(facts.get("class"))
+        raise ValueError(f"load({str(source)!r}): it holds a {kind}, which neither timm nor transformers builds. "
+                         "Pass the dense model: load(..., model=MyNet()).")  # fmt: skip
     else:
         raise ValueError(f"load({str(source)!r}): config.json names neither {TIMM_NAME} nor a {TYPE_PREFIX}* model.")
     loaded.lfrns_provenance = {k: v for k, v in facts.items() if k not in ("format_version", "class")}

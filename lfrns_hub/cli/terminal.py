@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 import lfrns_hub as lfrns
+from lfrns_hub.untrusted import read_json, short
 from lfrns_hub.zoo import ImageData, create_skeleton, load_data, make_transform
 
 app = typer.Typer(
@@ -111,7 +112,7 @@ def read_budgets(text: str) -> list[float]:
 def is_slim(model: str) -> bool:
     """Tell a folder that `lfrns_hub.save` wrote."""
     config = Path(model) / "config.json"
-    return config.is_file() and "slim" in json.loads(config.read_text(encoding="utf-8"))
+    return config.is_file() and "slim" in read_json(config, model)
 
 
 def load_slim(directory: str, dense: str | None) -> nn.Module:
@@ -121,11 +122,11 @@ def load_slim(directory: str, dense: str | None) -> nn.Module:
         ValueError: The folder is no checkpoint, or one that needs the name.
     """
     config = Path(directory) / "config.json"
-    stored = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    stored = read_json(config, directory) if config.is_file() else {}
     if stored.get("architecture") != "lfrns_own_class":
         return lfrns.load(directory)
     if dense is None:
-        kind = stored.get("slim", {}).get("class")
+        kind = short((stored.get("slim") or {}).get("class"))
         raise ValueError(
             f"{directory}: it holds a {kind}, which neither timm nor transformers builds. Name what builds "
             "the dense model, package.module:function, by --dense (of retrain: --teacher)."
