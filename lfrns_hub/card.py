@@ -237,6 +237,8 @@ def _limits(
         ]
     else:
         limits.append("Its accuracy was not measured: measure it on your data before you use it.")
+    if slim.get("images_skipped"):
+        limits.append(f"{_of(slim['images_skipped'], 'images')} could not be read; no figure counts them.")
     limits.append("Latency falls less than MACs on small layers, and differs from machine to machine.")
     if provenance.get("approximate"):
         limits.append(

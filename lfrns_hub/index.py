@@ -62,6 +62,7 @@ def write_index(directory: str | Path, title: str) -> Path:
         plot_ladder([record.slim for record in ordered], dense, picture)
         lines += ["", f"![Top-1 accuracy against MACs and latency, dense and slim]({PICTURE})"]
     readme = directory / "README.md"
+    readme.unlink(missing_ok=True)  # it may be a link to elsewhere
     readme.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return readme
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfrns_hub.batches import iterate
+from lfrns_hub.batches import check_finite, iterate
 from lfrns_hub.units import UnitGroup
 
 KINDS = ("channel", "head", "neuron")
@@ -59,13 +59,15 @@ def read_loader(loader: Any, dtype: torch.dtype) -> list[tuple[Tensor, Any]]:
     """Read all calibration batches as (images, labels), floating-point images in the dtype of the analysis.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or one has values that are not finite.
     """
     batches = [
         (images.to(dtype) if images.is_floating_point() else images, labels) for images, labels in iterate(loader)
     ]
     if not batches or not len(batches[0][0]):
         raise ValueError("slim(loader): the loader is empty. Give at least a few hundred calibration images.")
+    for images, _ in batches:
+        check_finite(images, "slim(loader)")
     return batches
 
 

@@ -179,7 +179,7 @@ def write_card(draft: Path, record: Any, directory: Path, *, base: str, library:
     if has_plot:
         plot_widths(facts, draft / "widths.png")
     gallery = directory / "clusters.png"
-    has_gallery = shows_plan(gallery, facts.get("plan") or {})
+    has_gallery = not gallery.is_symlink() and shows_plan(gallery, facts.get("plan") or {})
     if has_gallery:
         shutil.copyfile(gallery, draft / gallery.name)
     budgets, dense = setup.get("budgets") or [], (record or {}).get("dense") or {}
@@ -203,7 +203,11 @@ def write_card(draft: Path, record: Any, directory: Path, *, base: str, library:
 
 
 def publish(draft: Path, directory: Path) -> None:
-    """Move a finished draft into place; files in the folder that are not a checkpoint's stay."""
+    """Move a finished draft into place; files in the folder that are not a checkpoint's stay.
+
+    A link in the folder is replaced itself; what it leads to stays as it is.
+    """
+    directory = directory.resolve()
     if not directory.exists() or not any(directory.iterdir()):
         draft.replace(directory)
         return

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 from lfrns_hub.cli.terminal import (
+    MAX_UNREADABLE,
     Batch,
     ClassMap,
     CropPct,
@@ -22,6 +23,7 @@ from lfrns_hub.cli.terminal import (
     Model,
     Pictures,
     Std,
+    Unreadable,
     ValSplit,
     Weights,
     app,
@@ -108,6 +110,7 @@ def curve(
     label_column: Labels = None,
     val_split: ValSplit = None,
     class_map: ClassMap = None,
+    max_unreadable: Unreadable = MAX_UNREADABLE,
     mean: Mean = None,
     std: Std = None,
     crop_pct: CropPct = None,
@@ -123,7 +126,7 @@ def curve(
     accelerator = make_accelerator(seed=seed)
     dense = create_dense(model, weights=weights)
     set_preprocessing(dense, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
-    pictures = Pictures(data, label_column, val_split, class_map)
+    pictures = Pictures(data, label_column, val_split, class_map, max_unreadable=max_unreadable)
     calibration_set = pictures.load(dense, "train", limit=calibration_images, seed=seed)
     calibration = DataLoader(calibration_set, batch_size)
     test = DataLoader(pictures.load(dense, "validation", limit=test_images, seed=seed), batch_size)

@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 import lfrns_hub as lfrns
+from lfrns_hub.pictures import MAX_UNREADABLE
 from lfrns_hub.untrusted import read_json, short
 from lfrns_hub.zoo import ImageData, create_skeleton, load_data, make_transform
 
@@ -36,6 +37,7 @@ Std = Annotated[tuple[float, float, float] | None, typer.Option(help="likewise")
 CropPct = Annotated[float | None, typer.Option(help="share of the shorter side in the central crop, likewise")]
 Interpolation = Annotated[str | None, typer.Option(help="bilinear, bicubic, ..., likewise")]
 Flip = Annotated[bool, typer.Option("--flip/--no-flip", help="mirror half of the training pictures; not digits, signs")]
+Unreadable = Annotated[int, typer.Option(min=0, help="damaged pictures of a split that are left out; more: an error")]
 Exclude = Annotated[list[str] | None, typer.Option(help="groups to leave alone: a name or glob, repeatable")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, and nothing else there")]
 
@@ -67,6 +69,7 @@ class Pictures:
     val_split: float | None = None
     class_map: str | None = None
     flip: bool = True
+    max_unreadable: int = MAX_UNREADABLE
 
     def load(
         self, model: nn.Module, split: str, *, augment: bool = False, limit: int | None = None, seed: int = 0
@@ -74,6 +77,7 @@ class Pictures:
         """Load a split, prepared as a model wants its images."""
         transform = make_transform(model, train=augment, flip=self.flip)
         options = {"label_column": self.label_column, "val_split": self.val_split, "class_map": self.class_map}
+        options["max_unreadable"] = self.max_unreadable
         return load_data(self.data, split, transform=transform, limit=limit, seed=seed, **options)
 
 
