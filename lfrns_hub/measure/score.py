@@ -132,7 +132,7 @@ def _classify(answers: dict[str, Answer], labels: Any, device: torch.device) -> 
     batch: dict[str, Tensor] = {"labels": labels}
     for name, one in answers.items():
         logits = one.parts[0].float()
-        check_labels(labels[labels != UNREADABLE], logits.shape[1])
+        check_labels(labels, logits.shape[1])
         batch[name] = logits.argmax(dim=1)
         batch[f"{name} loss"] = F.cross_entropy(logits, labels, reduction="none")
         batch[f"{name} classes"] = torch.full_like(labels, logits.shape[1])
