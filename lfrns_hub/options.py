@@ -56,7 +56,8 @@ def check_options(preset: str, kinds: Any, widths: str, min_keep: int) -> None:
     unknown = set(kinds) - set(KINDS)
     if unknown:
         raise ValueError(
-            f"slim(kinds={tuple(kinds)}): unknown {sorted(unknown)}; kinds are {', '.join(KINDS)}. Leave it out for all."
+            f"slim(kinds={tuple(kinds)}): unknown {sorted(unknown)}; kinds are {', '.join(KINDS)}. Leave it "
+            "out for all."
         )
     if widths not in ("global", "uniform", "distance"):
         raise ValueError(f"slim(widths={widths!r}): widths are 'global' or 'uniform'. Leave it out for 'global'.")

@@ -648,7 +648,10 @@ def _read_table(name: str, split: str, undivided: bool) -> Any:
                 return datasets.load_dataset("imagefolder", data_files=f"{folder}/*/*", split="train")
         except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
             reason = str(error.__cause__ or error).splitlines()[0][:200]
-            raise ValueError(f"load_data({name!r}, {split!r}): cannot be read as pictures ({reason}).") from error
+            raise ValueError(
+                f"load_data({name!r}, {split!r}): cannot be read as pictures ({short(reason, 200)}). Write the files "
+                "again, or give a folder of pictures."
+            ) from error
         finally:
             if bar:
                 datasets.enable_progress_bar()

@@ -174,7 +174,7 @@ def _check_arguments(
             f"retrain(loader): the loader is empty ({len(loader.dataset)} images, batch_size={loader.batch_size}, "
             f"drop_last={loader.drop_last}). Check the folder and the split, or lower batch_size."
         )
-    if epochs < 0:
+    if not isinstance(epochs, int) or epochs < 0:
         raise ValueError(f"retrain(epochs={epochs}): epochs must be 0 or more. The default is 3.")
     if teacher is model:
         raise ValueError("retrain(teacher=model): a model cannot teach itself. Pass the dense model, or a deepcopy.")

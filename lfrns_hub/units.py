@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lfrns_hub.untrusted import parse_json
+from lfrns_hub.untrusted import parse_json, short
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ class SlimPlan:
             return list(range(group.size))
         if not kept or sorted(set(kept)) != list(kept) or kept[0] < 0 or kept[-1] >= group.size:
             raise ValueError(
-                f"SlimPlan.keep[{group.name!r}]: indices must ascend within [0, {group.size}) and one must stay."
+                f"SlimPlan.keep[{group.name!r}]={short(kept)}: indices must ascend within [0, {group.size}) and one "
+                "must stay. List the groups by find_units."
             )
         return list(kept)
 

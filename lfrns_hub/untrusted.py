@@ -140,16 +140,18 @@ def refuse_large(values: Any, what: str, most: int = MAX_NUMBER) -> None:
 
 
 @contextmanager
-def bounded(tensors: int) -> Iterator[None]:
+def bounded(tensors: int) -> Iterator[dict[str, int]]:
     """Stop a constructor that makes more parts than a file can fill.
 
     Args:
         tensors: How many the file holds. Twice as many parameters may be made: a constructor makes a head anew.
+    Yields:
+        What was made so far: parameters, modules, and elements, of all parameters together.
     Raises:
         ValueError: More parameters, or more than 16 modules for each, were made.
     """
     most = {"parameters": 2 * tensors + 64, "modules": MODULES_PER_TENSOR * tensors + 4096}
-    made = dict.fromkeys(most, 0)
+    made = {"parameters": 0, "modules": 0, "elements": 0}
 
     def count(kind: str) -> None:
         made[kind] += 1
@@ -160,6 +162,7 @@ def bounded(tensors: int) -> Iterator[None]:
 
     def on_parameter(module: nn.Module, name: str, parameter: Any) -> None:
         count("parameters")
+        made["elements"] += parameter.numel()
 
     def on_module(module: nn.Module, name: str, part: Any) -> None:
         count("modules")
@@ -169,7 +172,7 @@ def bounded(tensors: int) -> Iterator[None]:
         register_module_module_registration_hook(on_module),
     ]
     try:
-        yield
+        yield made
     finally:
         for hook in hooks:
             hook.remove()

@@ -260,7 +260,8 @@ def _resolve(name: str) -> tuple[str, str]:
             except RuntimeError as error:
                 stem = name.split(".", 1)[0]
                 tags = timm.list_pretrained(f"{stem}.*")
-                raise ValueError(f"model {name!r}: {stem} has no such weights. {_near(name, tags)}") from error
+                near = _near(name, tags) or f"Give {', '.join(tags[:4]) or 'the name alone'}."
+                raise ValueError(f"model {name!r}: {stem} has no such weights. {near}") from error
         return "timm", name
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         kind = _kind_of(_hub_config(name), name)
@@ -432,4 +433,6 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], call: str) -> Non
             "misshapen": [key for key in own if key in state and own[key].shape != state[key].shape],
         }
         found = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:2])})" for kind, keys in kinds.items() if keys)
-        raise ValueError(f"{call}: the weights do not fit {type(model).__name__}: {found}.") from error
+        raise ValueError(
+            f"{call}: the weights do not fit {type(model).__name__}: {found}. Give those of this model."
+        ) from error

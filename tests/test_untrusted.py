@@ -17,7 +17,6 @@ from torch import nn
 
 import lfrns_hub as lfrns
 from lfrns_hub import checkpoint
-from lfrns_hub.checkpoint.timm import _create_slim
 from lfrns_hub.measure import Record
 from lfrns_hub.narrow import narrow, short
 from lfrns_hub.units import SlimPlan
@@ -128,7 +127,7 @@ def set_argument(**values: Any) -> Callable[[dict], Any]:
         ("timm", set_argument(checkpoint_path="/etc/passwd"), "checkpoint_path"),
         ("timm", set_argument(shapes=[1]), "config.json builds no model"),
         ("timm", set_argument(shapes={"x" * 10**6: [1]}), "has no such parameter"),
-        ("timm", set_argument(shapes={"head.weight": ["x" * 10**6] * 10**3}), "whole numbers"),
+        ("timm", set_argument(shapes={"head.weight": ["x" * 10**4] * 10**3}), "whole numbers"),
         ("timm", set_argument(attrs={"head": {"out_features": 10**9}}), "widths must lie from 0"),
         ("timm", set_argument(attrs={"head": 3}), "widths by attribute are needed"),
         ("timm", lambda config: config.update(num_classes=1 << 30), "num_classes = 1073741824"),
@@ -163,19 +162,11 @@ def test_a_dense_base_of_any_size_takes_no_memory(tmp_path: Path) -> None:
         dense = timm.create_model(base)
     shapes = {name: [1] * tensor.ndim for name, tensor in dense.state_dict().items()}
     save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
-    config = {"architecture": "lfrns_slim", "model_args": {"base": base, "shapes": shapes}, "num_classes": 1000}
+    config = {"architecture": "lfrns_slim", "model_args": {"base": base, "shapes": shapes}, "num_classes": 1}
     config |= {"slim": {"format_version": 1}, "pretrained_cfg": {"num_classes": 1}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), before[1]))
-    try:
-        message = refused(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-    assert "head.weight has shape [1, 1], the config says [1000, 1]" in message
-    config["num_classes"] = 1
-    (tmp_path / "config.json").write_text(json.dumps(config))
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), before[1]))
     try:
         model = lfrns.load(tmp_path)
@@ -184,24 +175,15 @@ def test_a_dense_base_of_any_size_takes_no_memory(tmp_path: Path) -> None:
     assert sum(tensor.numel() for tensor in model.parameters()) == len(shapes)
 
 
-def test_buffers_and_ties_are_those_of_a_model_that_was_built_whole() -> None:
-    name = "swin_tiny_patch4_window7_224"  # it computes tables that no file holds
-    from accelerate import init_empty_weights
-
-    from lfrns_hub.checkpoint.timm import _give_memory
-
-    whole = timm.create_model(name)
-    with torch.device("meta"):
-        skeleton = _create_slim({"base": name}, {**whole.pretrained_cfg})
-    with init_empty_weights(include_buffers=False):
-        model = _create_slim({"base": name}, {**whole.pretrained_cfg})
-    _give_memory(model, skeleton)
-    model.load_state_dict(whole.state_dict())
-    computed = dict(model.named_buffers()).keys() - model.state_dict().keys()
-    assert computed
-    for key, tensor in whole.named_buffers():
-        assert torch.equal(tensor, model.get_buffer(key))
-    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+@pytest.mark.parametrize("name", ["test_resnet", "vit_base_patch16_rope_224", "swin_tiny_patch4_window7_224"])
+def test_buffers_that_no_file_holds_are_those_of_a_model_that_was_built_whole(name: str, tmp_path: Path) -> None:
+    whole = timm.create_model(name, num_classes=3)
+    loaded = lfrns.load(checkpoint.save(whole, tmp_path / "slim"))
+    tensors = dict(whole.named_buffers()) | whole.state_dict()
+    again = dict(loaded.named_buffers()) | loaded.state_dict()
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensors[key], again[key]) for key in tensors)
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == set(dict(whole.named_parameters()))
 
 
 CODE = "import pathlib\npathlib.Path({!r}).write_text('ran')\n"

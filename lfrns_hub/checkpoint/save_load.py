@@ -59,19 +59,28 @@ def save(
     Returns:
         The folder.
     Raises:
-        FileExistsError: The folder is not empty and overwrite is False.
+        FileExistsError: The folder is not empty and overwrite is False, or it is a file.
+        OSError: Its parent folder cannot be written.
         ValueError: The model cannot be told from its base, or does not come back equal.
     """
     model = unwrap(model, "save")
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"save({str(directory)!r}): it exists and is a file. Name a folder, or a new name.")
+    if directory.exists() and any(directory.iterdir()) and not overwrite:
         raise FileExistsError(
             f"save({str(directory)!r}): it exists and is not empty. Pass overwrite=True or a new name."
         )
     if label_names is not None and len(label_names) != (classes := _num_classes(model)) and classes:
         raise ValueError(f"save(label_names of {len(label_names)}): the model has {classes} classes. Name each one.")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent.resolve()))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent.resolve()))
+    except OSError as error:
+        raise OSError(
+            f"save({str(directory)!r}): {str(directory.parent)!r} cannot be written ({error.strerror}). Name a folder "
+            "that can."
+        ) from error
     draft.chmod(0o755)  # mkdtemp's 0o700 would stay with the published folder
     try:
         if is_transformers(model) and (base is None or has_narrow_class(model)):

@@ -26,6 +26,7 @@ from lfrns_hub.untrusted import bounded, read_headers, refuse_large, refusing
 MAX_PIXELS = 4096
 MAX_ARGUMENT = 1 << 16
 MAX_BUFFER = 1 << 24
+MAX_DENSE = 1 << 27  # elements of a dense base that has to be built whole: 0.5 GB
 NOT_BASE_ARGS = ("base", "shapes", "attrs", "slim", "num_classes", "pretrained_cfg", "pretrained", "cache_dir")
 # The type under which transformers finds its wrapper of timm models, registered in transformers.py.
 WRAPPER_TYPE = "lfrns_timm_wrapper"
@@ -115,21 +116,27 @@ def load_timm(folder: Path, config: dict[str, Any]) -> nn.Module:
     """Build the model without values, twice, and fill it from the file.
 
     The first has everything on the meta device, to be compared with the file's header before anything is allocated.
-    The second computes the buffers that no file holds; its parameters have no memory until they have their final size.
+    The second computes the buffers that no file holds; its parameters have no memory until they have their final size,
+    but in the few models whose buffers are computed where their parameters are: those are built whole, within bounds.
     Neither follows what the config says of where weights lie.
     """
     call = f"load({str(folder)!r})"
     headers = read_headers(folder, call)
     args, cfg = read_timm(folder, call)
     with refusing(call):
-        with bounded(len(headers)), torch.device("meta"):
+        with bounded(len(headers)) as made, torch.device("meta"):
             skeleton = _create_slim(args, dict(cfg))
         _refuse_large_buffers(skeleton, headers.keys())
     tensors = read_tensors(skeleton.state_dict(), folder)
     with refusing(call):
         with init_empty_weights(include_buffers=False):
             model = _create_slim(args, dict(cfg))
-        _give_memory(model, skeleton)
+        if _has_meta(model):  # buffers that are computed where the parameters are: a window's mask, in Swin
+            stored = sum(tensor.numel() for tensor in tensors.values())
+            refuse_large(made["elements"], "elements of the dense base", max(MAX_DENSE, 64 * stored))
+            model = _create_slim(args, dict(cfg))
+        else:
+            _give_memory(model, skeleton)
         model.load_state_dict(tensors, strict=True)
     model._model_args = {**args, "slim": config["slim"]}  # as timm's factory has it
     return match_dtype(model, tensors)
@@ -139,6 +146,12 @@ def _refuse_large_buffers(skeleton: nn.Module, stored: Iterable[str]) -> None:
     """Refuse buffers that the model computes and no file has to fill, where they are larger than any known."""
     computed = {name: buffer for name, buffer in skeleton.named_buffers() if name not in stored}
     refuse_large({name: buffer.numel() for name, buffer in computed.items()}, "elements", MAX_BUFFER)
+
+
+def _has_meta(model: nn.Module) -> bool:
+    """Say whether a tensor other than a parameter has no values."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    return any(isinstance(value, torch.Tensor) and value.is_meta for value in [*model.buffers(), *values])
 
 
 def _give_memory(model: nn.Module, skeleton: nn.Module) -> None:
