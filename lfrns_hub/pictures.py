@@ -400,13 +400,19 @@ def check_images(model: nn.Module, loader: Any) -> None:
         model: Dense model; one image runs through it where the size is not its own.
         loader: Its first batch is looked at.
     Raises:
-        ValueError: No batch, no image tensor, another number of channels, values that are not finite, or a size the
-            model refuses.
+        ValueError: More classes in the data than the model answers, no batch, no image tensor, another number of
+            channels, values that are not finite, or a size the model refuses.
     """
     first = next(iter(loader), None)
     if first is None:
         raise ValueError("check_images(loader): the loader is empty. Give it at least one batch.")
     images, _ = split_batch(first)
+    classes, names = num_classes_of(model), getattr(getattr(loader, "dataset", None), "class_names", None) or []
+    if 0 < classes < len(names):
+        raise ValueError(
+            f"{type(model).__name__} answers {classes} classes, the data has {len(names)} ({short(', '.join(names))}): "
+            "the head does not fit the data. Fine-tune it first (--dense-epochs)."
+        )
     channels, height, width = input_size_of(model)
     wanted = f"{type(model).__name__} takes [N, {channels}, {height}, {width}]"
     way_out = "Make them with make_transform(model, train=False)."

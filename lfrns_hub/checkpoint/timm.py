@@ -19,7 +19,7 @@ import lfrns_hub.models  # the CIFAR networks, so that timm can build them as a 
 from lfrns_hub.checkpoint.entrypoint import TIMM_NAME, lfrns_slim
 from lfrns_hub.checkpoint.files import facts_of, match_dtype, read_tensors, write_config, write_weights
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
-from lfrns_hub.narrow import describe
+from lfrns_hub.narrow import describe, short
 from lfrns_hub.untrusted import bounded, read_headers, refuse_large, refusing
 
 # Of a picture's side, of which position tables have the square; other numbers build parameters, which a file must fill.
@@ -82,7 +82,13 @@ def _model_args(model: nn.Module, base: str, base_args: dict[str, Any]) -> dict[
     args = {k: v for k, v in (get_model_args(model) | base_args).items() if k not in NOT_BASE_ARGS}
     with torch.device("meta"):
         cfg = {**model.pretrained_cfg, "num_classes": model.num_classes}
-        skeleton = _create_slim({**args, "base": base, "num_classes": model.num_classes}, cfg)
+        try:
+            skeleton = _create_slim({**args, "base": base, "num_classes": model.num_classes}, cfg)
+        except Exception as error:  # each architecture refuses arguments in its own way
+            raise ValueError(
+                f"save(base={base!r}, base_args={short(args)}): they build no model ({short(str(error), 200)}). Give "
+                "the base this model was cut from, and its arguments."
+            ) from error
     shapes, attrs = describe(model, skeleton)
     return {"base": base, "shapes": shapes, "attrs": attrs, **args}
 

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -100,7 +100,9 @@ def curve(
     data: Data,
     weights: Weights = None,
     macs: Annotated[str, typer.Option(help="fractions of the MACs to keep")] = "0.9,0.75,0.6,0.5,0.35,0.25",
-    preset: Annotated[str, typer.Option(help="ours, or paper for the abstract taken literally")] = "ours",
+    preset: Annotated[
+        Literal["ours", "paper"], typer.Option(help="ours, or paper for the abstract taken literally")
+    ] = "ours",
     calibration_images: Annotated[int, typer.Option(help="training images that units are ranked by")] = 1000,
     test_images: Annotated[int, typer.Option(help="images that accuracy is measured on, at most")] = 2000,
     fcr_steps: Annotated[int, typer.Option(help="training steps of the gates at each budget; 0 ranks by cost")] = 0,

@@ -6,7 +6,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from torch import nn
@@ -84,7 +84,9 @@ def slim(
     params: Annotated[float | None, typer.Option(help="fraction of the parameters to keep, in (0, 1]")] = None,
     epochs: Epochs = 3,
     learning_rate: Rate = None,
-    preset: Annotated[str, typer.Option(help="ours, or paper for the abstract taken literally")] = "ours",
+    preset: Annotated[
+        Literal["ours", "paper"], typer.Option(help="ours, or paper for the abstract taken literally")
+    ] = "ours",
     calibration_images: Annotated[int, typer.Option(help="training images that units are ranked by")] = 2000,
     fcr_steps: Annotated[int, typer.Option(help="training steps of the FCR gates")] = 200,
     exclude: Exclude = None,
