@@ -1,5 +1,6 @@
 """What a stranger may have put into a checkpoint: it is refused in one message, nothing of it runs or is fetched."""
 
+import io
 import json
 import resource
 import shutil
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_checkpoint import cut_pair, slim_transformers
 from torch import nn
 
 import lfrns_hub as lfrns
 from lfrns_hub import checkpoint
-from lfrns_hub.measure import Record
+from lfrns_hub.measure import Record, format_table
 from lfrns_hub.narrow import narrow, short
 from lfrns_hub.units import SlimPlan
 from lfrns_hub.untrusted import MAX_JSON_BYTES, bounded, read_json
@@ -135,8 +137,15 @@ def set_argument(**values: Any) -> Callable[[dict], Any]:
         ("timm", lambda config: config.update(model_args=7), "model_args = 7, a dict is needed"),
         ("timm", lambda config: config.update(slim=[]), "format_version None"),
         ("timm", lambda config: config["slim"].update(widths={"a": [1]}), "[kept, dense] by group is needed"),
-        ("timm", lambda config: config["slim"].update(widths={f"{i}": [1, 1] for i in range(9999)}), "at most 4096"),
+        (
+            "timm",
+            lambda config: config["slim"].update(widths={f"{i}": [1, 1] for i in range(9999)}),
+            "of 4096 groups at most",
+        ),
         ("timm", lambda config: config["slim"].update(plan={"a": "012"}), "indices by group is needed"),
+        ("timm", lambda config: config["slim"].update(approximate=3), "a list of groups is needed"),
+        ("timm", lambda config: config["slim"].update(report={"integrity": {"a": "x"}}), "figures by name is needed"),
+        ("timm", lambda config: config["slim"].update(fcr_steps="many"), "fcr_steps = many: a number is needed"),
         ("transformers", lambda config: config.update(num_hidden_layers=10**9), "num_hidden_layers] = 1000000000"),
         ("transformers", lambda config: config.update(num_hidden_layers=10**6), "asks for more than"),
         ("transformers", lambda config: config.update(hidden_size="x"), "config.json builds no model"),
@@ -269,6 +278,24 @@ def test_names_of_a_stranger_end_up_as_text_on_the_card(folder: Path) -> None:
     card = (folder / "README.md").read_text().partition("---\n")[2].partition("---\n")[2]
     assert "<script>" not in card
     assert "\n# heading" not in card
+
+
+def test_a_record_that_fits_no_card_is_refused_and_the_folder_is_as_it_was(folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    record = Record(None, {"top1_pct": 1.0}, {"controls": [{"x": 1}]})
+    with pytest.raises(
+        ValueError, match=r"save\(.*slim', record\): no card .*KeyError: 'name'.* Measure the model again"
+    ):
+        checkpoint.save(lfrns.load(folder), folder, record=record, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["slim"]
+
+
+def test_a_class_name_is_no_markup_in_a_table() -> None:
+    worst = {"class": 0, "dense_pct": 1.0, "slim_pct": 1.0, "drop_points": 0.0}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(format_table(Record(None, {"worst_class": worst}, {"label_names": ["[/red][link=http://x]y"]})))
+    assert "[/red][link=http://x]y" in console.export_text()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,23 +64,38 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _check_facts(facts: dict[str, Any], call: str) -> None:
     """Refuse what is said of a model's making where the card could not be written from it."""
 
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float))
+
     def is_width(pair: Any) -> bool:
         return isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and 0 <= n < 1 << 32 for n in pair)
 
-    rules = {
-        "widths": ("[kept, dense] by group", is_width),
-        "kinds": ("a kind by group", lambda kind: isinstance(kind, str)),
-        "plan": ("indices by group", lambda kept: isinstance(kept, list) and all(type(i) is int for i in kept)),
-        "budget": ("a number by name", lambda share: isinstance(share, (int, float))),
-        "report": ("figures by name", lambda figure: isinstance(figure, (int, float, dict))),
+    def are_indices(kept: Any) -> bool:
+        return isinstance(kept, list) and all(type(index) is int for index in kept)
+
+    def is_figure(figure: Any) -> bool:
+        parts = figure.values() if isinstance(figure, dict) else [figure]
+        return all(part is None or is_number(part) for part in parts)
+
+    def each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda given: isinstance(given, dict) and len(given) <= MAX_GROUPS and all(map(fits, given.values()))
+
+    rules: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "widths": ("[kept, dense] by group", each(is_width)),
+        "kinds": ("a kind by group", each(lambda kind: isinstance(kind, str))),
+        "plan": ("indices by group", each(are_indices)),
+        "budget": ("a number by name", each(is_number)),
+        "report": ("figures by name", each(is_figure)),
+        "approximate": ("a list of groups", lambda names: isinstance(names, list) and len(names) <= MAX_GROUPS),
+        "calibration_images": ("a number", is_number),
+        "fcr_steps": ("a number", is_number),
     }
     for key, (needed, fits) in rules.items():
-        given = facts.get(key)
-        if given is not None and not (
-            isinstance(given, dict) and len(given) <= MAX_GROUPS and all(map(fits, given.values()))
-        ):
-            raise ValueError(f"{call}: config.json has slim.{key} = {short(given)}: {needed} is needed, at most "
-                             f"{MAX_GROUPS} groups. {AGAIN}")  # fmt: skip
+        if facts.get(key) is not None and not fits(facts[key]):
+            raise ValueError(
+                f"{call}: config.json has slim.{key} = {short(facts[key])}: {needed} is needed, of {MAX_GROUPS} "
+                f"groups at most. {AGAIN}"
+            )
 
 
 def write_config(draft: Path, config: dict[str, Any], model: nn.Module) -> None:
@@ -187,18 +203,24 @@ def write_card(draft: Path, record: Any, directory: Path, *, base: str, library:
     if has_curve:
         points = [{**one, "macs_g": one["macs_fraction"] * dense["macs_g"]} for one in budgets]
         plot_ladder(points, dense, draft / "curve.png")
-    card = render_card(
-        record,
-        model_name=setup.get("model_name") or directory.name,
-        base=base,
-        provenance=facts,
-        library=library,
-        plot="widths.png" if has_plot else None,
-        gallery=gallery.name if has_gallery else None,
-        curve="curve.png" if has_curve else None,
-        processor=True if (draft / "preprocessor_config.json").is_file() else None,
-        remote_code="auto_map" in config,
-    )
+    try:
+        card = render_card(
+            record,
+            model_name=setup.get("model_name") or directory.name,
+            base=base,
+            provenance=facts,
+            library=library,
+            plot="widths.png" if has_plot else None,
+            gallery=gallery.name if has_gallery else None,
+            curve="curve.png" if has_curve else None,
+            processor=True if (draft / "preprocessor_config.json").is_file() else None,
+            remote_code="auto_map" in config,
+        )
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"save({str(directory)!r}, record): no card can be written of it ({type(error).__name__}: "
+            f"{short(str(error), 200)}). Measure the model again by lfrns_hub.measure, and remove an old record.json."
+        ) from error
     (draft / "README.md").write_text(card, encoding="utf-8")
 
 

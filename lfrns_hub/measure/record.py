@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from lfrns_hub.untrusted import parse_json, read_json, short
@@ -131,7 +132,7 @@ def _worst_class_row(label: str, worst: dict[str, Any] | None, names: Any) -> tu
     """Lay out the class that lost most."""
     if worst is None:
         return label, "not measured", "not measured", ""
-    name = names[worst["class"]] if names else worst["class"]
+    name = escape(short(str(names[worst["class"]] if names else worst["class"])))  # a data set's own word
     return (
         f"worst class ({name}), %",
         f"{worst['dense_pct']:.2f}",
