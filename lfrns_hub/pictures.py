@@ -359,9 +359,9 @@ def load_data(
         pictures, labels = [pictures[i] for i in chosen], [labels[i] for i in chosen]
         return ImageData(pictures, labels, class_names=class_names, transform=transform)
 
-    table = _read_table(name, "train" if val_split is not None else split, val_split is not None)
-    image_column = _find_column(table, None, IMAGE_COLUMNS, f"load_data({name!r})", required="pictures")
-    label_column = _find_column(table, label_column, LABEL_COLUMNS, f"load_data({name!r})")
+    table = read_table(name, "train" if val_split is not None else split, val_split is not None)
+    image_column = find_column(table, None, IMAGE_COLUMNS, f"load_data({name!r})", required="pictures")
+    label_column = find_column(table, label_column, LABEL_COLUMNS, f"load_data({name!r})")
     if len(table) == 0:
         raise ValueError(f"load_data({name!r}, {split!r}): the split holds no pictures.")
     if val_split is not None:
@@ -550,35 +550,46 @@ def _to_mode(picture: Image.Image, mode: str) -> Image.Image:
 
 
 class _Column:
-    """The pictures of a table, decoded one at a time, here and not by datasets: only files of the data are opened."""
+    """The pictures of a table, decoded one at a time."""
 
     def __init__(self, table: Any, column: str, root: str) -> None:
-        self.table, self.column, self.root = _as_files(table, column), column, root
+        self.table, self.column, self.root = as_files(table, column), column, root
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Image.Image:
-        file = self.table[index][self.column]
-        with Image.open(self._open(file), formats=FORMATS) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels, at most {MAX_PIXELS:,} are decoded")
-            picture.load()
-            return ImageOps.exif_transpose(picture)
+        return decode_picture(self.table[index][self.column], self.root)
 
     def name(self, index: int) -> str:
         """Name the file of a picture, or its row."""
-        path = self.table[index][self.column].get("path")
-        return short(os.path.basename(path)) if path else f"row {index}"
+        return name_picture(self.table[index][self.column]) or f"row {index}"
 
-    def _open(self, file: dict[str, Any]) -> Any:
-        """Give the bytes of a picture, or its path where that lies in the data's own folder."""
-        if file.get("bytes") is not None:
-            return io.BytesIO(file["bytes"])
-        path = os.path.abspath(str(file.get("path")))
-        if not any(Path(path).is_relative_to(root) for root in _roots(self.root)):
-            raise ValueError(f"{short(os.path.basename(path))} lies outside of the data's folder")
-        return path
+
+def decode_picture(file: dict[str, Any], root: str) -> Image.Image:
+    """Decode a picture here, not by datasets: of a known format, of at most 64 megapixels, from the data's own files.
+
+    Args:
+        file: Its `bytes`, or its `path`, as `datasets.Image(decode=False)` gives them.
+        root: The data: a folder or a Hub id.
+    Raises:
+        ValueError: It is too large, or lies elsewhere. What pillow raises for a file that is damaged.
+    """
+    source: Any = None if file.get("bytes") is None else io.BytesIO(file["bytes"])
+    if source is None:
+        source = os.path.abspath(str(file.get("path")))
+        if not any(Path(source).is_relative_to(folder) for folder in _roots(root)):
+            raise ValueError(f"{short(os.path.basename(source))} lies outside of the data's folder")
+    with Image.open(source, formats=FORMATS) as picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels, at most {MAX_PIXELS:,} are decoded")
+        picture.load()
+        return ImageOps.exif_transpose(picture)
+
+
+def name_picture(file: dict[str, Any]) -> str | None:
+    """Name the file of a picture; None for bytes without a name."""
+    return short(os.path.basename(file["path"])) if file.get("path") else None
 
 
 def _roots(name: str) -> list[str]:
@@ -633,8 +644,24 @@ def _read_digits(split: str) -> tuple[list[Image.Image], list[int], list[str]]:
     return [Image.fromarray(pixels[i]) for i in chosen], [int(digits.target[i]) for i in chosen], list("0123456789")
 
 
-def _read_table(name: str, split: str, undivided: bool) -> Any:
-    """Open a split with datasets, from a folder or the Hub; `undivided`, all of a folder that has no splits."""
+def parquet_files(folder: Path, split: str) -> list[Path]:
+    """Find the parquet files of a split."""
+    for stem in SPLIT_FILES[split]:
+        files = sorted([*folder.glob(f"{stem}[-_.]*parquet"), *folder.glob(f"data/{stem}[-_.]*parquet")])
+        if files:
+            return files
+    return []
+
+
+def read_table(name: str, split: str, undivided: bool = False, streaming: bool = False) -> Any:
+    """Open a split with datasets, from a folder or the Hub.
+
+    Args:
+        name: Folder or Hub id.
+        split: "train", "validation" or "test".
+        undivided: Take all of a folder of pictures that has no splits.
+        streaming: Give a `datasets.IterableDataset`, of which nothing is read or fetched yet.
+    """
     import datasets
 
     bar = datasets.is_progress_bar_enabled()
@@ -642,14 +669,14 @@ def _read_table(name: str, split: str, undivided: bool) -> Any:
     if folder.is_dir():
         datasets.disable_progress_bar()
         try:
+            files = parquet_files(folder, split)
+            if files:
+                files = [str(file) for file in files]
+                return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
             for stem in SPLIT_FILES[split]:
-                files = sorted(
-                    map(str, [*folder.glob(f"{stem}[-_.]*parquet"), *folder.glob(f"data/{stem}[-_.]*parquet")])
-                )
-                if files:
-                    return datasets.load_dataset("parquet", data_files=files, split="train")
                 if (folder / stem).is_dir():
-                    return datasets.load_dataset("imagefolder", data_dir=str(folder / stem), split="train")
+                    given = {"data_dir": str(folder / stem), "split": "train", "streaming": streaming}
+                    return datasets.load_dataset("imagefolder", **given)
             if undivided and any(path.is_dir() for path in folder.iterdir()):
                 return datasets.load_dataset("imagefolder", data_files=f"{folder}/*/*", split="train")
         except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
@@ -676,12 +703,12 @@ def _read_table(name: str, split: str, undivided: bool) -> Any:
         wanted = next((s for s in SPLIT_FILES[split] if s in splits), None)
         if wanted is None:
             raise ValueError(f"load_data({name!r}, {split!r}): it has the splits {', '.join(splits)}.")
-        return datasets.load_dataset(name, split=wanted)
+        return datasets.load_dataset(name, split=wanted, streaming=streaming)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(f"load_data({name!r}): the Hub has no such data, or not for you. Check the name.") from error
 
 
-def _as_files(table: Any, column: str) -> Any:
+def as_files(table: Any, column: str) -> Any:
     """Read a column of pictures as encoded files: their bytes, or their paths."""
     import datasets
 
@@ -694,7 +721,7 @@ def _as_files(table: Any, column: str) -> Any:
         ) from error
 
 
-def _find_column(
+def find_column(
     table: Any, given: str | None, usual: tuple[str, ...], call: str, *, required: str | None = None
 ) -> str | None:
     """Find a column by its name, or by the usual ones."""

@@ -68,48 +68,103 @@ def eliminate(taps: Sequence[TapView], units: int, keep_at_least: int = 1) -> Me
     Source: DESIGN.md section 5; against the pairwise distance there, the estimate uses all units that are left. The
         downdate is that of Hassibi and Stork's optimal brain surgeon (1993), applied to activations.
     """
-    states = []
-    for tap in taps:
-        scale = tap.second.diagonal().clamp(min=0)
-        floor = float(scale.max()) * 1e-9 + 1e-30
-        states.append((torch.linalg.inv(tap.second + torch.diag(RIDGE * scale + floor)), tap.gram.clone()))
-    width = taps[0].second.shape[0] // units
+    views = [Elimination(tap, units) for tap in taps]
     alive = torch.ones(units, dtype=torch.bool)
     order, cost, so_far = [], [], 0.0
     for _ in range(units - keep_at_least):
-        costs = sum(unit_costs(precision, gram, units) for precision, gram in states)
+        costs = sum(view.unit_costs() for view in views)
         costs[~alive] = float("inf")
         unit = int(costs.argmin())
         so_far = max(so_far, 0.5 * float(costs[unit]))
         order.append(unit)
         cost.append(so_far)
         alive[unit] = False
-        for precision, gram in states:
-            downdate(precision, gram, slice(unit * width, (unit + 1) * width))
+        for view in views:
+            view.remove(unit)
     return Merges(order, cost)
 
 
-def unit_costs(precision: Tensor, gram: Tensor, units: int) -> Tensor:
-    """Give the error of removing each unit, [U]: trace of its weights' Gram block times its conditional covariance."""
-    width = precision.shape[0] // units
-    if width == 1:
-        return gram.diagonal().clamp(min=0) / precision.diagonal().clamp(min=1e-300)
-    blocks = precision.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    grams = gram.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    live = torch.eye(width, dtype=precision.dtype) * (blocks.abs().amax((1, 2)) == 0).view(-1, 1, 1)
-    return (torch.linalg.inv(blocks + live) * grams.transpose(1, 2)).sum((1, 2)).clamp(min=0)
+class Elimination:
+    """One tap's precision matrix and the Gram matrix of its consumer's weights while units leave.
 
+    A removal is a downdate of rank w: with the unit's rows R of the precision and C of the Gram matrix, its blocks
+    R_u and B on the diagonals and the share S = R^T R_u^-1 that each channel takes over, the precision loses S R and
+    the Gram matrix S E + (S E)^T, E = C - B S^T / 2. Diagonal blocks are brought up to date at once, all else when some
+    downdates have gathered: as one product of matrices, and without the channels that have left.
 
-def downdate(precision: Tensor, gram: Tensor, gone: slice) -> None:
-    """Take channels out of a precision matrix and move their weights to the others, in place."""
-    share = precision[:, gone] @ torch.linalg.inv(precision[gone, gone])  # [D, w]
-    block, cross = gram[gone, gone].clone(), gram[gone].clone()
-    precision -= share @ precision[gone].clone()
-    moved = share @ cross
-    gram += share @ block @ share.T - moved - moved.T
-    for matrix in (precision, gram):
-        matrix[gone] = 0
-        matrix[:, gone] = 0
+    Attributes:
+        precision, gram: As of the last product, of the channels that were left then, [D, D], float64.
+        shares: S of the downdates since, [D, k].
+        rows, moved: Their R and E, [k, D].
+        precision_blocks, gram_blocks: Diagonal blocks of all units, up to date, [U, w, w].
+    """
+
+    GATHERED = 64  # channels that leave between two products
+
+    def __init__(self, tap: TapView, units: int):
+        scale = tap.second.diagonal().clamp(min=0)
+        floor = float(scale.max()) * 1e-9 + 1e-30
+        self.width = len(scale) // units
+        self.precision = torch.linalg.inv(tap.second + torch.diag(RIDGE * scale + floor))
+        self.gram = tap.gram.clone()
+        self.precision_blocks, self.gram_blocks = self.diagonal(self.precision), self.diagonal(self.gram)
+        self.left = torch.arange(units)  # unit at each place of the matrices
+        self.place = torch.arange(units)
+        self.gone = torch.zeros(units, dtype=torch.bool)
+        self.forget()
+
+    def forget(self) -> None:
+        """Start to gather anew."""
+        size = self.precision.shape[0]
+        self.shares, self.rows, self.moved = (self.precision.new_zeros(s) for s in ((size, 0), (0, size), (0, size)))
+
+    def diagonal(self, matrix: Tensor) -> Tensor:
+        """Give the diagonal blocks, [U, w, w]."""
+        blocks = matrix.view(-1, self.width, matrix.shape[1] // self.width, self.width)
+        return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+
+    def unit_costs(self) -> Tensor:
+        """Give the error of removing each unit, [U]: trace of its Gram block times its conditional covariance."""
+        if self.width == 1:
+            return self.gram_blocks.flatten().clamp(min=0) / self.precision_blocks.flatten().clamp(min=1e-300)
+        live = torch.eye(self.width, dtype=self.gram.dtype) * self.gone.view(-1, 1, 1)
+        return (torch.linalg.inv(self.precision_blocks + live) * self.gram_blocks.mT).sum((1, 2)).clamp(min=0)
+
+    def remove(self, unit: int) -> None:
+        """Take a unit out and give its weights to the others."""
+        own = slice(int(self.place[unit]) * self.width, (int(self.place[unit]) + 1) * self.width)
+        rows = self.precision[own] - self.shares[own] @ self.rows
+        share = rows.T @ torch.linalg.inv(self.precision_blocks[unit])
+        moved = self.gram[own] - self.shares[own] @ self.moved - self.moved[:, own].T @ self.shares.T
+        moved = moved - 0.5 * self.gram_blocks[unit] @ share.T
+
+        shares = share.view(len(self.left), self.width, self.width)
+        self.precision_blocks[self.left] -= shares @ self.by_unit(rows)
+        change = shares @ self.by_unit(moved)
+        self.gram_blocks[self.left] -= change + change.mT
+        self.gone[unit] = True
+        self.precision_blocks[unit] = self.gram_blocks[unit] = 0
+
+        self.shares = torch.cat([self.shares, share], 1)
+        self.rows, self.moved = torch.cat([self.rows, rows]), torch.cat([self.moved, moved])
+        if self.shares.shape[1] >= self.GATHERED:
+            self.multiply()
+
+    def by_unit(self, rows: Tensor) -> Tensor:
+        """Split rows [w, D] into units, [U, w, w]."""
+        return rows.view(self.width, -1, self.width).transpose(0, 1)
+
+    def multiply(self) -> None:
+        """Bring both matrices up to date and drop the channels that have left."""
+        stay = ~self.gone[self.left]
+        channels = stay.repeat_interleave(self.width)
+        shares, rows, moved = self.shares[channels], self.rows[:, channels], self.moved[:, channels]
+        self.precision = self.precision[channels][:, channels] - shares @ rows
+        change = shares @ moved
+        self.gram = self.gram[channels][:, channels] - change - change.T
+        self.left = self.left[stay]
+        self.place[self.left] = torch.arange(len(self.left))
+        self.forget()
 
 
 def unit_correlation(taps: Sequence[TapView], units: int) -> Tensor:

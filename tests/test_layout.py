@@ -38,6 +38,7 @@ ALLOWED = {
     },
     "retrain": {"measure"},
     "pictures": {"reach"},
+    "stream": {"pictures"},
     "zoo": {"models", "pictures", "reach", "checkpoint"},
     "checkpoint": {"zoo", "adapters", "surgery", "narrow", "models", "card", "hub", "plots"},
     "hub": {"reach", "handwritten"},

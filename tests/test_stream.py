@@ -1,0 +1,98 @@
+"""Streams of pictures: every picture once, whatever the number of processes, in another order each epoch."""
+
+import datasets
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
+from PIL import Image
+
+from lfrns_hub.stream import stream_data
+
+FILES, IN_EACH = 4, 10
+
+
+def pixels(picture: Image.Image) -> torch.Tensor:
+    """Give the picture's grey value."""
+    return torch.tensor(picture.getpixel((0, 0))).float()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Parquet files of 2x2 pictures, each of a grey of its own."""
+    folder = tmp_path_factory.mktemp("stream")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])})
+    for file in range(FILES):
+        greys = range(file * IN_EACH, (file + 1) * IN_EACH)
+        rows = {"image": [Image.new("L", (2, 2), grey) for grey in greys], "label": [grey % 2 for grey in greys]}
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(str(folder / f"train-{file:05}-of-{FILES:05}.parquet"))
+    return folder
+
+
+def read(loader):
+    """Give the greys of an epoch in order."""
+    return [int(grey) for batch in loader for grey in batch["pixel_values"]]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_each_picture_once(folder, processes):
+    stream = stream_data(folder, "train", transform=pixels)
+    assert (stream.images, stream.class_names) == (FILES * IN_EACH, ["even", "odd"])
+    greys = []
+    for rank in range(processes):
+        share = {"num_processes": processes, "process_index": rank, "dispatch_batches": False}
+        greys += read(prepare_data_loader(stream.loader(4), **share))
+    assert sorted(greys) == list(range(FILES * IN_EACH))
+
+
+def test_order_follows_seed_and_epoch(folder):
+    loader = prepare_data_loader(stream_data(folder, "train", transform=pixels, seed=3).loader(4))
+    same = prepare_data_loader(stream_data(folder, "train", transform=pixels, seed=3).loader(4))
+    first, again = read(loader), read(same)
+    loader.set_epoch(1)
+    second = read(loader)
+    assert first == again != list(range(FILES * IN_EACH))
+    assert sorted(second) == sorted(first) and second != first
+
+
+def test_front_is_labelled_and_the_same_everywhere(folder):
+    stream = stream_data(folder, "train", transform=pixels, seed=1)
+    front = stream.front(12, pixels)
+    assert [int(image) % 2 for image, _ in front] == [label for _, label in front]
+    assert len({int(image) for image, _ in front}) == 12
+    assert [int(image) for image, _ in front] == [int(image) for image, _ in stream.front(12, pixels)]
+
+
+def test_folder_of_pictures(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("L", (2, 2), number).save(tmp_path / "train" / name / f"{number}.png")
+    stream = stream_data(tmp_path, "train", transform=pixels)
+    assert (stream.images, stream.class_names) == (6, ["cat", "dog"])
+    assert sorted(read(stream.loader(4))) == [0, 0, 1, 1, 2, 2]
+
+
+def test_refuses_what_cannot_be_streamed(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"stream_data\(.*'train'\): there is no column 'kind'. It has image, label"):
+        stream_data(folder, "train", transform=pixels, label_column="kind")
+    with pytest.raises(ValueError, match="there is no such folder"):
+        stream_data(tmp_path / "none", "train", transform=pixels)
+
+
+def test_damaged_pictures_are_left_out_and_named(tmp_path, caplog):
+    for number in range(8):
+        path = tmp_path / "train" / ("even", "odd")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (2, 2), number).save(path)
+    (tmp_path / "train" / "odd" / "3.png").write_text("no picture")
+    stream = stream_data(tmp_path, "train", transform=pixels)
+    seen = [(int(g), int(y)) for b in stream.loader(4) for g, y in zip(b["pixel_values"], b["labels"], strict=True)]
+    assert len(seen) == 8
+    assert {grey for grey, label in seen if label != -100} == {0, 1, 2, 4, 5, 6, 7}
+    assert all(label in (grey % 2, -100) for grey, label in seen)
+    assert "3.png cannot be read" in caplog.text
+    for path in tmp_path.rglob("*.png"):
+        path.write_text("no picture")
+    with pytest.raises(ValueError, match=r"3 pictures in a row cannot be read, at most 2 .*png.*raise max_unreadable"):
+        read(stream_data(tmp_path, "train", transform=pixels, max_unreadable=2).loader(4))
