@@ -22,6 +22,7 @@ import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory import GIBIBYTE, limited
 from safetensors.torch import load_file
 from test_checkpoint import cut_pair, slim_transformers
 
@@ -32,7 +33,7 @@ from lfrns_hub.pictures import _processor_settings
 from lfrns_hub.units import SlimPlan
 
 CASES = int(os.environ.get("LFRNS_FUZZ_CASES", "40"))
-MEMORY, SECONDS = 1 << 30, 20
+SECONDS = 20
 LONGEST = 2000  # characters of a message
 ENDS: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)  # by kind: loaded, refused
 
@@ -78,18 +79,14 @@ KEYS = [
 @pytest.fixture(scope="module", autouse=True)
 def _limits() -> Iterator[None]:
     """At most 1 GiB of address space more than now; what was tried is printed at the end."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    start = time.monotonic()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
-    try:
+    start, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with limited():
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-        total = sum(sum(ends.values()) for ends in ENDS.values())
-        for kind, ends in ENDS.items():
-            print(f"{kind}: {dict(ends)}")
-        print(f"{total} cases, {time.monotonic() - start:.0f} seconds")
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024
+    for kind, ends in ENDS.items():
+        print(f"{kind}: {dict(ends)}")
+    total = sum(sum(ends.values()) for ends in ENDS.values())
+    print(f"{total} cases, {time.monotonic() - start:.0f} seconds, {grown:.0f} MiB more memory at the peak")
 
 
 @contextlib.contextmanager
@@ -267,4 +264,4 @@ def test_what_is_counted_as_an_end_can_fail() -> None:
         with pytest.raises((AssertionError, IndexError)):
             try_it("none", call)
     with pytest.raises((MemoryError, RuntimeError)):
-        try_it("none", lambda: torch.ones(MEMORY))
+        try_it("none", lambda: torch.ones(GIBIBYTE))

@@ -2,7 +2,6 @@
 
 import io
 import json
-import resource
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from memory import limited
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_checkpoint import cut_pair, slim_transformers
@@ -174,13 +174,8 @@ def test_a_dense_base_of_any_size_takes_no_memory(tmp_path: Path) -> None:
     config = {"architecture": "lfrns_slim", "model_args": {"base": base, "shapes": shapes}, "num_classes": 1}
     config |= {"slim": {"format_version": 1}, "pretrained_cfg": {"num_classes": 1}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), before[1]))
-    try:
+    with limited():
         model = lfrns.load(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
     assert sum(tensor.numel() for tensor in model.parameters()) == len(shapes)
 
 
@@ -311,13 +306,8 @@ def test_a_plan_that_is_none_is_refused(text: str) -> None:
 
 def test_json_of_16_mebibytes_stays_below_a_gibibyte(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": [' + "{}," * ((MAX_JSON_BYTES - 64) // 3) + "0]}")
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), before[1]))
-    try:
+    with limited():
         assert len(read_json(tmp_path / "x.json", "x")["a"]) > 5 * 10**6
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_compressed_weights_are_not_unpacked(tmp_path: Path) -> None:
