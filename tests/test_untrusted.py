@@ -179,7 +179,7 @@ def test_a_dense_base_of_any_size_takes_no_memory(tmp_path: Path) -> None:
     assert sum(tensor.numel() for tensor in model.parameters()) == len(shapes)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "vit_base_patch16_rope_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["test_resnet", "vit_base_patch16_rope_224", "swin_tiny_patch4_window7_224", "vit_tiny_r_s16_p8_224"])
 def test_buffers_that_no_file_holds_are_those_of_a_model_that_was_built_whole(name: str, tmp_path: Path) -> None:
     whole = timm.create_model(name, num_classes=3)
     loaded = lfrns.load(checkpoint.save(whole, tmp_path / "slim"))

@@ -135,9 +135,8 @@ def load_timm(folder: Path, config: dict[str, Any]) -> nn.Module:
         _refuse_large_buffers(skeleton, headers.keys())
     tensors = read_tensors(skeleton.state_dict(), folder)
     with refusing(call):
-        with init_empty_weights(include_buffers=False):
-            model = _create_slim(args, dict(cfg))
-        if _has_meta(model):  # buffers that are computed where the parameters are: a window's mask, in Swin
+        model = _without_memory(args, cfg)
+        if model is None:
             stored = sum(tensor.numel() for tensor in tensors.values())
             refuse_large(made["elements"], "elements of the dense base", max(MAX_DENSE, 64 * stored))
             model = _create_slim(args, dict(cfg))
@@ -154,10 +153,19 @@ def _refuse_large_buffers(skeleton: nn.Module, stored: Iterable[str]) -> None:
     refuse_large({name: buffer.numel() for name, buffer in computed.items()}, "elements", MAX_BUFFER)
 
 
-def _has_meta(model: nn.Module) -> bool:
-    """Say whether a tensor other than a parameter has no values."""
+def _without_memory(args: dict[str, Any], cfg: dict[str, Any]) -> nn.Module | None:
+    """Build a model with all values but its parameters'; None where its constructor computes with parameters.
+
+    Swin computes the mask of its windows on their device, hybrid ViTs run their backbone to learn its size.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = _create_slim(args, dict(cfg))
+    except (NotImplementedError, RuntimeError):
+        return None
     values = [value for module in model.modules() for value in vars(module).values()]
-    return any(isinstance(value, torch.Tensor) and value.is_meta for value in [*model.buffers(), *values])
+    has_meta = any(isinstance(value, torch.Tensor) and value.is_meta for value in [*model.buffers(), *values])
+    return None if has_meta else model
 
 
 def _give_memory(model: nn.Module, skeleton: nn.Module) -> None:
