@@ -19,6 +19,7 @@ from torch import nn
 
 import lfrns_hub as lfrns
 from lfrns_hub import checkpoint
+from lfrns_hub.index import write_index
 from lfrns_hub.measure import Record, format_table
 from lfrns_hub.narrow import narrow, short
 from lfrns_hub.units import SlimPlan
@@ -179,7 +180,9 @@ def test_a_dense_base_of_any_size_takes_no_memory(tmp_path: Path) -> None:
     assert sum(tensor.numel() for tensor in model.parameters()) == len(shapes)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "vit_base_patch16_rope_224", "swin_tiny_patch4_window7_224", "vit_tiny_r_s16_p8_224"])
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "vit_base_patch16_rope_224", "swin_tiny_patch4_window7_224", "vit_tiny_r_s16_p8_224"]
+)
 def test_buffers_that_no_file_holds_are_those_of_a_model_that_was_built_whole(name: str, tmp_path: Path) -> None:
     whole = timm.create_model(name, num_classes=3)
     loaded = lfrns.load(checkpoint.save(whole, tmp_path / "slim"))
@@ -284,6 +287,29 @@ def test_a_record_that_fits_no_card_is_refused_and_the_folder_is_as_it_was(folde
         checkpoint.save(lfrns.load(folder), folder, record=record, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["slim"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"x": 1}', r"\['x'\]\): a record has the keys dense, slim, setup"),
+        ('{"slim": 3}', r"slim=3\): figures by name are needed"),
+        ('{"slim": {"top1_pct": "80"}}', r"slim.top1_pct=80\): a number or null is needed. Measure it again"),
+        ('{"slim": {}, "setup": {"epochs": "x"}}', r"setup.epochs=x\): a int or null is needed. Measure it again"),
+        ('{"slim": {}, "setup": {"machine": []}}', r"setup.machine=\[\]\): a dict or null is needed"),
+    ],
+)
+def test_a_record_of_wrong_types_is_refused(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Record.from_json(text)
+
+
+def test_an_index_over_a_record_without_its_cost_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "record.json").write_text('{"slim": {"top1_pct": 1.0}}')
+    with pytest.raises(ValueError, match=r"record\.json of net has no macs_g\. Measure it again"):
+        write_index(tmp_path, "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
 def test_a_class_name_is_no_markup_in_a_table() -> None:

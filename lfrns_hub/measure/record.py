@@ -22,6 +22,8 @@ FIGURES = (
     "latency_ms",
     "size_mb",
 )
+# What of a setup is read again, and as what.
+SETUP = {"machine": dict, "provenance": dict, "label_names": list, "controls": list, "budgets": list, "epochs": int}
 
 
 @dataclass
@@ -71,6 +73,12 @@ class Record:
                         f"Record.from_json({side}.{key}={short(figures[key])}): a number or null is needed. Measure it "
                         "again by lfrns evaluate."
                     )
+        for key, kind in SETUP.items():
+            if setup.get(key) is not None and not isinstance(setup[key], kind):
+                raise ValueError(
+                    f"Record.from_json(setup.{key}={short(setup[key])}): a {kind.__name__} or null is needed. Measure it "
+                    "again by lfrns evaluate."
+                )
         return cls(dense, slim, setup)
 
     def save(self, path: str | Path) -> None:
