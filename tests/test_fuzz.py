@@ -31,6 +31,7 @@ from lfrns_hub import checkpoint
 from lfrns_hub.measure import Record
 from lfrns_hub.pictures import _processor_settings
 from lfrns_hub.units import SlimPlan
+from lfrns_hub.untrusted import refusing
 
 CASES = int(os.environ.get("LFRNS_FUZZ_CASES", "40"))
 SECONDS = 20
@@ -105,6 +106,13 @@ def _alarm() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def refuse_hidden(error: BaseException | None) -> None:
+    """An allocation that failed is a finding, also where an error of ours was made of it."""
+    while error is not None:
+        assert not isinstance(error, MemoryError) and "allocat" not in str(error).lower(), repr(error)[:500]
+        error = error.__cause__
+
+
 def try_it(kind: str, call: Callable[[], Any]) -> None:
     """Make a call; it may succeed, or raise a ValueError of ours, neither long nor of several lines."""
     with _alarm():
@@ -112,6 +120,7 @@ def try_it(kind: str, call: Callable[[], Any]) -> None:
             call()
         except ValueError as error:
             assert type(error) is ValueError
+            refuse_hidden(error)
             message = str(error)
             assert len(message) <= LONGEST, message[:500]
             assert "\n" not in message
@@ -265,3 +274,10 @@ def test_what_is_counted_as_an_end_can_fail() -> None:
             try_it("none", call)
     with pytest.raises((MemoryError, RuntimeError)):
         try_it("none", lambda: torch.ones(GIBIBYTE))
+
+    def hidden() -> None:
+        with refusing("load()"):
+            torch.ones(GIBIBYTE)
+
+    with pytest.raises(AssertionError, match="allocat"):
+        try_it("none", hidden)

@@ -76,8 +76,8 @@ class Record:
         for key, kind in SETUP.items():
             if setup.get(key) is not None and not isinstance(setup[key], kind):
                 raise ValueError(
-                    f"Record.from_json(setup.{key}={short(setup[key])}): a {kind.__name__} or null is needed. Measure it "
-                    "again by lfrns evaluate."
+                    f"Record.from_json(setup.{key}={short(setup[key])}): a {kind.__name__} or null is needed. Measure "
+                    "it again by lfrns evaluate."
                 )
         return cls(dense, slim, setup)
 
