@@ -5,8 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+from PIL import Image
 from typer.testing import CliRunner
 
+import lfrns_hub as lfrns
 from lfrns_hub import cli, recipe
 
 RUNNER = CliRunner()
@@ -58,6 +61,26 @@ def test_evaluate_refuses_a_folder_without_a_checkpoint(
 ) -> None:
     assert run_main(monkeypatch, "evaluate", str(tmp_path), "--data", "x") == 1
     assert "config.json" in capsys.readouterr().err
+
+
+def test_evaluate_leaves_damaged_pictures_out_and_says_so_on_the_card(
+    monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
+) -> None:
+    lfrns.save(timm.create_model("test_vit", depth=1, img_size=32, num_classes=3), tmp_path / "slim")
+    for i in range(9):
+        path = tmp_path / "data" / "validation" / "abc"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(path)
+    path.write_text("no picture")
+    arguments = ["evaluate", str(tmp_path / "slim"), "--data", str(tmp_path / "data")]
+    assert run_main(monkeypatch, *arguments, "--json") == 0
+    slim = json.loads(capsys.readouterr().out)["slim"]
+    assert (slim["images"], slim["images_skipped"], slim["class_counts"]) == (8, 1, [3, 3, 2])
+    assert "1 image could not be read; no figure counts them." in (tmp_path / "slim" / "README.md").read_text()
+    assert run_main(monkeypatch, *arguments) == 0
+    assert "could not be read and were left out: 8.png." in capsys.readouterr().out
+    assert run_main(monkeypatch, *arguments, "--max-unreadable", "0") == 1
+    assert "1 of 9 pictures cannot be read, at most 0 are left out: 8.png" in capsys.readouterr().err
 
 
 def test_demo_hands_its_options_to_the_digits_recipe(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
