@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lfrns_hub.lineage import KEYS
+
 NOT_MEASURED = "not measured"
 UNKNOWN = "unknown"
 TAGS = ["pruned", "structured-pruning", "lfrns"]
@@ -42,14 +44,16 @@ def render_card(
         processor: Whether a pipeline finds out how to prepare pictures. By default where timm's configuration says it.
         remote_code: Whether the folder holds a modelling file for `trust_remote_code`.
     Returns:
-        Markdown with the Hub's YAML header. Base model, licence and data stand there only if the record's setup
-        names them (`base_model`, `license`, `dataset`).
+        Markdown with the Hub's YAML header. Base model, licence and data stand there only if the record's setup or
+        the provenance names them (`base_model`, `license`, `dataset`; see `lineage.base_facts`).
     """
     record = read_record(record) or {}
     setup = record.get("setup") or {}
     provenance = provenance or setup.get("provenance") or {}
     slim, dense = record.get("slim") or {}, record.get("dense") or {}
-    known = {key: setup.get(key) or provenance.get(key) for key in ("base_model", "license", "dataset", "dataset_id")}
+    known = {key: setup.get(key) or provenance.get(key) for key in (*KEYS, "dataset", "dataset_id")}
+    if known["license"] != "other":  # the Hub knows the others by their identifier
+        known["license_name"] = known["license_link"] = None
     task = "image-classification" if slim.get("explained_pct") is None else "image-feature-extraction"
     data = ModelCardData(
         model_name=model_name,
@@ -57,6 +61,8 @@ def render_card(
         pipeline_tag=task,
         tags=[task, *TAGS],
         license=known["license"] or UNKNOWN,
+        license_name=known["license_name"],
+        license_link=known["license_link"],
         base_model=known["base_model"],
         base_model_relation="finetune" if known["base_model"] else None,
         datasets=[known["dataset_id"]] if known["dataset_id"] else None,
@@ -205,9 +211,11 @@ def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, A
     versions = [f"{name} {version}" for name, version in (setup.get("versions") or {}).items() if version]
     names = [_line(name) for name in setup.get("label_names") or []]
     classes = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
+    trained = _of(setup.get("dense_epochs") or None, "epochs")
     facts = {
         "Base model": known["base_model"],
-        "Licence of the base": known["license"],
+        "Licence of the base": _licence(known),
+        **({"Dense model": f"trained for {trained} in the same run"} if trained else {}),
         "Data": known["dataset"],
         "Classes": f"{len(names):,}: {classes}" if names else None,
         "Method": f"LFRNS, preset `{provenance['preset']}`" if provenance.get("preset") else None,
@@ -221,6 +229,12 @@ def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, A
         "Command": f"`{setup['command']}`" if setup.get("command") else None,
     }
     return [(name, UNKNOWN if value is None else _line(value)) for name, value in facts.items()]
+
+
+def _licence(known: dict[str, Any]) -> str | None:
+    """Name the base's licence; the Hub calls one that it has no identifier for "other"."""
+    name = known["license_name"] or known["license"]
+    return f"[{name}]({known['license_link']})" if name and known["license_link"] else name
 
 
 def _limits(

@@ -68,6 +68,8 @@ def merge_cards(new: str, old: str | None) -> str:
 
 def _merge_facts(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     """Take what the new front matter states, from the old one the other keys and all tags."""
+    if new.get("license") not in (None, UNKNOWN):  # the name and link of an old licence are not those of a new one
+        old = {key: value for key, value in old.items() if not key.startswith("license_")}
     merged = new | {key: value for key, value in old.items() if new.get(key) in (None, UNKNOWN)}
     tags = [tag for facts in (new, old) for tag in _as_list(facts.get("tags"))]
     return merged | ({"tags": list(dict.fromkeys(tags))} if tags else {})

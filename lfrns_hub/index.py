@@ -9,6 +9,8 @@ from lfrns_hub.measure import Record
 from lfrns_hub.plots import plot_ladder
 
 PICTURE = "accuracy.png"
+START = "<!-- lfrns_hub writes this table; what stands above and below it stays -->"
+END = "<!-- end of the table -->"
 COLUMNS = ("MACs kept", "top-1, %", "agreement, %", "params, M", "GMACs", "latency, ms", "dense, ms", "size, MB")
 
 
@@ -33,9 +35,12 @@ def checkpoint_name(model: str, data: str, macs: float) -> str:
 def write_index(directory: str | Path, title: str) -> Path:
     """Write README.md over the checkpoints in a folder: one table, and accuracy against MACs as a picture.
 
+    Of an index that is there, what people wrote above and below the table stays, its title included; any other README
+    is replaced.
+
     Args:
         directory: Its subfolders with a record.json are listed, the largest model first.
-        title: Heading.
+        title: Heading of a new one.
     Returns:
         The README.
     Raises:
@@ -52,25 +57,54 @@ def write_index(directory: str | Path, title: str) -> Path:
             "lfrns evaluate."
         )
     names = sorted(records, key=lambda name: (-records[name].slim["macs_g"], name))
-    ordered = [records[name] for name in names]
-    lines = [f"# {title}", "", "| checkpoint | " + " | ".join(COLUMNS) + " |"]
-    lines.append("|---|" + "---:|" * len(COLUMNS))
-    dense = ordered[0].dense
+    readme = directory / "README.md"
+    above, below = _around(readme) or (f"# {title}\n\n", "\n")
+    block = "\n".join([START, "", *_table({name: records[name] for name in names}, directory / PICTURE), "", END])
+    readme.unlink(missing_ok=True)  # it may be a link to elsewhere
+    readme.write_text(above + block + below, encoding="utf-8")
+    return readme
+
+
+def refresh_index(directory: str | Path) -> Path | None:
+    """Bring the index over a folder of checkpoints up to date with their records.
+
+    Args:
+        directory: The folder above the checkpoints.
+    Returns:
+        Its README; None where there is none, or one that `write_index` did not write, which stays as it is.
+    """
+    readme = Path(directory) / "README.md"
+    return write_index(directory, "") if _around(readme) else None
+
+
+def _around(readme: Path) -> tuple[str, str] | None:
+    """Give what stands above and below the table of an index; None of a file that is none."""
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    above, start, rest = text.partition(START)
+    _, end, below = rest.partition(END)
+    return (above, below) if start and end else None
+
+
+def _table(records: dict[str, Record], picture: Path) -> list[str]:
+    """Lay out the table and its footnotes, and draw the picture where every accuracy is known."""
+    lines = ["| checkpoint | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    first, dense = next(iter(records)), next(iter(records.values())).dense
     if dense:
         lines.append("| dense | " + " | ".join(cells(dense, dense)) + " |")
-    lines += [
-        f"| [{n}]({n}) | " + " | ".join(cells(r.slim, r.dense)) + " |" for n, r in zip(names, ordered, strict=True)
-    ]
-    lines += ["", _footnote(ordered[0])]
-    picture = directory / PICTURE
+    lines += [f"| [{name}]({name}) | " + " | ".join(cells(r.slim, r.dense)) + " |" for name, r in records.items()]
+    notes: dict[str, list[str]] = {}
+    for name, record in records.items():
+        notes.setdefault(_footnote(record), []).append(name)
+    if len(notes) == 1:
+        lines += ["", *notes]
+    else:  # one was measured again, on other data or another machine
+        lines += ["", *(f"- {', '.join(named)}: {note}" for note, named in notes.items())]
+        lines += [f"- The dense row is that of {first}."] if dense else []
     picture.unlink(missing_ok=True)
-    if dense and all(side.get("top1_pct") is not None for side in [dense, *(record.slim for record in ordered)]):
-        plot_ladder([record.slim for record in ordered], dense, picture)
+    if dense and all(side.get("top1_pct") is not None for side in [dense, *(r.slim for r in records.values())]):
+        plot_ladder([record.slim for record in records.values()], dense, picture)
         lines += ["", f"![Top-1 accuracy against MACs and latency, dense and slim]({PICTURE})"]
-    readme = directory / "README.md"
-    readme.unlink(missing_ok=True)  # it may be a link to elsewhere
-    readme.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return readme
+    return lines
 
 
 def cells(side: dict[str, Any], dense: dict[str, Any] | None) -> Sequence[str]:

@@ -240,18 +240,15 @@ def print_results(record: Record, rows: list[dict[str, Any]], where: Path) -> No
     console.print(f"Checkpoint: {where}", soft_wrap=True)
 
 
-def describe_source(data: str, model: str | None = None) -> dict[str, str | None]:
-    """Name what a checkpoint was made from, for its record; the path of a folder says nothing to others.
+def describe_data(data: str) -> dict[str, str | None]:
+    """Name the data of a checkpoint, for its record; the path of a folder says nothing to others.
 
     Args:
         data: A Hub id, or a folder.
-        model: A name or repo id of the dense model, or a folder.
     Returns:
-        `dataset` (the Hub id, or the folder's own name), `dataset_id` and `base_model` (Hub ids, None of a folder).
+        `dataset` (the Hub id, or the folder's own name) and `dataset_id` (the Hub id, None of a folder).
     """
-    base = model.removeprefix("hf-hub:") if model else None
     return {
         "dataset": Path(data).resolve().name if Path(data).exists() else data,
         "dataset_id": None if Path(data).exists() else data,
-        "base_model": base if base and base.count("/") == 1 and not Path(base).exists() else None,
     }

@@ -335,6 +335,7 @@ class Analysis:
         report.seconds = self.seconds | clock.seconds
         result = typed_as(result, self.model).eval()
         made = provenance(report, plan, chosen, self.preset, self.seed, fcr_steps, batches)
+        made |= getattr(self.model, "lfrns_base", {})
         result.lfrns_provenance = added_up(getattr(self.model, "lfrns_provenance", None), made)
         return SlimResult(carry_config(result), plan, report)
 

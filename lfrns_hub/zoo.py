@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import models  # noqa: F401  registers cifar_* with timm
+from .lineage import base_facts
 from .pictures import (
     ImageData,
     check_images,
@@ -77,7 +78,8 @@ def create_dense(
         device: Where the model goes.
         pretrained: Whether published weights are fetched; None: where there are some and `weights` gives no others.
     Returns:
-        The model, in eval mode.
+        The model, in eval mode. Its `lfrns_base` says where published weights came from, for the card (see
+        `lineage.base_facts`); it is empty of weights from elsewhere.
     Raises:
         ValueError: Unknown name, or weights that do not fit.
         ConnectionError: The Hub is needed and cannot be reached.
@@ -89,6 +91,7 @@ def create_dense(
     state = read_weights(weights) if weights is not None else None
     fetch = state is None if pretrained is None else pretrained and state is None
     kind, source = _resolve(name)
+    published = fetch and kind != "function" and (":" in source or kind != "timm" or timm.is_model_pretrained(source))
     if kind == "function":
         model = _call_builder(name, num_classes)
     elif kind == "transformers":
@@ -107,6 +110,7 @@ def create_dense(
                 "Let the function take num_classes."
             )
         model.reset_classifier(num_classes)
+    model.lfrns_base = base_facts(name) if published else {}
     return model.to(device).eval()
 
 

@@ -129,7 +129,7 @@ def main() -> None:
     record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
     record.setup.update(
         recipe.describe_run(__file__),
-        **recipe.describe_source(data),
+        **recipe.describe_data(data),
         calibration_images=len(calibration_set),
         seed=args.seed,
         epochs=epochs,

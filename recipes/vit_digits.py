@@ -142,7 +142,7 @@ def main() -> None:
         calibration_images=len(train_set),
         seed=args.seed,
         epochs=epochs,
-        dense_epochs=dense_epochs,
+        dense_epochs=0 if args.model else dense_epochs,
         smoke=args.smoke,
         label_names=LABEL_NAMES,
         controls=rows,

@@ -107,6 +107,9 @@ def test_every_number_is_the_records():
     assert (made["Budget"], made["Seed"], made["Commit"]) == ("at most 0.5 of the dense MACs", "7", "abc1234")
     assert (made["Calibration"], made["FCR"], made["Retraining"]) == ("1,297 images", "100 steps", "1 epoch")
     assert (made["Classes"], made["Versions"]) == ("2: zero, one", "torch 2.14.1")
+    assert "Dense model" not in made  # the record does not say that it was trained
+    here = render_card(changed(dense_epochs=25), model_name="net", base="ViT")
+    assert facts(here)["Dense model"] == "trained for 25 epochs in the same run"
 
 
 def test_the_header_is_what_the_hub_reads(tmp_path):
@@ -129,6 +132,17 @@ def test_a_private_base_reads_unknown():
     meta = header(card)
     assert "base_model" not in meta and "base_model_relation" not in meta and meta["license"] == "unknown"
     assert facts(card)["Base model"] == facts(card)["Licence of the base"] == "unknown"
+
+
+def test_a_licence_that_the_hub_does_not_know_is_named_and_linked():
+    licence = {"license": "other", "license_name": "owl-1", "license_link": "https://owl.example/1"}
+    card = render_card(changed(**licence), model_name="net", base="resnet18")
+    assert header(card).items() >= licence.items()
+    assert facts(card)["Licence of the base"] == "[owl-1](https://owl.example/1)"
+    provenance = {**RECORD["setup"]["provenance"], **licence}
+    assert "license_name" not in header(
+        render_card(changed(license="mit", provenance=provenance), model_name="net", base="resnet18")
+    )
 
 
 def test_without_a_record_nothing_is_guessed():

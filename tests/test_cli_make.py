@@ -124,6 +124,11 @@ def test_a_checkpoint_is_retrained_and_evaluated_in_place(zoo: Path, monkeypatch
     found = run(monkeypatch, capsys, "retrain", str(folder), "--teacher", "tinynet:build", "--epochs", "2", *options)
     assert found["setup"]["epochs"] == 3
     assert found["slim"]["agreement_pct"] is not None
+    index = (zoo / "README.md").read_text()
+    assert (
+        f"[{folder.name}]({folder.name}) | {found['slim']['macs_g'] / found['dense']['macs_g']:.3f} | "
+        f"{found['slim']['top1_pct']:.2f} | {found['slim']['agreement_pct']:.2f} |" in index
+    )
     after = lfrns.load(folder, model=build())
     assert not torch.equal(before.first.weight, after.first.weight)
     assert before.first.weight.shape == after.first.weight.shape

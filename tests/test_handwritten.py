@@ -104,6 +104,9 @@ def test_front_matter_of_people_is_kept_where_we_state_nothing():
         merge_cards(card(), old)
     )
     assert facts(merge_cards(card(license="apache-2.0"), old))["license"] == "apache-2.0"
+    named = merge_cards(card(license="other", license_name="owl-1"), None)
+    assert facts(merge_cards(card(), named))["license_name"] == "owl-1"
+    assert "license_name" not in facts(merge_cards(card(license="apache-2.0"), named))
 
 
 def test_results_of_replaced_weights_go():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from lfrns_hub.index import checkpoint_name, write_index
+from lfrns_hub.index import checkpoint_name, refresh_index, write_index
 from lfrns_hub.measure import Record
 from lfrns_hub.plots import plot_ladder
 
@@ -31,9 +31,9 @@ def test_the_largest_comes_first_under_the_dense_one(tmp_path: Path) -> None:
         "| [net.lfrns75_flowers](net.lfrns75_flowers) | 0.750 | 79.25 | 90.00 | 2.000 | 0.7500 | 3.00 | 4.00 | 8.00 |",
         "| [net.lfrns35_flowers](net.lfrns35_flowers) | 0.350 | 70.50 | 90.00 | 2.000 | 0.3500 | 2.00 | 4.00 | 8.00 |",
     ]
-    assert "500 images of flowers" in lines[-3]
-    assert "some CPU" in lines[-3]
-    assert "(accuracy.png)" in lines[-1]
+    (note,) = [line for line in lines if line.startswith("Accuracy on")]
+    assert "500 images of flowers" in note and "some CPU" in note
+    assert "(accuracy.png)" in lines[-3]
     assert imread(tmp_path / "accuracy.png").std() > 0
 
 
@@ -45,6 +45,32 @@ def test_without_accuracy_there_is_a_table_and_no_picture(tmp_path: Path) -> Non
     assert not (tmp_path / "accuracy.png").exists()
     with pytest.raises(ValueError, match="top1_pct"):
         plot_ladder([], DENSE, tmp_path / "curve.png")
+
+
+def test_an_index_follows_its_members_and_keeps_what_people_wrote(tmp_path: Path) -> None:
+    write(tmp_path, "net.lfrns75_flowers", 0.75, top1_pct=79.25)
+    write(tmp_path, "net.lfrns35_flowers", 0.35, top1_pct=70.5)
+    assert refresh_index(tmp_path) is None and not (tmp_path / "README.md").exists()
+    readme = write_index(tmp_path, "net, slimmed")
+    readme.write_text(readme.read_text().replace("# net, slimmed\n", "# Our flowers\n\nAsk Ann.\n") + "\nSee also.\n")
+    slim = {**DENSE, "macs_g": 0.35, "top1_pct": 74.0, "agreement_pct": 91.0, "images": 80}
+    Record(DENSE, slim, {**SETUP, "dataset": "tulips"}).save(tmp_path / "net.lfrns35_flowers" / "record.json")
+    assert refresh_index(tmp_path) == readme
+    text = readme.read_text()
+    assert text.startswith("# Our flowers\n\nAsk Ann.\n") and text.endswith("\n\nSee also.\n")
+    assert "| [net.lfrns35_flowers](net.lfrns35_flowers) | 0.350 | 74.00 | 91.00 |" in text and "70.50" not in text
+    assert "- net.lfrns75_flowers: Accuracy on 500 images of flowers" in text
+    assert "- net.lfrns35_flowers: Accuracy on 80 images of tulips" in text
+    assert "- The dense row is that of net.lfrns75_flowers." in text
+    refresh_index(tmp_path)
+    assert readme.read_text() == text
+
+
+def test_a_readme_that_is_no_index_stays_as_it_is(tmp_path: Path) -> None:
+    write(tmp_path, "net.lfrns75_flowers", 0.75)
+    (tmp_path / "README.md").write_text("# My project\n")
+    assert refresh_index(tmp_path) is None
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
 
 
 def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:

@@ -39,10 +39,11 @@ ALLOWED = {
     "retrain": {"measure"},
     "pictures": {"reach"},
     "stream": {"pictures"},
-    "zoo": {"models", "pictures", "reach", "checkpoint"},
-    "checkpoint": {"zoo", "adapters", "surgery", "narrow", "models", "card", "hub", "plots"},
+    "lineage": {"reach"},
+    "zoo": {"models", "pictures", "reach", "checkpoint", "lineage"},
+    "checkpoint": {"zoo", "adapters", "surgery", "narrow", "models", "card", "hub", "plots", "lineage"},
     "hub": {"reach", "handwritten"},
-    "card": {"measure", "plots"},
+    "card": {"measure", "plots", "lineage"},
     "plots": {"measure"},
     "gallery": {"slim", "taps", "report", "redundancy", "plots"},
     "recipe": {"measure", "gallery"},
@@ -68,11 +69,11 @@ ALLOWED = {
 }
 # One door per dependency.
 DOORS = {
-    "timm": {"zoo", "pictures", "checkpoint", "models", "adapters", "coverage"},
+    "timm": {"zoo", "lineage", "pictures", "checkpoint", "models", "adapters", "coverage"},
     "transformers": {"zoo", "pictures", "checkpoint", "adapters", "coverage"},
     "datasets": {"pictures"},
     "accelerate": {"retrain", "responses", "contribution", "checkpoint"},
-    "huggingface_hub": {"hub", "handwritten", "card", "reach", "zoo", "pictures", "checkpoint"},
+    "huggingface_hub": {"hub", "handwritten", "card", "reach", "lineage", "zoo", "pictures", "checkpoint"},
     "typer": {"cli"},
     "onnxruntime": {"export"},
     "matplotlib": {"plots", "gallery"},

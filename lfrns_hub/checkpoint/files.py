@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.card import read_record, render_card
 from lfrns_hub.checkpoint.remote_code import MODELING_FILE
+from lfrns_hub.lineage import KEYS
 from lfrns_hub.narrow import FORMAT_VERSION, computed_buffers, grown, short
 from lfrns_hub.plots import plot_ladder, plot_widths, shows_plan
 from lfrns_hub.untrusted import AGAIN, read_headers, read_json
@@ -106,8 +107,15 @@ def write_config(draft: Path, config: dict[str, Any], model: nn.Module) -> None:
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
     """Give what config.json says of a model's making."""
-    provenance = getattr(model, "lfrns_provenance", None) or {}
+    provenance = getattr(model, "lfrns_base", {}) | (getattr(model, "lfrns_provenance", None) or {})
     return {**provenance, "format_version": FORMAT_VERSION, "class": type(model).__name__}
+
+
+def state_base(draft: Path, stated: dict[str, str]) -> None:
+    """Say in config.json which published weights the model comes from, in place of what was said before."""
+    config = read_config(draft)
+    config["slim"] = {key: value for key, value in config["slim"].items() if key not in KEYS} | stated
+    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_weights(model: nn.Module, draft: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lfrns_hub.checkpoint.files import FORMAT_VERSION, compare, publish, read_config, write_card
+from lfrns_hub.checkpoint.files import FORMAT_VERSION, compare, publish, read_config, state_base, write_card
 from lfrns_hub.checkpoint.own import OWN_NAME, fill_own, narrow_as_stored, own_skeleton, write_own
 from lfrns_hub.checkpoint.timm import TIMM_NAME, carry_timm, load_timm, timm_base, write_timm
 from lfrns_hub.checkpoint.transformers import (
@@ -24,6 +24,7 @@ from lfrns_hub.checkpoint.transformers import (
     write_transformers,
 )
 from lfrns_hub.hub import fetch
+from lfrns_hub.lineage import base_facts
 from lfrns_hub.narrow import short
 from lfrns_hub.running import unwrap
 from lfrns_hub.untrusted import refusing
@@ -36,6 +37,7 @@ def save(
     record: Any = None,
     base: str | nn.Module | Callable[..., nn.Module] | None = None,
     base_args: dict[str, Any] | None = None,
+    base_model: str | None = None,
     processor: Any = None,
     label_names: Sequence[str] | None = None,
     overwrite: bool = False,
@@ -53,6 +55,9 @@ def save(
         base: The dense architecture, where the model does not say: a timm name, or for your own class (and one of
             transformers' that is no image classifier) the dense model or a function that builds it.
         base_args: Arguments of the base that differ from its defaults.
+        base_model: Whose weights the dense model had, for the card: a timm name with weights, a Hub id or a folder.
+            Its licence is looked up, for seconds at most. None: as `zoo.create_dense` loaded it, or an earlier
+            save said; otherwise the card says "unknown".
         processor: A transformers image processor, saved beside the model.
         label_names: Name of each class, in the order of the logits.
         overwrite: Replace a checkpoint that is there.
@@ -61,7 +66,7 @@ def save(
     Raises:
         FileExistsError: The folder is not empty and overwrite is False, or it is a file.
         OSError: Its parent folder cannot be written.
-        ValueError: The model cannot be told from its base, or does not come back equal.
+        ValueError: The model cannot be told from its base, or does not come back equal; base_model is no such name.
     """
     model = unwrap(model, "save")
     directory = Path(directory)
@@ -73,6 +78,7 @@ def save(
         )
     if label_names is not None and len(label_names) != (classes := _num_classes(model)) and classes:
         raise ValueError(f"save(label_names of {len(label_names)}): the model has {classes} classes. Name each one.")
+    stated = None if base_model is None else base_facts(base_model)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent.resolve()))
@@ -99,6 +105,8 @@ def save(
                 compare(model, load(draft, model=skeleton))
         if processor is not None:
             processor.save_pretrained(draft)
+        if stated is not None:
+            state_base(draft, stated)
         write_card(draft, record, directory, **source)
         publish(draft, directory)
     finally:

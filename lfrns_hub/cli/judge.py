@@ -31,6 +31,7 @@ from lfrns_hub.cli.terminal import (
     read_list,
     show,
 )
+from lfrns_hub.index import refresh_index
 from lfrns_hub.measure import Record, describe_setup, format_table
 from lfrns_hub.pictures import load_processor
 from lfrns_hub.retrain import make_accelerator
@@ -73,7 +74,9 @@ def evaluate(
 def refresh(
     directory: str, model: nn.Module, record: Record, pictures: Pictures, label_names: list[str], *, epochs: int = 0
 ) -> Record:
-    """Save a checkpoint over itself with a new record; what was not measured again stays as it was.
+    """Save a checkpoint over itself with a new record, and bring an index over its folder up to date.
+
+    What was not measured again stays as it was.
 
     Args:
         directory: The checkpoint.
@@ -93,13 +96,14 @@ def refresh(
     if epochs:
         record.setup.pop("budgets", None)  # the accuracy of this one among them is that of before
     record.setup.update(
-        dataset=recipe.describe_source(pictures.data)["dataset"],
+        dataset=recipe.describe_data(pictures.data)["dataset"],
         val_split=pictures.val_split,
         label_names=label_names,
         epochs=(record.setup.get("epochs") or 0) + epochs,
     )
     processor = load_processor(model)
     lfrns.save(model, directory, record=record, processor=processor, label_names=label_names, overwrite=True)
+    refresh_index(Path(directory).resolve().parent)
     return record
 
 

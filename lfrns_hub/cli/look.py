@@ -26,6 +26,7 @@ from lfrns_hub.cli.terminal import (
     Unreadable,
     ValSplit,
     Weights,
+    analyse_pictures,
     app,
     examples,
     is_slim,
@@ -38,14 +39,7 @@ from lfrns_hub.plots import plot_ladder
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.slim import survey
 from lfrns_hub.units import UnitGroup
-from lfrns_hub.zoo import (
-    check_images,
-    create_dense,
-    create_skeleton,
-    example_input,
-    guard_against_chance,
-    set_preprocessing,
-)
+from lfrns_hub.zoo import create_dense, create_skeleton, example_input, set_preprocessing
 
 
 @app.command(epilog=examples("lfrns units resnet50", "lfrns units my_package.module:build --json"))
@@ -129,13 +123,10 @@ def curve(
     dense = create_dense(model, weights=weights)
     set_preprocessing(dense, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
     pictures = Pictures(data, label_column, val_split, class_map, max_unreadable=max_unreadable)
-    calibration_set = pictures.load(dense, "train", limit=calibration_images, seed=seed)
-    calibration = DataLoader(calibration_set, batch_size)
     test = DataLoader(pictures.load(dense, "validation", limit=test_images, seed=seed), batch_size)
-    check_images(dense, calibration)
-    guard_against_chance(dense, calibration, data)
     options = {"accelerator": accelerator, "progress": not as_json}
-    analysis = lfrns.analyse(dense, calibration, preset=preset, exclude=tuple(exclude or ()), seed=seed, **options)
+    asked = {"preset": preset, "exclude": tuple(exclude or ()), **options}
+    _, analysis = analyse_pictures(dense, pictures, limit=calibration_images, batch_size=batch_size, seed=seed, **asked)
     least = analysis.smallest()["macs"]
     reached = [budget for budget in budgets if budget >= least]
     if not reached:

@@ -34,6 +34,7 @@ from lfrns_hub.cli.terminal import (
     Unreadable,
     ValSplit,
     Weights,
+    analyse_pictures,
     app,
     examples,
     load_slim,
@@ -44,7 +45,7 @@ from lfrns_hub.index import checkpoint_name, write_index
 from lfrns_hub.measure import Record, format_table
 from lfrns_hub.pictures import load_processor
 from lfrns_hub.retrain import make_accelerator
-from lfrns_hub.zoo import check_images, create_dense, guard_against_chance, set_preprocessing
+from lfrns_hub.zoo import check_images, create_dense, set_preprocessing
 
 Epochs = Annotated[int, typer.Option(min=0, help="retraining, with the dense model as teacher")]
 Rate = Annotated[float | None, typer.Option(help="peak of the retraining (default: 0.01 with SGD, 1e-4 with AdamW)")]
@@ -130,21 +131,13 @@ def slim(
     dense = create_dense(model, weights=weights)
     set_preprocessing(dense, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
     pictures = Pictures(data, label_column, val_split, class_map, flip, max_unreadable)
-    calibration_set = pictures.load(dense, "train", limit=calibration_images, seed=seed)
     train, test = pictures.load(dense, "train", augment=True), pictures.load(dense, "validation")
-    calibration_loader, test_loader = DataLoader(calibration_set, batch_size), DataLoader(test, batch_size)
+    test_loader = DataLoader(test, batch_size)
     train_loader = DataLoader(train, max(1, batch_size // accelerator.num_processes), shuffle=True)
-    check_images(dense, calibration_loader)
-    guard_against_chance(dense, calibration_loader, data)
 
-    analysis = lfrns.analyse(
-        dense,
-        calibration_loader,
-        preset=preset,
-        exclude=tuple(exclude or ()),
-        accelerator=accelerator,
-        seed=seed,
-        progress=progress,
+    asked = {"preset": preset, "exclude": tuple(exclude or ()), "accelerator": accelerator, "progress": progress}
+    calibration_loader, analysis = analyse_pictures(
+        dense, pictures, limit=calibration_images, batch_size=batch_size, seed=seed, **asked
     )
     # All cuts come before any training: a budget out of reach is known within minutes.
     results = [analysis.cut(macs=budget, params=params, fcr_steps=fcr_steps) for budget in budgets]
@@ -155,8 +148,8 @@ def slim(
         lfrns.retrain(result.model, train_loader, teacher=dense, accelerator=accelerator, **training)
         record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator, progress=progress)
         record.setup.update(
-            recipe.describe_source(data, None if weights else model),  # other weights: another base
-            calibration_images=len(calibration_set),
+            recipe.describe_data(data),
+            calibration_images=len(calibration_loader.dataset),
             seed=seed,
             epochs=epochs,
             val_split=val_split,
@@ -173,7 +166,7 @@ def slim(
         accelerator.wait_for_everyone()
     if main_process:
         if several:
-            _compare(made, directory, f"{Path(model).name}, slimmed to {len(budgets)} budgets", options)
+            _compare(made, directory, f"{Path(model).name}, at several budgets", options)
         folders = [folder for folder, _, _ in made]
         urls = [lfrns.push(f, f"{push_to_hub}/{f.name}" if several else push_to_hub) for f in folders if push_to_hub]
         found = [{"directory": str(folder), **json.loads(record.to_json())} for folder, _, record in made]

@@ -8,11 +8,20 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 from lfrns_hub.pictures import MAX_UNREADABLE
+from lfrns_hub.slim import Analysis
 from lfrns_hub.untrusted import read_json, short
-from lfrns_hub.zoo import ImageData, create_skeleton, load_data, make_transform
+from lfrns_hub.zoo import (
+    ImageData,
+    check_images,
+    create_skeleton,
+    guard_against_chance,
+    load_data,
+    make_transform,
+)
 
 app = typer.Typer(
     help="Slim vision models: find redundant units, remove them, retrain. Each command's --help shows examples.",
@@ -79,6 +88,29 @@ class Pictures:
         options = {"label_column": self.label_column, "val_split": self.val_split, "class_map": self.class_map}
         options["max_unreadable"] = self.max_unreadable
         return load_data(self.data, split, transform=transform, limit=limit, seed=seed, **options)
+
+
+def analyse_pictures(
+    dense: nn.Module, pictures: Pictures, *, limit: int, batch_size: int, seed: int, **options: Any
+) -> tuple[DataLoader, Analysis]:
+    """Analyse a model on some of its training pictures, if they fit it and it does better than chance on them.
+
+    Args:
+        dense: The model.
+        pictures: The data that the command was given.
+        limit: Number of training pictures, drawn with the seed.
+        batch_size: Images a batch.
+        seed: Of the draw and of the analysis.
+        options: For `lfrns_hub.analyse`.
+    Returns:
+        The calibration batches and the analysis.
+    Raises:
+        ValueError: The pictures do not fit the model, it answers at chance, or as `lfrns_hub.analyse`.
+    """
+    loader = DataLoader(pictures.load(dense, "train", limit=limit, seed=seed), batch_size)
+    check_images(dense, loader)
+    guard_against_chance(dense, loader, pictures.data)
+    return loader, lfrns.analyse(dense, loader, seed=seed, **options)
 
 
 def read_list(text: str, option: str, kind: type) -> list[Any]:
