@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lfrns_hub.batches import find_logits, read_rows
+from lfrns_hub.batches import UNREADABLE, find_logits, read_rows
 
 # Of a feature map a fixed random choice stands for all: a backbone's maps of a few hundred images are gigabytes.
 FEATURES_READ = 4096
@@ -84,7 +84,13 @@ def read_answer(model: nn.Module, output: Any) -> Answer:
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Refuse labels that are no class of the model, before they index its logits."""
+    """Refuse labels that are no class of the model, before they index its logits; UNREADABLE is left to the loss."""
+    if labels.ndim == 1 and labels.is_floating_point():
+        raise ValueError(
+            f"labels are {labels.dtype} {list(labels.shape)}: class numbers in [0, {num_classes}) are needed, int64 "
+            "[N]. Convert them by labels.long()."
+        )
+    labels = labels[labels != UNREADABLE]
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(
             f"labels from {int(labels.min())} to {int(labels.max())} for a model with {num_classes} classes: a label "

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Label of a picture that could not be read: `F.cross_entropy` ignores it, and evaluation leaves the picture out.
+UNREADABLE = -100
+
 
 def split_batch(batch: Any) -> tuple[Tensor, Any]:
     """Split one batch of a loader into images and labels.
@@ -31,8 +34,26 @@ def split_batch(batch: Any) -> tuple[Tensor, Any]:
     raise ValueError(f"a batch is a {type(batch).__name__}: yield (images, labels), a dict, or bare images.")
 
 
+def check_finite(images: Tensor, call: str) -> None:
+    """Refuse images with values that are not finite: every figure taken from them would be noise."""
+    if images.is_floating_point() and not (finite := images.isfinite()).all():
+        bad = (~finite).flatten(1).any(1).nonzero().flatten().tolist()
+        raise ValueError(
+            f"{call}: {len(bad)} of {len(images)} images of a batch have values that are not finite (first: image "
+            f"{bad[0]}). Look at what prepares them, a division by a standard deviation of 0 for one."
+        )
+
+
 def iterate(loader: Any) -> Iterator[tuple[Tensor, Any]]:
-    """Yield (images, labels or None) for each batch of a loader."""
+    """Yield (images, labels or None) for each batch of a loader.
+
+    Raises:
+        TypeError: It is nothing that yields batches.
+    """
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise TypeError(
+            f"loader={type(loader).__name__}: what yields batches is needed, such as a DataLoader or a list of them."
+        )
     for batch in loader:
         yield split_batch(batch)
 

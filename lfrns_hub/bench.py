@@ -58,7 +58,7 @@ def bench(
         ValueError: No batch, or one or runs below 1.
     """
     if not batches or min(batches) < 1 or runs < 1:
-        raise ValueError(f"bench(batches={list(batches)}, runs={runs}): each must be 1 or more.")
+        raise ValueError(f"bench(batches={list(batches)}, runs={runs}): each must be 1 or more, as batches=[1, 32].")
     models, timings = {"dense": dense, "slim": slim}, []
     sized = {batch: example_input[:1].repeat(batch, *[1] * (example_input.ndim - 1)) for batch in batches}
     with evaluating(*models.values()), torch.no_grad():

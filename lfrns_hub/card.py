@@ -209,7 +209,7 @@ def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, A
     budget = provenance.get("budget") or {}
     shares = [f"{value:g} of the dense {BUDGETS.get(name, name)}" for name, value in budget.items()]
     versions = [f"{name} {version}" for name, version in (setup.get("versions") or {}).items() if version]
-    names = [str(name) for name in setup.get("label_names") or []]
+    names = [_line(name) for name in setup.get("label_names") or []]
     classes = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
     trained = _of(setup.get("dense_epochs") or None, "epochs")
     facts = {
@@ -228,7 +228,7 @@ def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, A
         "Commit": setup.get("commit"),
         "Command": f"`{setup['command']}`" if setup.get("command") else None,
     }
-    return [(name, UNKNOWN if value is None else str(value)) for name, value in facts.items()]
+    return [(name, UNKNOWN if value is None else _line(value)) for name, value in facts.items()]
 
 
 def _licence(known: dict[str, Any]) -> str | None:
@@ -251,6 +251,8 @@ def _limits(
         ]
     else:
         limits.append("Its accuracy was not measured: measure it on your data before you use it.")
+    if slim.get("images_skipped"):
+        limits.append(f"{_of(slim['images_skipped'], 'images')} could not be read; no figure counts them.")
     limits.append("Latency falls less than MACs on small layers, and differs from machine to machine.")
     if provenance.get("approximate"):
         limits.append(
@@ -279,7 +281,12 @@ def _eval_results(slim: dict[str, Any], known: dict[str, Any]) -> list[EvalResul
 
 def _cells(rows: Any) -> list[list[str]]:
     """Make text safe inside a table: a bar in a class name would end its cell."""
-    return [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return [[_line(cell).replace("|", "\\|") for cell in row] for row in rows]
+
+
+def _line(text: Any) -> str:
+    """Bring text of others, such as a class name, on one line, where it can start no heading and no HTML."""
+    return " ".join(str(text).split()).replace("<", "&lt;")
 
 
 def _list(words: list[str]) -> str:

@@ -67,7 +67,7 @@ def export(model: nn.Module, path: str | Path, example_input: Tensor, *, format:
         ImportError: ONNX, and its packages are not installed.
     """
     if format not in FORMATS:
-        raise ValueError(f"export(format={format!r}): the formats are {' and '.join(FORMATS)}.")
+        raise ValueError(f"export(format={format!r}): the formats are {' and '.join(FORMATS)}. Leave it out for onnx.")
     if Path(path).suffix != f".{format}":
         raise ValueError(f"export({str(path)!r}, format={format!r}): the file's name must end in .{format}.")
     if format == "onnx":

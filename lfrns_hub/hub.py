@@ -66,8 +66,9 @@ def push(
         get None at once.
     Raises:
         FileNotFoundError: The folder is not a saved checkpoint.
-        ValueError: The id is none, both a revision and a pull request are asked for, the repository is public where
-            private is asked for, or the front matter of a card cannot be read.
+        ValueError: A file of the folder is a link to elsewhere, the id is none, both a revision and a pull request are
+            asked for, the repository is public where private is asked for, or the front matter of a card cannot be
+            read.
         ConnectionError: The Hub could not be reached, refused, or had somebody else's commit meanwhile.
     Example:
         >>> push("out", "user/resnet50.lfrns50", private=True)  # doctest: +SKIP
@@ -85,6 +86,7 @@ def push(
             raise FileNotFoundError(
                 f"push({str(folder)!r}): it has no {name}. Push a folder that lfrns_hub.save wrote."
             )
+    files: dict[str, Path | bytes] = {path.name: path for path in _own_files(folder, call)}
     if not _is_main_process():
         return None
 
@@ -102,10 +104,6 @@ def push(
             "in its settings, or push to another name."
         )
 
-    # A recipe's work/ and what else lies in the folder stay at home.
-    files: dict[str, Path | bytes] = {
-        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _matches(path.name, OURS)
-    }
     if "README.md" in files:
         try:
             files["README.md"] = merge_cards((folder / "README.md").read_text(encoding="utf-8"), card).encode()
@@ -127,6 +125,22 @@ def push(
             parent_commit=head.sha,  # the Hub refuses if somebody else has committed since
         )
     return commit.pr_url or commit.commit_url
+
+
+def _own_files(folder: Path, call: str) -> list[Path]:
+    """List what of a folder is a checkpoint's; a recipe's work/ and what else lies there stay at home.
+
+    A link that leads out of the folder could send anything: only those of the Hub's own cache are followed.
+    """
+    home = folder.resolve()
+    homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and _matches(path.name, OURS)]
+    for path in files:
+        if not any(path.resolve().is_relative_to(one) for one in homes):
+            raise ValueError(
+                f"{call}: {path.name} is a link that leads out of the folder. Put the file itself there, or remove it."
+            )
+    return files
 
 
 def fetch(repo_id: str, *, revision: str | None = None) -> Path:

@@ -50,6 +50,12 @@ def write_index(directory: str | Path, title: str) -> Path:
     records = {path.parent.name: Record.load(path) for path in directory.glob("*/record.json")}
     if not records:
         raise ValueError(f"write_index({str(directory)!r}): no subfolder has a record.json. Run lfrns slim first.")
+    unmeasured = [name for name, record in records.items() if record.slim.get("macs_g") is None]
+    if unmeasured:
+        raise ValueError(
+            f"write_index({str(directory)!r}): the record.json of {unmeasured[0]} has no macs_g. Measure it again by "
+            "lfrns evaluate."
+        )
     names = sorted(records, key=lambda name: (-records[name].slim["macs_g"], name))
     readme = directory / "README.md"
     above, below = _around(readme) or (f"# {title}\n\n", "\n")

@@ -4,6 +4,7 @@ A checkpoint takes this file along, so it imports nothing of the package.
 """
 
 import copy
+import reprlib
 from math import prod
 from typing import Any
 
@@ -14,6 +15,23 @@ Shapes = dict[str, list[int]]
 Attrs = dict[str, dict[str, Any]]
 
 FORMAT_VERSION = 1  # of how a checkpoint states shapes and attrs
+
+
+def short(value: Any, length: int = 60) -> str:
+    """Show a value that anybody may have written: a text itself on one line, of anything else its repr, both cut.
+
+    Example:
+        >>> short([1, 2, 3])
+        '[1, 2, 3]'
+    """
+    if isinstance(value, str):
+        text = " ".join(value[: 2 * length].split())
+    else:
+        shown = reprlib.Repr()
+        shown.maxlevel, shown.maxstring, shown.maxlong, shown.maxother = 3, length, length, length
+        text = shown.repr(value)
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -110,12 +128,19 @@ def narrow(model: nn.Module, shapes: Shapes, attrs: Attrs) -> nn.Module:
     Raises:
         ValueError: A name the model lacks, or a size beyond the model's own.
     """
+    for what, given in (("shapes", shapes), ("attrs", attrs)):
+        if not isinstance(given, dict):
+            raise ValueError(
+                f"narrow({what}={short(given)}): a dict by name is needed. The file is damaged or hostile."
+            )
     tensors, modules = _tensors(model), _modules(model)
     for name, shape in shapes.items():
-        _check_shape(model, name, shape, tensors.get(name), shapes)
+        _check_shape(model, name, shape, tensors.get(name))
     for name, values in attrs.items():
         if name not in modules:
-            raise ValueError(f"narrow(attrs={{{name!r}: ...}}): {type(model).__name__} has no such module.")
+            raise ValueError(f"narrow(attrs: {short(name)}): {type(model).__name__} has no such module.")
+        if not isinstance(values, dict):
+            raise ValueError(f"narrow(attrs: {short(name)} = {short(values)}): widths by attribute are needed.")
         for key, value in values.items():
             _check_width(f"{name}.{key}", value, read_widths(modules[name]).get(key))
     made: dict[int, Tensor] = {}  # tied tensors stay tied
@@ -136,16 +161,15 @@ def narrow(model: nn.Module, shapes: Shapes, attrs: Attrs) -> nn.Module:
     return model
 
 
-def _check_shape(model: nn.Module, name: str, shape: Any, old: Tensor | None, shapes: Shapes) -> None:
+def _check_shape(model: nn.Module, name: str, shape: Any, old: Tensor | None) -> None:
     """Refuse a tensor that the model lacks or that would be larger than the model's own."""
-    call = f"narrow(shapes={{{name!r}: {shape!r}}})"
+    call = f"narrow(shapes: {short(name)} = {short(shape)})"
     if not _are_sizes(shape):
         raise ValueError(f"{call}: a shape is a list of whole numbers.")
     if old is None:
         if not _may_create(model, name):
             raise ValueError(f"{call}: {type(model).__name__} has no such parameter or buffer.")
-        weight = name.rpartition(".")[0] + ".weight" if "." in name else "weight"
-        limit = list(shapes.get(weight, _tensors(model)[weight].shape))[:1]  # a bias that the base goes without
+        limit = [len(_modules(model)[name.rpartition(".")[0]].weight)]  # a bias that the base goes without
     else:
         limit = list(old.shape)
     within = len(shape) == len(limit) and all(1 <= s <= most or s == most for s, most in zip(shape, limit, strict=True))
@@ -155,7 +179,7 @@ def _check_shape(model: nn.Module, name: str, shape: Any, old: Tensor | None, sh
 
 def _check_width(name: str, value: Any, old: Any) -> None:
     """Refuse an attribute that the module lacks, or a width larger than the module's own."""
-    call = f"narrow(attrs: {name} = {value!r})"
+    call = f"narrow(attrs: {short(name)} = {short(value)})"
     if old is None:
         raise ValueError(f"{call}: no such width, an int or tuple of ints, in the base model.")
     new, most = ([value], [old]) if isinstance(old, int) else (value, old)
@@ -181,7 +205,8 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 def _may_create(model: nn.Module, name: str) -> bool:
     """Say whether a tensor is a bias that the base registers as None (folding puts an offset there)."""
     owner = _modules(model).get(name.rpartition(".")[0])
-    return owner is not None and name.endswith("bias") and owner._parameters.get("bias", 0) is None
+    has_weight = owner is not None and owner._parameters.get("weight") is not None
+    return has_weight and name.rpartition(".")[2] == "bias" and owner._parameters.get("bias", 0) is None
 
 
 def read_widths(module: nn.Module) -> dict[str, int | list[int]]:

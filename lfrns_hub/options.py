@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lfrns_hub.batches import iterate
+from lfrns_hub.batches import check_finite, iterate
 from lfrns_hub.units import UnitGroup
+from lfrns_hub.untrusted import short
 
 KINDS = ("channel", "head", "neuron")
 
@@ -23,26 +25,65 @@ def check_budgets(macs: Any, params: Any, latency: Any, contribution: Any = "fcr
             "slim() needs a budget: macs= or params=, the fraction of the dense model to keep, as macs=0.5."
         )
     for name, value in budgets.items():
-        if not 0 < value <= 1:
+        is_number = _is_number(value)
+        if not is_number or not 0 < value <= 1:
             what = "MACs" if name == "macs" else "parameters"
-            hint = f" For {value:g} % pass {value / 100:g}." if 1 < value <= 100 else ""
-            raise ValueError(f"slim({name}={value}): the fraction of {what} to keep must be in (0, 1].{hint}")
+            example = value if is_number and 1 < value <= 100 else 50
+            raise ValueError(
+                f"slim({name}={short(value)}): the fraction of {what} to keep must be in (0, 1]. For {example:g} % "
+                f"pass {example / 100:g}."
+            )
     if not callable(contribution) and contribution not in ("fcr", "cost"):
         raise ValueError(f"slim(contribution={contribution!r}): pass 'fcr', 'cost' or a function.")
     return budgets
 
 
+def check_cut(fcr_steps: Any, round_to: Any) -> None:
+    """Refuse an option of one cut that does not fit."""
+    if not _is_whole(fcr_steps, 0):
+        raise ValueError(f"slim(fcr_steps={short(fcr_steps)}): a whole number from 0 is needed. 0: no gate.")
+    if round_to != "auto" and not _is_whole(round_to, 1):
+        raise ValueError(
+            f"slim(round_to={short(round_to)}): 'auto' or a whole number from 1 is needed. 1 rounds nothing."
+        )
+
+
 def check_options(preset: str, kinds: Any, widths: str, min_keep: int) -> None:
     """Refuse an option of the analysis that does not fit."""
     if preset not in ("ours", "paper"):
-        raise ValueError(f"slim(preset={preset!r}): presets are 'ours' and 'paper'.")
+        raise ValueError(f"slim(preset={preset!r}): presets are 'ours' and 'paper'. Leave it out for 'ours'.")
+    check_names(kinds, "kinds")
     unknown = set(kinds) - set(KINDS)
     if unknown:
-        raise ValueError(f"slim(kinds={tuple(kinds)}): unknown {sorted(unknown)}; kinds are {', '.join(KINDS)}.")
+        raise ValueError(
+            f"slim(kinds={tuple(kinds)}): unknown {sorted(unknown)}; kinds are {', '.join(KINDS)}. Leave it "
+            "out for all."
+        )
     if widths not in ("global", "uniform", "distance"):
-        raise ValueError(f"slim(widths={widths!r}): widths are 'global' or 'uniform'.")
-    if min_keep < 1:
-        raise ValueError(f"slim(min_keep={min_keep}): every group keeps at least one unit.")
+        raise ValueError(f"slim(widths={widths!r}): widths are 'global' or 'uniform'. Leave it out for 'global'.")
+    if not _is_whole(min_keep, 1):
+        raise ValueError(
+            f"slim(min_keep={short(min_keep)}): every group keeps at least one unit, a whole number. The default is 1."
+        )
+
+
+def check_names(names: Any, option: str) -> None:
+    """Refuse one name where several are asked for: its letters would be taken for names."""
+    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
+        example = names if isinstance(names, str) else "layer1.*"
+        raise ValueError(
+            f"slim({option}={short(names)}): a list of names or globs is needed. Pass {option}=[{short(example)!r}]."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    """Say whether a value is a number; True is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    """Say whether a value is a whole number from the least; True is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 def check_example(example_input: Any, call: str) -> Tensor:
@@ -59,13 +100,19 @@ def read_loader(loader: Any, dtype: torch.dtype) -> list[tuple[Tensor, Any]]:
     """Read all calibration batches as (images, labels), floating-point images in the dtype of the analysis.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or one has values that are not finite.
     """
     batches = [
         (images.to(dtype) if images.is_floating_point() else images, labels) for images, labels in iterate(loader)
     ]
     if not batches or not len(batches[0][0]):
         raise ValueError("slim(loader): the loader is empty. Give at least a few hundred calibration images.")
+    for images, labels in batches:
+        check_finite(images, "slim(loader)")
+        if isinstance(labels, Tensor) and labels.ndim == 1 and len(labels) != len(images):
+            raise ValueError(
+                f"slim(loader): a batch has {len(images)} images and {len(labels)} labels. Give one label an image."
+            )
     return batches
 
 
@@ -82,10 +129,13 @@ def choose_groups(
     Raises:
         ValueError: A pattern matches nothing, or nothing is left.
     """
+    check_names(names, "groups")
+    check_names(exclude, "exclude")
     for pattern in [*(names or ()), *exclude]:
         if not any(fnmatchcase(group.name, pattern) for group in every):
             raise ValueError(
-                f"the pattern {pattern!r} matches no group. The model has {', '.join(g.name for g in every[:8])} ..."
+                f"slim(groups, exclude): the pattern {pattern!r} matches no group. The model has "
+                f"{', '.join(g.name for g in every[:8])} ..."
             )
     chosen = [
         group

@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-import json
+import io
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .batches import iterate, read_logits, split_batch
+from .batches import UNREADABLE, check_finite, iterate, read_logits, split_batch
 from .reach import CONNECT_TIMEOUT_S, cached, reach_hub
+from .untrusted import read_json, short
 
 # Files of a split on disk, in the order of preference.
 SPLIT_FILES = {
@@ -31,6 +33,13 @@ INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "b
 # Decoded pictures are kept up to this many bytes a dataset; CIFAR's 50,000 need 0.15 GB.
 MAX_CACHE_BYTES = 1 << 30
 GUARD_IMAGES = 2000
+MAX_UNREADABLE = 50  # as many as timm's ImageDataset forgives
+# No format that pillow hands to another program (EPS), and none of documents.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 64_000_000  # of a picture: 0.2 GB decoded, the size of a 64-megapixel camera's
+MAX_CLASSES = 1 << 20
+
+logger = logging.getLogger(__name__)
 
 
 def num_classes_of(model: nn.Module) -> int:
@@ -191,40 +200,106 @@ def load_processor(model: nn.Module) -> Any:
         from transformers import AutoImageProcessor
 
         with contextlib.suppress(OSError, ValueError):  # what transformers raises for a folder without one
-            return AutoImageProcessor.from_pretrained(source)
+            return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     return None
 
 
 class ImageData(Dataset):
     """Pictures and labels of a split; decoded once and kept as uint8 while they fit.
 
+    A picture that cannot be read is left out, as timm does: the next readable one stands in its place, with its own
+    label to train on, with the label UNREADABLE (-100) to evaluate on, where it counts as neither right nor wrong.
+    Without labels it stands in throughout. Workers share the list of what is unreadable.
+
     Args:
-        pictures: A sequence of PIL pictures: anything with `[int]` and a length.
+        pictures: A sequence of PIL pictures: anything with `[int]` and a length, and perhaps `name(int)`.
         labels: Of each picture, None without labels.
         class_names: By label.
         transform: Picture to tensor.
+        training: Whether the label of a picture that stands in is its own.
+        max_unreadable: Of how many unreadable pictures more than this is an error.
+        name: The data, for the error.
     """
 
     def __init__(
-        self, pictures: Any, labels: list[int] | None, *, class_names: list[str], transform: Callable[[Any], Tensor]
+        self,
+        pictures: Any,
+        labels: list[int] | None,
+        *,
+        class_names: list[str],
+        transform: Callable[[Any], Tensor],
+        training: bool = True,
+        max_unreadable: int = MAX_UNREADABLE,
+        name: str = "the data",
     ) -> None:
         self.pictures, self.labels, self.class_names, self.transform = pictures, labels, class_names, transform
+        self.training, self.max_unreadable, self.name = training, max_unreadable, name
         self._decoded: dict[int, np.ndarray] = {}
         self._bytes = 0
+        self._unreadable = torch.zeros(len(pictures), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | Tensor:
+        """Give a picture's tensor and its label.
+
+        Raises:
+            ValueError: More than `max_unreadable` pictures cannot be read, or none can.
+        """
+        asked = index
+        while (pixels := self._read(index)) is None:
+            index = (index + 1) % len(self)
+        image = self.transform(Image.fromarray(pixels))
+        if self.labels is None:
+            return image
+        return image, self.labels[index] if index == asked or self.training else UNREADABLE
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Names of the pictures that could not be read so far, by any worker of this process."""
+        return [self._name(index) for index in self._unreadable.nonzero().flatten().tolist()]
+
+    def describe_unreadable(self) -> str | None:
+        """Say how many pictures could not be read so far and name the first; None where there are none."""
+        names = self.unreadable
+        if not names:
+            return None
+        first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        return f"{len(names)} of {len(self):,} pictures of {self.name} could not be read and were left out: {first}."
+
+    def _read(self, index: int) -> np.ndarray | None:
+        """Decode a picture; None for one that cannot be read, which is noted."""
+        if self._unreadable[index]:
+            return None
         pixels = self._decoded.get(index)
         if pixels is None:
-            picture = self.pictures[index]
-            pixels = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
+            try:
+                picture = self.pictures[index]
+                pixels = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
+            except Exception as error:  # pillow raises a dozen types for a file that is damaged
+                self._note(index, error)
+                return None
             if self._bytes + pixels.nbytes <= MAX_CACHE_BYTES:
                 self._decoded[index] = pixels
                 self._bytes += pixels.nbytes
-        image = self.transform(Image.fromarray(pixels))
-        return image if self.labels is None else (image, self.labels[index])
+        return pixels
+
+    def _note(self, index: int, error: Exception) -> None:
+        """Keep that a picture cannot be read, and say so; refuse when there are too many."""
+        self._unreadable[index] = 1
+        count, reason = int(self._unreadable.sum()), short(str(error) or type(error).__name__, 120)
+        if count > self.max_unreadable or count == len(self):
+            raise ValueError(
+                f"{self.name}: {count} of {len(self):,} pictures cannot be read, at most {self.max_unreadable} are "
+                f"left out: {', '.join(self.unreadable[:3])} ({reason}). Mend or remove them, or raise max_unreadable "
+                "(lfrns: --max-unreadable)."
+            ) from error
+        logger.warning("%s: %s cannot be read (%s): it is left out.", self.name, self._name(index), reason)
+
+    def _name(self, index: int) -> str:
+        """Name a picture: by its file where it has one."""
+        return self.pictures.name(index) if hasattr(self.pictures, "name") else f"picture {index}"
 
 
 def load_data(
@@ -237,6 +312,7 @@ def load_data(
     class_map: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     seed: int = 0,
+    max_unreadable: int = MAX_UNREADABLE,
 ) -> ImageData:
     """Load a split of labelled pictures.
 
@@ -253,6 +329,7 @@ def load_data(
         class_map: Text file that names the classes in the order of the model's logits, one a line, as timm's.
         limit: At most so many pictures, drawn at random: files are often sorted by class.
         seed: Of that draw.
+        max_unreadable: So many pictures may be damaged: they are left out, see `ImageData`. More are an error.
     Returns:
         Dataset of (image [C, H, W], label), or of images where there are no labels; `.class_names` by label.
     Raises:
@@ -263,6 +340,10 @@ def load_data(
         raise ValueError(f"load_data(split={split!r}): the splits are {', '.join(SPLIT_FILES)}.")
     if limit is not None and limit < 1:
         raise ValueError(f"load_data(limit={limit}): at least one picture is needed. For all of them pass None.")
+    if max_unreadable < 0:
+        raise ValueError(
+            f"load_data(max_unreadable={max_unreadable}): it must be 0 or more. With 0 one damaged picture is an error."
+        )
     if val_split is not None and not 0 < val_split < 1:
         hint = f" For {val_split:g} % pass {val_split / 100:g}." if 1 <= val_split < 100 else ""
         raise ValueError(f"load_data(val_split={val_split}): the share held out must be in (0, 1).{hint}")
@@ -283,8 +364,6 @@ def load_data(
     label_column = find_column(table, label_column, LABEL_COLUMNS, f"load_data({name!r})")
     if len(table) == 0:
         raise ValueError(f"load_data({name!r}, {split!r}): the split holds no pictures.")
-    if isinstance(table[0][image_column], dict):  # parquet that was not written by datasets says only "bytes"
-        table = as_pictures(table, image_column)
     if val_split is not None:
         labels = list(table[label_column]) if label_column else [0] * len(table)
         train, held_out = _hold_out(labels, val_split, f"load_data({name!r}, val_split={val_split})")
@@ -300,10 +379,18 @@ def load_data(
                 f"load_data({name!r}, {split!r}): the column {label_column!r} holds labels that are no class numbers "
                 f"(such as {next(v for v in labels if not isinstance(v, int) or v < 0)!r}). Use a labelled split."
             )
+        most = len(class_names) or MAX_CLASSES
+        if max(labels) >= most:
+            raise ValueError(
+                f"load_data({name!r}, {split!r}): the column {label_column!r} holds label {max(labels)}, a label must "
+                f"lie in [0, {most}). Number the classes from 0, without gaps."
+            )
         class_names = class_names or [str(i) for i in range(max(labels) + 1)]
         if class_map is not None:
             labels, class_names = _map_classes(labels, class_names, Path(class_map))
-    return ImageData(_Column(table, image_column), labels, class_names=list(class_names), transform=transform)
+    reading = {"training": split == "train", "max_unreadable": max_unreadable, "name": name}
+    pictures = _Column(table, image_column, name)
+    return ImageData(pictures, labels, class_names=list(class_names), transform=transform, **reading)
 
 
 def check_images(model: nn.Module, loader: Any) -> None:
@@ -313,17 +400,25 @@ def check_images(model: nn.Module, loader: Any) -> None:
         model: Dense model; one image runs through it where the size is not its own.
         loader: Its first batch is looked at.
     Raises:
-        ValueError: No batch, no image tensor, another number of channels, or a size the model refuses.
+        ValueError: More classes in the data than the model answers, no batch, no image tensor, another number of
+            channels, values that are not finite, or a size the model refuses.
     """
     first = next(iter(loader), None)
     if first is None:
         raise ValueError("check_images(loader): the loader is empty. Give it at least one batch.")
     images, _ = split_batch(first)
+    classes, names = num_classes_of(model), getattr(getattr(loader, "dataset", None), "class_names", None) or []
+    if 0 < classes < len(names):
+        raise ValueError(
+            f"{type(model).__name__} answers {classes} classes, the data has {len(names)} ({short(', '.join(names))}): "
+            "the head does not fit the data. Fine-tune it first (--dense-epochs)."
+        )
     channels, height, width = input_size_of(model)
     wanted = f"{type(model).__name__} takes [N, {channels}, {height}, {width}]"
     way_out = "Make them with make_transform(model, train=False)."
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(f"images are {images.dtype} {list(images.shape)}: {wanted} of float32. {way_out}")
+    check_finite(images, "check_images(loader)")
     if images.shape[1] != channels:
         raise ValueError(f"images are {list(images.shape)}, {images.shape[1]} channels: {wanted}. {way_out}")
     if tuple(images.shape[2:]) != (height, width):
@@ -355,7 +450,7 @@ def guard_against_chance(model: nn.Module, loader: Any, where: str | os.PathLike
                 "the head does not fit the data. Fine-tune it first (--dense-epochs)."
             )
         hits += int((_answer(model, images).argmax(1).cpu() == labels.cpu()).sum())
-        total += len(labels)
+        total += int((labels != UNREADABLE).sum())
         if total >= GUARD_IMAGES:
             break
     if not total:
@@ -402,7 +497,8 @@ def _processor_settings(source: str, size: int) -> dict[str, Any]:
         with contextlib.suppress(Exception):  # a model without a processor is no error
             path = Path(hf_hub_download(source, "preprocessor_config.json", etag_timeout=CONNECT_TIMEOUT_S))
     if path is not None:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path, f"model {source!r}")
+    _check_settings(settings, f"model {source!r}: preprocessor_config.json")
     resize = settings.get("size")
     shortest = resize.get("shortest_edge") if isinstance(resize, dict) else None
     crop_pct = settings.get("crop_pct")
@@ -411,9 +507,36 @@ def _processor_settings(source: str, size: int) -> dict[str, Any]:
     return {
         "mean": tuple(settings.get("image_mean") or (0.5, 0.5, 0.5)),
         "std": tuple(settings.get("image_std") or (0.5, 0.5, 0.5)),
-        "interpolation": INTERPOLATIONS[settings.get("resample", 2)],
+        "interpolation": INTERPOLATIONS[2 if settings.get("resample") is None else settings["resample"]],
         "crop_pct": crop_pct,
     }
+
+
+def _check_settings(settings: dict[str, Any], where: str) -> None:
+    """Refuse what of an image processor's settings cannot prepare a picture."""
+
+    def are_numbers(values: Any, above: float) -> bool:
+        return isinstance(values, list) and 0 < len(values) <= 64 and all(_is_number(v) and v > above for v in values)
+
+    rules = {
+        "image_mean": lambda value: are_numbers(value, -1e6),
+        "image_std": lambda value: are_numbers(value, 0),
+        "resample": lambda value: type(value) is int and value in INTERPOLATIONS,
+        "crop_pct": lambda value: _is_number(value) and 0.01 <= value <= 1,
+        "size": lambda value: (
+            not isinstance(value, dict)
+            or value.get("shortest_edge") is None
+            or (_is_number(value["shortest_edge"]) and 1 <= value["shortest_edge"] <= 4096)
+        ),
+    }
+    for key, fits in rules.items():
+        if settings.get(key) is not None and not fits(settings[key]):
+            raise ValueError(f"{where} has {key} = {short(settings[key])}, which prepares no picture. Mend it.")
+
+
+def _is_number(value: Any) -> bool:
+    """Say whether a value of JSON is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> list[float]:
@@ -429,14 +552,54 @@ def _to_mode(picture: Image.Image, mode: str) -> Image.Image:
 class _Column:
     """The pictures of a table, decoded one at a time."""
 
-    def __init__(self, table: Any, column: str) -> None:
-        self.table, self.column = table, column
+    def __init__(self, table: Any, column: str, root: str) -> None:
+        self.table, self.column, self.root = as_files(table, column), column, root
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return self.table[index][self.column]
+        return decode_picture(self.table[index][self.column], self.root)
+
+    def name(self, index: int) -> str:
+        """Name the file of a picture, or its row."""
+        return name_picture(self.table[index][self.column]) or f"row {index}"
+
+
+def decode_picture(file: dict[str, Any], root: str) -> Image.Image:
+    """Decode a picture here, not by datasets: of a known format, of at most 64 megapixels, from the data's own files.
+
+    Args:
+        file: Its `bytes`, or its `path`, as `datasets.Image(decode=False)` gives them.
+        root: The data: a folder or a Hub id.
+    Raises:
+        ValueError: It is too large, or lies elsewhere. What pillow raises for a file that is damaged.
+    """
+    source: Any = None if file.get("bytes") is None else io.BytesIO(file["bytes"])
+    if source is None:
+        source = os.path.abspath(str(file.get("path")))
+        if not any(Path(source).is_relative_to(folder) for folder in _roots(root)):
+            raise ValueError(f"{short(os.path.basename(source))} lies outside of the data's folder")
+    with Image.open(source, formats=FORMATS) as picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels, at most {MAX_PIXELS:,} are decoded")
+        picture.load()
+        return ImageOps.exif_transpose(picture)
+
+
+def name_picture(file: dict[str, Any]) -> str | None:
+    """Name the file of a picture; None for bytes without a name."""
+    return short(os.path.basename(file["path"])) if file.get("path") else None
+
+
+def _roots(name: str) -> list[str]:
+    """Name the folders in which the files of some data lie: its own, or the caches of the Hub."""
+    import datasets
+    from huggingface_hub import constants
+
+    if Path(name).is_dir():
+        return [os.path.abspath(name)]
+    return [os.path.abspath(str(path)) for path in (datasets.config.HF_CACHE_HOME, constants.HF_HUB_CACHE)]
 
 
 def _draw(total: int, limit: int | None, seed: int) -> list[int]:
@@ -518,7 +681,10 @@ def read_table(name: str, split: str, undivided: bool = False, streaming: bool =
                 return datasets.load_dataset("imagefolder", data_files=f"{folder}/*/*", split="train")
         except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
             reason = str(error.__cause__ or error).splitlines()[0][:200]
-            raise ValueError(f"load_data({name!r}, {split!r}): cannot be read as pictures ({reason}).") from error
+            raise ValueError(
+                f"load_data({name!r}, {split!r}): cannot be read as pictures ({short(reason, 200)}). Write the files "
+                "again, or give a folder of pictures."
+            ) from error
         finally:
             if bar:
                 datasets.enable_progress_bar()
@@ -542,11 +708,17 @@ def read_table(name: str, split: str, undivided: bool = False, streaming: bool =
         raise ValueError(f"load_data({name!r}): the Hub has no such data, or not for you. Check the name.") from error
 
 
-def as_pictures(table: Any, column: str) -> Any:
-    """Read a column of encoded files as pictures."""
+def as_files(table: Any, column: str) -> Any:
+    """Read a column of pictures as encoded files: their bytes, or their paths."""
     import datasets
 
-    return table.cast_column(column, datasets.Image())
+    try:
+        return table.cast_column(column, datasets.Image(decode=False))
+    except Exception as error:  # what arrow raises depends on what the column holds
+        raise ValueError(
+            f"the column {column!r} holds {short(str(table.features[column]))}, no pictures. Encode them as PNG or "
+            "JPEG."
+        ) from error
 
 
 def find_column(

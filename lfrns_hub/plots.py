@@ -45,7 +45,7 @@ def plot_widths(source: Any, path: str | Path) -> Path:
     for row in rows[::step]:
         kept, dense = widths[names[row]]
         axes.text(1.01, row, f"{kept} of {dense}", va="center", fontsize=label_size, color="#333333")
-    axes.set_yticks(rows[::step], [_short(names[row]) for row in rows[::step]], fontsize=label_size)
+    axes.set_yticks(rows[::step], [_short(names[row]) for row in rows[::step]], fontsize=label_size, parse_math=False)
     axes.invert_yaxis()
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, 1.16)

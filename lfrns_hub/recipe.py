@@ -54,6 +54,28 @@ def kept_fraction(text: str) -> float:
     return value
 
 
+def whole_number(least: int, example: str) -> Callable[[str], int]:
+    """Make what reads a count from the command line.
+
+    Args:
+        least: The smallest count allowed.
+        example: What to pass instead, as the error's last sentence.
+    Returns:
+        Function of the text that gives the count, or raises argparse.ArgumentTypeError.
+
+    Example:
+        >>> whole_number(0, "0 skips it.")("3")
+        3
+    """
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: a whole number, {least} or more, is needed. {example}")
+        return int(text)
+
+    return read
+
+
 def recipe_parser(
     description: str,
     *,
@@ -82,10 +104,25 @@ def recipe_parser(
     add("--data-dir", default=None, help="folder of parquet with the Hub's columns, or an image folder")
     add("--model", default=model, help=f"name, repo id or folder of the dense model (default: {model or 'its own'})")
     add("--macs", type=kept_fraction, default=macs, help="fraction of the MACs to keep (default: %(default)s)")
-    add("--epochs", type=int, default=epochs, help="retraining after slimming (default: %(default)s)")
-    add("--batch-size", type=int, default=batch_size, help="images a step, all processes (default: %(default)s)")
+    add(
+        "--epochs",
+        type=whole_number(0, "0 skips it."),
+        default=epochs,
+        help="retraining after slimming (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=whole_number(1, "64 is usual."),
+        default=batch_size,
+        help="images a step, all processes (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--dense-epochs", type=int, default=dense_epochs, help="training of the dense model (default: %(default)s)")
+    add(
+        "--dense-epochs",
+        type=whole_number(0, "0 skips it."),
+        default=dense_epochs,
+        help="training of the dense model (default: %(default)s)",
+    )
     add("--output-dir", default=f"out/{name}", help="(default: %(default)s)")
     add("--overwrite", action="store_true", help="empty the output folder first")
     add("--resume", action="store_true", help="go on where a run stopped; nothing to do where all is done")
@@ -250,6 +287,7 @@ def draw_clusters(dense: nn.Module, result: Any, loader: Any, directory: Path) -
     """
     directory.mkdir(parents=True, exist_ok=True)
     images, _ = next(iterate(loader))
+    (directory / "clusters.png").unlink(missing_ok=True)  # it may be a link to elsewhere
     try:
         plot_clusters(dense, result, images, directory / "clusters.png")
     except ValueError as error:  # a picture less is no reason to lose a trained model

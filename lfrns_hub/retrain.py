@@ -277,7 +277,7 @@ def _check_arguments(
     temperature: float,
 ) -> None:
     """Refuse values out of range before anything is touched."""
-    if epochs < 0:
+    if not isinstance(epochs, int) or epochs < 0:
         raise ValueError(f"retrain(epochs={epochs}): epochs must be 0 or more. The default is 3.")
     if teacher is model:
         raise ValueError("retrain(teacher=model): a model cannot teach itself. Pass the dense model, or a deepcopy.")

@@ -14,7 +14,7 @@ from lfrns_hub.cache import Cache
 from lfrns_hub.checkpoint import carry_config
 from lfrns_hub.contribution import learn_contributions, measure_costs
 from lfrns_hub.measure import count_macs, count_params
-from lfrns_hub.options import KINDS, check_budgets, check_example, check_options, choose_groups, read_loader
+from lfrns_hub.options import KINDS, check_budgets, check_cut, check_example, check_options, choose_groups, read_loader
 from lfrns_hub.reconstruct import reconstruct
 from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_gram
 from lfrns_hub.report import SlimReport, added_up, clocked, measure_integrity, provenance, report_group
@@ -160,6 +160,7 @@ def slim(
     Source: Fang and Yin 2025; each step's docstring says what is ours.
     """
     budgets = check_budgets(macs, params, latency, contribution)
+    check_cut(fcr_steps, round_to)
     analysis = analyse(
         model,
         loader,
@@ -317,6 +318,7 @@ class Analysis:
             ValueError: A budget or option does not fit, or the budget is not reachable.
         """
         budgets = check_budgets(macs, params, None, contribution)
+        check_cut(fcr_steps, round_to)
         dense, chosen, moments, batches = self.dense, self.chosen, self.moments, self.batches
         example, accelerator = batches[0][0][:1], self.accelerator
         steps, fold = fcr_steps if restore else 0, fold and self.preset != "paper"

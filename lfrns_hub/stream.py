@@ -1,8 +1,9 @@
 """Pictures read as they are needed: splits too large for memory or disk, each process with files of its own."""
 
+import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,32 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .batches import UNREADABLE
 from .pictures import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
+    MAX_UNREADABLE,
     SPLIT_FILES,
     ImageData,
-    as_pictures,
+    as_files,
+    decode_picture,
     find_column,
+    name_picture,
     parquet_files,
     read_table,
 )
+from .untrusted import short
 
+logger = logging.getLogger(__name__)
 SHUFFLE_BUFFER = 2048  # encoded pictures that wait in memory, of each worker
 
 
 @dataclass(frozen=True)
 class ImageStream:
     """A split as a stream; what `retrain` needs to know of it, and the pictures at its front.
+
+    A picture that cannot be read is left out and named, and the last one before it stands in with its own label: a
+    stream cannot know how many are damaged, so the limit is, as timm's, how many follow one another.
 
     Attributes:
         table: The rows, a `datasets.IterableDataset`.
@@ -35,6 +45,8 @@ class ImageStream:
         images: How many the split holds.
         transform: Picture to tensor.
         seed: Of the order.
+        name: The data: a folder or a Hub id.
+        max_unreadable: Of how many unreadable pictures in a row more than this is an error.
     """
 
     table: Any
@@ -44,6 +56,9 @@ class ImageStream:
     images: int
     transform: Callable[[Image.Image], Tensor]
     seed: int
+    name: str
+    max_unreadable: int = MAX_UNREADABLE
+    _state: dict[str, Any] = field(default_factory=dict, repr=False)  # of this process: the last picture, the errors
 
     def loader(self, batch_size: int, *, workers: int = 0) -> DataLoader:
         """Give shuffled batches {"pixel_values": [N, C, H, W], "labels": [N]}, another order each epoch.
@@ -67,12 +82,29 @@ class ImageStream:
             transform: Picture to tensor.
         """
         rows = list(self.table.shuffle(seed=self.seed, buffer_size=max(SHUFFLE_BUFFER, 2 * count)).take(count))
-        pictures, labels = [row[self.image_column] for row in rows], [row[self.label_column] for row in rows]
-        return ImageData(pictures, labels, class_names=self.class_names, transform=transform)
+        pictures, labels = zip(*map(self._read, rows), strict=True)
+        return ImageData(pictures, list(labels), class_names=self.class_names, transform=transform)
 
     def _prepare(self, row: dict[str, Any]) -> dict[str, Any]:
         """Turn a row into what a model takes."""
-        return {"pixel_values": self.transform(row[self.image_column]), "labels": row[self.label_column]}
+        picture, label = self._read(row)
+        return {"pixel_values": self.transform(picture), "labels": label}
+
+    def _read(self, row: dict[str, Any]) -> tuple[Image.Image, int]:
+        """Decode a row's picture, or give the last one that could be read."""
+        file, state = row[self.image_column], self._state
+        try:
+            state["last"], state["errors"] = (decode_picture(file, self.name), row[self.label_column]), 0
+        except Exception as error:  # pillow raises a dozen types for a file that is damaged
+            state["errors"] = state.get("errors", 0) + 1
+            which, reason = name_picture(file) or "a picture", short(str(error) or type(error).__name__, 120)
+            if state["errors"] > self.max_unreadable:
+                raise ValueError(
+                    f"{self.name}: {state['errors']} pictures in a row cannot be read, at most {self.max_unreadable} "
+                    f"are left out: {which} ({reason}). Mend or remove them, or raise max_unreadable."
+                ) from error
+            logger.warning("%s: %s cannot be read (%s): it is left out.", self.name, which, reason)
+        return state.get("last") or (Image.new("RGB", (32, 32)), UNREADABLE)
 
 
 def stream_data(
@@ -83,6 +115,7 @@ def stream_data(
     label_column: str | None = None,
     images: int | None = None,
     seed: int = 0,
+    max_unreadable: int = MAX_UNREADABLE,
 ) -> ImageStream:
     """Open a split of labelled pictures as a stream: nothing is fetched before it is read.
 
@@ -93,6 +126,7 @@ def stream_data(
         label_column: Where it has another name.
         images: How many pictures the split holds; None: as the files or the Hub say.
         seed: Of the order.
+        max_unreadable: So many damaged pictures may follow one another: they are left out. More are an error.
     Returns:
         The stream.
     Raises:
@@ -107,12 +141,13 @@ def stream_data(
     if label_column is None:
         raise ValueError(f"{call}: no column of labels: {', '.join(LABEL_COLUMNS)}. Give label_column.")
     class_names = getattr(table.features[label_column], "names", None) or []
-    if type(table.features[image_column]).__name__ != "Image":
-        table = as_pictures(table, image_column)
+    table = as_files(table, image_column)
     images = images or count_images(table, Path(name), split)
     if not images:
         raise ValueError(f"{call}: nothing says how many pictures there are. Pass images, their number.")
-    return ImageStream(table, image_column, label_column, list(class_names), images, transform, seed)
+    return ImageStream(
+        table, image_column, label_column, list(class_names), images, transform, seed, name, max_unreadable
+    )
 
 
 def count_images(table: Any, folder: Path, split: str) -> int:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lfrns_hub.untrusted import parse_json, short
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -98,14 +100,13 @@ class SlimPlan:
         Raises:
             ValueError: The text is not a plan.
         """
-        try:
-            keep = json.loads(text)["keep"]
-            plan = cls({str(name): [int(i) for i in kept] for name, kept in keep.items()})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f'SlimPlan.from_json({text[:60]!r}): a plan reads {{"keep": {{group: [indices]}}}}.'
-            ) from error
-        return plan
+        call = f"SlimPlan.from_json({text[:60]!r})"
+        keep = parse_json(text, call).get("keep")
+        if not isinstance(keep, dict) or not all(
+            isinstance(kept, list) and all(type(i) is int for i in kept) for kept in keep.values()
+        ):
+            raise ValueError(f'{call}: a plan reads {{"keep": {{group: [indices]}}}}. Write it by SlimPlan.to_json.')
+        return cls(keep)
 
     def kept(self, group: UnitGroup) -> list[int]:
         """Give the ascending indices of a group's units that stay.
@@ -118,7 +119,8 @@ class SlimPlan:
             return list(range(group.size))
         if not kept or sorted(set(kept)) != list(kept) or kept[0] < 0 or kept[-1] >= group.size:
             raise ValueError(
-                f"SlimPlan.keep[{group.name!r}]: indices must ascend within [0, {group.size}) and one must stay."
+                f"SlimPlan.keep[{group.name!r}]={short(kept)}: indices must ascend within [0, {group.size}) and one "
+                "must stay. List the groups by find_units."
             )
         return list(kept)
 

@@ -4,10 +4,10 @@ import contextlib
 import difflib
 import importlib
 import inspect
-import json
 import os
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .pictures import (
     set_preprocessing,
 )
 from .reach import CONNECT_TIMEOUT_S, cached, hub_errors, reach_hub
+from .untrusted import read_json, refusing, short
 
 __all__ = [
     "ImageData",
@@ -142,7 +143,7 @@ def create_skeleton(name: str, *, device: str | torch.device = "cpu") -> nn.Modu
         if kind == "function":
             return _call_builder(name, None).eval()
         if kind == "transformers":
-            return AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(source)).eval()
+            return AutoModelForImageClassification.from_config(_read_config(source)).eval()
         return _load_timm(name, source, None, False).eval()
 
 
@@ -157,21 +158,28 @@ def create_base(directory: str | os.PathLike[str], *, device: str | torch.device
     Raises:
         ValueError: The folder holds no such checkpoint.
     """
-    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
+
+    from .checkpoint import lfrns_slim
+    from .checkpoint.timm import read_timm
+    from .checkpoint.transformers import read_transformers
 
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{str(directory)!r}: it has no config.json. Give a folder that lfrns slim wrote.")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    with torch.device(device):
-        if config.get("architecture") == "lfrns_slim":
-            args = {key: value for key, value in config["model_args"].items() if key not in ("shapes", "attrs")}
-            cfg = {**config.get("pretrained_cfg", {}), "num_classes": config.get("num_classes")}
-            return timm.create_model("lfrns_slim", pretrained=False, pretrained_cfg=cfg, **args).eval()
-        if str(config.get("model_type", "")).startswith("lfrns_"):
-            dense = AutoConfig.from_pretrained(directory)
-            dense.lfrns = {}
-            return AutoModelForImageClassification.from_config(dense).eval()
+    call = f"create_base({str(directory)!r})"
+    config = read_json(path, call)
+    if config.get("architecture") == "lfrns_slim":
+        args, cfg = read_timm(Path(directory), call)
+        with refusing(call), torch.device(device):
+            return lfrns_slim(
+                pretrained_cfg=cfg, **{k: v for k, v in args.items() if k not in ("shapes", "attrs")}
+            ).eval()
+    if str(config.get("model_type", "")).startswith("lfrns_"):
+        dense = read_transformers(Path(directory), call)
+        dense.lfrns = {}
+        with refusing(call), torch.device(device):
+            return AutoModelForImageClassification.from_config(dense, trust_remote_code=False).eval()
     raise ValueError(
         f"{str(directory)!r}: its config.json does not say which dense model it was cut from. Name it by --dense."
     )
@@ -196,6 +204,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
+            _refuse_compressed(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen types for a file that is not theirs
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -210,6 +219,23 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not state:
         raise ValueError(f"weights={str(path)!r}: holds no state_dict. Save model.state_dict() as safetensors.")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse an archive whose parts unpack to more than they are: torch.save compresses none."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise ValueError(f"{short(packed[0])} in it is compressed, as torch.save writes none")
+
+
+def _read_config(source: str) -> Any:
+    """Read a transformers config; code that comes with it is not run."""
+    from transformers import AutoConfig
+
+    with hub_errors(f"the model {source}"):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 def _resolve(name: str) -> tuple[str, str]:
@@ -229,7 +255,7 @@ def _resolve(name: str) -> tuple[str, str]:
         path = Path(name) / "config.json"
         if not path.is_file():
             raise ValueError(f"model {name!r}: the folder has no config.json. Give a folder of timm or transformers.")
-        kind = _kind_of(json.loads(path.read_text(encoding="utf-8")), name)
+        kind = _kind_of(read_json(path, f"model {name!r}"), name)
         return kind, f"local-dir:{name}" if kind == "timm" else name
     if timm.is_model(name):
         if "." in name:
@@ -238,7 +264,8 @@ def _resolve(name: str) -> tuple[str, str]:
             except RuntimeError as error:
                 stem = name.split(".", 1)[0]
                 tags = timm.list_pretrained(f"{stem}.*")
-                raise ValueError(f"model {name!r}: {stem} has no such weights. {_near(name, tags)}") from error
+                near = _near(name, tags) or f"Give {', '.join(tags[:4]) or 'the name alone'}."
+                raise ValueError(f"model {name!r}: {stem} has no such weights. {near}") from error
         return "timm", name
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         kind = _kind_of(_hub_config(name), name)
@@ -275,7 +302,7 @@ def _hub_config(repo_id: str) -> dict[str, Any]:
         with hub_errors(f"the model {repo_id}"):
             options = {"revision": revision or None, "etag_timeout": CONNECT_TIMEOUT_S}
             path = Path(hf_hub_download(repo_id, "config.json", **options))
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, f"model {repo_id!r}")
 
 
 def _call_builder(name: str, num_classes: int | None) -> nn.Module:
@@ -320,17 +347,21 @@ def _load_transformers(
     name: str, source: str, num_classes: int | None, state: dict[str, Tensor] | None, fetch: bool
 ) -> nn.Module:
     """Build an image classifier with transformers; only the head may be missing from its weights."""
-    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
 
-    config = AutoConfig.from_pretrained(source)
+    config = _read_config(source)
     if state is None and not fetch:
         if num_classes is not None:
             config.num_labels = num_classes
         return AutoModelForImageClassification.from_config(config)
 
     def load(num_labels: int | None) -> tuple[nn.Module, dict[str, Any]]:
-        options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        built = AutoConfig.from_pretrained(source)
+        options: dict[str, Any] = {
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+            "trust_remote_code": False,
+        }
+        built = _read_config(source)
         if num_labels is not None and num_labels != built.num_labels:
             built.num_labels = num_labels
         if state is None:
@@ -406,4 +437,6 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], call: str) -> Non
             "misshapen": [key for key in own if key in state and own[key].shape != state[key].shape],
         }
         found = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:2])})" for kind, keys in kinds.items() if keys)
-        raise ValueError(f"{call}: the weights do not fit {type(model).__name__}: {found}.") from error
+        raise ValueError(
+            f"{call}: the weights do not fit {type(model).__name__}: {found}. Give those of this model."
+        ) from error

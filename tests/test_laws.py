@@ -291,26 +291,6 @@ def test_the_paper_preset_and_a_researchers_functions_work():
         )
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"macs": 50}, r"slim\(macs=50\): the fraction of MACs to keep must be in \(0, 1\]. For 50 % pass 0.5."),
-        ({"params": 0}, r"slim\(params=0\): the fraction of parameters"),
-        ({}, "needs a budget"),
-        ({"macs": 0.5, "kinds": ("neurons",)}, r"unknown \['neurons'\]"),
-        ({"macs": 0.5, "preset": "mine"}, "preset='mine'"),
-        ({"macs": 0.5, "groups": ["nothing.*"]}, r"pattern 'nothing\.\*' matches no group"),
-        ({"macs": 0.5, "kinds": ("neuron",)}, "no prunable unit"),
-        ({"macs": 0.5, "latency": 0.5}, "latency=0.5"),
-        ({"macs": 0.001}, "not reachable: the smallest is macs=0.0"),
-        ({"macs": 0.5, "distance": "euclid", "fcr_steps": 0}, "distance='euclid'"),
-    ],
-)
-def test_bad_options_say_the_value_the_rule_and_the_way_out(options, message):
-    with pytest.raises(ValueError, match=message):
-        lfrns.slim(timm.create_model("cifar_resnet20"), bare_images(2), progress=False, **options)
-
-
 def test_an_empty_loader_and_wrong_images_are_refused():
     model = ARCHITECTURES["transformers ViT"]()
     with pytest.raises(ValueError, match="loader is empty"):

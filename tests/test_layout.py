@@ -9,9 +9,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lfrns_hub"
 RECIPES = PACKAGE.parent / "recipes"
 
 # What every module may import: data, how a batch and an answer look, how a model comes.
-COMMON = {"units", "batches", "answers", "running"}
+COMMON = {"units", "batches", "answers", "running", "untrusted"}
 # What else each may; a module that is not named here may import COMMON alone.
 ALLOWED = {
+    "untrusted": {"narrow"},
     "trace": {"adapters", "narrow"},
     "responses": {"taps"},
     "cache": {"resume"},
@@ -39,6 +40,7 @@ ALLOWED = {
     },
     "retrain": {"measure", "resume", "seeded"},
     "pictures": {"reach"},
+    "stream": {"pictures"},
     "lineage": {"reach"},
     "zoo": {"models", "pictures", "reach", "checkpoint", "lineage"},
     "checkpoint": {"zoo", "adapters", "surgery", "narrow", "models", "card", "hub", "plots", "lineage"},
@@ -72,7 +74,7 @@ DOORS = {
     "timm": {"zoo", "lineage", "pictures", "checkpoint", "models", "adapters", "coverage"},
     "transformers": {"zoo", "pictures", "checkpoint", "adapters", "coverage"},
     "datasets": {"pictures"},
-    "accelerate": {"retrain", "responses", "contribution"},
+    "accelerate": {"retrain", "responses", "contribution", "checkpoint"},
     "huggingface_hub": {"hub", "handwritten", "card", "reach", "lineage", "zoo", "pictures", "checkpoint"},
     "typer": {"cli"},
     "onnxruntime": {"export"},

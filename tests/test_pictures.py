@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
 
 from lfrns_hub import zoo
+from lfrns_hub.measure import evaluate
 from lfrns_hub.zoo import (
     check_images,
     example_input,
@@ -129,6 +130,114 @@ def test_preprocessing_set_on_a_model_is_what_its_transform_does_and_its_configu
     vit = ViTForImageClassification(ViTConfig(image_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1))
     with pytest.raises(ValueError, match=r"crop_pct=0\.9.*preprocessor_config"):
         set_preprocessing(vit, crop_pct=0.9)
+
+
+def damage(folder: Path, *files: str) -> None:
+    """Cut some pictures of a folder short, and make one no picture at all."""
+    for name in files[:-1]:
+        (folder / name).write_bytes((folder / name).read_bytes()[:45])
+    (folder / files[-1]).write_text("no picture")
+
+
+@pytest.fixture
+def folder_with_damage(tmp_path: Path) -> Path:
+    """Twelve pictures in two classes for each split, of grey value 10 times their number; 3, 4 and 9 are damaged."""
+    for split in ("train", "validation"):
+        for i in range(12):
+            path = tmp_path / "d" / split / "ab"[i % 2] / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((5, 5, 3), 10 * i, dtype=np.uint8)).save(path)
+        damage(tmp_path / "d" / split, "b/03.png", "a/04.png", "b/09.png")
+    return tmp_path / "d"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_pictures_are_left_out_counted_and_named(folder_with_damage: Path, workers: int) -> None:
+    data = load_data(folder_with_damage, "validation", transform=plain)
+    seen = []
+    for _ in range(2):  # the second time no worker finds one anew
+        seen += [(int(x[0].mean()) // 10, int(y)) for x, y in DataLoader(data, None, num_workers=workers)]
+    whole = {(i, i % 2) for i in range(12) if i not in (3, 4, 9)}
+    assert {pair for pair in seen if pair[1] != -100} == whole
+    assert [label for _, label in seen].count(-100) == 2 * 3
+    assert sorted(data.unreadable) == ["03.png", "04.png", "09.png"]
+    said = data.describe_unreadable()
+    assert said.startswith("3 of 12 pictures of ")
+    assert "could not be read and were left out: 04.png, 03.png, 09.png." in said
+
+
+def test_in_training_the_next_picture_stands_in_with_its_own_label(folder_with_damage: Path) -> None:
+    data = load_data(folder_with_damage, "train", transform=plain)
+    pairs = values_of(data)  # 0, 2, 4, ... of class a come first
+    assert len(pairs) == 12
+    assert all(label == value // 10 % 2 for value, label in pairs)
+    assert pairs[2] == pairs[3] == (60, 0)
+
+
+def test_more_damaged_pictures_than_are_allowed_are_one_error(folder_with_damage: Path) -> None:
+    data = load_data(folder_with_damage, "validation", transform=plain, max_unreadable=2)
+    with pytest.raises(ValueError, match=r"d: 3 of 12 pictures cannot be read, at most 2 .*09\.png.*--max-unreadable"):
+        values_of(data)
+    for path in (folder_with_damage / "train").rglob("*.png"):
+        path.write_text("no picture")
+    with pytest.raises(ValueError, match=r"d: 12 of 12 pictures cannot be read"):
+        values_of(load_data(folder_with_damage, "train", transform=plain))
+    with pytest.raises(ValueError, match=r"max_unreadable=-1"):
+        load_data(folder_with_damage, "train", transform=plain, max_unreadable=-1)
+
+
+def test_accuracy_counts_a_damaged_picture_neither_right_nor_wrong(folder_with_damage: Path) -> None:
+    data = load_data(folder_with_damage, "validation", transform=lambda picture: plain(picture).permute(2, 0, 1))
+
+    class Parity(torch.nn.Module):
+        """Right about every picture but number 6."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_classes, self.scale = 2, torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            number = (x[:, 0, 0, 0] / 10).long()
+            wrong = (number == 6).long()
+            return torch.nn.functional.one_hot((number + wrong) % 2, 2) * self.scale
+
+    scores = evaluate(Parity(), DataLoader(data, 5, num_workers=1), teacher=Parity(), progress=False)
+    assert (scores["images"], scores["images_skipped"]) == (9, 3)
+    assert scores["top1_pct"] == pytest.approx(100 * 8 / 9)
+    assert scores["class_counts"] == [5, 4]
+    assert scores["agreement_pct"] == 100
+    assert guard_against_chance(Parity(), DataLoader(data, 5), "d") == pytest.approx(100 * 8 / 9)
+
+
+def test_pictures_in_parquet_open_no_file_and_no_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (4, 4), "white").save(secret)
+    good, postscript, large = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (4, 4)).save(good, "PNG")
+    Image.new("RGB", (4, 4)).save(postscript, "EPS")
+    Image.new("1", (9_000, 9_000)).save(large, "PNG")
+    files = [
+        {"bytes": good.getvalue(), "path": None},
+        {"bytes": None, "path": str(secret)},
+        {"bytes": None, "path": "http://127.0.0.1:9/x.png"},
+        {"bytes": postscript.getvalue(), "path": None},
+        {"bytes": large.getvalue(), "path": None},
+    ]
+    (tmp_path / "d").mkdir()
+    table = datasets.Dataset.from_dict({"img": files, "label": [0] * 5})
+    table.to_parquet(tmp_path / "d" / "train-0.parquet")
+    data = load_data(tmp_path / "d", "train", transform=plain)
+    assert all(data[i][0].max() == 0 for i in range(5))
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert len(data.unreadable) == 4
+    for reason in ("secret.png lies outside", "x.png lies outside", "cannot identify", "9000 x 9000 pixels"):
+        assert reason in said
+
+
+def test_a_label_beyond_any_number_of_classes_is_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", "train", [0, 1 << 40], kind=datasets.Value("int64"))
+    with pytest.raises(ValueError, match=r"'label' holds label 1099511627776, a label must lie in \[0, 1048576\)"):
+        load_data(tmp_path / "d", "train", transform=plain)
 
 
 def test_digits_ship_with_scikit_learn_and_are_held_out() -> None:

@@ -119,3 +119,21 @@ def test_refuses_what_cannot_be_streamed(folder, tmp_path):
         stream_data(folder, "train", transform=pixels, label_column="kind")
     with pytest.raises(ValueError, match="there is no such folder"):
         stream_data(tmp_path / "none", "train", transform=pixels)
+
+
+def test_damaged_pictures_are_left_out_and_named(tmp_path, caplog):
+    for number in range(8):
+        path = tmp_path / "train" / ("even", "odd")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (2, 2), number).save(path)
+    (tmp_path / "train" / "odd" / "3.png").write_text("no picture")
+    stream = stream_data(tmp_path, "train", transform=pixels)
+    seen = [(int(g), int(y)) for b in stream.loader(4) for g, y in zip(b["pixel_values"], b["labels"], strict=True)]
+    assert len(seen) == 8
+    assert {grey for grey, label in seen if label != -100} == {0, 1, 2, 4, 5, 6, 7}
+    assert all(label in (grey % 2, -100) for grey, label in seen)
+    assert "3.png cannot be read" in caplog.text
+    for path in tmp_path.rglob("*.png"):
+        path.write_text("no picture")
+    with pytest.raises(ValueError, match=r"3 pictures in a row cannot be read, at most 2 .*png.*raise max_unreadable"):
+        read(stream_data(tmp_path, "train", transform=pixels, max_unreadable=2).loader(4))

@@ -12,7 +12,7 @@ from timm.models import is_model, load_pretrained, model_entrypoint, register_mo
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from lfrns_hub.narrow import FORMAT_VERSION, Attrs, Shapes, narrow
+from lfrns_hub.narrow import FORMAT_VERSION, Attrs, Shapes, narrow, short
 
 TIMM_NAME = "lfrns_slim"  # what timm prints to people who lack the package
 
@@ -53,11 +53,12 @@ def lfrns_slim(
         out_indices: Which maps; the base's own choice by default.
         kwargs: For the base.
     """
-    if base is None or base == TIMM_NAME or not is_model(base):
-        raise ValueError(f"{TIMM_NAME}(base={base!r}): not a model of this timm ({timm.__version__}). Load a folder "
-                         "saved by lfrns_hub, or upgrade timm.")  # fmt: skip
+    if not isinstance(base, str) or base == TIMM_NAME or not is_model(base):
+        raise ValueError(f"{TIMM_NAME}(base={short(base)}): not a model of this timm ({timm.__version__}). Load a "
+                         "folder saved by lfrns_hub, or upgrade timm.")  # fmt: skip
     build = model_entrypoint(base)
-    cfg = dict(pretrained_cfg) if pretrained_cfg else None
+    # Our weights are safetensors under the model's own names: no loader of another format is called on them.
+    cfg = {key: value for key, value in pretrained_cfg.items() if key != "custom_load"} if pretrained_cfg else None
     stored_classes = cfg.get("num_classes", num_classes) if cfg else num_classes
     stored_chans = (cfg.get("input_size") or (3,))[0] if cfg else in_chans
     own = {"num_classes": stored_classes, "in_chans": in_chans if in_chans is not None else stored_chans}

@@ -2,19 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lfrns_hub.card import read_record, render_card
 from lfrns_hub.checkpoint.remote_code import MODELING_FILE
 from lfrns_hub.lineage import KEYS
-from lfrns_hub.narrow import FORMAT_VERSION, computed_buffers, grown
+from lfrns_hub.narrow import FORMAT_VERSION, computed_buffers, grown, short
 from lfrns_hub.plots import plot_ladder, plot_widths, shows_plan
+from lfrns_hub.untrusted import AGAIN, read_headers, read_json
 
 # Written last to first: a folder that is being overwritten has its new config only when the weights are there.
 FILES = (
@@ -30,15 +31,72 @@ FILES = (
 )
 
 
+KINDS = {
+    **dict.fromkeys(("slim", "model_args", "pretrained_cfg", "lfrns"), dict),
+    **dict.fromkeys(("architecture", "model_type"), str),
+    "num_classes": int,
+    "label_names": list,
+}
+# By safetensors' names: what a model's floating-point tensors, and its others, may be stored as.
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+MAX_GROUPS = 4096  # of units: the largest models of timm have a few hundred
+OTHERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json."""
+    """Read config.json, with `slim`, what is known of the model's making, always a dict of the right types."""
+    call = f"load({str(folder)!r})"
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"load({str(folder)!r}): it has no config.json. Give a folder that lfrns_hub.save wrote.")
-    config = json.loads(path.read_text(encoding="utf-8"))
+        raise ValueError(f"{call}: it has no config.json. Give a folder that lfrns_hub.save wrote.")
+    config = read_json(path, call)
+    args = config.get("model_args")
     if "slim" not in config:  # timm's save_for_hf keeps no key but its own
-        config["slim"] = (config.get("model_args") or {}).get("slim") or {}
+        config["slim"] = args.get("slim") if isinstance(args, dict) else None
+    config["slim"] = config["slim"] or {}
+    for key, kind in KINDS.items():
+        if config.get(key) is not None and not isinstance(config[key], kind):
+            raise ValueError(f"{call}: config.json has {key} = {short(config[key])}, a {kind.__name__} is needed. "
+                             f"{AGAIN}")  # fmt: skip
+    _check_facts(config["slim"], call)
     return config
+
+
+def _check_facts(facts: dict[str, Any], call: str) -> None:
+    """Refuse what is said of a model's making where the card could not be written from it."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float))
+
+    def is_width(pair: Any) -> bool:
+        return isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and 0 <= n < 1 << 32 for n in pair)
+
+    def are_indices(kept: Any) -> bool:
+        return isinstance(kept, list) and all(type(index) is int for index in kept)
+
+    def is_figure(figure: Any) -> bool:
+        parts = figure.values() if isinstance(figure, dict) else [figure]
+        return all(part is None or is_number(part) for part in parts)
+
+    def each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda given: isinstance(given, dict) and len(given) <= MAX_GROUPS and all(map(fits, given.values()))
+
+    rules: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "widths": ("[kept, dense] by group", each(is_width)),
+        "kinds": ("a kind by group", each(lambda kind: isinstance(kind, str))),
+        "plan": ("indices by group", each(are_indices)),
+        "budget": ("a number by name", each(is_number)),
+        "report": ("figures by name", each(is_figure)),
+        "approximate": ("a list of groups", lambda names: isinstance(names, list) and len(names) <= MAX_GROUPS),
+        "calibration_images": ("a number", is_number),
+        "fcr_steps": ("a number", is_number),
+    }
+    for key, (needed, fits) in rules.items():
+        if facts.get(key) is not None and not fits(facts[key]):
+            raise ValueError(
+                f"{call}: config.json has slim.{key} = {short(facts[key])}: {needed} is needed, of {MAX_GROUPS} "
+                f"groups at most. {AGAIN}"
+            )
 
 
 def write_config(draft: Path, config: dict[str, Any], model: nn.Module) -> None:
@@ -66,23 +124,38 @@ def write_weights(model: nn.Module, draft: Path) -> None:
     save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
 
 
-def check_tensors(expected: dict[str, Tensor], folder: Path) -> None:
-    """Compare names and shapes of a skeleton with those in the file's header, before anything is allocated."""
-    found: dict[str, list[int]] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
-    if not found:
-        raise ValueError(f"load({str(folder)!r}): it has no model.safetensors. Pickled weights are not read.")
-    check_shapes({name: list(tensor.shape) for name, tensor in expected.items()}, found, folder)
+def read_tensors(expected: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Read the weights of a skeleton, once names, shapes and kinds of numbers in the header are the skeleton's.
+
+    Args:
+        expected: The skeleton's state, on any device, meta too.
+        folder: The checkpoint.
+    Returns:
+        The tensors, on the CPU, by name.
+    Raises:
+        ValueError: A tensor is missing, unexpected, misshapen or of another kind; nothing has been allocated then.
+    """
+    found = read_headers(folder, f"load({str(folder)!r})")
+    check_shapes(
+        {name: list(tensor.shape) for name, tensor in expected.items()},
+        {name: header.shape for name, header in found.items()},
+        folder,
+    )
+    for name, header in found.items():
+        if header.dtype not in (FLOATS if expected[name].is_floating_point() else OTHERS):
+            raise ValueError(
+                f"load({str(folder)!r}): {name} is stored as {short(header.dtype)}, the model has "
+                f"{expected[name].dtype}. Save the model again."
+            )
+    return {k: v for path in sorted({header.file for header in found.values()}) for k, v in load_file(path).items()}
 
 
 def check_shapes(expected: dict[str, list[int]], found: dict[str, list[int]], folder: Path) -> None:
     """Refuse tensors that are missing, unexpected or misshapen."""
-    problems = [f"{n} is missing" for n in sorted(expected.keys() - found.keys())]
-    problems += [f"{n} is unexpected" for n in sorted(found.keys() - expected.keys())]
+    problems = [f"{short(n)} is missing" for n in sorted(expected.keys() - found.keys())]
+    problems += [f"{short(n)} is unexpected" for n in sorted(found.keys() - expected.keys())]
     problems += [
-        f"{n} has shape {found[n]}, the config says {expected[n]}"
+        f"{short(n)} has shape {short(found[n])}, the config says {short(expected[n])}"
         for n in sorted(expected.keys() & found.keys())
         if found[n] != expected[n]
     ]
@@ -105,12 +178,10 @@ def compare(model: nn.Module, loaded: nn.Module) -> None:
             )
 
 
-def match_dtype(model: nn.Module, folder: Path) -> nn.Module:
-    """Give the model the file's floating-point type, where it has one for all."""
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        kinds = {file.get_slice(name).get_dtype() for name in file.keys()} - {"I64", "I32", "BOOL", "U8"}
-    types = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-    return model.to(types[kind]) if len(kinds) == 1 and (kind := kinds.pop()) in types else model
+def match_dtype(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Give the model the floating-point type of what was read, where that has one for all."""
+    kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    return model.to(kinds.pop()) if len(kinds) == 1 else model
 
 
 def write_card(draft: Path, record: Any, directory: Path, *, base: str, library: str) -> None:
@@ -132,7 +203,7 @@ def write_card(draft: Path, record: Any, directory: Path, *, base: str, library:
     if has_plot:
         plot_widths(facts, draft / "widths.png")
     gallery = directory / "clusters.png"
-    has_gallery = shows_plan(gallery, facts.get("plan") or {})
+    has_gallery = not gallery.is_symlink() and shows_plan(gallery, facts.get("plan") or {})
     if has_gallery:
         shutil.copyfile(gallery, draft / gallery.name)
     budgets, dense = setup.get("budgets") or [], (record or {}).get("dense") or {}
@@ -140,23 +211,33 @@ def write_card(draft: Path, record: Any, directory: Path, *, base: str, library:
     if has_curve:
         points = [{**one, "macs_g": one["macs_fraction"] * dense["macs_g"]} for one in budgets]
         plot_ladder(points, dense, draft / "curve.png")
-    card = render_card(
-        record,
-        model_name=setup.get("model_name") or directory.name,
-        base=base,
-        provenance=facts,
-        library=library,
-        plot="widths.png" if has_plot else None,
-        gallery=gallery.name if has_gallery else None,
-        curve="curve.png" if has_curve else None,
-        processor=True if (draft / "preprocessor_config.json").is_file() else None,
-        remote_code="auto_map" in config,
-    )
+    try:
+        card = render_card(
+            record,
+            model_name=setup.get("model_name") or directory.name,
+            base=base,
+            provenance=facts,
+            library=library,
+            plot="widths.png" if has_plot else None,
+            gallery=gallery.name if has_gallery else None,
+            curve="curve.png" if has_curve else None,
+            processor=True if (draft / "preprocessor_config.json").is_file() else None,
+            remote_code="auto_map" in config,
+        )
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"save({str(directory)!r}, record): no card can be written of it ({type(error).__name__}: "
+            f"{short(str(error), 200)}). Measure the model again by lfrns_hub.measure, and remove an old record.json."
+        ) from error
     (draft / "README.md").write_text(card, encoding="utf-8")
 
 
 def publish(draft: Path, directory: Path) -> None:
-    """Move a finished draft into place; files in the folder that are not a checkpoint's stay."""
+    """Move a finished draft into place; files in the folder that are not a checkpoint's stay.
+
+    A link in the folder is replaced itself; what it leads to stays as it is.
+    """
+    directory = directory.resolve()
     if not directory.exists() or not any(directory.iterdir()):
         draft.replace(directory)
         return

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import nn
 
-from lfrns_hub.checkpoint.files import check_tensors, match_dtype, write_config, write_weights
+from lfrns_hub.checkpoint.files import match_dtype, read_tensors, write_config, write_weights
 from lfrns_hub.narrow import describe, narrow
 
 OWN_NAME = "lfrns_own_class"
@@ -36,18 +35,19 @@ def narrow_as_stored(model: nn.Module, config: dict[str, Any]) -> nn.Module:
 
     A checkpoint saved without a base states all of them.
     """
-    sizes = config["lfrns"] if "lfrns" in config else config.get("model_args", {})
+    sizes = (config["lfrns"] if "lfrns" in config else config.get("model_args")) or {}
     have_shapes, have_attrs = describe(model, None)
-    shapes = {n: s for n, s in sizes.get("shapes", {}).items() if have_shapes.get(n) != s}
+    stored_shapes, stored_attrs = sizes.get("shapes") or {}, sizes.get("attrs") or {}
+    shapes = {n: s for n, s in stored_shapes.items() if have_shapes.get(n) != s}
     attrs = {
         name: {key: value for key, value in values.items() if have_attrs.get(name, {}).get(key) != value}
-        for name, values in sizes.get("attrs", {}).items()
+        for name, values in stored_attrs.items()
     }
     return narrow(model, shapes, {name: values for name, values in attrs.items() if values})
 
 
 def fill_own(model: nn.Module, folder: Path) -> nn.Module:
     """Load the weights into a model that has been narrowed."""
-    check_tensors(model.state_dict(), folder)
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-    return match_dtype(model, folder)
+    tensors = read_tensors(model.state_dict(), folder)
+    model.load_state_dict(tensors, strict=True)
+    return match_dtype(model, tensors)

@@ -25,7 +25,9 @@ from lfrns_hub.checkpoint.transformers import (
 )
 from lfrns_hub.hub import fetch
 from lfrns_hub.lineage import base_facts
+from lfrns_hub.narrow import short
 from lfrns_hub.running import unwrap
+from lfrns_hub.untrusted import refusing
 
 
 def save(
@@ -62,20 +64,29 @@ def save(
     Returns:
         The folder.
     Raises:
-        FileExistsError: The folder is not empty and overwrite is False.
+        FileExistsError: The folder is not empty and overwrite is False, or it is a file.
+        OSError: Its parent folder cannot be written.
         ValueError: The model cannot be told from its base, or does not come back equal; base_model is no such name.
     """
     model = unwrap(model, "save")
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"save({str(directory)!r}): it exists and is a file. Name a folder, or a new name.")
+    if directory.exists() and any(directory.iterdir()) and not overwrite:
         raise FileExistsError(
             f"save({str(directory)!r}): it exists and is not empty. Pass overwrite=True or a new name."
         )
     if label_names is not None and len(label_names) != (classes := _num_classes(model)) and classes:
         raise ValueError(f"save(label_names of {len(label_names)}): the model has {classes} classes. Name each one.")
     stated = None if base_model is None else base_facts(base_model)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent.resolve()))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent.resolve()))
+    except OSError as error:
+        raise OSError(
+            f"save({str(directory)!r}): {str(directory.parent)!r} cannot be written ({error.strerror}). Name a folder "
+            "that can."
+        ) from error
     draft.chmod(0o755)  # mkdtemp's 0o700 would stay with the published folder
     try:
         if is_transformers(model) and (base is None or has_narrow_class(model)):
@@ -120,24 +131,27 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
     if not folder.is_dir():
         folder = fetch(str(source), revision=revision)
     config = read_config(folder)
-    facts = config.get("slim") or {}
+    facts = config["slim"]
     if facts.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"load({str(source)!r}): format_version {facts.get('format_version')!r}, this package reads "
+            f"load({str(source)!r}): format_version {short(facts.get('format_version'))}, this package reads "
             f"{FORMAT_VERSION}. Not a folder written by lfrns_hub.save, or one of a newer version: upgrade lfrns_hub."
         )
     in_timm = config.get("architecture") == TIMM_NAME
     in_transformers = not in_timm and str(config.get("model_type", "")).startswith(TYPE_PREFIX)
     if model is not None:
         fill = fill_transformers if in_transformers else fill_own
-        loaded = fill(narrow_as_stored(model, config), folder)
+        with refusing(f"load({str(source)!r}, model={type(model).__name__})"):
+            narrow_as_stored(model, config)
+        loaded = fill(model, folder)
     elif in_timm:
         loaded = load_timm(folder, config)
     elif in_transformers:
         loaded = load_transformers(folder)
     elif config.get("architecture") == OWN_NAME:
-        raise ValueError(f"load({str(source)!r}): it holds a {facts.get('class')}, which neither timm nor transformers "
-                         "builds. Pass the dense model: load(..., model=MyNet()).")  # fmt: skip
+        kind = short(facts.get("class"))
+        raise ValueError(f"load({str(source)!r}): it holds a {kind}, which neither timm nor transformers builds. "
+                         "Pass the dense model: load(..., model=MyNet()).")  # fmt: skip
     else:
         raise ValueError(f"load({str(source)!r}): config.json names neither {TIMM_NAME} nor a {TYPE_PREFIX}* model.")
     loaded.lfrns_provenance = {k: v for k, v in facts.items() if k not in ("format_version", "class")}

@@ -4,23 +4,29 @@ The stock model is built as its arguments say, then narrowed by the stored sizes
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from accelerate import init_empty_weights
 from timm.layers import set_layer_config
 from timm.models import get_model_args, get_pretrained_cfg, is_model, model_entrypoint
-from timm.models._hub import save_config_for_hf
+from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import nn
 
 import lfrns_hub.models  # the CIFAR networks, so that timm can build them as a base
 from lfrns_hub.checkpoint.entrypoint import TIMM_NAME, lfrns_slim
-from lfrns_hub.checkpoint.files import check_tensors, facts_of, match_dtype, write_config, write_weights
+from lfrns_hub.checkpoint.files import facts_of, match_dtype, read_tensors, write_config, write_weights
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
-from lfrns_hub.narrow import describe
+from lfrns_hub.narrow import describe, short
+from lfrns_hub.untrusted import bounded, read_headers, refuse_large, refusing
 
+# Of a picture's side, of which position tables have the square; other numbers build parameters, which a file must fill.
+MAX_PIXELS = 4096
+MAX_ARGUMENT = 1 << 16
+MAX_BUFFER = 1 << 24
+MAX_DENSE = 1 << 27  # elements of a dense base that has to be built whole: 0.5 GB
 NOT_BASE_ARGS = ("base", "shapes", "attrs", "slim", "num_classes", "pretrained_cfg", "pretrained", "cache_dir")
 # The type under which transformers finds its wrapper of timm models, registered in transformers.py.
 WRAPPER_TYPE = "lfrns_timm_wrapper"
@@ -76,7 +82,13 @@ def _model_args(model: nn.Module, base: str, base_args: dict[str, Any]) -> dict[
     args = {k: v for k, v in (get_model_args(model) | base_args).items() if k not in NOT_BASE_ARGS}
     with torch.device("meta"):
         cfg = {**model.pretrained_cfg, "num_classes": model.num_classes}
-        skeleton = _create_slim({**args, "base": base, "num_classes": model.num_classes}, cfg)
+        try:
+            skeleton = _create_slim({**args, "base": base, "num_classes": model.num_classes}, cfg)
+        except Exception as error:  # each architecture refuses arguments in its own way
+            raise ValueError(
+                f"save(base={base!r}, base_args={short(args)}): they build no model ({short(str(error), 200)}). Give "
+                "the base this model was cut from, and its arguments."
+            ) from error
     shapes, attrs = describe(model, skeleton)
     return {"base": base, "shapes": shapes, "attrs": attrs, **args}
 
@@ -93,11 +105,74 @@ def _create_slim(args: dict[str, Any], pretrained_cfg: dict[str, Any]) -> nn.Mod
         return lfrns_slim(pretrained=False, pretrained_cfg=pretrained_cfg, **args)
 
 
+def read_timm(folder: Path, call: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the entrypoint's arguments and the pretrained_cfg of a folder, as timm does, with numbers within bounds."""
+    with refusing(call):
+        cfg, _, args = load_model_config_from_path(folder)
+        own = {key: value for key, value in args.items() if key not in ("slim", "shapes", "attrs")}  # narrow's
+        refuse_large(own, "model_args", MAX_ARGUMENT)
+        for key in ("img_size", "input_size"):
+            refuse_large(args.get(key), f"model_args.{key}", MAX_PIXELS)
+        refuse_large(cfg.get("num_classes"), "num_classes")
+        refuse_large(cfg.get("input_size"), "pretrained_cfg.input_size", MAX_PIXELS)
+        return args, cfg
+
+
 def load_timm(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """Check names and shapes on the meta device, then let timm load."""
-    cfg = {**config.get("pretrained_cfg", {}), "num_classes": config.get("num_classes")}
-    with torch.device("meta"):
-        check_tensors(_create_slim(config["model_args"], cfg).state_dict(), folder)
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    model._model_args["slim"] = config["slim"]
-    return match_dtype(model, folder)
+    """Build the model without values, twice, and fill it from the file.
+
+    The first has everything on the meta device, to be compared with the file's header before anything is allocated.
+    The second computes the buffers that no file holds; its parameters have no memory until they have their final size,
+    but in the few models whose buffers are computed where their parameters are: those are built whole, within bounds.
+    Neither follows what the config says of where weights lie.
+    """
+    call = f"load({str(folder)!r})"
+    headers = read_headers(folder, call)
+    args, cfg = read_timm(folder, call)
+    with refusing(call):
+        with bounded(len(headers)) as made, torch.device("meta"):
+            skeleton = _create_slim(args, dict(cfg))
+        _refuse_large_buffers(skeleton, headers.keys())
+    tensors = read_tensors(skeleton.state_dict(), folder)
+    with refusing(call):
+        model = _without_memory(args, cfg)
+        if model is None:
+            stored = sum(tensor.numel() for tensor in tensors.values())
+            refuse_large(made["elements"], "elements of the dense base", max(MAX_DENSE, 64 * stored))
+            model = _create_slim(args, dict(cfg))
+        else:
+            _give_memory(model, skeleton)
+        model.load_state_dict(tensors, strict=True)
+    model._model_args = {**args, "slim": config["slim"]}  # as timm's factory has it
+    return match_dtype(model, tensors)
+
+
+def _refuse_large_buffers(skeleton: nn.Module, stored: Iterable[str]) -> None:
+    """Refuse buffers that the model computes and no file has to fill, where they are larger than any known."""
+    computed = {name: buffer for name, buffer in skeleton.named_buffers() if name not in stored}
+    refuse_large({name: buffer.numel() for name, buffer in computed.items()}, "elements", MAX_BUFFER)
+
+
+def _without_memory(args: dict[str, Any], cfg: dict[str, Any]) -> nn.Module | None:
+    """Build a model with all values but its parameters'; None where its constructor computes with parameters.
+
+    Swin computes the mask of its windows on their device, hybrid ViTs run their backbone to learn its size.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = _create_slim(args, dict(cfg))
+    except (NotImplementedError, RuntimeError):
+        return None
+    values = [value for module in model.modules() for value in vars(module).values()]
+    has_meta = any(isinstance(value, torch.Tensor) and value.is_meta for value in [*model.buffers(), *values])
+    return None if has_meta else model
+
+
+def _give_memory(model: nn.Module, skeleton: nn.Module) -> None:
+    """Give the parameters of a model memory, one for all names of a tied one, which the skeleton knows."""
+    modules, made = dict(model.named_modules(remove_duplicate=False)), {}
+    for name, like in skeleton.named_parameters(remove_duplicate=False):
+        if id(like) not in made:
+            made[id(like)] = nn.Parameter(torch.empty(like.shape, dtype=like.dtype), like.requires_grad)
+        module, _, leaf = name.rpartition(".")
+        modules[module]._parameters[leaf] = made[id(like)]

@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lfrns_hub.checkpoint.files import check_shapes, check_tensors, facts_of, match_dtype, read_config, write_config
+from lfrns_hub.checkpoint.files import check_shapes, facts_of, match_dtype, read_config, read_tensors, write_config
 from lfrns_hub.checkpoint.narrow_classes import (
     CLASS_PREFIX,
     TYPE_PREFIX,
@@ -44,13 +44,26 @@ from lfrns_hub.checkpoint.narrow_classes import (
 )
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
 from lfrns_hub.checkpoint.timm import own_source
-from lfrns_hub.narrow import describe
+from lfrns_hub.narrow import describe, short
+from lfrns_hub.untrusted import bounded, read_headers, refuse_large, refusing
 
 # Image classifiers that build what they wrap by name, so that a subclass has nothing to narrow; what to save instead.
 NOT_SAVED = {
     "timm_wrapper": "Save the timm model in it: save(model.timm_model, ...).",
     "shieldgemma2": "It is a text generator: slim its image tower as a class of your own.",
 }
+# Keys by which a config would have transformers fetch or run what is no part of it, with the harmless values.
+OUTSIDE = {
+    "attn_implementation": (None, "eager", "sdpa"),
+    "_attn_implementation": (None, "eager", "sdpa"),
+    "experts_implementation": (None, "eager"),
+    "_experts_implementation": (None, "eager"),
+    "quantization_config": (None,),
+    "use_pretrained_backbone": (None, False),
+    "use_timm_backbone": (None, False),
+    "backbone": (None,),
+}
+DTYPES = (None, "float32", "float16", "bfloat16", "float64")
 TYPES = tuple(name for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES if name not in NOT_SAVED)
 
 
@@ -195,26 +208,54 @@ def _narrow_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
                      "For another class pass the dense model as base=, and to load as model=.")  # fmt: skip
 
 
-def load_transformers(folder: Path) -> nn.Module:
-    """Check names and shapes on the meta device, then let transformers load, and read its report."""
-    model_type = read_config(folder)["model_type"]
+def read_transformers(folder: Path, call: str) -> PreTrainedConfig:
+    """Make the config of a folder, with numbers within bounds and nothing that reaches outside of it."""
+    fields = read_config(folder)
+    model_type = str(fields.get("model_type"))
     if model_type.removeprefix(TYPE_PREFIX) not in TYPES:
         raise ValueError(
-            f"load({str(folder)!r}): model_type {model_type!r} is none of transformers {transformers.__version__}. "
+            f"{call}: model_type {short(model_type)!r} is none of transformers {transformers.__version__}. "
             "Upgrade transformers; code that the folder brings is not run."
         )
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        skeleton = AutoModelForImageClassification.from_config(config)
-    # names on disk are transformers' own, older ones
-    check_tensors(revert_weight_conversion(skeleton, skeleton.state_dict()), folder)
-    with _no_progress_bar():
-        model, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    sizes = {key: value for key, value in fields.items() if key not in ("slim", "lfrns")}
+    refuse_large(sizes, f"{call}: config.json")
+    _refuse_outside(sizes, call)
+    with refusing(call):
+        return CONFIG_MAPPING[model_type].from_dict({**fields, "name_or_path": str(folder)})
+
+
+def load_transformers(folder: Path) -> nn.Module:
+    """Check names and shapes on the meta device, then let transformers fill a model from tensors that we read.
+
+    It is given neither the folder nor a name: it follows no index of shards, no adapter and no `auto_map`.
+    """
+    call = f"load({str(folder)!r})"
+    config, headers = read_transformers(folder, call), read_headers(folder, call)
+    with refusing(call):
+        with bounded(len(headers)), torch.device("meta"):
+            skeleton = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+        # names on disk are transformers' own, older ones
+        expected = revert_weight_conversion(skeleton, skeleton.state_dict())
+    tensors = read_tensors(expected, folder)
+    with refusing(call), _no_progress_bar():
+        model, info = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
     if bad := {k: sorted(map(str, v)) for k, v in info.items() if v}:
-        raise ValueError(
-            f"load({str(folder)!r}): transformers reports {bad}. The file is damaged, or of another model."
-        )
+        raise ValueError(f"{call}: transformers reports {short(bad, 300)}. The file is damaged, or of another model.")
+    model.name_or_path = model.config.name_or_path = str(folder)
     return model
+
+
+def _refuse_outside(fields: dict[str, Any], call: str) -> None:
+    """Refuse what would have transformers fetch or run something, at any depth of a config."""
+    for key, value in fields.items():
+        if key in OUTSIDE and value not in OUTSIDE[key]:
+            raise ValueError(
+                f"{call}: config.json has {key} = {short(value)}, which reaches outside of the checkpoint. Take it out."
+            )
+        if key in ("dtype", "torch_dtype") and value not in DTYPES:
+            raise ValueError(f"{call}: config.json has {key} = {short(value)}: it must be one of {DTYPES[1:]}.")
+        if isinstance(value, dict):
+            _refuse_outside(value, call)
 
 
 def fill_transformers(model: nn.Module, folder: Path) -> nn.Module:
@@ -223,7 +264,7 @@ def fill_transformers(model: nn.Module, folder: Path) -> nn.Module:
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     check_shapes(expected, {name: list(tensor.shape) for name, tensor in state.items()}, folder)
     model.load_state_dict(state, strict=True)
-    return match_dtype(model, folder)
+    return match_dtype(model, state)
 
 
 @contextmanager

@@ -24,4 +24,5 @@ def _run() -> None:
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="lfrns", standalone_mode=False) or 0)
     except typer.TyperException as error:
-        raise ValueError(f"lfrns {' '.join(sys.argv[1:])}: {error.format_message()} See --help.") from error
+        said = error.format_message().rstrip(".")
+        raise ValueError(f"lfrns {' '.join(sys.argv[1:])}: {said}. See --help.") from error

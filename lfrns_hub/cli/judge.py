@@ -14,6 +14,7 @@ from lfrns_hub import recipe
 from lfrns_hub.bench import bench as time_models
 from lfrns_hub.bench import format_timings
 from lfrns_hub.cli.terminal import (
+    MAX_UNREADABLE,
     Batch,
     ClassMap,
     Data,
@@ -21,6 +22,7 @@ from lfrns_hub.cli.terminal import (
     Json,
     Labels,
     Pictures,
+    Unreadable,
     ValSplit,
     Weights,
     app,
@@ -51,12 +53,13 @@ def evaluate(
     label_column: Labels = None,
     val_split: ValSplit = None,
     class_map: ClassMap = None,
+    max_unreadable: Unreadable = MAX_UNREADABLE,
     as_json: Json = False,
 ) -> None:
     """Measure a slim model again, and bring its record and card up to date."""
     model = load_slim(directory, dense)
     teacher = create_dense(dense, weights=weights) if dense else None
-    pictures = Pictures(data, label_column, val_split, class_map)
+    pictures = Pictures(data, label_column, val_split, class_map, max_unreadable=max_unreadable)
     images = pictures.load(model, "validation")
     loader = DataLoader(images, batch_size)
     check_images(model, loader)
@@ -64,7 +67,8 @@ def evaluate(
     record = lfrns.measure(model, loader, dense=teacher, accelerator=accelerator, progress=not as_json)
     if accelerator.is_main_process:
         record = refresh(directory, model, record, pictures, images.class_names)
-        show(as_json, json.loads(record.to_json()), format_table(record))
+        left_out = filter(None, [images.describe_unreadable()])
+        show(as_json, json.loads(record.to_json()), format_table(record), *left_out)
 
 
 def refresh(

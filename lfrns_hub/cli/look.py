@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 from lfrns_hub.cli.terminal import (
+    MAX_UNREADABLE,
     Batch,
     ClassMap,
     CropPct,
@@ -22,6 +23,7 @@ from lfrns_hub.cli.terminal import (
     Model,
     Pictures,
     Std,
+    Unreadable,
     ValSplit,
     Weights,
     analyse_pictures,
@@ -92,7 +94,9 @@ def curve(
     data: Data,
     weights: Weights = None,
     macs: Annotated[str, typer.Option(help="fractions of the MACs to keep")] = "0.9,0.75,0.6,0.5,0.35,0.25",
-    preset: Annotated[str, typer.Option(help="ours, or paper for the abstract taken literally")] = "ours",
+    preset: Annotated[
+        Literal["ours", "paper"], typer.Option(help="ours, or paper for the abstract taken literally")
+    ] = "ours",
     calibration_images: Annotated[int, typer.Option(help="training images that units are ranked by")] = 1000,
     test_images: Annotated[int, typer.Option(help="images that accuracy is measured on, at most")] = 2000,
     fcr_steps: Annotated[int, typer.Option(help="training steps of the gates at each budget; 0 ranks by cost")] = 0,
@@ -102,6 +106,7 @@ def curve(
     label_column: Labels = None,
     val_split: ValSplit = None,
     class_map: ClassMap = None,
+    max_unreadable: Unreadable = MAX_UNREADABLE,
     mean: Mean = None,
     std: Std = None,
     crop_pct: CropPct = None,
@@ -117,7 +122,7 @@ def curve(
     accelerator = make_accelerator(seed=seed)
     dense = create_dense(model, weights=weights)
     set_preprocessing(dense, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
-    pictures = Pictures(data, label_column, val_split, class_map)
+    pictures = Pictures(data, label_column, val_split, class_map, max_unreadable=max_unreadable)
     test = DataLoader(pictures.load(dense, "validation", limit=test_images, seed=seed), batch_size)
     options = {"accelerator": accelerator, "progress": not as_json}
     asked = {"preset": preset, "exclude": tuple(exclude or ()), **options}

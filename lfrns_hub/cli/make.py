@@ -6,7 +6,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from torch import nn
@@ -16,6 +16,7 @@ import lfrns_hub as lfrns
 from lfrns_hub import recipe
 from lfrns_hub.cli.judge import refresh
 from lfrns_hub.cli.terminal import (
+    MAX_UNREADABLE,
     Batch,
     ClassMap,
     CropPct,
@@ -30,6 +31,7 @@ from lfrns_hub.cli.terminal import (
     Model,
     Pictures,
     Std,
+    Unreadable,
     ValSplit,
     Weights,
     analyse_pictures,
@@ -83,7 +85,9 @@ def slim(
     params: Annotated[float | None, typer.Option(help="fraction of the parameters to keep, in (0, 1]")] = None,
     epochs: Epochs = 3,
     learning_rate: Rate = None,
-    preset: Annotated[str, typer.Option(help="ours, or paper for the abstract taken literally")] = "ours",
+    preset: Annotated[
+        Literal["ours", "paper"], typer.Option(help="ours, or paper for the abstract taken literally")
+    ] = "ours",
     calibration_images: Annotated[int, typer.Option(help="training images that units are ranked by")] = 2000,
     fcr_steps: Annotated[int, typer.Option(help="training steps of the FCR gates")] = 200,
     exclude: Exclude = None,
@@ -91,6 +95,7 @@ def slim(
     label_column: Labels = None,
     val_split: ValSplit = None,
     class_map: ClassMap = None,
+    max_unreadable: Unreadable = MAX_UNREADABLE,
     mean: Mean = None,
     std: Std = None,
     crop_pct: CropPct = None,
@@ -125,7 +130,7 @@ def slim(
     progress, main_process = not as_json, accelerator.is_main_process
     dense = create_dense(model, weights=weights)
     set_preprocessing(dense, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
-    pictures = Pictures(data, label_column, val_split, class_map, flip)
+    pictures = Pictures(data, label_column, val_split, class_map, flip, max_unreadable)
     train, test = pictures.load(dense, "train", augment=True), pictures.load(dense, "validation")
     test_loader = DataLoader(test, batch_size)
     train_loader = DataLoader(train, max(1, batch_size // accelerator.num_processes), shuffle=True)
@@ -166,7 +171,8 @@ def slim(
         urls = [lfrns.push(f, f"{push_to_hub}/{f.name}" if several else push_to_hub) for f in folders if push_to_hub]
         found = [{"directory": str(folder), **json.loads(record.to_json())} for folder, _, record in made]
         index = [f"Compared in {directory / 'README.md'}"] if several else []
-        show(as_json, {"checkpoints": found, "pushed": urls}, *index, *(f"Pushed: {url}" for url in urls))
+        left_out = filter(None, [train.describe_unreadable(), test.describe_unreadable()])
+        show(as_json, {"checkpoints": found, "pushed": urls}, *left_out, *index, *(f"Pushed: {url}" for url in urls))
     accelerator.end_training()
 
 
@@ -203,6 +209,7 @@ def retrain(
     label_column: Labels = None,
     val_split: ValSplit = None,
     class_map: ClassMap = None,
+    max_unreadable: Unreadable = MAX_UNREADABLE,
     flip: Flip = True,
     seed: int = 0,
     as_json: Json = False,
@@ -210,7 +217,7 @@ def retrain(
     """Train a slim model further, and bring its weights, record and card up to date."""
     model = load_slim(directory, teacher)
     dense = create_dense(teacher, weights=weights) if teacher else None
-    pictures = Pictures(data, label_column, val_split, class_map, flip)
+    pictures = Pictures(data, label_column, val_split, class_map, flip, max_unreadable)
     train, test = pictures.load(model, "train", augment=True), pictures.load(model, "validation")
     accelerator = make_accelerator(seed=seed)
     test_loader = DataLoader(test, batch_size)
@@ -221,7 +228,8 @@ def retrain(
     record = lfrns.measure(model, test_loader, dense=dense, **options)
     if accelerator.is_main_process:
         record = refresh(directory, model, record, pictures, test.class_names, epochs=epochs)
-        show(as_json, json.loads(record.to_json()), format_table(record))
+        left_out = filter(None, [train.describe_unreadable(), test.describe_unreadable()])
+        show(as_json, json.loads(record.to_json()), format_table(record), *left_out)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

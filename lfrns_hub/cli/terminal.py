@@ -11,7 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
+from lfrns_hub.pictures import MAX_UNREADABLE
 from lfrns_hub.slim import Analysis
+from lfrns_hub.untrusted import read_json, short
 from lfrns_hub.zoo import (
     ImageData,
     check_images,
@@ -44,6 +46,7 @@ Std = Annotated[tuple[float, float, float] | None, typer.Option(help="likewise")
 CropPct = Annotated[float | None, typer.Option(help="share of the shorter side in the central crop, likewise")]
 Interpolation = Annotated[str | None, typer.Option(help="bilinear, bicubic, ..., likewise")]
 Flip = Annotated[bool, typer.Option("--flip/--no-flip", help="mirror half of the training pictures; not digits, signs")]
+Unreadable = Annotated[int, typer.Option(min=0, help="damaged pictures of a split that are left out; more: an error")]
 Exclude = Annotated[list[str] | None, typer.Option(help="groups to leave alone: a name or glob, repeatable")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, and nothing else there")]
 
@@ -75,6 +78,7 @@ class Pictures:
     val_split: float | None = None
     class_map: str | None = None
     flip: bool = True
+    max_unreadable: int = MAX_UNREADABLE
 
     def load(
         self, model: nn.Module, split: str, *, augment: bool = False, limit: int | None = None, seed: int = 0
@@ -82,6 +86,7 @@ class Pictures:
         """Load a split, prepared as a model wants its images."""
         transform = make_transform(model, train=augment, flip=self.flip)
         options = {"label_column": self.label_column, "val_split": self.val_split, "class_map": self.class_map}
+        options["max_unreadable"] = self.max_unreadable
         return load_data(self.data, split, transform=transform, limit=limit, seed=seed, **options)
 
 
@@ -143,7 +148,7 @@ def read_budgets(text: str) -> list[float]:
 def is_slim(model: str) -> bool:
     """Tell a folder that `lfrns_hub.save` wrote."""
     config = Path(model) / "config.json"
-    return config.is_file() and "slim" in json.loads(config.read_text(encoding="utf-8"))
+    return config.is_file() and "slim" in read_json(config, model)
 
 
 def load_slim(directory: str, dense: str | None) -> nn.Module:
@@ -153,11 +158,11 @@ def load_slim(directory: str, dense: str | None) -> nn.Module:
         ValueError: The folder is no checkpoint, or one that needs the name.
     """
     config = Path(directory) / "config.json"
-    stored = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    stored = read_json(config, directory) if config.is_file() else {}
     if stored.get("architecture") != "lfrns_own_class":
         return lfrns.load(directory)
     if dense is None:
-        kind = stored.get("slim", {}).get("class")
+        kind = short((stored.get("slim") or {}).get("class"))
         raise ValueError(
             f"{directory}: it holds a {kind}, which neither timm nor transformers builds. Name what builds "
             "the dense model, package.module:function, by --dense (of retrain: --teacher)."

@@ -71,8 +71,8 @@ def measure_each(
     }
     input_size, answers = None, {}
     if loader is not None:
-        answers, input_size = answer(models, loader, accelerator, progress)
-        scores = {name: score(answers, name, input_size) for name in models}
+        answers, input_size, skipped = answer(models, loader, accelerator, progress)
+        scores = {name: score(answers, name, input_size, skipped) for name in models}
     if example_input is None:
         example_input = torch.zeros(1, *input_size) if input_size else _configured_image(first)
     device = device_of(first) if accelerator is None else accelerator.device

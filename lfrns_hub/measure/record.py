@@ -5,7 +5,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
+
+from lfrns_hub.untrusted import parse_json, read_json, short
+
+# What is told as a number, or as nothing where it was not measured.
+FIGURES = (
+    "top1_pct",
+    "agreement_pct",
+    "explained_pct",
+    "images",
+    "params_m",
+    "macs_g",
+    "flops_g",
+    "latency_ms",
+    "size_mb",
+)
+# What of a setup is read again, and as what.
+SETUP = {"machine": dict, "provenance": dict, "label_names": list, "controls": list, "budgets": list, "epochs": int}
 
 
 @dataclass
@@ -30,12 +48,38 @@ class Record:
 
     @classmethod
     def from_json(cls, text: str) -> "Record":
-        """Read what `to_json` wrote."""
-        fields = json.loads(text)
-        if not isinstance(fields, dict) or not {"slim"} <= fields.keys() <= {"dense", "slim", "setup"}:
-            found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-            raise ValueError(f"Record.from_json({found}): a record has the keys dense, slim, setup. Is it record.json?")
-        return cls(fields.get("dense"), fields["slim"], fields.get("setup", {}))
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: It is no record.
+        """
+        return cls._from_fields(parse_json(text, "Record.from_json(...)"))
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> "Record":
+        """Take a record from what its JSON holds."""
+        if not {"slim"} <= fields.keys() <= {"dense", "slim", "setup"}:
+            raise ValueError(
+                f"Record.from_json({short(sorted(fields))}): a record has the keys dense, slim, setup. "
+                "Is it record.json?"
+            )
+        dense, slim, setup = fields.get("dense"), fields["slim"], fields.get("setup", {})
+        for side, figures in (("dense", dense or {}), ("slim", slim), ("setup", setup)):
+            if not isinstance(figures, dict):
+                raise ValueError(f"Record.from_json({side}={short(figures)}): figures by name are needed.")
+            for key in FIGURES if side != "setup" else ():
+                if not isinstance(figures.get(key, 0), (int, float, type(None))):
+                    raise ValueError(
+                        f"Record.from_json({side}.{key}={short(figures[key])}): a number or null is needed. Measure it "
+                        "again by lfrns evaluate."
+                    )
+        for key, kind in SETUP.items():
+            if setup.get(key) is not None and not isinstance(setup[key], kind):
+                raise ValueError(
+                    f"Record.from_json(setup.{key}={short(setup[key])}): a {kind.__name__} or null is needed. Measure "
+                    "it again by lfrns evaluate."
+                )
+        return cls(dense, slim, setup)
 
     def save(self, path: str | Path) -> None:
         """Write the record to a file."""
@@ -44,7 +88,7 @@ class Record:
     @classmethod
     def load(cls, path: str | Path) -> "Record":
         """Read the record that `save` wrote."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        return cls._from_fields(read_json(path, f"Record.load({str(path)!r})"))
 
 
 def format_table(record: Record) -> Table:
@@ -96,7 +140,7 @@ def _worst_class_row(label: str, worst: dict[str, Any] | None, names: Any) -> tu
     """Lay out the class that lost most."""
     if worst is None:
         return label, "not measured", "not measured", ""
-    name = names[worst["class"]] if names else worst["class"]
+    name = escape(short(str(names[worst["class"]] if names else worst["class"])))  # a data set's own word
     return (
         f"worst class ({name}), %",
         f"{worst['dense_pct']:.2f}",

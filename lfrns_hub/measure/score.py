@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lfrns_hub.answers import Answer, check_labels, read_answer
-from lfrns_hub.batches import iterate
+from lfrns_hub.batches import UNREADABLE, check_finite, iterate
 from lfrns_hub.running import as_input, device_of, evaluating, unwrap
 
 
@@ -31,7 +31,8 @@ def evaluate(
         accelerator: Shares the images out among its processes; without it, one process on the model's device.
         progress: Show a bar on the main process.
     Returns:
-        top1_pct, loss (mean cross-entropy), images, per_class_pct (None for a class without images), class_counts,
+        top1_pct, loss (mean cross-entropy), images, images_skipped (those that could not be read, of label -100: they
+        count in no other figure), per_class_pct (None for a class without images), class_counts,
         input_size [C, H, W], and agreement_pct, the share of images on which the teacher predicts the same class.
     Raises:
         ValueError: The loader is empty or has no labels, a label is no class of the model, or it has no classes.
@@ -39,13 +40,13 @@ def evaluate(
     models = {"model": unwrap(model, "evaluate")}
     if teacher is not None:
         models["teacher"] = unwrap(teacher, "evaluate")
-    answers, input_size = answer(models, loader, accelerator, progress)
+    answers, input_size, skipped = answer(models, loader, accelerator, progress)
     if "labels" not in answers:
         raise ValueError(
             f"evaluate({type(models['model']).__name__}): it answers with features, and accuracy needs logits [N, "
             "classes]. measure(model, loader, dense=dense) tells how near two feature extractors are."
         )
-    scores = score(answers, "model", input_size)
+    scores = score(answers, "model", input_size, skipped)
     if teacher is not None:
         scores["agreement_pct"] = percent(answers["model"] == answers["teacher"])
     return scores
@@ -67,7 +68,7 @@ def prepare_loader(loader: Any, accelerator: Any) -> Any:
 
 def answer(
     models: dict[str, nn.Module], loader: Any, accelerator: Any, progress: bool
-) -> tuple[dict[str, Tensor], list[int]]:
+) -> tuple[dict[str, Tensor], list[int], int]:
     """Run all models over the images.
 
     Args:
@@ -76,10 +77,11 @@ def answer(
         accelerator: Shares the images out.
         progress: Show a bar on the main process.
     Returns:
-        Tensors [images], and the input size [C, H, W]. For logits: predictions by name, losses by "name loss", the
-        number of classes by "name classes", "labels". For features: by "name error" the relative error of each image.
+        Tensors [images], the input size [C, H, W], and how many images were left out as unreadable. For logits:
+        predictions by name, losses by "name loss", the number of classes by "name classes", "labels". For features: by
+        "name error" the relative error of each image.
     Raises:
-        ValueError: There is no image, or as `_classify`.
+        ValueError: There is no image, one has values that are not finite, or as `_classify`.
     """
     device = device_of(next(iter(models.values()))) if accelerator is None else accelerator.device
     loader = prepare_loader(loader, accelerator)
@@ -88,22 +90,34 @@ def answer(
     input_size: list[int] = []
     with evaluating(*models.values(), device=device), torch.no_grad():
         for images, labels in tqdm(iterate(loader), total=_length(loader), desc="evaluate", disable=quiet, leave=False):
+            check_finite(images, "evaluate(loader)")
             answers = {name: read_answer(model, model(as_input(images, model))) for name, model in models.items()}
             if all(one.is_logits for one in answers.values()):
                 batch = _classify(answers, labels, device)
             else:
                 *_, dense = answers.values()
                 batch = {f"{name} error": one.relative_error(dense) for name, one in answers.items()}
+            batch["counted"] = _counted(labels, len(images)).to(device)
             if accelerator is not None:
                 batch = accelerator.gather_for_metrics(batch)
             for key, value in batch.items():
                 gathered.setdefault(key, []).append(value.cpu())
             input_size = list(images.shape[1:])
-    if not sum(len(part) for parts in gathered.values() for part in parts):
+    whole = {key: torch.cat(parts) for key, parts in gathered.items()}
+    counted = whole.pop("counted", torch.zeros(0, dtype=torch.bool))
+    if not counted.any():
         raise ValueError(
-            "evaluate(loader) got no image: the loader is empty. Check the folder, the split and the limit."
+            "evaluate(loader) got no image: the loader is empty, or none could be read. Check the folder, the split "
+            "and the limit."
         )
-    return {key: torch.cat(parts) for key, parts in gathered.items()}, input_size
+    return {key: part[counted] for key, part in whole.items()}, input_size, int((~counted).sum())
+
+
+def _counted(labels: Any, images: int) -> Tensor:
+    """Tell which images of a batch count: all but those that could not be read, [N], bool."""
+    if isinstance(labels, Tensor) and labels.shape == (images,):
+        return labels != UNREADABLE
+    return torch.ones(images, dtype=torch.bool)
 
 
 def _classify(answers: dict[str, Answer], labels: Any, device: torch.device) -> dict[str, Tensor]:
@@ -125,11 +139,12 @@ def _classify(answers: dict[str, Answer], labels: Any, device: torch.device) -> 
     return batch
 
 
-def score(answers: dict[str, Tensor], name: str, input_size: list[int]) -> dict[str, Any]:
+def score(answers: dict[str, Tensor], name: str, input_size: list[int], skipped: int) -> dict[str, Any]:
     """Sum the answers of one model up; features leave all but images and input size unmeasured."""
     if "labels" not in answers:
         unmeasured = dict.fromkeys(("top1_pct", "loss", "per_class_pct", "class_counts"))
-        return {**unmeasured, "images": len(answers[f"{name} error"]), "input_size": input_size}
+        images = len(answers[f"{name} error"])
+        return {**unmeasured, "images": images, "images_skipped": skipped, "input_size": input_size}
     labels, right = answers["labels"], answers[name] == answers["labels"]
     num_classes = int(answers[f"{name} classes"][0])
     counts = labels.bincount(minlength=num_classes).tolist()
@@ -138,6 +153,7 @@ def score(answers: dict[str, Tensor], name: str, input_size: list[int]) -> dict[
         "top1_pct": percent(right),
         "loss": answers[f"{name} loss"].double().mean().item(),
         "images": len(labels),
+        "images_skipped": skipped,
         "per_class_pct": [100 * hit / count if count else None for hit, count in zip(hits, counts, strict=True)],
         "class_counts": counts,
         "input_size": input_size,
