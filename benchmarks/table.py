@@ -1,4 +1,4 @@
-"""Render benchmarks/results/*.json: docs/results.md, the README's table and the curve of accuracy against MACs.
+"""Render benchmarks/results/*-macs*.json: docs/results.md, the README's table and the curve of accuracy against MACs.
 
 python benchmarks/table.py
 """
@@ -174,7 +174,7 @@ def plot_curve(files: list[tuple[dict[str, Any], Cells, dict[str, str]]], task: 
 
 def main() -> None:
     """Write the page, the README's table and the picture."""
-    files = [read(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
+    files = [read(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*-macs*.json"))]
     page = [
         "# Results",
         "",
