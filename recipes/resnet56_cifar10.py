@@ -129,7 +129,7 @@ def main() -> None:
             "dense, retrained as long": copy.deepcopy(dense),
         }
         for name, model in controls.items():
-            lfrns.retrain(model, train_loader, checkpoint_dir=work / name.partition(",")[0], **retraining)
+            lfrns.retrain(model, train_loader, checkpoint_dir=work / f"control, {name.partition(',')[0]}", **retraining)
             score = evaluate(model, test_loader, accelerator=accelerator)
             rows.append({"name": name, "top1_pct": score["top1_pct"], "images": score["images"]})
 

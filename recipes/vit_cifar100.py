@@ -133,7 +133,7 @@ def main() -> None:
             "dense, retrained as long": copy.deepcopy(dense),
         }
         for name, model in controls.items():
-            folder = work / name.partition(",")[0]
+            folder = work / f"control, {name.partition(',')[0]}"
             lfrns.retrain(model, train_loader, teacher=dense, epochs=epochs, checkpoint_dir=folder, **training)
             score = evaluate(model, test_loader, accelerator=accelerator)
             rows.append({"name": name, "top1_pct": score["top1_pct"], "images": score["images"]})

@@ -112,7 +112,8 @@ def test_the_cifar_recipe_runs(repository: Path, tmp_path: Path, pictures: Path)
     done = launch(repository, "resnet56_cifar10", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Slim, not retrained" in done.stdout
-    check_folder(out, 0.5)
+    controls = check_folder(out, 0.5)["setup"]["controls"]
+    assert [row["name"].split(",")[0] for row in controls] == ["slim", "random plan", "dense"]
 
 
 @pytest.mark.slow
