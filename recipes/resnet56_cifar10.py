@@ -2,8 +2,8 @@
 
 Makes:     cifar_resnet56 at half of its MACs
 Data:      CIFAR-10 from the Hub (`uoft-cs/cifar10`), or `--data-dir`; 2,000 training images calibrate
-Result:    not measured
-Hardware:  not measured
+Result:    not measured; ResNet-20 from given weights, 2 epochs: 87.28 % dense, 86.14 % slim (model_cards/)
+Hardware:  that on one thread of an Intel Xeon: 24 minutes with its controls
 Versions:  torch 2.14.1, timm 1.0.31, accelerate 1.15
 
     accelerate launch recipes/resnet56_cifar10.py --weights dense.safetensors

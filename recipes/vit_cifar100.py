@@ -2,8 +2,8 @@
 
 Makes:     google/vit-base-patch16-224-in21k, fine-tuned, then slimmed to two thirds of its MACs
 Data:      CIFAR-100 from the Hub (`uoft-cs/cifar100`), or `--data-dir`; 2,000 training images calibrate
-Result:    not measured
-Hardware:  not measured
+Result:    not measured; a small ViT on CIFAR-10, 1 epoch: 61.30 % dense, 61.10 % slim (model_cards/)
+Hardware:  that on one thread of an Intel Xeon: 12 minutes with its controls
 Versions:  torch 2.14.1, transformers 5.23, timm 1.0.31, accelerate 1.15
 
     accelerate launch recipes/vit_cifar100.py
