@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.resume import caught_sigterm, told_anywhere, written_aside
 
+VERSIONS = [version(name) for name in ("torch", "timm", "transformers")]
 STEPS_BETWEEN = 20  # of the gates' training, between two times that it is saved
 
 
@@ -23,10 +25,10 @@ class Cache:
     """Results of expensive steps, in one folder that all processes see, or in none.
 
     Args:
-        directory: The folder, there or not; None keeps nothing.
+        directory: The folder, there or not; None keeps nothing. It may be removed at any time.
         accelerator: Of the run, or None.
-        content: What everything kept hangs on: the model, images, options; this package's code and torch's version are
-            added. Another content finds nothing here.
+        content: What everything kept hangs on: the model, images, options; this package's code and versions of torch,
+            timm and transformers are added. Another content finds nothing here.
     """
 
     def __init__(self, directory: str | os.PathLike | None, accelerator: Any, *content: Any):
@@ -34,7 +36,7 @@ class Cache:
         processes = accelerator.num_processes if accelerator else 1
         if directory is not None:
             code = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
-            self._content = digest(code, torch.__version__, processes, *content)
+            self._content = digest(code, VERSIONS, processes, *content)
 
     def keep(self, name: str, compute: Callable[[], Any], *content: Any) -> Any:
         """Give what was kept, or compute and keep it.
@@ -157,7 +159,11 @@ def digest(*parts: Any) -> str:
 
     def add(part: Any) -> None:
         if isinstance(part, nn.Module):
+            modules = {type(module).__module__ for module in part.modules()}  # a forward pass is in no repr
+            files = [getattr(sys.modules.get(name), "__file__", None) for name in sorted(modules)]
+            add([Path(file).read_bytes() for file in files if file])
             add([type(part).__qualname__, repr(part), dict(part.named_parameters()), dict(part.named_buffers())])
+            add([str(p.device.type) for p in part.parameters()])  # another device gives other roundings
         elif isinstance(part, Tensor):
             hashed.update(f"tensor {part.dtype} {list(part.shape)} ".encode())
             hashed.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -21,6 +21,7 @@ from torch import nn
 
 from lfrns_hub.batches import iterate
 from lfrns_hub.gallery import plot_clusters
+from lfrns_hub.hub import push
 from lfrns_hub.measure import Record, format_table
 from lfrns_hub.resume import written_aside
 from lfrns_hub.units import SlimPlan, UnitGroup
@@ -154,8 +155,8 @@ def check_output_dir(directory: str | Path, *, resume: bool, overwrite: bool) ->
 
 
 def is_finished(directory: Path) -> bool:
-    """Say whether a run has ended in this folder: the record comes last."""
-    return (directory / "record.json").is_file()
+    """Say whether a run has ended in this folder: a checkpoint that was put there whole has both of these."""
+    return all((directory / name).is_file() for name in ("record.json", "config.json"))
 
 
 def check_same_run(directory: Path, args: argparse.Namespace) -> None:
@@ -292,6 +293,25 @@ def draw_clusters(dense: nn.Module, result: Any, loader: Any, directory: Path) -
         plot_clusters(dense, result, images, directory / "clusters.png")
     except ValueError as error:  # a picture less is no reason to lose a trained model
         print(f"No clusters.png. {error}", file=sys.stderr)
+
+
+def finish(directory: Path, accelerator: Any, push_to_hub: str | None) -> None:
+    """End a run whose checkpoint lies in its folder: tidy up, print what was measured, let all processes go, push.
+
+    Args:
+        directory: The output folder.
+        accelerator: Of the run; the main process does it, the push last, for which no other has to wait.
+        push_to_hub: Repo id, or None.
+    """
+    main_process = accelerator.is_main_process
+    if main_process:
+        tidy(directory)
+        record = Record.load(directory / "record.json")
+        print_results(record, record.setup["controls"], directory)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if main_process and push_to_hub:
+        print(push(directory, push_to_hub))
 
 
 def print_results(record: Record, rows: list[dict[str, Any]], where: Path) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lfrns_hub.batches import read_logits, split_batch
+from lfrns_hub.cache import digest
 from lfrns_hub.measure import check_labels, evaluate, evaluating
 from lfrns_hub.resume import Checkpoints, Position, caught_sigterm, describe_model, told_anywhere
 from lfrns_hub.seeded import apart, random_kept, rounds, seeded_loader
@@ -99,7 +100,8 @@ def retrain(
         checkpoint_dir: A folder for this run alone, seen by all processes. The same call, made again after the
             program ended anyhow, goes on there and ends with the same weights on CPU; after the last step it trains
             no more. Augmentation is had again where it draws from python's, numpy's or torch's own random numbers.
-            SIGTERM then finishes the step, saves and ends the program with exit code 0. None: nothing is written.
+            SIGTERM then finishes the step, saves and ends the program with exit code 0. Another model, plan, teacher,
+            length, batch or setting is refused; what the images show is not compared. None: nothing is written.
         checkpoint_every: Steps between two checkpoints; one more follows every epoch. The last two are kept.
     Returns:
         The model that came in.
@@ -130,10 +132,12 @@ def retrain(
     images = images_per_epoch or len(loader.dataset)
     data_seed = accelerator.dataloader_config.data_seed
     loader = seeded_loader(loader, seed, seed if data_seed is None else data_seed)
+    batch_size = getattr(loader.batch_sampler, "batch_size", None)
     order, loader = loader.batch_sampler, accelerator.prepare_data_loader(loader)
     eval_loader = eval_loader if eval_loader is None else accelerator.prepare_data_loader(eval_loader)
     if images_per_epoch:
-        batches = math.ceil(images / (loader.batch_size * accelerator.num_processes))
+        step_images = batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
+        batches = accelerator.gradient_accumulation_steps * math.ceil(images / step_images)
         accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False  # the shares end at different times
     else:
         batches = len(loader)
@@ -142,8 +146,7 @@ def retrain(
     whole, model = model, copy.deepcopy(model) if sharded else model
     whole.to(accelerator.device)
     plain_optimizer = _make_optimizer(model, rule, learning_rate, weight_decay)
-    accumulated = accelerator.gradient_accumulation_steps
-    steps = max(1, epochs * batches // accumulated) if images_per_epoch else epochs * math.ceil(batches / accumulated)
+    steps = epochs * math.ceil(batches / accelerator.gradient_accumulation_steps)
     # Not prepared: a prepared scheduler steps once per process.
     scheduler = LambdaLR(plain_optimizer, lambda step: _rate(step, steps, warmup_fraction))
     run = {
@@ -151,8 +154,10 @@ def retrain(
         "epochs": epochs,
         "images": images,
         "batches of an epoch": batches,
+        "batch_size": batch_size,
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
-        "teacher": teacher is not None,
+        "teacher": None if teacher is None else digest(teacher),
+        "plan": digest((getattr(whole, "lfrns_provenance", None) or {}).get("plan")),
         "optimizer": rule,
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
@@ -171,6 +176,8 @@ def retrain(
         if checkpoint_dir is not None:
             checkpoints = Checkpoints(checkpoint_dir, accelerator, run, checkpoint_every)
             at = checkpoints.load(scheduler)
+            if sharded and at.step:
+                _take_weights(whole, trained)
         show = progress and accelerator.is_main_process
         bar = tqdm(total=steps, initial=at.step, desc="retrain", mininterval=0.5, disable=not show)
         listening = caught_sigterm() if checkpoints else contextlib.nullcontext()

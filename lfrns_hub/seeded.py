@@ -6,20 +6,24 @@ So training can go on from the middle of an epoch without loading again what wen
 import copy
 import hashlib
 import itertools
+import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 Key = tuple[int, int, Any]  # epoch, place in it, index in the dataset
 
 
 class SeededImages(Dataset):
-    """A dataset that seeds python, numpy and torch for each image, so that its augmentation can be had again."""
+    """A dataset that seeds python, numpy and torch for each image, so that its augmentation can be had again.
+
+    One that fetches whole batches (`__getitems__`) is seeded for each batch: its augmentation hangs on the batch size.
+    """
 
     def __init__(self, dataset: Any, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -35,7 +39,10 @@ class SeededImages(Dataset):
         return self.dataset[index]
 
     def __getitems__(self, keys: list[Key]) -> list[Any]:
-        if getattr(self.dataset, "__getitems__", None) is None:
+        source = self.dataset
+        while isinstance(source, Subset):  # which fetches many at once whether its own source does or not
+            source = source.dataset
+        if getattr(source, "__getitems__", None) is None:
             return [self[key] for key in keys]
         start_random(self.seed, *keys[0][:2])
         return self.dataset.__getitems__([index for _, _, index in keys])
@@ -86,6 +93,7 @@ def seeded_loader(loader: DataLoader, seed: int, order_seed: int) -> DataLoader:
     kept = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
     kept += ("generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order")
     options = {name: getattr(loader, name) for name in kept if hasattr(loader, name)}
+    options["worker_init_fn"] = OwnGroup(loader.worker_init_fn)
     batches = SeededBatches(loader.batch_sampler, order_seed)
     return DataLoader(SeededImages(loader.dataset, seed), batch_sampler=batches, **options)
 
@@ -114,8 +122,31 @@ def rounds(loader: Iterable[Any], batches: int, start: int = 0) -> Iterator[Any]
 
     What comes before `start` is loaded and left out: a stream has no other way there.
     """
-    endless = itertools.chain.from_iterable(itertools.repeat(loader))
-    return itertools.islice(endless, start, batches)
+    number = 0
+    while number < batches:
+        begun = number
+        for batch in itertools.islice(loader, batches - number):
+            if number >= start:
+                yield batch
+            number += 1
+        if number == begun:
+            raise ValueError(
+                "retrain(loader): the stream, or this process's share of it, gave no batch. Give it as many images as "
+                "fill one for each process, or start fewer processes."
+            )
+
+
+class OwnGroup:
+    """What a loader's workers start with: a process group of their own, so that a SIGTERM to the run's spares them."""
+
+    def __init__(self, then: Callable[[int], None] | None):
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
+        if hasattr(os, "setpgid"):
+            os.setpgid(0, 0)
+        if self.then is not None:
+            self.then(worker)
 
 
 def start_random(*numbers: int) -> None:

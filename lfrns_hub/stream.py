@@ -25,6 +25,7 @@ from .pictures import (
     parquet_files,
     read_table,
 )
+from .seeded import OwnGroup
 from .untrusted import short
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class ImageStream:
         """
         rows = self.table.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
         rows = rows.map(self._prepare, remove_columns=self.table.column_names)
-        return DataLoader(rows, batch_size, num_workers=workers, persistent_workers=False)
+        return DataLoader(rows, batch_size, num_workers=workers, worker_init_fn=OwnGroup(None))
 
     def front(self, count: int, transform: Callable[[Image.Image], Tensor]) -> ImageData:
         """Keep the first pictures of the shuffled stream in memory, to calibrate on: the same ones on every process.
@@ -82,6 +83,8 @@ class ImageStream:
             transform: Picture to tensor.
         """
         rows = list(self.table.shuffle(seed=self.seed, buffer_size=max(SHUFFLE_BUFFER, 2 * count)).take(count))
+        if not rows:
+            raise ValueError(f"{self.name}: the stream holds no pictures. Check the folder and the split.")
         pictures, labels = zip(*map(self._read, rows), strict=True)
         return ImageData(pictures, list(labels), class_names=self.class_names, transform=transform)
 

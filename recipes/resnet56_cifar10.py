@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
-from lfrns_hub.measure import Record, evaluate
+from lfrns_hub.measure import evaluate
 from lfrns_hub.retrain import make_accelerator, set_seed
 from lfrns_hub.surgery import cut
 from lfrns_hub.zoo import check_images, create_dense, example_input, guard_against_chance, load_data, make_transform
@@ -48,11 +48,7 @@ def main() -> None:
     main_process = accelerator.is_main_process
     recipe.check_same_run(out, args)
     if args.resume and recipe.is_finished(out):
-        if main_process:
-            recipe.tidy(out)
-            record = Record.load(out / "record.json")
-            recipe.print_results(record, record.setup["controls"], out)
-        return
+        return recipe.finish(out, accelerator, args.push_to_hub)
     # Without weights the network is trained for as long as in the literature; with them, not at all.
     dense_epochs = args.dense_epochs if args.dense_epochs is not None else 0 if args.weights else 160
     epochs, fcr_steps, limit = args.epochs, FCR_STEPS, None
@@ -147,16 +143,11 @@ def main() -> None:
         controls=rows,
     )
 
-    # Save and push.
+    # Save, show and push.
     if main_process:
         recipe.draw_clusters(dense, result, calibration_loader, out)
         lfrns.save(result.model, out, record=record, label_names=test_set.class_names, overwrite=True)
-        recipe.tidy(out)
-        recipe.print_results(record, rows, out)
-        if args.push_to_hub:
-            print(lfrns.push(out, args.push_to_hub))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    recipe.finish(out, accelerator, args.push_to_hub)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
-from lfrns_hub.measure import Record, evaluate
+from lfrns_hub.measure import evaluate
 from lfrns_hub.pictures import load_processor
 from lfrns_hub.retrain import make_accelerator, set_seed
 from lfrns_hub.surgery import cut
@@ -57,11 +57,7 @@ def main() -> None:
     main_process = accelerator.is_main_process
     recipe.check_same_run(out, args)
     if args.resume and recipe.is_finished(out):
-        if main_process:
-            recipe.tidy(out)
-            record = Record.load(out / "record.json")
-            recipe.print_results(record, record.setup["controls"], out)
-        return
+        return recipe.finish(out, accelerator, args.push_to_hub)
     epochs, fcr_steps, limit = (min(args.epochs, 1), 5, 128) if args.smoke else (args.epochs, FCR_STEPS, None)
     set_seed(args.seed)
 
@@ -152,17 +148,12 @@ def main() -> None:
         controls=rows,
     )
 
-    # Save and push.
+    # Save, show and push.
     if main_process:
         processor = load_processor(dense)
         recipe.draw_clusters(dense, result, calibration_loader, out)
         lfrns.save(result.model, out, record=record, processor=processor, label_names=label_names, overwrite=True)
-        recipe.tidy(out)
-        recipe.print_results(record, rows, out)
-        if args.push_to_hub:
-            print(lfrns.push(out, args.push_to_hub))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    recipe.finish(out, accelerator, args.push_to_hub)
 
 
 if __name__ == "__main__":

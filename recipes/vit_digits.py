@@ -20,7 +20,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
-from lfrns_hub.measure import Record, evaluate
+from lfrns_hub.measure import evaluate
 from lfrns_hub.retrain import make_accelerator, set_seed
 from lfrns_hub.surgery import cut
 from lfrns_hub.zoo import create_dense, guard_against_chance
@@ -64,11 +64,7 @@ def main() -> None:
     main_process = accelerator.is_main_process
     recipe.check_same_run(out, args)
     if args.resume and recipe.is_finished(out):
-        if main_process:
-            recipe.tidy(out)
-            record = Record.load(out / "record.json")
-            recipe.print_results(record, record.setup["controls"], out)
-        return
+        return recipe.finish(out, accelerator, args.push_to_hub)
     dense_epochs, epochs, fcr_steps = (8, 1, 10) if args.smoke else (args.dense_epochs, args.epochs, FCR_STEPS)
     set_seed(args.seed)
 
@@ -163,19 +159,14 @@ def main() -> None:
         controls=rows,
     )
 
-    # Save and push.
+    # Save, show and push.
     if main_process:
         processor = ViTImageProcessor(
             size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True
         )
         recipe.draw_clusters(dense, result, calibration_loader, out)
         lfrns.save(result.model, out, record=record, processor=processor, label_names=LABEL_NAMES, overwrite=True)
-        recipe.tidy(out)
-        recipe.print_results(record, rows, out)
-        if args.push_to_hub:
-            print(lfrns.push(out, args.push_to_hub))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    recipe.finish(out, accelerator, args.push_to_hub)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def test_a_read_only_folder_is_told_and_what_is_in_it_stays(whole: dict[str, tor
         ({"epochs": 4}, "epochs is 3 in it, and 4 now"),
         ({"seed": 1}, "seed is 0 in it, and 1 now"),
         ({"learning_rate": 0.1}, "learning_rate is 0.02 in it, and 0.1 now"),
-        ({"batch_size": 5}, "batches of an epoch is 8 in it, and 6 now"),
+        ({"batch_size": 5}, "batch_size is 4 in it, and 5 now"),
         ({"width": 9}, r"model 0.weight is float32\[8, 3, 3, 3\] in it, and float32\[9, 3, 3, 3\] now"),
     ],
 )
