@@ -247,3 +247,10 @@ def test_a_command_on_the_card_shows_no_folder_of_the_machine(
     monkeypatch.setattr(sys, "argv", typed)
     told = recipe.describe_run(str(repository / "recipes" / "vit_digits.py"))["command"]
     assert told.endswith("recipes/vit_digits.py --data-dir=pictures --output-dir out --macs 0.5 --model a/b")
+
+
+def test_a_run_is_finished_when_record_and_config_are_there(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text("{}")
+    assert not recipe.is_finished(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert recipe.is_finished(tmp_path)

@@ -11,7 +11,7 @@ import torch
 from faulty_run import Pictures, mix
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
-from lfrns_hub.seeded import apart, seeded_loader
+from lfrns_hub.seeded import apart, rounds, seeded_loader
 
 
 def batches(loader: DataLoader, epoch: int, seed: int = 0) -> list[torch.Tensor]:
@@ -102,3 +102,9 @@ def test_loading_leaves_the_random_numbers_of_the_model_alone(workers: int) -> N
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     seeded = seeded_loader(loader(num_workers=workers), 0, 0)
     assert [draw() for _ in islice(apart(seeded, 0, 0), 3)] == expected
+
+
+def test_an_epoch_begins_anew_where_the_loader_ends_and_never_without_a_batch():
+    assert list(rounds([1, 2, 3], 7, start=2)) == [3, 1, 2, 3, 1]
+    with pytest.raises(ValueError, match="gave no batch"):
+        list(rounds([], 2))
