@@ -142,10 +142,11 @@ def train_in_shards(rank: int, folder: Path, sharded: bool) -> None:
         accelerator.state._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     model = build("test_vit")
     loader = DataLoader(pictures(), BATCH, shuffle=True)
-    trained = retrain(
-        model, loader, teacher=build("test_vit").eval(), epochs=2, optimizer="adamw", learning_rate=1e-3,
-        accelerator=accelerator, progress=False,
-    )  # fmt: skip
+    options = {"teacher": build("test_vit").eval(), "epochs": 2, "optimizer": "adamw", "learning_rate": 1e-3}
+    options |= {"accelerator": accelerator, "progress": False, "checkpoint_dir": folder / f"run, sharded {sharded}"}
+    trained = retrain(model, loader, checkpoint_every=3, **options)
+    again = retrain(build("test_vit"), loader, **options)  # all steps are done: nothing but the weights is left to get
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in trained.state_dict().items())
     assert trained is model and not any(isinstance(p, DTensor) for p in model.parameters())
     state = {key: value.clone() for key, value in model.state_dict().items()}
     save_file(state, folder / f"{'shards' if sharded else 'whole'}{rank}.safetensors")
