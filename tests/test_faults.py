@@ -112,18 +112,6 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(
     assert seen == list(range(1, STEPS + 1))
 
 
-def train_until_the_group_is_told(folder: Path) -> None:
-    """Train with workers; SIGTERM comes to all processes of the group, as launchers and schedulers send it."""
-    os.setsid()
-    train(folder, workers=2, tracker=stopped_at(5, [], lambda: os.killpg(os.getpgid(0), signal.SIGTERM)))
-
-
-def test_sigterm_to_the_whole_group_spares_the_workers(tmp_path: Path) -> None:
-    assert end(start(train_until_the_group_is_told, tmp_path)) == [0]
-    assert "step_000000005" in names(tmp_path)
-    assert equal(train(tmp_path, workers=2), train(None, workers=2))
-
-
 @pytest.fixture
 def fill_disk() -> Iterator[Callable[[int], None]]:
     """Let no file grow beyond a size, which is what a program sees of a full disk; only until the test ends."""

@@ -81,7 +81,8 @@ def test_folder_of_pictures(tmp_path):
     assert sorted(read(stream.loader(4))) == [0, 0, 1, 1, 2, 2]
 
 
-def test_training_on_a_stream_goes_on_where_it_was_stopped(folder, tmp_path):
+@pytest.mark.parametrize(("accumulated", "stop"), [(1, 7), (3, 5)], ids=["in an epoch", "after one"])
+def test_training_on_a_stream_goes_on_where_it_was_stopped(accumulated, stop, folder, tmp_path):
     def train(name, stop=None):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
@@ -92,11 +93,12 @@ def test_training_on_a_stream_goes_on_where_it_was_stopped(folder, tmp_path):
                 raise KeyboardInterrupt
 
         options = {"epochs": 2, "images_per_epoch": stream.images, "progress": False, "tracker": track}
+        options["gradient_accumulation_steps"] = accumulated  # 10 batches an epoch: 12 where three make a step
         return retrain(model, stream.loader(4), checkpoint_dir=tmp_path / name, checkpoint_every=1, **options)
 
     whole = train("whole")
     with pytest.raises(KeyboardInterrupt):
-        train("stopped", stop=7)
+        train("stopped", stop=stop)
     again = train("stopped")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
