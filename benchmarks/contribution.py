@@ -21,7 +21,8 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from lfrns_hub.contribution import answer_to, gate_loss, learn_contributions, make_gates, measure_costs
+from lfrns_hub.contribution import answer_to, gate_loss, learn_contributions, make_gates
+from lfrns_hub.costs import measure_costs
 from lfrns_hub.options import choose_groups
 from lfrns_hub.redundancy import find_merges
 from lfrns_hub.responses import Moments

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lfrns_hub.answers import read_answer
 from lfrns_hub.cache import Cache
 from lfrns_hub.checkpoint import carry_config
-from lfrns_hub.contribution import learn_contributions, measure_costs
+from lfrns_hub.contribution import learn_contributions
+from lfrns_hub.costs import measure_costs
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.options import KINDS, check_budgets, check_cut, check_example, check_options, choose_groups, read_loader
 from lfrns_hub.reconstruct import reconstruct
