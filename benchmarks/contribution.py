@@ -26,7 +26,7 @@ from lfrns_hub.costs import measure_costs
 from lfrns_hub.options import choose_groups
 from lfrns_hub.redundancy import find_merges
 from lfrns_hub.responses import Moments
-from lfrns_hub.slim import CLUSTER_TO, analysis_copy, cluster, observe, probe_images, view
+from lfrns_hub.slim import CLUSTER_TO, analysis_copy, cluster, observe, views
 from lfrns_hub.taps import watched
 from lfrns_hub.trace import trace_model
 from lfrns_hub.units import UnitGroup
@@ -42,14 +42,12 @@ class Clustered:
         trace = trace_model(self.dense, case.example())
         kinds = ("channel", "head", "neuron")
         self.groups: list[UnitGroup] = choose_groups(trace.groups, kinds, None, (), False, 1)
-        self.moments: dict[str, Moments] = observe(self.dense, self.groups, self.batches, case.seed, None)
-        merges = {
-            g.name: find_merges(
-                [view(self.dense, t.module, t.index.flatten(), self.moments) for t in g.taps], g.size, "functional"
-            )
-            for g in self.groups
-        }
-        merges = measure_costs(self.dense, self.groups, merges, probe_images(self.batches), self.moments)
+        self.moments: dict[str, Moments] = observe(
+            self.dense, self.groups, self.batches, trace.cost.macs({}), case.seed, None
+        )
+        merges = {g.name: find_merges(views(self.dense, g, self.moments), g.size, "functional") for g in self.groups}
+        held = [images for images, _ in self.batches[4::5]]
+        merges = measure_costs(self.dense, self.groups, merges, held, len(case.images), self.moments, seed=case.seed)
         budget = {"macs": case.macs}
         self.keep, self.pruning_set, _ = cluster(self.groups, merges, trace, budget, "global", CLUSTER_TO)
 

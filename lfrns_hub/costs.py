@@ -1,21 +1,29 @@
-"""What every merge costs in loss: measured group by group, so that layers compare."""
+"""What every merge costs in loss: measured group by group where that is affordable, so that layers compare.
+
+N images, D input channels of a consumer, K of them kept and R removed.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.answers import Answer
+from lfrns_hub.answers import Answer, read_answer
 from lfrns_hub.contribution import Gate, answer_to
-from lfrns_hub.redundancy import Merges
-from lfrns_hub.responses import Moments
+from lfrns_hub.redundancy import RIDGE, Merges
+from lfrns_hub.responses import Moments, fold_matrix, fold_offset
 from lfrns_hub.running import device_of
-from lfrns_hub.taps import kept_channels, watched
+from lfrns_hub.taps import channel_count, channels_last, kept_channels, watched
 from lfrns_hub.units import UnitGroup
 
 PROBED_SHARES = (0.25, 0.5, 0.75)
+MOST_PROBES = 256
+FEWEST_PROBES = 8  # with fewer, what is measured is worse than what gradients tell
+FEWEST_GRADIENTS = 16
+GRADIENTS_EVERY = 32  # images, of which one is differentiated
 
 
 def measure_costs(
@@ -23,44 +31,168 @@ def measure_costs(
     groups: Sequence[UnitGroup],
     merges: dict[str, Merges],
     images: Sequence[Tensor],
+    calibration_images: int,
     moments: dict[str, Moments],
+    *,
+    seed: int,
     accelerator: Any = None,
 ) -> dict[str, Merges]:
-    """Give every merge its cost in loss: the divergence from the dense model, measured group by group.
+    """Give every merge its cost in loss: the divergence from the dense model, group by group.
 
-    Each group alone is cut to a few widths, its stand-ins folded in, on a few images; between the measured widths the
-    divergence is taken as linear in the cumulated cost of the merges. So costs of different layers compare.
+    Each group alone is cut to a few widths, its stand-ins folded in, on a few images; between these widths the
+    divergence is taken as linear in the cumulated cost of the merges. So costs of different layers compare. All these
+    forward passes together may be as many as those of calibration. Where that leaves fewer than FEWEST_PROBES images a
+    width, as for deep networks and few images, the divergence is estimated to second order, for all groups by the same
+    few backward passes.
 
     Args:
         model: The dense network in eval mode.
         groups: The groups that are cut.
         merges: Their hierarchies, with costs that compare within a group.
-        images: Batches [N, C, H, W].
+        images: Batches [N, C, H, W] to probe on, held out from the moments' fitting part.
+        calibration_images: How many there are in all.
         moments: Responses per consumer.
-        accelerator: Given, each process takes its share of the groups.
+        seed: Of the labels drawn for the estimate.
+        accelerator: Given, each process takes its share of the groups, or of the images.
     Returns:
         The same orders, costs in nats an image (of features: in shares of their variance), non-decreasing.
     Source: ours; DESIGN.md section 5 asks for a cost in terms of the loss.
     """
-    with torch.no_grad():
-        dense = [answer_to(model, batch) for batch in images]
-    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     counts = {}
     for group in groups:
         order = merges[group.name].order
         counts[group.name] = sorted({max(1, round(len(order) * share)) for share in PROBED_SHARES}) if order else []
+    probes = calibration_images // max(1, sum(map(len, counts.values())))
+    differentiable = images[0].is_floating_point()
+    if probes >= FEWEST_PROBES or not differentiable:
+        probed = first_images(images, min(max(probes, FEWEST_PROBES), MOST_PROBES))
+        found = measured(model, groups, merges, counts, probed, moments, accelerator)
+    else:
+        probed = first_images(images, max(FEWEST_GRADIENTS, calibration_images // GRADIENTS_EVERY))
+        found = estimated(model, groups, merges, counts, probed, moments, seed, accelerator)
+    return {
+        group.name: spread(merges[group.name], counts[group.name], row.tolist())
+        for group, row in zip(groups, found, strict=True)
+    }
+
+
+def first_images(batches: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Give the first images of some batches, in batches."""
+    chosen: list[Tensor] = []
+    for batch in batches:
+        chosen.append(batch[: count - sum(map(len, chosen))])
+    return [batch for batch in chosen if len(batch)]
+
+
+def measured(
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    merges: dict[str, Merges],
+    counts: dict[str, list[int]],
+    images: Sequence[Tensor],
+    moments: dict[str, Moments],
+    accelerator: Any,
+) -> Tensor:
+    """Run the network once for each group and width: the divergence per image, [groups, widths], float64."""
+    with torch.no_grad():
+        dense = [answer_to(model, batch) for batch in images]
+    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     found = torch.zeros(len(groups), len(PROBED_SHARES), dtype=torch.float64)
     for number in range(rank, len(groups), ranks):
         group = groups[number]
         for place, count in enumerate(counts[group.name]):
             gone = merges[group.name].order[:count]
             found[number, place] = divergence(model, group, gone, images, dense, moments)
+    return accelerator.reduce(found.to(accelerator.device), "sum").cpu() if ranks > 1 else found
+
+
+@dataclass
+class Change:
+    """What one consumer's input loses at one width of a group: x_R becomes x_K F + b.
+
+    Attributes:
+        group, place: Of the divergence that it is part of.
+        keep, leave: Channels kept [K] and cut [R], int64.
+        weight, offset: F [K, R] and b [R], float32.
+    """
+
+    group: int
+    place: int
+    keep: Tensor
+    leave: Tensor
+    weight: Tensor
+    offset: Tensor
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Give the change of the removed channels of some rows [..., D], [..., R]."""
+        return rows[..., self.keep] @ self.weight + self.offset - rows[..., self.leave]
+
+
+def estimated(
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    merges: dict[str, Merges],
+    counts: dict[str, list[int]],
+    images: Sequence[Tensor],
+    moments: dict[str, Moments],
+    seed: int,
+    accelerator: Any,
+) -> Tensor:
+    """Estimate the same divergence to second order, [groups, widths], float64.
+
+    With g the gradient, at the consumers' inputs, of the loss to a label drawn from the model's own answer, and d what
+    the inputs change by, it is half the mean over the images of (sum of g d)^2, the sum over positions, channels and
+    consumers: d^T F d / 2 with the Fisher information F. Errors of one sign at all positions, which a global pool
+    adds up, count as such.
+    """
+    device = device_of(model)
+    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    changes: dict[str, list[Change]] = {}
+    for number, group in enumerate(groups):
+        for place, count in enumerate(counts[group.name]):
+            for tap in group.taps:
+                removed = tap.index[merges[group.name].order[:count]]
+                keep, leave = kept_channels(model, tap.module, [removed]), removed.flatten().sort().values
+                of_tap = moments[tap.module]
+                fold = fold_matrix(of_tap.matrix(), keep, leave, RIDGE)
+                offset = fold_offset(of_tap, keep, leave, fold) if of_tap.centred else torch.zeros(len(leave))
+                figures = (keep, leave, fold.T.float().contiguous(), offset.float())
+                changes.setdefault(tap.module, []).append(Change(number, place, *(f.to(device) for f in figures)))
+    found = torch.zeros(len(groups), len(PROBED_SHARES), dtype=torch.float64)
+    pieces = [piece for batch in images for piece in batch.split(max(1, len(batch) // 8))]
+    for number, piece in enumerate(pieces):
+        if number % ranks != rank:
+            continue
+        read: dict[str, Tensor] = {}
+
+        def alone(name: str, read: dict[str, Tensor] = read) -> Any:
+            def hook(module: nn.Module, value: Tensor) -> Tensor:
+                read[name] = value.clone()  # so that its gradient is this consumer's alone
+                return read[name]
+
+            return hook
+
+        with watched(model, {name: alone(name) for name in changes}), torch.enable_grad():
+            answer = read_answer(model, model(piece.to(device).detach().requires_grad_()))
+            loss = answer.drawn_loss(torch.Generator().manual_seed(seed * 1_000_003 + number))
+        values = {name: tensor for name, tensor in read.items() if tensor.requires_grad}
+        gradients = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
+        slopes = torch.zeros(*found.shape, len(piece), dtype=torch.float64)
+        for (name, tensor), gradient in zip(values.items(), gradients, strict=True):
+            if gradient is None:
+                continue
+            module = model.get_submodule(name)
+            rows, slope = (
+                channels_last(module, t).reshape(len(piece), -1, channel_count(module))
+                for t in (tensor.detach(), gradient)
+            )
+            for change in changes[name]:
+                product = slope[..., change.leave] * change.of(rows)
+                slopes[change.group, change.place] += product.sum((1, 2)).double().cpu()
+        found += 0.5 * slopes.square().sum(2)
     if ranks > 1:
         found = accelerator.reduce(found.to(accelerator.device), "sum").cpu()
-    return {
-        group.name: spread(merges[group.name], counts[group.name], row.tolist())
-        for group, row in zip(groups, found, strict=True)
-    }
+    return (found / sum(map(len, images))).cummax(1).values
 
 
 def spread(merges: Merges, counts: list[int], measured: list[float]) -> Merges:

@@ -191,8 +191,12 @@ class Layer:
 
         own = inner[0].diagonal(dim1=-2, dim2=-1).clamp(min=0)
         prior = PRIOR_ROWS * fourth / own.clamp(min=1e-30) + 1e-9 * own.amax(-1, keepdim=True) + 1e-30
-        fits = (solve(inner[0], cross[0], start, ridge * own + prior) for ridge in RIDGES)
-        best = min([start, *fits], key=error)
+        best, least = start, error(start)
+        for ridge in reversed(RIDGES):  # the error has one valley: what comes after it is not solved for
+            fit = solve(inner[0], cross[0], start, ridge * own + prior)
+            if (now := error(fit)) >= least:
+                break
+            best, least = fit, now
         whole = square[judge]
         if has_offset:
             whole = whole - cross[judge][..., -1].square() / inner[judge][:, -1:, -1]
@@ -207,7 +211,7 @@ class Layer:
         if len(weight) != len(self.kept):
             return weight.new_zeros(groups, len(self.kept) // groups, weight[0].numel() + 1)
         offset = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.detach().double().cpu()
-        return torch.cat([weight.view(groups, len(weight) // groups, -1), offset.view(groups, -1, 1)], 2)
+        return torch.cat([weight.reshape(groups, len(weight) // groups, -1), offset.view(groups, -1, 1)], 2)
 
     def write(self, fit: Fit) -> None:
         """Set the layer's weight; its offset goes into the bias, or into the norm's running mean."""

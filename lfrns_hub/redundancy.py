@@ -6,12 +6,16 @@ U units of width w, D = U x w channels at a tap, O outputs of its consumer.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
 RIDGE = 1e-3  # of each channel's own variance: what the moments of a few thousand rows can tell apart
 MIN_R2 = 0.5  # from here on a removed unit counts as redundant, below as weak
+CANDIDATES = 128  # channels among which a round removes
+MIN_ROUND = 8  # channels that leave in a round at least
+WIDE = 1024
 
 
 @dataclass
@@ -43,13 +47,9 @@ def weight_gram(weight: Tensor, channels: Tensor, loss_weight: Tensor) -> Tensor
         channels: The group's input channels, [D], int64.
         loss_weight: What a squared error at each output costs, [O].
     """
-    flat = (
-        weight.detach().cpu().double()[:, channels].flatten(2)
-        if weight.ndim > 2
-        else weight.detach().cpu().double()[:, channels]
-    )
-    flat = flat * loss_weight.view(-1, *[1] * (flat.ndim - 1)).sqrt()
-    return torch.einsum("ocp,odp->cd", flat, flat) if flat.ndim == 3 else flat.T @ flat
+    chosen = weight.detach().cpu().double()[:, channels]
+    flat = (chosen * loss_weight.view(-1, *[1] * (chosen.ndim - 1)).sqrt()).movedim(1, -1).reshape(-1, len(channels))
+    return flat.T @ flat
 
 
 def eliminate(taps: Sequence[TapView], units: int, keep_at_least: int = 1) -> Merges:
@@ -58,6 +58,9 @@ def eliminate(taps: Sequence[TapView], units: int, keep_at_least: int = 1) -> Me
     The functional distance of a unit to the rest of its group: the error at the consumers' outputs, in units of the
     loss, when the unit is replaced by its least-squares estimate from the units that are left, whose weights already
     carry the units merged before.
+
+    Units leave in rounds: the cheapest of a round are its candidates, and among them every removal counts at once.
+    What it changes for the others is made up for after the round, as products of matrices.
 
     Args:
         taps: What each consumer sees of the group, channels unit after unit.
@@ -69,102 +72,134 @@ def eliminate(taps: Sequence[TapView], units: int, keep_at_least: int = 1) -> Me
         downdate is that of Hassibi and Stork's optimal brain surgeon (1993), applied to activations.
     """
     views = [Elimination(tap, units) for tap in taps]
+    width, places = views[0].width, torch.arange(units)  # the unit at each place of the matrices
     alive = torch.ones(units, dtype=torch.bool)
-    order, cost, so_far = [], [], 0.0
-    for _ in range(units - keep_at_least):
-        costs = sum(view.unit_costs() for view in views)
-        costs[~alive] = float("inf")
-        unit = int(costs.argmin())
-        so_far = max(so_far, 0.5 * float(costs[unit]))
-        order.append(unit)
-        cost.append(so_far)
-        alive[unit] = False
+    order: list[int] = []
+    cost: list[float] = []
+    while len(order) < units - keep_at_least:
+        costs = torch.stack([view.unit_costs() for view in views]).sum(0).masked_fill(~alive, float("inf"))
+        left = units - len(order)
+        least = max(MIN_ROUND // width, left // 32, 1)
+        near = costs.argsort(stable=True)[: min(left, max(CANDIDATES // width, 2 * least))]
+        others = float(costs.index_fill(0, near, float("inf")).min())
+        most = min(left - keep_at_least, len(near))
+        gone, paid = remove_candidates([view.block(near) for view in views], others, min(least, most), most)
+        gone = near[gone]
+        order += places[gone].tolist()
+        cost += paid
         for view in views:
-            view.remove(unit)
-    return Merges(order, cost)
+            view.remove(gone)
+        alive[gone] = False
+        if alive.sum() < 0.75 * len(alive):
+            places = places[alive]
+            for view in views:
+                view.compact(alive)
+            alive = torch.ones(len(places), dtype=torch.bool)
+    return Merges(order, (0.5 * torch.tensor(cost, dtype=torch.float64)).cummax(0).values.tolist() if cost else [])
+
+
+def remove_candidates(
+    blocks: Sequence[tuple[Tensor, Tensor]], others: float, least: int, most: int
+) -> tuple[list[int], list[float]]:
+    """Remove units of a few candidates one after the other, until the others are cheaper.
+
+    A removal is a downdate: with the unit's rows R of the precision, its block R_u and the share S = R^T R_u^-1 that
+    each channel takes over, the precision loses S R and the Gram matrix S E + (S E)^T, E = C - B S^T / 2, C being the
+    unit's rows of the Gram matrix and B its block.
+
+    Args:
+        blocks: Of each tap precision and Gram matrix of the candidates, [c, w, c, w].
+        others: What the cheapest of the units costs that are no candidates.
+        least, most: How many leave.
+    Returns:
+        Places of those removed, in order, and what each cost: twice the error.
+    """
+    count, width = blocks[0][0].shape[:2]
+    size, own = count * width, np.arange(count)
+    precision, gram = (np.stack([b[i].double().numpy().reshape(size, size) for b in blocks]) for i in (0, 1))  # [T, .]
+    views = [matrix.reshape(len(blocks), count, width, count, width) for matrix in (precision, gram)]
+    alive = np.ones(count, dtype=bool)
+    gone: list[int] = []
+    paid: list[float] = []
+    while len(gone) < most:
+        diagonal, weights = (view[:, own, :, own] for view in views)  # [c, T, w, w]
+        if width == 1:
+            costs = (weights.clip(min=0) / diagonal.clip(min=1e-300)).sum((1, 2, 3))
+        else:
+            diagonal[~alive] = np.eye(width)
+            costs = (np.linalg.inv(diagonal) * weights.swapaxes(2, 3)).sum((2, 3)).clip(min=0).sum(1)
+        costs[~alive] = np.inf
+        unit = int(costs.argmin())
+        if len(gone) >= least and costs[unit] > others:
+            break
+        gone.append(unit)
+        paid.append(float(costs[unit]))
+        alive[unit] = False
+        out = slice(unit * width, (unit + 1) * width)
+        rows, block = precision[:, out], precision[:, out, out]
+        share = rows.swapaxes(1, 2) @ (1 / block if width == 1 else np.linalg.inv(block))  # [T, c w, w]
+        moved = gram[:, out] - 0.5 * gram[:, out, out] @ share.swapaxes(1, 2)
+        precision -= share @ rows
+        change = share @ moved
+        gram -= change
+        gram -= change.swapaxes(1, 2)
+    return gone, paid
 
 
 class Elimination:
     """One tap's precision matrix and the Gram matrix of its consumer's weights while units leave.
 
-    A removal is a downdate of rank w: with the unit's rows R of the precision and C of the Gram matrix, its blocks
-    R_u and B on the diagonals and the share S = R^T R_u^-1 that each channel takes over, the precision loses S R and
-    the Gram matrix S E + (S E)^T, E = C - B S^T / 2. Diagonal blocks are brought up to date at once, all else when some
-    downdates have gathered: as one product of matrices, and without the channels that have left.
+    Both are of channels of unit variance. Channels that are out carry nothing until they are dropped.
 
     Attributes:
-        precision, gram: As of the last product, of the channels that were left then, [D, D], float64.
-        shares: S of the downdates since, [D, k].
-        rows, moved: Their R and E, [k, D].
-        precision_blocks, gram_blocks: Diagonal blocks of all units, up to date, [U, w, w].
+        width: Channels a unit, w.
+        precision, gram: [D, D]; float64 up to WIDE channels, above float32, in which a thousand channels cost half.
     """
 
-    GATHERED = 64  # channels that leave between two products
-
     def __init__(self, tap: TapView, units: int):
-        scale = tap.second.diagonal().clamp(min=0)
-        floor = float(scale.max()) * 1e-9 + 1e-30
+        variance = tap.second.diagonal().clamp(min=0)
+        scale = (variance + float(variance.max()) * 1e-9 + 1e-30).sqrt()
+        dtype = torch.float64 if len(scale) <= WIDE else torch.float32
         self.width = len(scale) // units
-        self.precision = torch.linalg.inv(tap.second + torch.diag(RIDGE * scale + floor))
-        self.gram = tap.gram.clone()
-        self.precision_blocks, self.gram_blocks = self.diagonal(self.precision), self.diagonal(self.gram)
-        self.left = torch.arange(units)  # unit at each place of the matrices
-        self.place = torch.arange(units)
-        self.gone = torch.zeros(units, dtype=torch.bool)
-        self.forget()
+        correlation = tap.second / scale / scale[:, None]
+        ridge, failed = RIDGE, True
+        while failed:  # moments of fewer rows than channels may be off by more than the ridge
+            correlation.diagonal().add_(ridge)
+            factor, failed = torch.linalg.cholesky_ex(correlation)
+            ridge *= 10
+        self.precision = torch.cholesky_inverse(factor).to(dtype)
+        self.gram = (tap.gram * scale * scale[:, None]).to(dtype)
 
-    def forget(self) -> None:
-        """Start to gather anew."""
-        size = self.precision.shape[0]
-        self.shares, self.rows, self.moved = (self.precision.new_zeros(s) for s in ((size, 0), (0, size), (0, size)))
-
-    def diagonal(self, matrix: Tensor) -> Tensor:
-        """Give the diagonal blocks, [U, w, w]."""
-        blocks = matrix.view(-1, self.width, matrix.shape[1] // self.width, self.width)
-        return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+    def blocks(self, matrix: Tensor) -> Tensor:
+        """View a matrix unit by unit, [U, w, U, w]."""
+        return matrix.view(-1, self.width, matrix.shape[1] // self.width, self.width)
 
     def unit_costs(self) -> Tensor:
         """Give the error of removing each unit, [U]: trace of its Gram block times its conditional covariance."""
         if self.width == 1:
-            return self.gram_blocks.flatten().clamp(min=0) / self.precision_blocks.flatten().clamp(min=1e-300)
-        live = torch.eye(self.width, dtype=self.gram.dtype) * self.gone.view(-1, 1, 1)
-        return (torch.linalg.inv(self.precision_blocks + live) * self.gram_blocks.mT).sum((1, 2)).clamp(min=0)
+            return (self.gram.diagonal() / self.precision.diagonal()).clamp(min=0).double()
+        own = [self.blocks(m).diagonal(dim1=0, dim2=2).permute(2, 0, 1) for m in (self.precision, self.gram)]
+        return (torch.linalg.inv(own[0]) * own[1].mT).sum((1, 2)).clamp(min=0).double()
 
-    def remove(self, unit: int) -> None:
-        """Take a unit out and give its weights to the others."""
-        own = slice(int(self.place[unit]) * self.width, (int(self.place[unit]) + 1) * self.width)
-        rows = self.precision[own] - self.shares[own] @ self.rows
-        share = rows.T @ torch.linalg.inv(self.precision_blocks[unit])
-        moved = self.gram[own] - self.shares[own] @ self.moved - self.moved[:, own].T @ self.shares.T
-        moved = moved - 0.5 * self.gram_blocks[unit] @ share.T
+    def block(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Give precision and Gram matrix of some units, [c, w, c, w]."""
+        precision, gram = (self.blocks(m)[chosen][:, :, chosen] for m in (self.precision, self.gram))
+        return precision, gram
 
-        shares = share.view(len(self.left), self.width, self.width)
-        self.precision_blocks[self.left] -= shares @ self.by_unit(rows)
-        change = shares @ self.by_unit(moved)
-        self.gram_blocks[self.left] -= change + change.mT
-        self.gone[unit] = True
-        self.precision_blocks[unit] = self.gram_blocks[unit] = 0
+    def remove(self, gone: Tensor) -> None:
+        """Take units out, [b], and give their weights to the others."""
+        out = (gone[:, None] * self.width + torch.arange(self.width)).flatten()
+        rows, moved = self.precision[out], self.gram[out]
+        share = torch.linalg.inv(rows[:, out]) @ rows  # what each channel takes over, [b, D]
+        moved = moved.addmm_(moved[:, out], share, alpha=-0.5)
+        self.precision.addmm_(share.T, rows, alpha=-1)
+        self.gram.addmm_(torch.cat([share, moved]).T, torch.cat([moved, share]), alpha=-1)
+        self.precision[out, out] = 1.0  # all else of theirs is zero now, up to rounding
 
-        self.shares = torch.cat([self.shares, share], 1)
-        self.rows, self.moved = torch.cat([self.rows, rows]), torch.cat([self.moved, moved])
-        if self.shares.shape[1] >= self.GATHERED:
-            self.multiply()
-
-    def by_unit(self, rows: Tensor) -> Tensor:
-        """Split rows [w, D] into units, [U, w, w]."""
-        return rows.view(self.width, -1, self.width).transpose(0, 1)
-
-    def multiply(self) -> None:
-        """Bring both matrices up to date and drop the channels that have left."""
-        stay = ~self.gone[self.left]
-        channels = stay.repeat_interleave(self.width)
-        shares, rows, moved = self.shares[channels], self.rows[:, channels], self.moved[:, channels]
-        self.precision = self.precision[channels][:, channels] - shares @ rows
-        change = shares @ moved
-        self.gram = self.gram[channels][:, channels] - change - change.T
-        self.left = self.left[stay]
-        self.place[self.left] = torch.arange(len(self.left))
-        self.forget()
+    def compact(self, stay: Tensor) -> None:
+        """Drop the units that are out, [U] bool."""
+        kept = stay.repeat_interleave(self.width).nonzero().flatten()
+        self.precision, self.gram = (m.index_select(0, kept).index_select(1, kept) for m in (self.precision, self.gram))
 
 
 def unit_correlation(taps: Sequence[TapView], units: int) -> Tensor:

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from lfrns_hub.batches import split_batch
-from lfrns_hub.redundancy import MIN_R2, TapView, stand_ins
+from lfrns_hub.redundancy import MIN_R2, stand_ins
 from lfrns_hub.responses import Moments, integrity
 from lfrns_hub.taps import kept_channels
 from lfrns_hub.units import SlimPlan, UnitGroup
@@ -86,14 +86,15 @@ def measure_integrity(
 
 
 def report_group(
-    group: UnitGroup, plan: SlimPlan, views: list[TapView], restored: int, whole: dict[str, float]
+    group: UnitGroup, plan: SlimPlan, moments: dict[str, Moments], restored: int, whole: dict[str, float]
 ) -> GroupReport:
     """Say of a group what left as redundant and as weak, and how whole its function is."""
     kept, removed = plan.kept(group), plan.removed(group)
     redundant, weak = [], []
     if removed:
-        width = group.taps[0].index.shape[1]
-        names, scores = stand_ins(views[0].second, torch.tensor(kept), torch.tensor(removed), width)
+        first = group.taps[0]
+        second = moments[first.module].matrix(channels=first.index.flatten())
+        names, scores = stand_ins(second, torch.tensor(kept), torch.tensor(removed), first.index.shape[1])
         for unit, others, r2 in zip(removed, names, scores, strict=True):
             row = {"unit": unit, "stand_ins": others, "r2": round(r2, 4)}
             (redundant if r2 >= MIN_R2 else weak).append(row)

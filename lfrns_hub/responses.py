@@ -3,8 +3,11 @@
 N rows (images x positions), D input channels of a consumer, O its outputs. Nothing of size N x D is kept.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
@@ -12,10 +15,16 @@ from torch import Tensor, nn
 
 from lfrns_hub.answers import read_answer
 from lfrns_hub.batches import split_batch
+from lfrns_hub.running import as_input
 from lfrns_hub.taps import channel_count, channels_last, watched
 
 HELD_OUT_EVERY = 5  # every fifth batch chooses the ridge; the others fit
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+ROWS_PER_CHANNEL = 4  # at least: what a covariance needs that is to be inverted
+MOMENTS_SHARE = 0.05  # of the forward passes' MACs, for the products of rows
+BLOCK = 256  # channels; the products of a wider tap are symmetric in blocks of an eighth
+WEIGHED_EVERY = 32  # images, of which one is differentiated for the loss weights
+LEAST_WEIGHED = 8
 
 
 @dataclass
@@ -34,21 +43,44 @@ class Moments:
     square: Tensor
     loss_weight: Tensor
 
+    @classmethod
+    def empty(cls, module: nn.Module) -> "Moments":
+        """Give the moments of a consumer before any image."""
+        width = channel_count(module)
+        shapes = ((2,), (2, width), (2, width, width), (module.weight.shape[0],))
+        return cls(is_unpadded(module), *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def complete(self, means: dict[int, list[Tensor]]) -> None:
+        """Add what `accumulate` leaves out, in place: the products below the diagonal's blocks, and of the means.
+
+        Args:
+            means: For each part what `accumulate` gave, [D].
+        """
+        block = max(BLOCK, -(-self.width // 8))
+        for at in range(block, self.width, block):
+            self.square[:, at : at + block, :at] = self.square[:, :at, at : at + block].mT
+        for part, of_part in means.items():
+            scaled = torch.stack(of_part)
+            self.square[part].addmm_(scaled.T, scaled)
+
     @property
     def width(self) -> int:
         """Number of input channels D."""
         return self.total.shape[1]
 
-    def matrix(self, part: int | None = None) -> Tensor:
+    def matrix(self, part: int | None = None, channels: Tensor | None = None) -> Tensor:
         """Give the covariance, or for a padded consumer the raw second moment, [D, D], float64.
 
         Args:
             part: 0 the fitting images, 1 the held-out ones, None both.
+            channels: Of these alone, int64; None all.
         """
         if part is None or self.count[part] == 0:
             count, total, square = self.count.sum(), self.total.sum(0), self.square.sum(0)
         else:
             count, total, square = self.count[part], self.total[part], self.square[part]
+        if channels is not None:
+            total, square = total[channels], square[channels][:, channels]
         second = square / count
         if self.centred:
             mean = total / count
@@ -70,87 +102,126 @@ def collect(
     taps: Sequence[str],
     batches: Sequence[Any],
     *,
-    loss_batches: int,
+    macs: float,
     seed: int,
     accelerator: Any = None,
 ) -> dict[str, Moments]:
-    """Run images and keep the moments at each tap.
+    """Run the images once and keep the moments at each tap.
+
+    All rows of all images are more than the moments need, and cost as much as the network itself. Of each tap so many
+    are drawn that their products cost a twentieth of the passes, but at least four for each channel.
 
     Args:
         model: The dense network, in eval mode.
         taps: Names of consumers.
         batches: Batches as the user's loader yields them; labels are not needed.
-        loss_batches: On how many batches the loss weights are measured, by a backward pass each.
-        seed: Of the subsample of positions and of the labels drawn from the model's own predictions.
+        macs: Of the forward pass of one image.
+        seed: Of the rows drawn and of the labels drawn from the model's own predictions.
         accelerator: Given, each process takes its share of the batches and the sums are reduced.
     Returns:
-        Moments per consumer.
+        Moments per consumer; those that read the same tensor share them.
     Source: Moments of the features as DESIGN.md section 4; the loss weights are the diagonal of the Fisher
-        information at the consumers' outputs, with labels drawn from the model's own distribution (`drawn_loss`).
+        information at the consumers' outputs, with labels drawn from the model's own distribution (`drawn_loss`), on
+        one image of WEIGHED_EVERY.
     """
-    device = next(model.parameters()).device
     modules = {name: model.get_submodule(name) for name in taps}
-    moments = {}
-    for name, module in modules.items():
-        width, outputs = channel_count(module), module.weight.shape[0]
-        moments[name] = Moments(
-            is_unpadded(module), torch.zeros(2, dtype=torch.float64), torch.zeros(2, width, dtype=torch.float64),
-            torch.zeros(2, width, width, dtype=torch.float64), torch.zeros(outputs, dtype=torch.float64),
-        )  # fmt: skip
+    images_of = [split_batch(batch)[0] for batch in batches]
+    readers = first_readers(model, taps, as_input(images_of[0][:1], model))
+    moments = {name: Moments.empty(modules[name]) for name in taps if readers[name] == name}
+    count = sum(map(len, images_of))
+    rows = {
+        name: max(ROWS_PER_CHANNEL * m.width / count, MOMENTS_SHARE * macs / len(moments) / m.width**2)
+        for name, m in moments.items()
+    }
+    means: dict[str, dict[int, list[Tensor]]] = {name: defaultdict(list) for name in moments}
+    loss_weights = {name: torch.zeros(len(m.weight), dtype=torch.float64) for name, m in modules.items()}
+    weighed, to_weigh = torch.zeros(1, dtype=torch.float64), max(LEAST_WEIGHED, count // WEIGHED_EVERY)
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    images_seen = torch.zeros(1, dtype=torch.float64)
-    for number, batch in enumerate(batches):
+    for number, images in enumerate(images_of):
+        weighing = min(len(images), to_weigh)
+        to_weigh -= weighing
         if number % ranks != rank:
             continue
-        images, _ = split_batch(batch)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         part = int(number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
-
-        def observe(name: str, generator: torch.Generator = generator, part: int = part) -> Any:
-            def hook(module: nn.Module, value: Tensor) -> None:
-                accumulate(moments[name], channels_last(module, value.detach()), part, generator)
-
-            return hook
-
-        with watched(model, {name: observe(name) for name in taps}):
-            if number < loss_batches:
-                add_loss_weights(model, modules, moments, images.to(device), generator)
-                images_seen += len(images)
-            else:
-                with torch.no_grad():
-                    model(images.to(device))
+        # A backward pass keeps the whole network's activations: with few images it needs no more memory than a batch.
+        pieces = [*images[:weighing].split(max(1, len(images) // 8)), images[weighing:]] if weighing else [images]
+        for place, some in enumerate(pieces):
+            some = as_input(some, model)
+            observe = {
+                name: partial(accumulate, m, means[name][part], ceil(rows[name] * len(some)), part, generator)
+                for name, m in moments.items()
+            }
+            with watched(model, observe):
+                if weighing and place < len(pieces) - 1:
+                    add_loss_weights(model, modules, loss_weights, some, generator)
+                    weighed += len(some)
+                elif len(some):
+                    with torch.no_grad():
+                        model(some)
+    for name, m in moments.items():
+        m.complete(means[name])
     if ranks > 1:
-        for m in moments.values():
-            for tensor in (m.count, m.total, m.square, m.loss_weight):
-                tensor.copy_(accelerator.reduce(tensor.to(accelerator.device), "sum").cpu())
-        images_seen = accelerator.reduce(images_seen.to(accelerator.device), "sum").cpu()
-    for m in moments.values():
-        m.loss_weight /= images_seen.clamp(min=1)
-    return moments
-
-
-def accumulate(moments: Moments, value: Tensor, part: int, generator: torch.Generator) -> None:
-    """Add a seeded subsample of rows of `value` [..., D] to the moments, products in float32."""
-    width = value.shape[-1]
-    lead = value.shape[:-1].numel()
-    most = max(4096, 2 * width)
-    if lead > most:
-        positions = torch.unravel_index(
-            torch.randint(lead, (most,), generator=generator).to(value.device), value.shape[:-1]
+        sums = [t for m in moments.values() for t in (m.count, m.total, m.square)]
+        for tensor in [*sums, *loss_weights.values(), weighed]:
+            tensor.copy_(accelerator.reduce(tensor.to(accelerator.device), "sum").cpu())
+    return {
+        name: replace(
+            moments[readers[name]],
+            centred=is_unpadded(module),
+            loss_weight=loss_weights[name] / weighed.clamp(min=1),
         )
-        rows = value[positions].float()
+        for name, module in modules.items()
+    }
+
+
+def first_readers(model: nn.Module, taps: Sequence[str], image: Tensor) -> dict[str, str]:
+    """Give for each consumer the first one that reads the same tensors, at every call: itself, if there is none."""
+    read: dict[str, list[Tensor]] = {name: [] for name in taps}
+    with watched(model, {name: lambda _, value, name=name: read[name].append(value) for name in taps}), torch.no_grad():
+        model(image)
+    firsts: dict[tuple[int, ...], str] = {}
+    # Tensors that are held here have each an id of their own.
+    return {name: firsts.setdefault(tuple(map(id, values)) or (name,), name) for name, values in read.items()}
+
+
+def accumulate(
+    moments: Moments,
+    means: list[Tensor],
+    wanted: int,
+    part: int,
+    generator: torch.Generator,
+    module: nn.Module,
+    value: Tensor,
+) -> None:
+    """Add a seeded subsample of rows of a consumer's input to the moments, products in float32.
+
+    The products are of the rows about their mean: where it is large, float32 would lose what differs between rows. Its
+    own product, and those below the diagonal's blocks, are left to `Moments.complete`.
+    """
+    value = channels_last(module, value.detach())
+    lead, width = value.shape[:-1], value.shape[-1]
+    if lead.numel() > wanted:
+        drawn = torch.randint(lead.numel(), (wanted,), generator=generator).to(value.device)
+        rows = value[torch.unravel_index(drawn, lead)].float()
     else:
         rows = value.reshape(-1, width).float()
+    block = max(BLOCK, -(-width // 8))
     with torch.autocast(rows.device.type, enabled=False):
+        mean = rows.mean(0)
+        rows = rows - mean
+        total = rows.sum(0, dtype=torch.float64).cpu() + len(rows) * mean.double().cpu()
         moments.count[part] += len(rows)
-        moments.total[part] += rows.double().sum(0).cpu()
-        moments.square[part] += (rows.T @ rows).double().cpu()
+        moments.total[part] += total
+        means.append(total / len(rows) ** 0.5)
+        for at in range(0, width, block):
+            moments.square[part, at : at + block, at:] += (rows[:, at : at + block].T @ rows[:, at:]).cpu()
 
 
 def add_loss_weights(
     model: nn.Module,
     modules: dict[str, nn.Module],
-    moments: dict[str, Moments],
+    loss_weights: dict[str, Tensor],
     images: Tensor,
     generator: torch.Generator,
 ) -> None:
@@ -158,8 +229,8 @@ def add_loss_weights(
     if not images.is_floating_point():  # nothing to differentiate by: all outputs weigh alike
         with torch.no_grad():
             model(images)
-        for m in moments.values():
-            m.loss_weight += len(images)
+        for weight in loss_weights.values():
+            weight += len(images)
         return
     outputs: dict[str, Tensor] = {}
     handles = [
@@ -177,9 +248,8 @@ def add_loss_weights(
     for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
         if gradient is not None:
             rows = channels_last(modules[name], gradient)
-            moments[name].loss_weight += (
-                rows.reshape(-1, output.shape[-1 if rows.shape == output.shape else 1]).double().square().sum(0).cpu()
-            )
+            channels = output.shape[-1 if rows.shape == output.shape else 1]
+            loss_weights[name] += rows.reshape(-1, channels).square().sum(0, dtype=torch.float64).cpu()
 
 
 def fold_matrix(second: Tensor, keep: Tensor, leave: Tensor, ridge: float) -> Tensor:
@@ -193,7 +263,9 @@ def fold_matrix(second: Tensor, keep: Tensor, leave: Tensor, ridge: float) -> Te
     kept = second[keep][:, keep]
     scale = kept.diagonal().clamp(min=1e-30)
     system = kept + torch.diag(ridge * scale + 1e-12 * scale.max())
-    return torch.linalg.solve(system, second[keep][:, leave]).T
+    factor, failed = torch.linalg.cholesky_ex(system)
+    cross = second[keep][:, leave]
+    return (torch.linalg.solve(system, cross) if failed else torch.cholesky_solve(cross, factor)).T
 
 
 def weight_products(weight_OD: Tensor) -> Tensor:

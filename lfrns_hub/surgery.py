@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lfrns_hub.batches import read_logits
 from lfrns_hub.narrow import read_widths, set_width
 from lfrns_hub.responses import Moments, best_fold, fold_offset
+from lfrns_hub.running import as_input
 from lfrns_hub.taps import channel_count, kept_channels, multiplier, watched
 from lfrns_hub.units import SlimPlan, UnitGroup
 
@@ -107,6 +108,8 @@ def narrow_axis(model: nn.Module, name: str, dim: int, leaving: Tensor) -> None:
     stays = torch.ones(old.shape[dim], dtype=torch.bool)
     stays[leaving] = False
     new = old.detach().index_select(dim, stays.nonzero().flatten().to(old.device)).contiguous()
+    if old.ndim == 4 and not old.is_contiguous():
+        new = new.contiguous(memory_format=torch.channels_last)
     if isinstance(old, nn.Parameter):
         setattr(module, leaf, nn.Parameter(new, old.requires_grad))
     else:
@@ -192,7 +195,7 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
         norm.train()
     with torch.no_grad():
         for images in batches:
-            read_logits(copied(images))
+            read_logits(copied(as_input(images, copied)))
     for norm, before in zip(norms, befores, strict=True):
         norm.momentum = before.momentum
         norm.num_batches_tracked.copy_(before.num_batches_tracked)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfrns_hub.trace.ids import NONE, as_rows, collapse, varies
+from lfrns_hub.trace.ids import NONE, as_rows, collapse, distinct, varies
 from lfrns_hub.trace.rules import register_op
 
 UNARY = (
@@ -32,7 +32,7 @@ def unary(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tens
 @register_op(*(f"aten.{name}" for name in ACTIVATIONS.split()))
 def activation(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A nonlinearity: what passes it may be a neuron."""
-    trace.ids.activated.append(torch.unique(ids))
+    trace.ids.activated.append(distinct(ids))
     return ids
 
 
@@ -132,7 +132,7 @@ def softmax(trace: Any, node: Any, ids: Tensor, dim: int, *args: Any, **kwargs: 
 def gated(trace: Any, node: Any, ids: Tensor, dim: int = -1) -> Tensor:
     """The first half times the sigmoid of the second."""
     one, other = ids.chunk(2, dim)
-    trace.ids.activated.append(torch.unique(other))
+    trace.ids.activated.append(distinct(other))
     return tie_operands(trace, one, other)
 
 

@@ -100,21 +100,21 @@ class IdTable:
 
     def tie(self, one: Tensor, other: Tensor) -> None:
         """Say that ids leave together, position by position; NONE ties nothing."""
-        one, other = one.reshape(-1), other.reshape(-1)
+        one, other = (ids.reshape(-1) for ids in collapse(one, other))
         real = (one != NONE) & (other != NONE) & (one != other)
         if real.any():
-            pairs = torch.unique(torch.stack([one[real], other[real]]), dim=1)
-            self.edges.append((pairs[0], pairs[1]))
+            pairs = torch.unique(one[real] * self.count + other[real])  # one number a pair: far faster than columns
+            self.edges.append((pairs // self.count, pairs % self.count))
 
     def tie_all(self, ids: Tensor) -> None:
         """Say that all of these ids leave together."""
-        ids = torch.unique(ids[ids != NONE])
+        ids = distinct(ids)
         if len(ids) > 1:
             self.tie(ids[:-1], ids[1:])
 
     def freeze(self, ids: Tensor, reason: str) -> None:
         """Say that these ids never leave."""
-        ids = torch.unique(ids[ids != NONE])
+        ids = distinct(ids)
         if len(ids):
             self.frozen.append((ids, reason))
 
@@ -171,6 +171,14 @@ def resolve(ids: Tensor, labels: np.ndarray) -> np.ndarray:
     return np.where(flat == NONE, NONE, labels[np.maximum(flat, 0)])
 
 
+def distinct(ids: Tensor) -> Tensor:
+    """Give the ids that there are but NONE, ascending."""
+    for dim in range(ids.ndim):
+        if ids.stride(dim) == 0 and ids.shape[dim] > 1:
+            ids = ids.narrow(dim, 0, 1)
+    return torch.unique(ids[ids != NONE])
+
+
 def varies(ids: Tensor, dim: int) -> bool:
     """Say whether ids differ along an axis."""
     return ids.shape[dim] > 1 and ids.stride(dim) != 0 and bool((ids.narrow(dim, 0, 1) != ids).any())
@@ -193,4 +201,5 @@ def as_rows(ids: Tensor, dims: list[int]) -> Tensor:
             ids = ids.narrow(dim, 0, 1)
     rest = [d for d in range(ids.ndim) if d not in dims]
     columns = int(np.prod([ids.shape[d] for d in dims]))
-    return torch.unique(ids.permute(*rest, *dims).reshape(-1, columns), dim=0)
+    rows = ids.permute(*rest, *dims).reshape(-1, columns)
+    return rows if len(rows) == 1 else torch.unique(rows, dim=0)
