@@ -22,6 +22,7 @@ from lfrns_hub.units import SlimPlan, UnitGroup
 
 ROWS_PER_ENTRY = 4  # at least
 MAX_ROWS = 65536
+ROWS_SHARE = 0.25  # of the MACs of all images, for the products of rows beyond that
 TARGETS = 2**24  # figures kept for one layer: rows x outputs, 64 MiB
 MAX_ENTRIES = 4608  # 512 channels under a 3x3 kernel: 170 MB of moments, seconds to solve
 MAX_BYTES = 2**30  # of the largest activation: all images run at once
@@ -254,9 +255,11 @@ def fit_layers(
     images, held = every_image[chosen].to(device), held[chosen].to(device)
 
     layers = []
+    macs = len(images) * ranks * sum(places[s.module] * slim.get_submodule(s.module).weight.numel() for s in sites)
     for number, site in enumerate(sites):
         entries, outputs = slim.get_submodule(site.module).weight[0].numel() + 1, len(kept[site.module])
-        wanted = max(ROWS_PER_ENTRY * entries, min(MAX_ROWS, TARGETS // outputs))
+        cheap = int(ROWS_SHARE * macs / len(sites) / entries**2)
+        wanted = max(ROWS_PER_ENTRY * entries, min(MAX_ROWS, TARGETS // outputs, cheap))
         count = min(places[site.module], -(-wanted // (len(images) * ranks)))
         generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * ranks + rank)
         drawn = [torch.randperm(places[site.module], generator=generator)[:count] for _ in images]

@@ -1,0 +1,125 @@
+"""What merges cost in loss: the estimate against the divergence itself, and against a slow reference."""
+
+import pytest
+import torch
+from torch import nn
+
+from lfrns_hub.answers import read_answer
+from lfrns_hub.costs import estimated, first_images, measure_costs, measured, spread
+from lfrns_hub.redundancy import RIDGE, Merges, eliminate
+from lfrns_hub.responses import collect, fold_matrix, fold_offset
+from lfrns_hub.slim import analysis_copy, views
+from lfrns_hub.trace import trace_model
+
+
+class Net(nn.Module):
+    """Two blocks that share a residual width, one of them padded, and a classifier behind a pool."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.up = nn.Conv2d(8, 12, 1)
+        self.down = nn.Conv2d(12, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+        self.num_classes = 5
+
+    def forward(self, images):
+        x = self.stem(images).relu()
+        x = x + self.down(self.up(x).relu())
+        return self.head(x.relu().mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def case():
+    torch.manual_seed(0)
+    dense = analysis_copy(Net(), "cpu")
+    batches = [(torch.randn(16, 3, 8, 8), None) for _ in range(6)]
+    trace = trace_model(dense, batches[0][0][:1])
+    groups = [group for group in trace.groups if group.frozen_reason is None]
+    taps = list(dict.fromkeys(tap.module for group in groups for tap in group.taps))
+    moments = collect(dense, taps, batches, macs=trace.cost.macs({}), seed=0)
+    merges = {group.name: eliminate(views(dense, group, moments), group.size) for group in groups}
+    counts = {name: [1, len(one.order) // 2] for name, one in merges.items()}
+    return dense, groups, merges, counts, [images for images, _ in batches], moments
+
+
+def test_the_estimate_is_half_the_mean_square_of_gradients_times_changes(case):
+    """Against a loop over single images; a residual group is read by several consumers, whose parts add up."""
+    dense, groups, merges, counts, images, moments = case
+    assert any(len(group.taps) > 1 for group in groups)
+    found = estimated(dense, groups, merges, counts, images[:1], moments, seed=3, accelerator=None)
+    expected = torch.zeros(len(groups), 3, dtype=torch.float64)
+    for number, piece in enumerate(images[0].split(2)):
+        generator = torch.Generator().manual_seed(3 * 1_000_003 + number)
+        drawn = torch.multinomial(dense(piece).softmax(-1), 1, generator=generator).flatten()
+        for image, label in zip(piece, drawn, strict=True):
+            for row, group in enumerate(groups):
+                for place, count in enumerate(counts[group.name]):
+                    slope = sum(
+                        slope_of(dense, tap, merges[group.name].order[:count], moments, image, label)
+                        for tap in group.taps
+                    )
+                    expected[row, place] += 0.5 * slope**2 / len(images[0])
+    torch.testing.assert_close(found[:, :2], expected.cummax(1).values[:, :2], rtol=1e-3, atol=1e-9)
+
+
+def slope_of(dense, tap, gone, moments, image, label):
+    """Change of one image's loss, to first order, when one consumer reads stand-ins in place of units."""
+    removed = tap.index[gone].flatten().sort().values
+    kept = torch.tensor([c for c in range(moments[tap.module].width) if c not in removed.tolist()])
+    fold = fold_matrix(moments[tap.module].matrix(), kept, removed, RIDGE).float()
+    read = []
+    module = dense.get_submodule(tap.module)
+    handle = module.register_forward_pre_hook(lambda _, args: (read.append(args[0] + 0) or read[-1],))
+    with torch.enable_grad():
+        logits = dense(image[None].clone().requires_grad_())
+        loss = nn.functional.cross_entropy(logits, label[None])
+        gradient = torch.autograd.grad(loss, read[0])[0]
+    handle.remove()
+    value, gradient = (t if isinstance(module, nn.Linear) else t.movedim(1, -1) for t in (read[0].detach(), gradient))
+    stands = value[..., kept] @ fold.T
+    if moments[tap.module].centred:
+        stands = stands + fold_offset(moments[tap.module], kept, removed, fold.double()).float()
+    return float((gradient[..., removed] * (stands - value[..., removed])).sum())
+
+
+def test_the_estimate_is_the_divergence_where_little_is_cut(case):
+    """Over many draws of labels it comes near what a forward pass of the cut network measures."""
+    dense, groups, merges, counts, images, moments = case
+    few = {name: [len(one.order) // 3] for name, one in merges.items()}
+    truth = measured(dense, groups, merges, few, images, moments, None)[:, 0]
+    draws = [estimated(dense, groups, merges, few, images, moments, seed, None)[:, 0] for seed in range(30)]
+    assert torch.stack(draws).mean(0) == pytest.approx(truth, rel=0.35)
+
+
+def test_costs_add_up_to_what_was_found_and_keep_the_order(case):
+    dense, groups, merges, _, images, moments = case
+    found = measure_costs(dense, groups, merges, images, 96, moments, seed=0)
+    for name, one in found.items():
+        assert one.order == merges[name].order
+        assert one.cost == sorted(one.cost) and len(one.cost) == len(one.order)
+    line = spread(Merges([4, 2, 1, 0], [1.0, 1.0, 2.0, 2.0]), [2], [0.5])
+    assert line.cost == pytest.approx([0.25, 0.25, 0.5, 0.5])
+
+
+def test_first_images_are_no_more_than_asked_for():
+    batches = [torch.zeros(4, 3, 2, 2), torch.ones(4, 3, 2, 2)]
+    assert [len(batch) for batch in first_images(batches, 6)] == [4, 2]
+    assert [len(batch) for batch in first_images(batches, 99)] == [4, 4]
+
+
+def test_features_have_an_estimate_too():
+    torch.manual_seed(0)
+    net = Net()
+    net.head, net.num_classes = nn.Identity(), 0
+    dense = analysis_copy(net, "cpu")
+    images = torch.randn(8, 3, 8, 8)
+    trace = trace_model(dense, images[:1])
+    groups = [group for group in trace.groups if group.frozen_reason is None]
+    assert not read_answer(dense, dense(images)).is_logits
+    taps = list(dict.fromkeys(tap.module for group in groups for tap in group.taps))
+    moments = collect(dense, taps, [images], macs=trace.cost.macs({}), seed=0)
+    merges = {group.name: eliminate(views(dense, group, moments), group.size) for group in groups}
+    counts = {name: [len(one.order) // 2] for name, one in merges.items()}
+    found = estimated(dense, groups, merges, counts, [images], moments, 0, None)
+    assert (found[:, 0] > 0).all()
