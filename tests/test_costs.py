@@ -85,7 +85,7 @@ def slope_of(dense, tap, gone, moments, image, label):
 
 def test_the_estimate_is_the_divergence_where_little_is_cut(case):
     """Over many draws of labels it comes near what a forward pass of the cut network measures."""
-    dense, groups, merges, counts, images, moments = case
+    dense, groups, merges, _, images, moments = case
     few = {name: [len(one.order) // 3] for name, one in merges.items()}
     truth = measured(dense, groups, merges, few, images, moments, None)[:, 0]
     draws = [estimated(dense, groups, merges, few, images, moments, seed, None)[:, 0] for seed in range(30)]
