@@ -13,13 +13,12 @@ from typing import Any
 
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from lfrns_hub.contribution import GateTraining
 from lfrns_hub.measure import take_turns
 from lfrns_hub.responses import collect
+from lfrns_hub.running import memory_format_of
 from lfrns_hub.slim import analysis_copy
 from lfrns_hub.trace import trace_model
 
@@ -49,10 +48,9 @@ def time_fcr_step(name: str, batch: int = 16, runs: int = 7) -> dict[str, Any]:
     keep = {group.name: list(range(0, group.size, 2)) for group in groups}
     gates = GateTraining(dense, groups, keep, [(images, labels)], moments)
 
-    if any(isinstance(module, nn.Conv2d) and module.kernel_size != module.stride for module in model.modules()):
-        model = model.to(memory_format=torch.channels_last)
-        images = images.contiguous(memory_format=torch.channels_last)
-    model.train()
+    layout = memory_format_of(model)
+    images = images.contiguous(memory_format=layout)
+    model.to(memory_format=layout).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
 
     def plain() -> None:
@@ -78,12 +76,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--runs", type=int, default=7)
     options = parser.parse_args()
-    table = Table("model", "plain step, ms", "FCR step, ms", "ratio", "lowest", "highest")
     for name in options.models:
         timing = time_fcr_step(name, options.batch, options.runs)
-        figures = [timing["plain_ms"], timing["gates_ms"]]
-        table.add_row(name, *(f"{f:.0f}" for f in figures), *(f"{r:.2f}" for r in timing["ratio"]))
-    Console().print(table)
+        steps = f"plain step {timing['plain_ms']:.0f} ms, FCR step {timing['gates_ms']:.0f} ms"
+        ratio, lowest, highest = timing["ratio"]
+        print(f"{name}, batch {options.batch}: {steps}, ratio {ratio:.2f} ({lowest:.2f} to {highest:.2f})", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from lfrns_hub.answers import Answer, check_labels, read_answer
 from lfrns_hub.batches import split_batch
 from lfrns_hub.cache import Training
 from lfrns_hub.responses import Moments, best_fold, fold_offset
-from lfrns_hub.running import device_of
+from lfrns_hub.running import device_of, laid_out
 from lfrns_hub.taps import channel_count, channels_back, channels_last, kept_channels, watched
 from lfrns_hub.units import UnitGroup
 
@@ -46,6 +46,7 @@ class Gate:
             self.offset = fold_offset(moments, keep, leave, fold).float().to(device) if moments.centred else None
         self.width, self.keep, self.leave = channel_count(consumer), keep.to(device), leave.to(device)
         self.places: list[tuple[Tensor, Tensor]] = []
+        self._rows: tuple[Tensor, Tensor] | None = None
 
     def factors(self) -> Tensor:
         """Give the gate of each channel, [D]."""
@@ -66,10 +67,13 @@ class Gate:
 
     def weights(self, consumer: nn.Module) -> dict[str, Tensor]:
         """Give the weight, and the bias where it changes, by which a plain consumer gates its input itself."""
-        gate, rows = self.factors().to(consumer.weight), consumer.weight.movedim(1, -1)  # [O, ..., D]
+        if self._rows is None:  # laid out and gathered once, not at every step
+            rows = consumer.weight.movedim(1, -1).contiguous()
+            self._rows = rows, rows[..., self.leave]
+        (rows, cut_rows), gate = self._rows, self.factors().to(consumer.weight)  # [O, ..., D] and [O, ..., R]; [D]
         gated, changed = rows * gate, {}
         if self.fold is not None:
-            standing = rows[..., self.leave] * (1 - gate[self.leave])
+            standing = cut_rows * (1 - gate[self.leave])
             gated = gated.index_add(-1, self.keep, standing @ self.fold.to(rows))
             if self.offset is not None:  # nothing is padded: every position of the kernel sees it
                 added = (standing @ self.offset.to(rows)).reshape(len(rows), -1).sum(1)
@@ -188,10 +192,11 @@ class GateTraining:
         number = self.done % len(self._parts)
         images, labels = self._parts[number]
         share = slice(rank, None, ranks)
+        ours = laid_out(images[share], self.model)
         if number not in self._dense:
             with torch.no_grad():
-                self._dense[number] = answer_to(self.model, images[share])
-        answer = answer_gated(self.model, self.hooks, images[share])
+                self._dense[number] = answer_to(self.model, ours)
+        answer = answer_gated(self.model, self.hooks, ours)
         loss = gate_loss(answer, self._dense[number], labels, share) / len(images)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.done}. Check the images' scale.")

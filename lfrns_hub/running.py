@@ -90,3 +90,19 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def as_input(images: Tensor, model: nn.Module) -> Tensor:
     """Bring images to a model's device, and floating-point ones to its dtype."""
     return images.to(device_of(model), dtype_of(model) if images.is_floating_point() else images.dtype)
+
+
+def memory_format_of(model: nn.Module) -> torch.memory_format:
+    """Give the layout in which a model's images run fastest: channels last where it convolves more than patches.
+
+    Example:
+        >>> memory_format_of(nn.Conv2d(3, 8, 3)), memory_format_of(nn.Conv2d(3, 8, 16, stride=16))
+        (torch.channels_last, torch.contiguous_format)
+    """
+    convolves = any(isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in model.modules())
+    return torch.channels_last if convolves else torch.contiguous_format
+
+
+def laid_out(images: Tensor, model: nn.Module) -> Tensor:
+    """Give images [N, C, H, W] in the layout of `memory_format_of`; any other input as it is."""
+    return images.contiguous(memory_format=memory_format_of(model)) if images.ndim == 4 else images
