@@ -106,3 +106,19 @@ def memory_format_of(model: nn.Module) -> torch.memory_format:
 def laid_out(images: Tensor, model: nn.Module) -> Tensor:
     """Give images [N, C, H, W] in the layout of `memory_format_of`; any other input as it is."""
     return images.contiguous(memory_format=memory_format_of(model)) if images.ndim == 4 else images
+
+
+@contextlib.contextmanager
+def laid_out_models(*models: nn.Module | None) -> Iterator[None]:
+    """Hold models in the layout of `memory_format_of`; those that came in another have their own again at the end."""
+    moved = []
+    for model in models:
+        if model is not None and memory_format_of(model) == torch.channels_last:
+            came = all(p.is_contiguous() for p in model.parameters())
+            moved += [model] if came else []
+            model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for model in moved:
+            model.to(memory_format=torch.contiguous_format)
