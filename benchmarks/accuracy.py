@@ -112,7 +112,7 @@ def read_pictures(data: str, split: str, model: nn.Module, device: torch.device)
     """Decode a split once."""
     data_set = load_data(data, split, transform=lambda picture: torch.from_numpy(np.array(picture)).permute(2, 0, 1))
     pixels, labels = zip(*(data_set[i] for i in range(len(data_set))), strict=True)
-    normalise = make_transform(model, train=False).transforms[-1]
+    normalise = make_transform(model, train=False)
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (normalise.mean, normalise.std))
     return Pictures(torch.stack(pixels).to(device), torch.tensor(labels, device=device), mean, std, train=False)
 

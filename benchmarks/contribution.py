@@ -21,13 +21,12 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from lfrns_hub.contribution import answer_to, gate_loss, learn_contributions, make_gates
+from lfrns_hub.contribution import answer_gated, answer_to, gate_loss, learn_contributions, make_gates
 from lfrns_hub.costs import measure_costs
 from lfrns_hub.options import choose_groups
 from lfrns_hub.redundancy import find_merges
 from lfrns_hub.responses import Moments
 from lfrns_hub.slim import CLUSTER_TO, analysis_copy, cluster, observe, views
-from lfrns_hub.taps import watched
 from lfrns_hub.trace import trace_model
 from lfrns_hub.units import UnitGroup
 
@@ -58,8 +57,7 @@ class Clustered:
         target = answer_to(self.dense, images)
 
         def loss() -> float:
-            with watched(self.dense, hooks):
-                return float(gate_loss(answer_to(self.dense, images), target, labels, slice(None))) / len(images)
+            return float(gate_loss(answer_gated(self.dense, hooks, images), target, labels, slice(None))) / len(images)
 
         for name, gone in self.pruning_set.items():
             gates[name][gone] = 0

@@ -1,20 +1,20 @@
 """The FCR unit: one learned gate per unit at its taps, and what training makes of it.
 
-D input channels of a consumer, U units of a group.
+D input channels of a consumer, K kept and R cut of them; O its outputs; U units of a group.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lfrns_hub.answers import Answer, check_labels, read_answer
 from lfrns_hub.batches import split_batch
 from lfrns_hub.cache import Training
 from lfrns_hub.responses import Moments, best_fold, fold_offset
-from lfrns_hub.running import device_of
+from lfrns_hub.running import device_of, laid_out
 from lfrns_hub.taps import channel_count, channels_back, channels_last, kept_channels, watched
 from lfrns_hub.units import UnitGroup
 
@@ -23,43 +23,82 @@ LEARNING_RATE = 0.02
 STEP_IMAGES = 64  # at most
 
 
-def stand_in(module: nn.Module, value: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
-    """Estimate channels from channels at a consumer's input: `weight` [D in, D out], `offset` [D out]."""
-    if isinstance(module, nn.Conv2d):
-        return nn.functional.conv2d(value, weight.T[:, :, None, None].to(value.dtype), offset.to(value.dtype))
-    return channels_back(module, channels_last(module, value) @ weight.to(value.dtype) + offset)
-
-
-def folded_channels(consumer: nn.Module, moments: Moments | None, keep: Tensor, leave: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the weight [D in, D out] and offset [D out] that estimate the cut channels; zero for kept ones."""
-    width = channel_count(consumer)
-    weight, offset = torch.zeros(width, width), torch.zeros(width)
-    fold = None if moments is None else best_fold(moments, consumer.weight.detach(), keep, leave)
-    if fold is not None:
-        weight[keep[:, None], leave] = fold.T.float()
-        if moments.centred:
-            offset[leave] = fold_offset(moments, keep, leave, fold).float()
-    return weight, offset
+# Whose forward pass reads nothing but weight and bias, each by its name: a subclass may read what it likes.
+PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 class Gate:
-    """The FCR hook of one consumer: kept channels times their gate; cut ones between their stand-ins and themselves."""
+    """The FCR unit of one consumer: kept channels times their gate; cut ones between their stand-ins and themselves.
+
+    Gates and stand-ins are linear in the consumer's input, as the consumer is: a plain one takes them into its weights
+    at a cost that no image adds to. Any other takes them as a hook on its input.
+
+    Attributes:
+        places: The gates [U] of a group and their channels [U, w], of each group read here.
+    """
 
     def __init__(self, consumer: nn.Module, moments: Moments | None, keep: Tensor, leave: Tensor, device: torch.device):
-        weight, offset = folded_channels(consumer, moments, keep, leave)
-        self.cut = torch.zeros(len(offset))
-        self.cut[leave] = 1
-        self.stand_in, self.offset, self.cut = weight.to(device), offset.to(device), self.cut.to(device)
-        self.places: list[tuple[Tensor, Tensor]] = []  # gates [U] of a group, their channels [U, w]
+        """Fit the stand-ins of channels `leave` [R] from channels `keep` [K]; without moments nothing stands in."""
+        fold = None if moments is None else best_fold(moments, consumer.weight.detach(), keep, leave)
+        self.fold = self.offset = None
+        if fold is not None:
+            self.fold = fold.float().to(device)  # [R, K]
+            self.offset = fold_offset(moments, keep, leave, fold).float().to(device) if moments.centred else None
+        self.width, self.keep, self.leave = channel_count(consumer), keep.to(device), leave.to(device)
+        self.places: list[tuple[Tensor, Tensor]] = []
+        self._rows: tuple[Tensor, Tensor] | None = None
+
+    def factors(self) -> Tensor:
+        """Give the gate of each channel, [D]."""
+        gate = torch.ones(self.width, device=self.keep.device)
+        for gates, index in self.places:
+            gate = gate.index_put((index,), gates[:, None].expand(index.shape))
+        return gate
 
     def __call__(self, module: nn.Module, value: Tensor) -> Tensor:
         """Gate a consumer's input."""
-        gate = torch.ones_like(self.cut)
-        for gates, index in self.places:
-            gate = gate.index_put((index,), gates[:, None].expand(index.shape))
-        standing = stand_in(module, value, self.stand_in, self.offset)
-        shape = (-1, *[1] * (value.ndim - 2)) if not isinstance(module, nn.Linear) else (-1,)
-        return value * gate.view(shape) + standing * ((1 - gate) * self.cut).view(shape)
+        gate, rows = self.factors().to(value), channels_last(module, value)
+        gated = rows * gate
+        if self.fold is not None:
+            standing = rows[..., self.keep] @ self.fold.T.to(value)
+            standing = standing if self.offset is None else standing + self.offset.to(value)
+            gated = gated.index_add(-1, self.leave, standing * (1 - gate[self.leave]))
+        return channels_back(module, gated)
+
+    def weights(self, consumer: nn.Module) -> dict[str, Tensor]:
+        """Give the weight, and the bias where it changes, by which a plain consumer gates its input itself."""
+        if self._rows is None:  # laid out and gathered once, not at every step
+            rows = consumer.weight.movedim(1, -1).contiguous()
+            self._rows = rows, rows[..., self.leave]
+        (rows, cut_rows), gate = self._rows, self.factors().to(consumer.weight)  # [O, ..., D] and [O, ..., R]; [D]
+        gated, changed = rows * gate, {}
+        if self.fold is not None:
+            standing = cut_rows * (1 - gate[self.leave])
+            gated = gated.index_add(-1, self.keep, standing @ self.fold.to(rows))
+            if self.offset is not None:  # nothing is padded: every position of the kernel sees it
+                added = (standing @ self.offset.to(rows)).reshape(len(rows), -1).sum(1)
+                changed["bias"] = added if consumer.bias is None else consumer.bias + added
+        return changed | {"weight": gated.movedim(-1, 1)}
+
+
+def is_plain(consumer: nn.Module) -> bool:
+    """Whether a consumer's output is a function of its input, weight and bias alone, with all channels mixed."""
+    stock = type(consumer).forward in PLAIN_FORWARDS and "forward" not in vars(consumer)
+    return stock and consumer._parameters.get("weight") is not None and getattr(consumer, "groups", 1) == 1
+
+
+def answer_gated(model: nn.Module, hooks: dict[str, Gate], images: Tensor) -> Answer:
+    """Run images through a model whose consumers are gated, and read the answer; the model stays as it is."""
+    weights, others = {}, {}
+    for name, gate in hooks.items():
+        consumer = model.get_submodule(name)
+        if is_plain(consumer):
+            weights |= {f"{name}.{part}": tensor for part, tensor in gate.weights(consumer).items()}
+        else:
+            others[name] = gate
+    with watched(model, others):
+        # Not tied: of a weight that two layers share only this one's reading is gated.
+        return read_answer(model, functional_call(model, weights, (images.to(device_of(model)),), tie_weights=False))
 
 
 def learn_contributions(
@@ -99,71 +138,94 @@ def learn_contributions(
     Source: Fang and Yin 2025, the FCR unit; the abstract says what it learns, the gate, the start and the reading are
         ours (DESIGN.md section 6).
     """
-    gates, hooks = make_gates(model, groups, keep, moments)
-    parameters = list(gates.values())
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
-    contributions = [torch.zeros(len(p), dtype=torch.float64) for p in parameters]
-    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    parts = small_batches(batches)
-    dense: dict[int, Answer] = {}
-    done = resume_gates(training, parameters, optimizer, contributions)
-    if progress and done:
-        progress(done)
-    for step in range(done, steps):
-        number = step % len(parts)
-        images, labels = parts[number]
-        if number not in dense:
-            with torch.no_grad():
-                dense[number] = answer_to(model, images[rank::ranks])
-        with watched(model, hooks):
-            answer = answer_to(model, images[rank::ranks])
-        loss = gate_loss(answer, dense[number], labels, slice(rank, None, ranks)) / len(images)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"fcr_steps={steps}: the loss is {loss.item()} at step {step}. Check the images' scale."
-            )
-        gradients = torch.autograd.grad(loss, parameters)
-        if ranks > 1:
-            gradients = [accelerator.reduce(g, "sum") for g in gradients]
-        before = [p.detach().clone() for p in parameters]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        for total, parameter, old, gradient in zip(contributions, parameters, before, gradients, strict=True):
-            parameter.data.clamp_(0, 1)
-            total -= (gradient * (parameter.detach() - old)).double().cpu()
+    run = GateTraining(model, groups, keep, batches, moments, accelerator)
+    state = training.load() if training else None
+    if state is not None:
+        run.take(state)
+    if progress and run.done:
+        progress(run.done)
+    while run.done < steps:
+        try:
+            run.step()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"fcr_steps={steps}: {error}") from None
         if progress:
             progress(1)
         if training:
-            state = partial(gate_state, step + 1, parameters, optimizer, contributions)
-            training.after(step + 1, state, last=step + 1 == steps)
-    return {group.name: total for group, total in zip(groups, contributions, strict=True)}
+            training.after(run.done, run.state, last=run.done == steps)
+    return {group.name: total for group, total in zip(groups, run.contributions, strict=True)}
 
 
-def gate_state(
-    step: int, parameters: list[Tensor], optimizer: torch.optim.Optimizer, contributions: list[Tensor]
-) -> dict[str, Any]:
-    """Give all that the gates' training goes on from; it draws no random numbers."""
-    adam = [dict(optimizer.state[parameter]) for parameter in parameters]
-    return {"step": step, "gates": list(parameters), "adam": adam, "contributions": list(contributions)}
+class GateTraining:
+    """The training of the gates, step by step; its arguments are those of `learn_contributions`.
 
+    Attributes:
+        done: Steps taken.
+        contributions: What each group's units have gained so far, [U], float64.
+    """
 
-def resume_gates(
-    training: Training | None,
-    parameters: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    contributions: list[Tensor],
-) -> int:
-    """Put a kept state into gates, optimizer and contributions, in place; give the steps done."""
-    state = training.load() if training else None
-    if state is None:
-        return 0
-    for number, parameter in enumerate(parameters):
-        parameter.data.copy_(state["gates"][number])
-        contributions[number].copy_(state["contributions"][number])
-        kept = state["adam"][number]
-        optimizer.state[parameter] = {key: t if key == "step" else t.to(parameter.device) for key, t in kept.items()}
-    return state["step"]
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[UnitGroup],
+        keep: dict[str, list[int]],
+        batches: Sequence[Any],
+        moments: dict[str, Moments],
+        accelerator: Any = None,
+    ):
+        self.model, self.accelerator, self.done = model, accelerator, 0
+        gates, self.hooks = make_gates(model, groups, keep, moments)
+        self.gates = list(gates.values())
+        self.contributions = [torch.zeros(len(gate), dtype=torch.float64) for gate in self.gates]
+        self._optimizer = torch.optim.Adam(self.gates, lr=LEARNING_RATE)
+        self._parts = small_batches(batches)
+        self._dense: dict[int, Answer] = {}
+
+    def step(self) -> None:
+        """Move every gate once.
+
+        Raises:
+            FloatingPointError: The loss is not finite.
+            ValueError: A label is no class of the model.
+        """
+        rank, ranks = (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
+        number = self.done % len(self._parts)
+        images, labels = self._parts[number]
+        share = slice(rank, None, ranks)
+        ours = laid_out(images[share], self.model)
+        if number not in self._dense:
+            with torch.no_grad():
+                self._dense[number] = answer_to(self.model, ours)
+        answer = answer_gated(self.model, self.hooks, ours)
+        loss = gate_loss(answer, self._dense[number], labels, share) / len(images)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {self.done}. Check the images' scale.")
+        gradients = torch.autograd.grad(loss, self.gates)
+        if ranks > 1:
+            gradients = [self.accelerator.reduce(gradient, "sum") for gradient in gradients]
+        before = [gate.detach().clone() for gate in self.gates]
+        for gate, gradient in zip(self.gates, gradients, strict=True):
+            gate.grad = gradient
+        self._optimizer.step()
+        for total, gate, old, gradient in zip(self.contributions, self.gates, before, gradients, strict=True):
+            gate.data.clamp_(0, 1)
+            total -= (gradient * (gate.detach() - old)).double().cpu()
+        self.done += 1
+
+    def state(self) -> dict[str, Any]:
+        """Give all that the training goes on from; it draws no random numbers."""
+        adam = [dict(self._optimizer.state[gate]) for gate in self.gates]
+        return {"step": self.done, "gates": list(self.gates), "adam": adam, "contributions": list(self.contributions)}
+
+    def take(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.done = state["step"]
+        for gate, total, value, adam, gained in zip(
+            self.gates, self.contributions, state["gates"], state["adam"], state["contributions"], strict=True
+        ):
+            gate.data.copy_(value)
+            total.copy_(gained)
+            self._optimizer.state[gate] = {k: t if k == "step" else t.to(gate.device) for k, t in adam.items()}
 
 
 def small_batches(batches: Sequence[Any]) -> list[tuple[Tensor, Any]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.answers import Answer, read_answer
-from lfrns_hub.contribution import Gate, answer_to
+from lfrns_hub.contribution import Gate, answer_gated, answer_to
 from lfrns_hub.redundancy import RIDGE, Merges
 from lfrns_hub.responses import Moments, fold_matrix, fold_offset
 from lfrns_hub.running import device_of
@@ -234,7 +234,6 @@ def divergence(
         hooks[tap.module].places.append((torch.zeros(len(gone), device=device), removed.to(device)))
     total = count = 0
     for batch, target in zip(images, dense, strict=True):
-        with watched(model, hooks):
-            total += float(answer_to(model, batch).divergence(target))
+        total += float(answer_gated(model, hooks, batch).divergence(target))
         count += len(batch)
     return total / count

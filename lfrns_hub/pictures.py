@@ -1,7 +1,6 @@
 """What a model looks at: its input size, transforms and data by name, and whether the two fit."""
 
 import contextlib
-import functools
 import io
 import logging
 import os
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .batches import UNREADABLE, check_finite, iterate, read_logits, split_batch
+from .preparation import Preparation
 from .reach import CONNECT_TIMEOUT_S, cached, reach_hub
 from .untrusted import read_json, short
 
@@ -108,8 +108,8 @@ def make_transform(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     flip: bool = True,
-) -> Callable[[Image.Image], Tensor]:
-    """Make what turns a picture into the model's input.
+) -> Preparation:
+    """Make what turns a picture into the model's input, one at a time or, in `load_data`'s datasets, by batches.
 
     Args:
         model: Its pretrained_cfg (timm) or image processor (transformers) says size, mean and std.
@@ -120,27 +120,24 @@ def make_transform(
     Returns:
         Callable: picture of any mode and size -> float32 [C, H, W]. Randomness comes from torch's generator.
     """
-    from torchvision import transforms as T
-    from torchvision.transforms.functional import InterpolationMode
-
     channels, height, width = input_size_of(model)
     prepare = _preprocessing(model)
     mean, std = (_per_channel(given, channels) for given in (mean or prepare["mean"], std or prepare["std"]))
-    interpolation = InterpolationMode(prepare["interpolation"])
-    steps: list[Any] = [functools.partial(_to_mode, mode="L" if channels == 1 else "RGB")]
-    if train and max(height, width) <= 32:
-        steps += [T.Resize((height, width), interpolation), T.RandomCrop((height, width), padding=4)]
-    elif train:
-        # Crops of at least a third: the 8 % of ImageNet training from scratch undoes a pretrained model.
-        steps.append(T.RandomResizedCrop((height, width), scale=(0.35, 1.0), interpolation=interpolation))
-    elif prepare["crop_pct"] is None:
-        steps.append(T.Resize((height, width), interpolation))
-    else:
-        shortest = int(min(height, width) / prepare["crop_pct"])
-        steps += [T.Resize(shortest, interpolation), T.CenterCrop((height, width))]
-    if train and flip:
-        steps.append(T.RandomHorizontalFlip())
-    return T.Compose([*steps, T.ToTensor(), T.Normalize(mean, std)])
+    resize: tuple[int, int] | int | None = (height, width)
+    if train and max(height, width) > 32:
+        resize = None
+    elif not train and prepare["crop_pct"] is not None:
+        resize = int(min(height, width) / prepare["crop_pct"])
+    return Preparation(
+        mode="L" if channels == 1 else "RGB",
+        size=(height, width),
+        resize=resize,
+        training=train,
+        flip=flip,
+        mean=tuple(mean),
+        std=tuple(std),
+        interpolation=prepare["interpolation"],
+    )
 
 
 def set_preprocessing(
@@ -234,7 +231,7 @@ class ImageData(Dataset):
     ) -> None:
         self.pictures, self.labels, self.class_names, self.transform = pictures, labels, class_names, transform
         self.training, self.max_unreadable, self.name = training, max_unreadable, name
-        self._decoded: dict[int, np.ndarray] = {}
+        self._decoded: dict[int, Any] = {}
         self._bytes = 0
         self._unreadable = torch.zeros(len(pictures), dtype=torch.uint8).share_memory_()
 
@@ -247,13 +244,30 @@ class ImageData(Dataset):
         Raises:
             ValueError: More than `max_unreadable` pictures cannot be read, or none can.
         """
+        return self.finish([self.draw(index)])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int] | Tensor]:
+        """Give many at once, as a DataLoader asks for them."""
+        return self.finish([self.draw(index) for index in indices])
+
+    def draw(self, index: int) -> tuple[Tensor, Any, int | None]:
+        """Do with a picture all that takes random numbers, and read its label; `finish` does the rest by batches."""
         asked = index
         while (pixels := self._read(index)) is None:
             index = (index + 1) % len(self)
-        image = self.transform(Image.fromarray(pixels))
-        if self.labels is None:
-            return image
-        return image, self.labels[index] if index == asked or self.training else UNREADABLE
+        label = None
+        if self.labels is not None:
+            label = self.labels[index] if index == asked or self.training else UNREADABLE
+        if isinstance(self.transform, Preparation):
+            return pixels, self.transform.draw(pixels), label
+        return self.transform(Image.fromarray(pixels)), None, label
+
+    def finish(self, drawn: list[tuple[Tensor, Any, int | None]]) -> list[tuple[Tensor, int] | Tensor]:
+        """Give the samples of what `draw` gave."""
+        images, draws, labels = zip(*drawn, strict=True)
+        if isinstance(self.transform, Preparation):
+            images = self.transform.finish(images, draws).unbind()
+        return list(images) if self.labels is None else list(zip(images, labels, strict=True))
 
     @property
     def unreadable(self) -> list[str]:
@@ -268,15 +282,18 @@ class ImageData(Dataset):
         first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         return f"{len(names)} of {len(self):,} pictures of {self.name} could not be read and were left out: {first}."
 
-    def _read(self, index: int) -> np.ndarray | None:
-        """Decode a picture; None for one that cannot be read, which is noted."""
+    def _read(self, index: int) -> Any:
+        """Decode a picture: what of it is the same every time, uint8; None for one that cannot be read, noted."""
         if self._unreadable[index]:
             return None
         pixels = self._decoded.get(index)
         if pixels is None:
             try:
                 picture = self.pictures[index]
-                pixels = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
+                if isinstance(self.transform, Preparation):
+                    pixels = self.transform.fix(picture)
+                else:
+                    pixels = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
             except Exception as error:  # pillow raises a dozen types for a file that is damaged
                 self._note(index, error)
                 return None
@@ -542,11 +559,6 @@ def _is_number(value: Any) -> bool:
 def _per_channel(values: tuple[float, ...], channels: int) -> list[float]:
     """Spread statistics of three channels over however many a model takes."""
     return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
-
-
-def _to_mode(picture: Image.Image, mode: str) -> Image.Image:
-    """Convert a picture to a mode."""
-    return picture if picture.mode == mode else picture.convert(mode)
 
 
 class _Column:

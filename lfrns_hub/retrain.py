@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,6 +23,7 @@ from lfrns_hub.batches import read_logits, split_batch
 from lfrns_hub.cache import digest
 from lfrns_hub.measure import check_labels, evaluate, evaluating
 from lfrns_hub.resume import Checkpoints, Position, caught_sigterm, describe_model, told_anywhere
+from lfrns_hub.running import laid_out, laid_out_models
 from lfrns_hub.seeded import apart, random_kept, rounds, seeded_loader
 
 # Learning rate, weight decay, gradient norm limit. For models that are nearly right already, as slim ones are:
@@ -34,17 +37,30 @@ def make_accelerator(*, seed: int = 0, **kwargs: Any) -> Accelerator:
     Args:
         seed: Sets the order of the images on every process.
         kwargs: What Accelerator takes: mixed_precision, gradient_accumulation_steps, log_with, project_dir, ...
+            Without mixed_precision it is bf16 where the processor has it and it pays, except under
+            `accelerate launch`, whose setting holds.
     Example:
         >>> make_accelerator(seed=1).num_processes
         1
     """
     kwargs.setdefault("cpu", not torch.accelerator.is_available())
+    if kwargs.get("mixed_precision") is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        kwargs["mixed_precision"] = _best_precision(kwargs["cpu"])
     # Not dispatched: of a stream each process reads files of its own, not one process all of them for the others.
     shared_out = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, dispatch_batches=False)
     kwargs.setdefault("dataloader_config", shared_out)
     # Some models own parameters that a forward pass skips (DINOv2's mask token); plain DDP stops at the second step.
     kwargs.setdefault("kwargs_handlers", [DistributedDataParallelKwargs(find_unused_parameters=True)])
     return Accelerator(**kwargs)
+
+
+def _best_precision(cpu: bool) -> str:
+    """Give "bf16" where the processor multiplies it faster than float32, else "no"."""
+    if cpu:
+        # AVX512-bf16 alone does not pay: on a Sapphire Rapids without AMX convolutions and linears took 1.2 to 6 times
+        # float32's time.
+        return "bf16" if torch.cpu._is_amx_tile_supported() else "no"
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 def retrain(
@@ -75,7 +91,8 @@ def retrain(
     """Train a model in place, from its labels, from a teacher, or from both.
 
     Args:
-        model: Trained in place; it ends on the accelerator's device, in the training mode in which it came.
+        model: Trained in place; it ends on the accelerator's device, in the training mode and the memory format in
+            which it came. Convolutional networks are trained in channels_last.
         loader: A plain DataLoader with the batch size of one process; prepared here.
         epochs: Passes over the loader; 0 changes nothing.
         images_per_epoch: Of a loader without a length, a stream, over all processes. A process whose share has fewer
@@ -92,7 +109,7 @@ def retrain(
         distill_weight: Share of the teacher in the loss, in [0, 1]; 1 where there are no labels.
         temperature: Softens both sides' logits for the teacher's share.
         gradient_accumulation_steps: Batches per step. Default: the accelerator's, else 1.
-        mixed_precision: "no", "fp16" or "bf16", for the accelerator built here.
+        mixed_precision: "no", "fp16" or "bf16", for the accelerator built here. Default: as `make_accelerator`.
         accelerator: Default `make_accelerator`. What it has prepared before is released at the end.
         seed: With the same one, the same weights on CPU.
         progress: Show a bar on the main process.
@@ -126,126 +143,225 @@ def retrain(
         return model
     accelerator = _ready_accelerator(accelerator, gradient_accumulation_steps, mixed_precision, seed)
     set_seed(seed, device_specific=True)
+    with laid_out_models(model, teacher), _as_before(model, accelerator):
+        data = _Epochs(loader, accelerator, seed, images_per_epoch)
+        eval_loader = eval_loader if eval_loader is None else accelerator.prepare_data_loader(eval_loader)
+        # FSDP2 cuts a model's weights up where they are: a copy is trained, and what came in takes its weights each
+        # epoch.
+        whole = model.to(accelerator.device)
+        model = copy.deepcopy(whole) if accelerator.distributed_type == DistributedType.FSDP else whole
+        plain_optimizer = _make_optimizer(model, rule, learning_rate, weight_decay)
+        steps = epochs * math.ceil(data.batches / accelerator.gradient_accumulation_steps)
+        # Not prepared: a prepared scheduler steps once per process.
+        scheduler = LambdaLR(plain_optimizer, lambda step: _rate(step, steps, warmup_fraction))
+        settings = {
+            "model": describe_model(model),
+            "epochs": epochs,
+            "images": data.images,
+            "batches of an epoch": data.batches,
+            "batch_size": data.batch_size,
+            "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+            "teacher": None if teacher is None else digest(teacher),
+            "plan": digest((getattr(whole, "lfrns_provenance", None) or {}).get("plan")),
+            "optimizer": rule,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "max_grad_norm": str(max_grad_norm),
+            "warmup_fraction": warmup_fraction,
+            "label_smoothing": label_smoothing,
+            "distill_weight": distill_weight,
+            "temperature": temperature,
+            "mixed_precision": accelerator.mixed_precision,
+            "seed": seed,
+            "data_seed": data.order_seed,
+        }
+        trained, prepared_optimizer = accelerator.prepare(model, plain_optimizer)
+        try:
+            checkpoints = None
+            if checkpoint_dir is not None:
+                checkpoints = Checkpoints(checkpoint_dir, accelerator, settings, checkpoint_every)
+            mix = functools.partial(
+                _loss, label_smoothing=label_smoothing, distill_weight=distill_weight, temperature=temperature
+            )
+            run = _Run(
+                accelerator, data, whole, model, trained, teacher, prepared_optimizer, scheduler, mix, steps,
+                learning_rate, max_grad_norm, checkpoints, tracker, eval_loader, progress,
+            )  # fmt: skip
+            run.train(epochs)
+        finally:
+            accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
+            accelerator.free_memory()
+    return whole
 
+
+@contextlib.contextmanager
+def _as_before(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Put a model's modes and an accelerator's way of accumulating back at the end."""
     modes = [(module, module.training) for module in model.modules()]
+    kept = accelerator.gradient_state.plugin_kwargs
     synced = accelerator.gradient_state.sync_with_dataloader
-    images = images_per_epoch or len(loader.dataset)
-    data_seed = accelerator.dataloader_config.data_seed
-    loader = seeded_loader(loader, seed, seed if data_seed is None else data_seed)
-    batch_size = getattr(loader.batch_sampler, "batch_size", None)
-    order, loader = loader.batch_sampler, accelerator.prepare_data_loader(loader)
-    eval_loader = eval_loader if eval_loader is None else accelerator.prepare_data_loader(eval_loader)
-    if images_per_epoch:
-        step_images = batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
-        batches = accelerator.gradient_accumulation_steps * math.ceil(images / step_images)
-        accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False  # the shares end at different times
-    else:
-        batches = len(loader)
-    # FSDP2 cuts a model's weights up where they are: a copy is trained, and what came in takes its weights each epoch.
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    whole, model = model, copy.deepcopy(model) if sharded else model
-    whole.to(accelerator.device)
-    plain_optimizer = _make_optimizer(model, rule, learning_rate, weight_decay)
-    steps = epochs * math.ceil(batches / accelerator.gradient_accumulation_steps)
-    # Not prepared: a prepared scheduler steps once per process.
-    scheduler = LambdaLR(plain_optimizer, lambda step: _rate(step, steps, warmup_fraction))
-    run = {
-        "model": describe_model(model),
-        "epochs": epochs,
-        "images": images,
-        "batches of an epoch": batches,
-        "batch_size": batch_size,
-        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
-        "teacher": None if teacher is None else digest(teacher),
-        "plan": digest((getattr(whole, "lfrns_provenance", None) or {}).get("plan")),
-        "optimizer": rule,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-        "max_grad_norm": str(max_grad_norm),
-        "warmup_fraction": warmup_fraction,
-        "label_smoothing": label_smoothing,
-        "distill_weight": distill_weight,
-        "temperature": temperature,
-        "mixed_precision": accelerator.mixed_precision,
-        "seed": seed,
-        "data_seed": data_seed,
-    }
-    trained, prepared_optimizer = accelerator.prepare(model, plain_optimizer)
     try:
-        checkpoints, at = None, Position()
-        if checkpoint_dir is not None:
-            checkpoints = Checkpoints(checkpoint_dir, accelerator, run, checkpoint_every)
-            at = checkpoints.load(scheduler)
-            if sharded and at.step:
-                _take_weights(whole, trained)
-        show = progress and accelerator.is_main_process
-        bar = tqdm(total=steps, initial=at.step, desc="retrain", mininterval=0.5, disable=not show)
-        listening = caught_sigterm() if checkpoints else contextlib.nullcontext()
-        with evaluating(teacher, device=accelerator.device), bar, listening as told:
-            for epoch in range(at.epoch, epochs):
-                loader.set_epoch(epoch)
-                if hasattr(order, "set_epoch"):
-                    order.set_epoch(epoch)
-                trained.train()
-                if images_per_epoch:
-                    left = rounds(loader, batches, at.batch)
-                else:
-                    left = accelerator.skip_first_batches(loader, at.batch) if at.batch else loader
-                for images, labels in map(split_batch, apart(left, seed, epoch)):
-                    with accelerator.accumulate(trained):
-                        with accelerator.autocast():
-                            logits = read_logits(trained(images)).float()
-                            soft_targets = _ask(teacher, images)
-                        loss = _loss(logits, labels, soft_targets, label_smoothing, distill_weight, temperature)
-                        rate = scheduler.get_last_lr()[0]
-                        where = f"step {at.step + 1} of {steps}, rate {rate:.3g}"
-                        _check_finite(f"loss is {loss.item()}", loss, learning_rate, where, checkpoints)
-                        accelerator.backward(loss)
-                        if accelerator.sync_gradients:
-                            accelerator.clip_grad_norm_(trained.parameters(), max_grad_norm)
-                        prepared_optimizer.step()
-                        prepared_optimizer.zero_grad()
-                    at.batch += 1
-                    if not accelerator.sync_gradients:
-                        continue
-                    at.step += 1
-                    if not accelerator.optimizer_step_was_skipped:
-                        scheduler.step()
-                    bar.update()
-                    bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", lr=f"{rate:.2e}", refresh=False)
-                    _track(tracker, accelerator, {"loss": loss.item(), "learning_rate": rate}, at.step)
-                    ended = at.batch == batches if images_per_epoch else accelerator.gradient_state.end_of_dataloader
-                    if checkpoints and not ended:
-                        stopping = told_anywhere(told, accelerator)
-                        if stopping or checkpoints.due(at):
-                            _check_weights(model, learning_rate, where, checkpoints)
-                            checkpoints.save(at, scheduler)
-                        if stopping:
-                            checkpoints.stop(at, steps)
-                if sharded:
-                    _take_weights(whole, trained)
-                _average_buffers(whole, accelerator)
-                _check_weights(whole, learning_rate, where, checkpoints)
-                at = Position(at.step, epoch + 1)
-                if checkpoints:
-                    checkpoints.save(at, scheduler)
-                    if told_anywhere(told, accelerator):
-                        checkpoints.stop(at, steps)
-                if eval_loader is not None:
-                    with random_kept():  # the next epoch is the same, whether this has run or not
-                        scores = evaluate(whole, eval_loader, accelerator=accelerator, progress=progress)
-                    if not bar.disable:
-                        top1 = f"top-1 {scores['top1_pct']:.2f} % of {scores['images']} images"
-                        bar.write(f"epoch {epoch + 1} of {epochs}: {top1}")
-                    values = {"eval_top1_pct": scores["top1_pct"], "eval_loss": scores["loss"]}
-                    _track(tracker, accelerator, values, at.step)
+        yield
     finally:
-        accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
-        accelerator.free_memory()
-        accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = synced
+        kept["sync_with_dataloader"] = synced
         for module, training in modes:
             module.training = training
-    return whole
+
+
+class _Epochs:
+    """The batches of a run, the same ones at the same places of the same epochs however often it is begun.
+
+    Attributes:
+        images, batches: Of an epoch: images over all processes, batches of this one.
+        batch_size: Of one process.
+        order_seed: Of the order.
+    """
+
+    def __init__(self, loader: DataLoader, accelerator: Accelerator, seed: int, images_per_epoch: int | None):
+        self._accelerator, self._seed, self._streamed = accelerator, seed, images_per_epoch is not None
+        self.images = images_per_epoch or len(loader.dataset)
+        given = accelerator.dataloader_config.data_seed
+        self.order_seed = seed if given is None else given
+        loader = seeded_loader(loader, seed, self.order_seed)
+        self.batch_size = getattr(loader.batch_sampler, "batch_size", None)
+        self._order, self._loader = loader.batch_sampler, accelerator.prepare_data_loader(loader)
+        if self._streamed:
+            step_images = self.batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
+            self.batches = accelerator.gradient_accumulation_steps * math.ceil(self.images / step_images)
+            accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False  # the shares end at other times
+        else:
+            self.batches = len(self._loader)
+
+    def open(self, at: Position) -> Iterator[tuple[Tensor, Any]]:
+        """Give the batches that are left of an epoch."""
+        self._loader.set_epoch(at.epoch)
+        if hasattr(self._order, "set_epoch"):
+            self._order.set_epoch(at.epoch)
+        if self._streamed:
+            left = rounds(self._loader, self.batches, at.batch)
+        else:
+            left = self._accelerator.skip_first_batches(self._loader, at.batch) if at.batch else self._loader
+        return map(split_batch, apart(left, self._seed, at.epoch))
+
+    def ended(self, at: Position) -> bool:
+        """Say whether the batch that was given last is the last one of its epoch."""
+        return at.batch == self.batches if self._streamed else self._accelerator.gradient_state.end_of_dataloader
+
+
+@dataclass
+class _Run:
+    """A run of `retrain`: `train` takes its epochs, and each of them its steps."""
+
+    accelerator: Accelerator
+    data: _Epochs
+    whole: nn.Module  # what came in
+    model: nn.Module  # the same, or its copy in shards
+    trained: nn.Module  # as prepared
+    teacher: nn.Module | None
+    optimizer: Any
+    scheduler: LambdaLR
+    mix: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    steps: int
+    learning_rate: float
+    max_grad_norm: float
+    checkpoints: Checkpoints | None
+    tracker: Callable[[dict[str, float], int], None] | None
+    eval_loader: Any
+    progress: bool
+    _rate: float = 0.0
+
+    def train(self, epochs: int) -> None:
+        """Take the epochs that are left."""
+        at = self.checkpoints.load(self.scheduler) if self.checkpoints else Position()
+        if at.step:
+            self._gather_weights()
+        show = self.progress and self.accelerator.is_main_process
+        listening = caught_sigterm() if self.checkpoints else contextlib.nullcontext()
+        bar = tqdm(total=self.steps, initial=at.step, desc="retrain", mininterval=0.5, disable=not show)
+        with evaluating(self.teacher, device=self.accelerator.device), bar, listening as told:
+            for epoch in range(at.epoch, epochs):
+                self.trained.train()
+                for images, labels in self.data.open(at):
+                    value, rate = self.step(images, labels, at)
+                    at.batch += 1
+                    if not self.accelerator.sync_gradients:
+                        continue
+                    at.step += 1
+                    if not self.accelerator.optimizer_step_was_skipped:
+                        self.scheduler.step()
+                    bar.update()
+                    bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}", lr=f"{rate:.2e}", refresh=False)
+                    _track(self.tracker, self.accelerator, {"loss": value, "learning_rate": rate}, at.step)
+                    if self.checkpoints and not self.data.ended(at):
+                        self.keep(at, told)
+                self._gather_weights()
+                _average_buffers(self.whole, self.accelerator)
+                self.check_weights(self.whole, at)
+                at = Position(at.step, epoch + 1)
+                if self.checkpoints:
+                    self.keep(at, told, epoch_ended=True)
+                if self.eval_loader is not None:
+                    self.score(at, bar, epochs)
+
+    def step(self, images: Tensor, labels: Any, at: Position) -> tuple[float, float]:
+        """Learn from one batch, and give its loss and the rate."""
+        with self.accelerator.accumulate(self.trained):
+            images = laid_out(images, self.model)
+            with self.accelerator.autocast():
+                logits = read_logits(self.trained(images)).float()
+                soft_targets = _ask(self.teacher, images)
+            loss = self.mix(logits, labels, soft_targets)
+            rate, value = self.scheduler.get_last_lr()[0], loss.item()
+            self._check_finite(f"loss is {value}", math.isfinite(value), at.step + 1, rate)
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.trained.parameters(), self.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self._rate = rate
+        return value, rate
+
+    def keep(self, at: Position, told: Any, *, epoch_ended: bool = False) -> None:
+        """Write a checkpoint where one is due, and end the program where SIGTERM has come."""
+        stopping = not epoch_ended and told_anywhere(told, self.accelerator)
+        if epoch_ended or stopping or self.checkpoints.due(at):
+            if not epoch_ended:
+                self.check_weights(self.model, at)
+            self.checkpoints.save(at, self.scheduler)
+        if stopping or (epoch_ended and told_anywhere(told, self.accelerator)):
+            self.checkpoints.stop(at, self.steps)
+
+    def score(self, at: Position, bar: tqdm, epochs: int) -> None:
+        """Evaluate for the reader; the next epoch is the same, whether this has run or not."""
+        with random_kept():
+            scores = evaluate(self.whole, self.eval_loader, accelerator=self.accelerator, progress=self.progress)
+        if not bar.disable:
+            top1 = f"top-1 {scores['top1_pct']:.2f} % of {scores['images']} images"
+            bar.write(f"epoch {at.epoch} of {epochs}: {top1}")
+        values = {"eval_top1_pct": scores["top1_pct"], "eval_loss": scores["loss"]}
+        _track(self.tracker, self.accelerator, values, at.step)
+
+    def check_weights(self, model: nn.Module, at: Position) -> None:
+        """Stop where a step has left a weight that is not finite, before it is saved or given back."""
+        for name, weight in model.named_parameters():
+            finite = bool(weight.detach().isfinite().all())
+            self._check_finite(f"weight {name} is not finite", finite, at.step, self._rate)
+
+    def _check_finite(self, what: str, finite: bool, step: int, rate: float) -> None:
+        """Stop before a loss or weights that are not finite spoil the rest; say where to go on from."""
+        if finite:
+            return
+        last = self.checkpoints.last() if self.checkpoints else None
+        raise FloatingPointError(
+            f"retrain(learning_rate={self.learning_rate:g}): the {what} at step {step} of {self.steps}, rate "
+            f"{rate:.3g}. Try learning_rate={self.learning_rate / 10:g}, and look for images whose values are not "
+            "finite." + (f" The last good checkpoint is {last}." if last else "")
+        )
+
+    def _gather_weights(self) -> None:
+        """Put the weights of a model in shards together in the one that came in."""
+        if self.model is not self.whole:
+            _take_weights(self.whole, self.trained)
 
 
 def _check_loader(loader: Any, images_per_epoch: int | None) -> None:
@@ -336,9 +452,11 @@ def _make_optimizer(model: nn.Module, rule: str, learning_rate: float, weight_de
         {"params": [value for name, value in named if value.ndim > 1 and name not in spared]},
         {"params": [value for name, value in named if value.ndim <= 1 or name in spared], "weight_decay": 0.0},
     ]
+    fused = all(value.device.type in ("cpu", "cuda", "xpu") and value.is_floating_point() for _, value in named)
     if rule == "sgd":
-        return torch.optim.SGD(groups, lr=learning_rate, weight_decay=weight_decay, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
+        options: dict[str, Any] = {"momentum": 0.9, "nesterov": True}
+        return torch.optim.SGD(groups, lr=learning_rate, weight_decay=weight_decay, fused=fused, **options)
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, fused=fused)
 
 
 def _ready_accelerator(
@@ -407,26 +525,6 @@ def _loss(
     # The gradients of softened logits shrink with the temperature squared.
     soft = temperature**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
     return soft if labels is None else (1 - distill_weight) * hard + distill_weight * soft
-
-
-def _check_finite(
-    what: str, value: Tensor, learning_rate: float, where: str, checkpoints: Checkpoints | None = None
-) -> None:
-    """Stop before a loss or weights that are not finite spoil the rest; say where to go on from."""
-    if bool(value.isfinite().all()):
-        return
-    last = checkpoints.last() if checkpoints else None
-    raise FloatingPointError(
-        f"retrain(learning_rate={learning_rate:g}): the {what} at {where}. Try "
-        f"learning_rate={learning_rate / 10:g}, and look for images whose values are not finite."
-        + (f" The last good checkpoint is {last}." if last else "")
-    )
-
-
-def _check_weights(model: nn.Module, learning_rate: float, where: str, checkpoints: Checkpoints | None) -> None:
-    """Stop where a step has left a weight that is not finite, before it is saved or given back."""
-    for name, weight in model.named_parameters():
-        _check_finite(f"weight {name} is not finite", weight.detach(), learning_rate, where, checkpoints)
 
 
 def _take_weights(whole: nn.Module, trained: nn.Module) -> None:

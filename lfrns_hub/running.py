@@ -90,3 +90,35 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def as_input(images: Tensor, model: nn.Module) -> Tensor:
     """Bring images to a model's device, and floating-point ones to its dtype."""
     return images.to(device_of(model), dtype_of(model) if images.is_floating_point() else images.dtype)
+
+
+def memory_format_of(model: nn.Module) -> torch.memory_format:
+    """Give the layout in which a model's images run fastest: channels last where it convolves more than patches.
+
+    Example:
+        >>> memory_format_of(nn.Conv2d(3, 8, 3)), memory_format_of(nn.Conv2d(3, 8, 16, stride=16))
+        (torch.channels_last, torch.contiguous_format)
+    """
+    convolves = any(isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in model.modules())
+    return torch.channels_last if convolves else torch.contiguous_format
+
+
+def laid_out(images: Tensor, model: nn.Module) -> Tensor:
+    """Give images [N, C, H, W] in the layout of `memory_format_of`; any other input as it is."""
+    return images.contiguous(memory_format=memory_format_of(model)) if images.ndim == 4 else images
+
+
+@contextlib.contextmanager
+def laid_out_models(*models: nn.Module | None) -> Iterator[None]:
+    """Hold models in the layout of `memory_format_of`; those that came in another have their own again at the end."""
+    moved = []
+    for model in models:
+        if model is not None and memory_format_of(model) == torch.channels_last:
+            came = all(p.is_contiguous() for p in model.parameters())
+            moved += [model] if came else []
+            model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for model in moved:
+            model.to(memory_format=torch.contiguous_format)

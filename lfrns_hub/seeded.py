@@ -22,7 +22,9 @@ Key = tuple[int, int, Any]  # epoch, place in it, index in the dataset
 class SeededImages(Dataset):
     """A dataset that seeds python, numpy and torch for each image, so that its augmentation can be had again.
 
-    One that fetches whole batches (`__getitems__`) is seeded for each batch: its augmentation hangs on the batch size.
+    One that draws for each image and then finishes a batch (`draw`, `finish`, as `load_data` gives it) is seeded for
+    each image too. Any other that fetches whole batches (`__getitems__`) is seeded for each batch: its augmentation
+    hangs on the batch size.
     """
 
     def __init__(self, dataset: Any, seed: int):
@@ -39,13 +41,20 @@ class SeededImages(Dataset):
         return self.dataset[index]
 
     def __getitems__(self, keys: list[Key]) -> list[Any]:
-        source = self.dataset
+        source, indices = self.dataset, [index for _, _, index in keys]
         while isinstance(source, Subset):  # which fetches many at once whether its own source does or not
+            indices = [source.indices[index] for index in indices]
             source = source.dataset
+        if hasattr(source, "draw") and hasattr(source, "finish"):
+            drawn = []
+            for (epoch, place, _), index in zip(keys, indices, strict=True):
+                start_random(self.seed, epoch, place)
+                drawn.append(source.draw(index))
+            return source.finish(drawn)
         if getattr(source, "__getitems__", None) is None:
             return [self[key] for key in keys]
         start_random(self.seed, *keys[0][:2])
-        return self.dataset.__getitems__([index for _, _, index in keys])
+        return source.__getitems__(indices)
 
 
 class SeededBatches(Sampler):

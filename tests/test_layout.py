@@ -41,7 +41,7 @@ ALLOWED = {
         "cache",
     },
     "retrain": {"measure", "resume", "seeded", "cache"},
-    "pictures": {"reach"},
+    "pictures": {"reach", "preparation"},
     "stream": {"pictures", "seeded"},
     "lineage": {"reach"},
     "zoo": {"models", "pictures", "reach", "checkpoint", "lineage"},

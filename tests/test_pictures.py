@@ -376,3 +376,61 @@ def test_labels_beyond_the_head_and_empty_loaders_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'DIR'.*empty"):
         guard_against_chance(Oracle(4, 0), [], "DIR")
     assert guard_against_chance(Oracle(4, 0), [torch.zeros(2, 3, 4, 4)], "DIR") is None
+
+
+def test_a_picture_is_prepared_alone_as_in_a_batch_and_where_it_stands_sets_the_augmentation(tmp_path: Path) -> None:
+    from torch.utils.data import DataLoader, Subset
+
+    from lfrns_hub.seeded import seeded_loader
+
+    for name, size in (("cifar_resnet20", 32), ("test_resnet", 160)):
+        transform = make_transform(timm.create_model(name), train=True)
+        pixels = np.random.default_rng(0).integers(0, 256, (6, 40, 50, 3), dtype=np.uint8)
+        data = zoo.ImageData(
+            [Image.fromarray(p) for p in pixels], list(range(6)), class_names=list("abcdef"), transform=transform
+        )
+        torch.manual_seed(3)
+        together = [image for image, _ in data.__getitems__([4, 1, 4])]
+        torch.manual_seed(3)
+        alone = [transform(Image.fromarray(pixels[i])) for i in (4, 1, 4)]
+        assert together[0].shape == (3, size, size) and not torch.equal(together[0], together[2])
+        assert all(map(torch.equal, together, alone))
+
+        def images(batch: int, workers: int, data: zoo.ImageData = data) -> torch.Tensor:
+            plain = DataLoader(Subset(data, [5, 3, 1, 0]), batch, shuffle=True, num_workers=workers)
+            return torch.cat([images for images, _ in seeded_loader(plain, 1, 1)])
+
+        assert torch.equal(images(4, 0), images(2, 0)) and torch.equal(images(4, 0), images(4, 2))
+
+
+def test_training_crops_and_mirrors_as_torchvision_does_it() -> None:
+    from torchvision import transforms as T
+
+    model = timm.create_model("cifar_resnet20")
+    transform = make_transform(model, train=True)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    pixels = transform.fix(picture)
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        top, left, height, width, mirrored = drawn = transform.draw(pixels)
+        expected = T.Pad(4)(picture).crop((left, top, left + width, top + height))
+        expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else expected
+        expected = T.Normalize(transform.mean, transform.std)(T.ToTensor()(expected))
+        torch.testing.assert_close(transform.finish([pixels], [drawn])[0], expected)
+        seen.add((top, left, mirrored))
+    assert len(seen) > 15 and {mirrored for *_, mirrored in seen} == {True, False}
+    assert {top for top, *_ in seen} <= set(range(9))
+
+
+def test_a_training_crop_of_a_larger_picture_is_near_to_what_pillow_makes_of_it() -> None:
+    from torchvision import transforms as T
+
+    transform = make_transform(timm.create_model("test_resnet"), train=True)
+    smooth = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    picture = Image.fromarray(smooth).resize((300, 200), Image.Resampling.BICUBIC)
+    top, left, height, width, _ = transform.draw(transform.fix(picture))
+    got = transform.finish([transform.fix(picture)], [(top, left, height, width, False)])[0]
+    crop = picture.crop((left, top, left + width, top + height)).resize((160, 160), Image.Resampling.BILINEAR)
+    expected = T.Normalize(transform.mean, transform.std)(T.ToTensor()(crop))
+    assert transform.interpolation == "bilinear" and (got - expected).abs().max() < 2.5 / 255 / min(transform.std)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lfrns_hub.measure import evaluate
-from lfrns_hub.retrain import _choose_optimizer, _loss, _rate, make_accelerator, retrain
+from lfrns_hub.retrain import _choose_optimizer, _loss, _make_optimizer, _rate, make_accelerator, retrain
 
 
 def make_model(classes: int = 3) -> nn.Sequential:
@@ -132,6 +132,39 @@ def test_a_teacher_needs_no_labels_and_is_left_alone():
     scores = evaluate(student, [(images, labels)], teacher=teacher, progress=False)
     assert scores["agreement_pct"] > 90
     assert same(before, state_of(teacher)) and teacher.training
+
+
+@pytest.mark.parametrize(
+    ("amx", "launched", "expected"), [(True, None, "bf16"), (False, None, "no"), (True, "no", "no")]
+)
+def test_bf16_is_taken_on_cpus_with_amx_unless_the_launcher_says_otherwise(monkeypatch, amx, launched, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert make_accelerator(cpu=True).mixed_precision == expected
+    assert make_accelerator(cpu=True, mixed_precision="no").mixed_precision == "no"
+
+
+def test_convolutions_train_in_channels_last_and_everything_comes_back_as_it_came():
+    model, teacher = make_model(), make_model()
+    kept = make_model().to(memory_format=torch.channels_last)
+    retrain(model, make_loader(), teacher=teacher, epochs=1, progress=False)
+    retrain(kept, make_loader(), epochs=1, progress=False)
+    layouts = [model[0].weight.is_contiguous(), teacher[0].weight.is_contiguous(), kept[0].weight.is_contiguous()]
+    assert layouts == [True, True, False]
+    during: list[list[int]] = []
+    model[0].register_forward_pre_hook(
+        lambda module, inputs: during.append([t.stride(1) for t in (module.weight, inputs[0])])
+    )
+    retrain(model, make_loader(8), epochs=1, progress=False)
+    assert during == [[1, 1]]
+
+
+def test_the_optimizer_is_fused_where_all_weights_can_be():
+    model = make_model()
+    assert all(_make_optimizer(model, rule, 0.1, 0.1).defaults["fused"] for rule in ("sgd", "adamw"))
+    assert not _make_optimizer(model.to("meta"), "sgd", 0.1, 0.1).defaults["fused"]
 
 
 def test_auto_takes_sgd_for_batchnorm_networks_and_adamw_for_transformers():
