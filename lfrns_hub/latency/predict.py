@@ -132,17 +132,19 @@ class LatencyModel:
             for layer in layers
         ]
         total = sum(layer.outputs for layer in layers)
-        share = sum(layer.outputs * kept_share(layer.made, layer.widths[1], half) for layer in layers) / max(1, total)
+        left = sum(layer.outputs * kept_share(layer.made, layer.widths[1], half) for layer in layers)
+        share = left / total if total else 1.0
         rest, rest_at_half = (max(0.0, ms) for ms in rests)
         follows = min(max(0.0, (rest - rest_at_half) / (1 - share)), rest) if share < 1 else 0.0
         self.rest = (rest - follows, follows)
-        others: list[Term] = [(self.rest[0], [])]
-        others += [
-            (follows * layer.outputs / total, [(layer.made, layer.widths[1])] if layer.made else [])
-            for layer in self.layers
-        ]
-        self.stepped: list[Term] = [(layer.times, layer.axes) for layer in self.layers] + others
-        self.terms: list[Term] = [(layer.times.scaled(1.0, 1), layer.axes) for layer in self.layers] + others
+        parts = [(layer.times, layer.axes) for layer in self.layers]
+        for layer in self.layers:
+            size, share = layer.widths[1], follows * layer.outputs / total
+            # In steps as the layer goes: what fills one up costs the rest next to nothing either.
+            times = LayerTimes(((0, size),), (0.0, share), layer.times.step) if layer.made else share
+            parts.append((times, [(layer.made, size)] if layer.made else []))
+        self.stepped: list[Term] = [*parts, (self.rest[0], [])]
+        self.terms = [(ms.scaled(1.0, 1) if isinstance(ms, LayerTimes) else ms, axes) for ms, axes in self.stepped]
         self.multiples = {group.name: self._multiple(group, steps) for group in groups}
 
     @staticmethod
@@ -150,11 +152,8 @@ class LatencyModel:
         """Sum the terms when `removed` units of each group are gone, in ms."""
         total = 0.0
         for ms, axes in terms:
-            kept = [size - sum(width * removed.get(name, 0) for name, width in units.items()) for units, size in axes]
-            if isinstance(ms, LayerTimes):
-                total += ms.at(*kept)
-            else:
-                total += ms * math.prod(left / size for left, (_, size) in zip(kept, axes, strict=True))
+            kept = (size - sum(width * removed.get(name, 0) for name, width in units.items()) for units, size in axes)
+            total += ms.at(*kept) if isinstance(ms, LayerTimes) else ms
         return total
 
     def ms(self, removed: dict[str, int]) -> float:
