@@ -451,6 +451,7 @@ COMMANDS = {
     "slim test_vit --data x --out new --macs 0.5,50": ("--macs 0.5,50", r"in \(0, 1\]", "For 50 % pass 0.5"),
     "slim test_vit --data x --out new --macs half": ("--macs half", "numbers", "as 1,32 or 0.75,0.5"),
     "slim test_vit --data x --out new --params 50": (r"--params 50\.0", r"in \(0, 1\]", "For 50 % pass 0.5"),
+    "slim test_vit --data x --out new --latency 50": (r"--latency 50\.0", r"in \(0, 1\]", "For 50 % pass 0.5"),
     "slim test_vit --data x --out new": ("lfrns slim", "must say how much", "--macs 0.5"),
     "slim test_vit --data x --out new --macs 0.5,0.3 --push-to-hub me/it": ("me/it", "2 budgets", "Give the user"),
     "slim test_vit --data x --out full --macs 0.5": ("full", "not empty", "--overwrite"),

@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faulty_run import end, start
 from torch import Tensor, nn
 
 import lfrns_hub as lfrns
@@ -16,6 +18,7 @@ from lfrns_hub.latency.layer_times import LayerShape, LayerTable, LayerTimes, fi
 from lfrns_hub.latency.machine import Machine, spread, watched_layers
 from lfrns_hub.redundancy import Merges
 from lfrns_hub.report import added_up
+from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.select import Ledger, cluster_down, restore
 from lfrns_hub.units import SlimPlan
 
@@ -34,31 +37,28 @@ class Chain(nn.Module):
         return self.head(self.third(self.depthwise(x).relu()).relu().mean((2, 3)))
 
 
-def layer_ms(out: int, read: int, per_group: Any) -> float:
-    """What the pretended machine takes for a layer: tiles of 16 by 16; a grouped one goes with its outputs."""
-    tiles = math.ceil(out / 16)
-    return 0.1 + 0.05 * tiles if per_group else 0.1 + 0.02 * tiles * math.ceil(read / 16)
-
-
 class Pretended:
     """A machine with steps of 16, where everything but layers takes `fixed` ms and 0.002 ms a channel made."""
 
-    def __init__(self, fixed: float = 0.2):
-        self.fixed, self.layers_timed, self.models_timed = fixed, 0, 0
+    def __init__(self, fixed: float = 0.2, tile: int = 16):
+        self.fixed, self.tile, self.layers_timed, self.models_timed = fixed, tile, 0, 0
+
+    def layer_ms(self, out: int, read: int, per_group: Any) -> float:
+        """A layer goes by tiles; a grouped one by its outputs alone."""
+        tiles = math.ceil(out / self.tile)
+        return 0.1 + 0.05 * tiles if per_group else 0.1 + 0.02 * tiles * math.ceil(read / self.tile)
 
     def describe(self) -> dict[str, Any]:
         return {"machine": "pretended"}
 
     def time_layers(self, layers: list[tuple[LayerShape, int, int]]) -> list[float]:
         self.layers_timed += len(layers)
-        return [layer_ms(out, read, shape.per_group) for shape, out, read in layers]
+        return [self.layer_ms(out, read, shape.per_group) for shape, out, read in layers]
 
     def parts(self, model: nn.Module) -> dict[str, float]:
         """A model's time, layer by layer and the rest."""
         layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-        found = {
-            n: layer_ms(m.weight.shape[0], m.weight.shape[1], getattr(m, "groups", 1) > 1) for n, m in layers.items()
-        }
+        found = {n: self.layer_ms(*m.weight.shape[:2], getattr(m, "groups", 1) > 1) for n, m in layers.items()}
         return found | {"": self.fixed + 0.002 * sum(m.weight.shape[0] for m in layers.values())}
 
     def time_inside(self, models: dict[str, nn.Module], images: Tensor) -> dict[str, dict[str, float]]:
@@ -78,11 +78,15 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pretended:
     return machine
 
 
-@pytest.fixture(scope="module")
-def analysis() -> Any:
+def analyse_chain(accelerator: Any = None) -> Any:
     torch.manual_seed(0)
     batches = [(torch.randn(8, 3, 8, 8), torch.randint(5, (8,))) for _ in range(5)]
-    return lfrns.analyse(Chain().eval(), batches, progress=False)
+    return lfrns.analyse(Chain().eval(), batches, accelerator=accelerator, progress=False)
+
+
+@pytest.fixture(scope="module")
+def analysis() -> Any:
+    return analyse_chain()
 
 
 def truth(machine: Pretended, slim: nn.Module, dense: nn.Module) -> float:
@@ -290,6 +294,34 @@ def test_the_machine_times_layers_networks_and_what_is_between(analysis: Any) ->
         analysis.dense(images), analysis.dense(images)
     assert [len(ms) for ms in laps["dense"].values()] == [2] * 5
     assert not analysis.dense.first._forward_hooks
+
+
+class Clockless(Pretended):
+    """A machine that must not be asked for the time."""
+
+    def parts(self, model: nn.Module) -> dict[str, float]:
+        raise RuntimeError("another process than the main one takes times")
+
+    def time_layers(self, layers: list) -> list[float]:
+        raise RuntimeError("another process than the main one takes times")
+
+
+def cut_in_a_process(rank: int, folder: Path) -> None:
+    """In each of two processes, of which the second has no clock: cut to a latency, leave the plan."""
+    os.environ["LFRNS_CACHE"] = str(folder / "cache")
+    meter_file.Machine = lambda *_: Pretended() if rank == 0 else Clockless()
+    accelerator = make_accelerator()
+    result = analyse_chain(accelerator).cut(latency=0.6, fcr_steps=2)
+    (folder / f"plan{rank}.json").write_text(result.plan.to_json())
+    (folder / f"fraction{rank}").write_text(repr(result.report.latency_fraction))
+
+
+def test_the_main_process_times_and_all_take_its_word(tmp_path: Path, free_port: str, pretended: Pretended) -> None:
+    assert end(start(cut_in_a_process, tmp_path, processes=2, port=free_port)) == [0, 0]
+    for name in ("plan{}.json", "fraction{}"):
+        first, second = ((tmp_path / name.format(rank)).read_text() for rank in (0, 1))
+        assert first == second
+    assert 0.5 < float(first) <= 0.6
 
 
 def test_the_spread_of_equal_ratios_is_nothing() -> None:

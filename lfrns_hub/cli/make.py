@@ -190,6 +190,8 @@ def slim(
         folders = [folder for folder, _, _ in made]
         urls = [lfrns.push(f, f"{push_to_hub}/{f.name}" if several else push_to_hub) for f in folders if push_to_hub]
         found = [{"directory": str(folder), **json.loads(record.to_json())} for folder, _, record in made]
+        for row, result in zip(found, results, strict=True):
+            row |= {"latency": result.report.latency} if result.report.latency else {}
         index = [f"Compared in {directory / 'README.md'}"] if several else []
         left_out = filter(None, [train.describe_unreadable(), test.describe_unreadable()])
         show(as_json, {"checkpoints": found, "pushed": urls}, *left_out, *index, *(f"Pushed: {url}" for url in urls))
