@@ -4,6 +4,7 @@ from lfrns_hub import models  # noqa: F401  (registers the CIFAR networks with t
 from lfrns_hub.adapters import list_adapters, register_adapter, widths
 from lfrns_hub.checkpoint import load, save
 from lfrns_hub.hub import push
+from lfrns_hub.latency import LatencySetup
 from lfrns_hub.measure import Record, measure
 from lfrns_hub.retrain import retrain
 from lfrns_hub.slim import analyse, check, find_units, slim
@@ -13,6 +14,7 @@ from lfrns_hub.units import SlimPlan, UnitGroup
 __version__ = "0.1.0"
 
 __all__ = [
+    "LatencySetup",
     "Record",
     "SlimPlan",
     "UnitGroup",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lfrns_hub.batches import check_finite, iterate
+from lfrns_hub.latency import LatencySetup
 from lfrns_hub.units import UnitGroup
 from lfrns_hub.untrusted import short
 
@@ -17,17 +18,16 @@ KINDS = ("channel", "head", "neuron")
 
 def check_budgets(macs: Any, params: Any, latency: Any, contribution: Any = "fcr") -> dict[str, float]:
     """Give the budgets of one cut, or one clear error."""
-    if latency is not None:
-        raise ValueError(f"slim(latency={latency}): latency budgets are not available yet. Use macs= or params=.")
-    budgets = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None}
+    given = {"macs": macs, "params": params, "latency": latency}
+    budgets = {name: value for name, value in given.items() if value is not None}
     if not budgets:
         raise ValueError(
-            "slim() needs a budget: macs= or params=, the fraction of the dense model to keep, as macs=0.5."
+            "slim() needs a budget: macs=, params= or latency=, the fraction of the dense model's to keep, as macs=0.5."
         )
     for name, value in budgets.items():
         is_number = _is_number(value)
         if not is_number or not 0 < value <= 1:
-            what = "MACs" if name == "macs" else "parameters"
+            what = {"macs": "MACs", "params": "parameters", "latency": "the time of a forward pass"}[name]
             example = value if is_number and 1 < value <= 100 else 50
             raise ValueError(
                 f"slim({name}={short(value)}): the fraction of {what} to keep must be in (0, 1]. For {example:g} % "
@@ -38,8 +38,13 @@ def check_budgets(macs: Any, params: Any, latency: Any, contribution: Any = "fcr
     return budgets
 
 
-def check_cut(fcr_steps: Any, round_to: Any) -> None:
+def check_cut(fcr_steps: Any, round_to: Any, latency: Any = None, latency_setup: Any = None) -> None:
     """Refuse an option of one cut that does not fit."""
+    if latency_setup is not None and (latency is None or not isinstance(latency_setup, LatencySetup)):
+        raise ValueError(
+            f"slim(latency={short(latency)}, latency_setup={short(latency_setup)}): a LatencySetup says how the budget "
+            "latency= is timed. Pass both, as latency=0.5, latency_setup=LatencySetup(batch=8)."
+        )
     if not _is_whole(fcr_steps, 0):
         raise ValueError(f"slim(fcr_steps={short(fcr_steps)}): a whole number from 0 is needed. 0: no gate.")
     if round_to != "auto" and not _is_whole(round_to, 1):

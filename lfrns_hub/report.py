@@ -46,7 +46,9 @@ class GroupReport:
 class SlimReport:
     """What `slim` did: per group, in all, and how long it took.
 
-    `folded` and `recalibrated` say what was kept of either, as the held-out images decided.
+    `folded` and `recalibrated` say what was kept of either, as the held-out images decided. `latency_fraction` is
+    measured, under a budget of latency alone; `latency` has the setup, the milliseconds and a row for each layer: its
+    widths, and what it takes, dense and slim, by the table.
     """
 
     groups: list[GroupReport] = field(default_factory=list)
@@ -59,6 +61,8 @@ class SlimReport:
     frozen: dict[str, str] = field(default_factory=dict)
     check: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    latency_fraction: float | None = None
+    latency: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Give the report as plain data for JSON."""
@@ -134,8 +138,9 @@ def provenance(
             "integrity": {group.name: group.integrity for group in report.groups},
             "folded": report.folded,
             "recalibrated": report.recalibrated,
-        },
-    }
+        }
+        | ({} if report.latency is None else {"latency_fraction": round(report.latency_fraction, 4)}),
+    } | ({} if report.latency is None else {"latency_setup": report.latency["setup"]})
 
 
 def added_up(before: dict[str, Any] | None, made: dict[str, Any]) -> dict[str, Any]:
@@ -163,10 +168,13 @@ def added_up(before: dict[str, Any] | None, made: dict[str, Any]) -> dict[str, A
     was, now = dict(before.get("report") or {}), dict(made.get("report") or {})
     budget = dict(before.get("budget") or {})
     for name, fraction in made["budget"].items():
-        budget[name] = round(fraction * was.get(f"{name}_fraction", budget.get(name, 1.0)), 4)
-    for name in ("macs_fraction", "params_fraction"):
+        if name != "latency" or "latency_fraction" in was:  # else the first model's time is not known
+            budget[name] = round(fraction * was.get(f"{name}_fraction", budget.get(name, 1.0)), 4)
+    for name in ("macs_fraction", "params_fraction", "latency_fraction"):
         if name in was and name in now:
             now[name] = round(was[name] * now[name], 4)
+    if "latency_fraction" in now and "latency_fraction" not in was:
+        del now["latency_fraction"]
     for name in ("restored", "redundant", "weak"):
         if name in was and name in now:
             now[name] += was[name]

@@ -2,15 +2,17 @@
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
+from lfrns_hub.latency import LatencyModel
 from lfrns_hub.redundancy import Merges
 from lfrns_hub.trace.groups import MacsModel
 from lfrns_hub.units import UnitGroup
 
-Terms = list[tuple[int, list[tuple[dict[str, int], int]]]]
+Terms = list[tuple[Any, list[tuple[dict[str, int], int]]]]  # what evaluates them knows the first of each
 
 
 @dataclass
@@ -18,30 +20,40 @@ class Ledger:
     """What the network costs at the present widths, and what one unit of a group more or less changes.
 
     Attributes:
-        budgets: Fraction of the dense cost to keep, by "macs" and "params".
+        budgets: Fraction of the dense cost to keep, by "macs", "params" and "latency".
         removed: Units removed so far, by group.
+        latency: What predicts it, where it is among the budgets.
+        stepped: Whether latency goes in the hardware's whole steps, as in truth, or each unit has its share of one.
     """
 
     cost: MacsModel
     budgets: dict[str, float]
     removed: dict[str, int] = field(default_factory=dict)
+    latency: LatencyModel | None = None
+    stepped: bool = False
 
     def __post_init__(self) -> None:
         terms: dict[str, Terms] = {"macs": self.cost.macs_terms, "params": self.cost.params_terms}
+        if self.latency:
+            terms["latency"] = self.latency.stepped if self.stepped else self.latency.terms
         self.terms = {name: terms[name] for name in self.budgets}
-        self.dense = {name: self.cost.evaluate(t, {}) for name, t in self.terms.items()}
-        self.now = {name: self.cost.evaluate(t, self.removed) for name, t in self.terms.items()}
+        self.dense = {name: self.evaluate(name, t, {}) for name, t in self.terms.items()}
+        self.now = {name: self.evaluate(name, t, self.removed) for name, t in self.terms.items()}
         self.of_group: dict[str, dict[str, Terms]] = {name: {} for name in self.budgets}
         for budget, items in self.terms.items():
             for term in items:
                 for group in {group for widths, _ in term[1] for group in widths}:
                     self.of_group[budget].setdefault(group, []).append(term)
 
+    def evaluate(self, budget: str, terms: Terms, removed: dict[str, int]) -> float:
+        """Sum terms of one cost when `removed` units of each group are gone."""
+        return (self.latency if budget == "latency" else self.cost).evaluate(terms, removed)
+
     def change(self, budget: str, group: str, units: int) -> float:
         """Give the change of one cost when `units` more of a group are removed (negative: restored)."""
         items = self.of_group[budget].get(group, [])
         after = {**self.removed, group: self.removed.get(group, 0) + units}
-        return self.cost.evaluate(items, after) - self.cost.evaluate(items, self.removed)
+        return self.evaluate(budget, items, after) - self.evaluate(budget, items, self.removed)
 
     def excess(self, budget: str) -> float:
         """Give by how much a cost is above its budget, as a fraction of dense."""
@@ -56,6 +68,11 @@ class Ledger:
     def share(self, group: str, units: int, over: Sequence[str]) -> float:
         """Give the mean fraction of dense cost that `units` of a group stand for, over the named budgets."""
         return sum(abs(self.change(b, group, units)) / self.dense[b] for b in over) / max(1, len(over))
+
+    def in_steps(self, latency: float) -> "Ledger":
+        """Give a copy for a predicted latency, which then goes in the hardware's whole steps."""
+        budgets = self.budgets | {"latency": latency}
+        return replace(self, budgets=budgets, removed=dict(self.removed), stepped=True)
 
     def met(self) -> bool:
         """Whether every budget is met."""
@@ -108,8 +125,10 @@ def cluster_down(groups: Sequence[UnitGroup], merges: dict[str, Merges], ledger:
     return taken
 
 
-def rounding(group: UnitGroup, round_to: int | str) -> int:
-    """Give the multiple that a group's width prefers."""
+def rounding(group: UnitGroup, round_to: int | str, latency: LatencyModel | None = None) -> int:
+    """Give the multiple that a group's width prefers: the hardware's step where it was measured."""
+    if round_to == "auto" and latency and group.kind != "head" and latency.multiples[group.name] > 1:
+        return latency.multiples[group.name]
     if round_to == "auto":
         return 8 if group.size >= 128 and group.kind in ("channel", "neuron") else 1
     return int(round_to) if group.kind != "head" else 1
@@ -138,16 +157,16 @@ def restore(
     }
     restored: dict[str, list[int]] = {g.name: [] for g in groups}
     kept = {g.name: g.size - len(pruning_set[g.name]) for g in groups}
-    multiple = {g.name: rounding(g, round_to) for g in groups}
+    multiple = {g.name: rounding(g, round_to, ledger.latency) for g in groups}
 
     def package(name: str, size: int) -> int:
         width = kept[name] + len(restored[name])
         return min(len(waiting[name]), size - width % size)
 
     def give_back(name: str, count: int) -> bool:
-        if count <= 0 or any(
-            ledger.excess(b) + ledger.change(b, name, -count) / ledger.dense[b] > 1e-12 for b in ledger.budgets
-        ):
+        added = {b: ledger.change(b, name, -count) / ledger.dense[b] for b in ledger.budgets}
+        # What adds nothing fits any budget: the rest of a step that is paid for already.
+        if count <= 0 or any(more > 1e-12 and ledger.excess(b) + more > 1e-12 for b, more in added.items()):
             return False
         ledger.apply(name, -count)
         restored[name] += waiting[name][:count]

@@ -1,6 +1,7 @@
 """The one call: trace, responses, redundancy, contribution, select, surgery, in reading order."""
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from lfrns_hub.cache import Cache
 from lfrns_hub.checkpoint import carry_config
 from lfrns_hub.contribution import learn_contributions
 from lfrns_hub.costs import measure_costs
+from lfrns_hub.latency import LatencyMeter, LatencyModel, LatencySetup, search
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.options import KINDS, check_budgets, check_cut, check_example, check_options, choose_groups, read_loader
 from lfrns_hub.reconstruct import reconstruct
@@ -99,6 +101,7 @@ def slim(
     macs: float | None = None,
     params: float | None = None,
     latency: float | None = None,
+    latency_setup: LatencySetup | None = None,
     preset: str = "ours",
     kinds: Sequence[str] = KINDS,
     groups: Sequence[str] | None = None,
@@ -126,8 +129,10 @@ def slim(
             half precision is analysed in float32. Wrappers of torch.compile and DDP come off.
         loader: Calibration batches: `(images, labels)`, dicts, or bare images; it is read once and kept in memory.
             Labels are used for classifiers alone.
-        macs, params: Fraction of the dense cost to keep, in (0, 1]; given together both hold.
-        latency: Not yet available.
+        macs, params: Fraction of the dense cost to keep, in (0, 1]; what is given together holds together.
+        latency: Fraction of the dense model's time of a forward pass to keep, in (0, 1], measured here and now. What
+            layers take by width is measured once and kept in LFRNS_CACHE, else in the user's cache.
+        latency_setup: Batch, dtype, device, threads, and whether compiled; by default one image, run as the model is.
         preset: "ours", or "paper": the abstract taken literally (correlation clusters, FCR, restore, no fold).
         kinds: Kinds of units to cut.
         groups, exclude: Names or globs of groups to cut, and not to.
@@ -137,11 +142,12 @@ def slim(
         restore: Cluster below the budget and restore by contribution; False clusters right down to it.
         fold: Add what was cut to the consumers' weights, as far as the kept units express it.
         widths: "global", one threshold of cost per MAC for all groups, or "uniform", the same share of each.
-        round_to: Multiple that widths prefer; "auto" is 8 for groups of 128 and more channels or neurons.
+        round_to: Multiple that widths prefer; "auto" is 8 for groups of 128 and more channels or neurons, and under
+            latency= the multiple at which this machine gets slower, where it shows one.
         min_keep: Units that every group keeps.
         approximate: Also cut groups whose removal crosses a LayerNorm; no self-check covers those.
         accelerator: An Accelerate accelerator; each process then takes its share of the images.
-        seed: Same seed, same plan.
+        seed: Same seed, same plan; under latency= as far as the machine takes the same time.
         device: Where to run; by default where the model is.
         progress: Show a bar on the main process.
         checkpoint_dir: A folder, seen by all processes, where moments, merges, the gates' training and the finished
@@ -159,7 +165,7 @@ def slim(
     Source: Fang and Yin 2025; each step's docstring says what is ours.
     """
     budgets = check_budgets(macs, params, latency, contribution)
-    check_cut(fcr_steps, round_to)
+    check_cut(fcr_steps, round_to, latency, latency_setup)
     analysis = analyse(
         model,
         loader,
@@ -178,7 +184,13 @@ def slim(
         checkpoint_dir=checkpoint_dir,
     )
     return analysis.cut(
-        **budgets, contribution=contribution, fcr_steps=fcr_steps, restore=restore, fold=fold, round_to=round_to
+        **budgets,
+        latency_setup=latency_setup,
+        contribution=contribution,
+        fcr_steps=fcr_steps,
+        restore=restore,
+        fold=fold,
+        round_to=round_to,
     )
 
 
@@ -304,6 +316,8 @@ class Analysis:
         *,
         macs: float | None = None,
         params: float | None = None,
+        latency: float | None = None,
+        latency_setup: LatencySetup | None = None,
         contribution: Any = "fcr",
         fcr_steps: int = 200,
         restore: bool = True,
@@ -313,21 +327,29 @@ class Analysis:
         """Cluster, train the gates, restore, cut and fold at one budget; the analysis serves the next as well.
 
         Args:
-            macs, params, contribution, fcr_steps, restore, fold, round_to: As for `slim`.
+            macs, params, latency, latency_setup, contribution, fcr_steps, restore, fold, round_to: As for `slim`.
         Returns:
             As `slim`, and equal to what it gives.
         Raises:
             ValueError: A budget or option does not fit, or the budget is not reachable.
         """
-        budgets = check_budgets(macs, params, None, contribution)
-        check_cut(fcr_steps, round_to)
+        budgets = check_budgets(macs, params, latency, contribution)
+        check_cut(fcr_steps, round_to, latency, latency_setup)
         dense, chosen, moments, batches = self.dense, self.chosen, self.moments, self.batches
         example, accelerator = batches[0][0][:1], self.accelerator
         steps, fold = fcr_steps if restore else 0, fold and self.preset != "paper"
+        to, multiple = (CLUSTER_TO, round_to) if restore else (1.0, 1)
+        meter, at = None, budgets  # at: as predicted; the measured latency is met by another than the one asked for
         with clocked(self.progress and (accelerator is None or accelerator.is_main_process)) as clock:
+            if latency is not None:
+                clock.step("latency")
+                setup = (latency_setup or LatencySetup()).resolved(self.model, device_of(dense))
+                meter = LatencyMeter(dense, self.every, chosen, example, setup, accelerator=accelerator)
+                at = budgets | {"latency": self.meet_latency(meter, budgets, to, multiple)}
+
             clock.step("clusters")
-            to = CLUSTER_TO if restore else 1.0
-            keep, pruning_set, ledger = cluster(chosen, self.merges, self.trace, budgets, self.widths, to)
+            model = meter.predicted if meter else None
+            keep, pruning_set, ledger = cluster(chosen, self.merges, self.trace, at, self.widths, to, model)
 
             clock.step("FCR gates", steps if steps and contribution == "fcr" else 1)
             contributions = contribute(
@@ -336,7 +358,17 @@ class Analysis:
             )  # fmt: skip
 
             clock.step("restore")
-            plan, restored = restored_plan(chosen, keep, pruning_set, contributions, ledger, round_to if restore else 1)
+            restored_by = functools.partial(restored_plan, chosen, keep, pruning_set, contributions, round_to=multiple)
+            if meter:
+                ledger = ledger.in_steps(
+                    search(
+                        lambda fraction: restored_by(ledger=ledger.in_steps(fraction))[0],
+                        meter.ratio,
+                        budgets["latency"],
+                        start=at["latency"],
+                    )
+                )
+            plan, restored = restored_by(ledger=ledger)
 
             clock.step("cut and fold")
             result = cut(dense, self.every, plan)
@@ -356,12 +388,29 @@ class Analysis:
                 {g.name: g.frozen_reason for g in self.every if g.frozen_reason},
                 {"largest_error": self.checked.largest_error, "moved": self.checked.moved},
             )
+            if meter:
+                report.latency_fraction, report.latency = meter.ratio(plan), meter.tell(plan, chosen)
         report.seconds = self.seconds | clock.seconds
         result = typed_as(result, self.model).eval()
         made = provenance(report, plan, chosen, self.preset, self.seed, fcr_steps, batches)
         made |= getattr(self.model, "lfrns_base", {})
         result.lfrns_provenance = added_up(getattr(self.model, "lfrns_provenance", None), made)
         return SlimResult(carry_config(result), plan, report)
+
+    def meet_latency(self, meter: LatencyMeter, budgets: dict[str, float], to: float, multiple: int | str) -> float:
+        """Find the predicted fraction of latency at which the measured one is met, units ranked by cost meanwhile."""
+        contributions = merge_costs(self.chosen, self.merges)
+
+        def plan_at(fraction: float) -> SlimPlan:
+            at = budgets | {"latency": fraction}
+            keep, pruning_set, ledger = cluster(
+                self.chosen, self.merges, self.trace, at, self.widths, to, meter.predicted
+            )
+            ledger = ledger.in_steps(fraction)
+            return restored_plan(self.chosen, keep, pruning_set, contributions, ledger, multiple)[0]
+
+        least = meter.predicted.fraction({name: len(merges.order) for name, merges in self.merges.items()})
+        return search(plan_at, meter.ratio, budgets["latency"], start=budgets["latency"], least=least)
 
     def finish(self, plain: nn.Module, plan: SlimPlan, fold: bool) -> dict[str, Any]:
         """Fold and recalibrate a cut model, each where it is better: its state, and whether each was."""
@@ -423,11 +472,12 @@ def cluster(
     budgets: dict[str, float],
     widths: str,
     to: float,
+    latency: LatencyModel | None = None,
 ) -> tuple[dict[str, list[int]], dict[str, list[int]], Ledger]:
     """Cluster below the budgets: representatives and pruning set of each group, and the ledger at those widths."""
-    full = Ledger(trace.cost, budgets)
+    full = Ledger(trace.cost, budgets, latency=latency)
     full_taken = cluster_down(chosen, merges, full, widths)  # raises where the budget is out of reach
-    ledger = Ledger(trace.cost, {name: value * to for name, value in budgets.items()})
+    ledger = Ledger(trace.cost, {name: value * to for name, value in budgets.items()}, latency=latency)
     try:
         taken = cluster_down(chosen, merges, ledger, widths) if to < 1 else full_taken
         if to == 1:
@@ -457,19 +507,24 @@ def contribute(
     """Give the contribution of each unit, by FCR, by a function, or by the cost of merging it."""
     if callable(contribution):
         return contribution(dense, chosen, keep, batches, moments)
-    by_cost = {}
-    for group in chosen:
-        by_cost[group.name] = torch.full((group.size,), float("inf"), dtype=torch.float64)
-        for unit, cost in zip(merges[group.name].order, merges[group.name].cost, strict=True):
-            by_cost[group.name][unit] = cost
     if contribution == "cost" or steps == 0:
-        return by_cost
+        return merge_costs(chosen, merges)
     standing = moments if fold else {}
     with cache.training("gates", keep, [labels for _, labels in batches], steps, fold) as training:
         return learn_contributions(
             dense, chosen, keep, batches, standing, steps=steps, accelerator=accelerator, progress=advance,
             training=training,
         )  # fmt: skip
+
+
+def merge_costs(chosen: Sequence[UnitGroup], merges: dict[str, Merges]) -> dict[str, Tensor]:
+    """Give what merging each unit costs, [U] per group, infinite where it is never merged."""
+    by_cost = {}
+    for group in chosen:
+        by_cost[group.name] = torch.full((group.size,), float("inf"), dtype=torch.float64)
+        for unit, cost in zip(merges[group.name].order, merges[group.name].cost, strict=True):
+            by_cost[group.name][unit] = cost
+    return by_cost
 
 
 def restored_plan(

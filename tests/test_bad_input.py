@@ -169,6 +169,7 @@ def data(name: str, split: str = "train", **options: Any) -> Callable[[SimpleNam
 
 
 F, T, V = FileNotFoundError, TypeError, ValueError
+LATENCY = lfrns.LatencySetup(batch=2)
 API = {
     # name: call, error, value, rule, way out
     "macs in percent": (slim(macs=50), V, r"slim\(macs=50\)", r"must be in \(0, 1\]", "For 50 % pass 0.5"),
@@ -178,7 +179,9 @@ API = {
     "macs as text": (slim(macs="half"), V, r"slim\(macs=half\)", r"must be in \(0, 1\]", "pass 0.5"),
     "macs as truth": (slim(macs=True), V, r"slim\(macs=True\)", r"must be in \(0, 1\]", "pass 0.5"),
     "no budget": (slim(), V, r"slim\(\)", "needs a budget", "macs=0.5"),
-    "latency": (slim(latency=0.5), V, "latency=0.5", "not available", "Use macs= or params="),
+    "latency in percent": (slim(latency=50), V, r"slim\(latency=50\)", "time of a forward pass", "pass 0.5"),
+    "a setup alone": (slim(macs=0.5, latency_setup=LATENCY), V, "latency=None", "how the budget", "Pass both"),
+    "another setup": (slim(latency=0.5, latency_setup=8), V, "latency_setup=8", "a LatencySetup", "Pass both"),
     "out of reach": (slim(macs=0.001), V, r"\{'macs': 0\.001\}|macs=0\.001", "not reachable", "Ask for more"),
     "unknown kind": (slim(macs=0.5, kinds=("filter",)), V, r"\['filter'\]", "kinds are channel, head, neuron", "Leave"),
     "a kind alone": (slim(macs=0.5, kinds="head"), V, "kinds=head", "a list", r"kinds=\['head'\]"),
@@ -448,6 +451,7 @@ COMMANDS = {
     "slim test_vit --data x --out new --macs 0.5,50": ("--macs 0.5,50", r"in \(0, 1\]", "For 50 % pass 0.5"),
     "slim test_vit --data x --out new --macs half": ("--macs half", "numbers", "as 1,32 or 0.75,0.5"),
     "slim test_vit --data x --out new --params 50": (r"--params 50\.0", r"in \(0, 1\]", "For 50 % pass 0.5"),
+    "slim test_vit --data x --out new --latency 50": (r"--latency 50\.0", r"in \(0, 1\]", "For 50 % pass 0.5"),
     "slim test_vit --data x --out new": ("lfrns slim", "must say how much", "--macs 0.5"),
     "slim test_vit --data x --out new --macs 0.5,0.3 --push-to-hub me/it": ("me/it", "2 budgets", "Give the user"),
     "slim test_vit --data x --out full --macs 0.5": ("full", "not empty", "--overwrite"),

@@ -9,9 +9,11 @@ import torch
 from matplotlib.image import imread
 from PIL import Image
 from sklearn.datasets import load_digits
+from test_latency import Pretended
 
 import lfrns_hub as lfrns
 from lfrns_hub import cli
+from lfrns_hub.latency import meter
 
 BUILDER = """
 import torch
@@ -113,6 +115,26 @@ def test_several_budgets_make_a_folder_each_and_one_index(zoo: Path) -> None:
         assert f"[{folder.name}]({folder.name}) | {one['slim']['macs_g'] / one['dense']['macs_g']:.3f} |" in index
         assert f"| {one['slim']['top1_pct']:.2f} |" in index
     assert imread(zoo / "accuracy.png").std() > 0
+
+
+def test_a_latency_budget_prints_what_each_layer_bought(at: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("LFRNS_CACHE", str(at / "cache"))
+    monkeypatch.setattr(meter, "Machine", lambda *_: Pretended(tile=1))
+    arguments = ["slim", "tinynet:build", "--weights", "my.pth", "--data", "pictures", "--val-split", "0.2"]
+    arguments += ["--latency", "0.7", "--latency-threads", "1", "--latency-batch", "2", "--epochs", "0", "--no-flip"]
+    arguments += ["--fcr-steps", "0", "--out", "fast", *PREPARED]
+    (found,) = run(monkeypatch, capsys, *arguments)["checkpoints"]
+    provenance, told = found["setup"]["provenance"], found["latency"]
+    assert provenance["budget"] == {"latency": 0.7} and provenance["report"]["latency_fraction"] <= 0.7
+    assert (told["setup"]["batch"], told["setup"]["threads"]) == (2, 1)
+    assert [row["layer"] for row in told["layers"]] == ["first", "second", "head", "everything else"]
+    assert told["slim_ms"] < 0.7 * told["dense_ms"]
+    assert "at most 0.7 of the dense latency" in (at / "fast" / "README.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["lfrns", *arguments, "--overwrite"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    printed = capsys.readouterr().out
+    assert "bought" in printed and "everything else" in printed and f"{told['layers'][0]['slim_ms']:.3f}" in printed
 
 
 def test_a_checkpoint_is_retrained_and_evaluated_in_place(zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -18,7 +18,9 @@ ALLOWED = {
     "cache": {"resume"},
     "contribution": {"taps", "responses", "cache"},
     "costs": {"taps", "responses", "redundancy", "contribution"},
-    "select": {"trace", "responses", "redundancy"},
+    "latency": {"measure", "cache", "resume", "surgery"},
+    "options": {"latency"},
+    "select": {"trace", "responses", "redundancy", "latency"},
     "surgery": {"taps", "adapters", "narrow", "responses"},
     "reconstruct": {"taps", "trace", "responses"},
     "self_check": {"narrow", "surgery"},
@@ -39,6 +41,7 @@ ALLOWED = {
         "options",
         "checkpoint",
         "cache",
+        "latency",
     },
     "retrain": {"measure", "resume", "seeded", "cache"},
     "pictures": {"reach", "preparation"},
@@ -69,7 +72,7 @@ ALLOWED = {
         "index",
     },
     "__main__": {"cli"},
-    "__init__": {"adapters", "trace", "slim", "retrain", "measure", "checkpoint", "hub", "models"},
+    "__init__": {"adapters", "trace", "latency", "slim", "retrain", "measure", "checkpoint", "hub", "models"},
 }
 # One door per dependency.
 DOORS = {

@@ -37,6 +37,7 @@ from lfrns_hub.cli.terminal import (
     analyse_pictures,
     app,
     examples,
+    layer_table,
     load_slim,
     read_budgets,
     show,
@@ -71,6 +72,7 @@ def demo(context: typer.Context) -> None:
     epilog=examples(
         "lfrns slim resnet50 --weights my.pth --data DIR --val-split 0.1 --macs 0.5 --epochs 10 --out slim/",
         "lfrns slim resnet50.a1_in1k --data DIR --macs 0.75,0.5,0.35 --out zoo/",
+        "lfrns slim resnet50.a1_in1k --data DIR --latency 0.5 --latency-threads 4 --out fast/",
         "accelerate launch -m lfrns_hub slim google/vit-base-patch16-224 --data DIR --macs 0.5 --out slim/",
     )
 )
@@ -83,6 +85,14 @@ def slim(
         str | None, typer.Option(help="fraction of the MACs to keep, in (0, 1]; several make a folder of checkpoints")
     ] = None,
     params: Annotated[float | None, typer.Option(help="fraction of the parameters to keep, in (0, 1]")] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="fraction of the time of a forward pass to keep, in (0, 1], measured here")
+    ] = None,
+    latency_batch: Annotated[int, typer.Option(min=1, help="images in a timed pass")] = 1,
+    latency_threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of a timed pass (default: all)")
+    ] = None,
+    latency_compile: Annotated[bool, typer.Option("--latency-compile", help="time under torch.compile")] = False,
     epochs: Epochs = 3,
     learning_rate: Rate = None,
     preset: Annotated[
@@ -115,12 +125,15 @@ def slim(
     directory = recipe.check_output_dir(out, resume=False, overwrite=overwrite)
     budgets: list[float | None] = read_budgets(macs) if macs is not None else [None]
     several = len(budgets) > 1
-    if macs is None and params is None:
-        raise ValueError("lfrns slim: --macs or --params must say how much to keep. For half of the MACs: --macs 0.5.")
-    if params is not None and not 0 < params <= 1:
+    if macs is None and params is None and latency is None:
         raise ValueError(
-            f"--params {params}: the fraction of the parameters to keep must be in (0, 1]. For 50 % pass 0.5."
+            "lfrns slim: --macs, --params or --latency must say how much to keep. For half of the MACs: --macs 0.5."
         )
+    for option, value, what in (("--params", params, "parameters"), ("--latency", latency, "time of a forward pass")):
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(
+                f"{option} {value}: the fraction of the {what} to keep must be in (0, 1]. For 50 % pass 0.5."
+            )
     if several and push_to_hub and "/" in push_to_hub:
         raise ValueError(
             f"--push-to-hub {push_to_hub}: {len(budgets)} budgets make as many repositories, named as their folders. "
@@ -140,7 +153,12 @@ def slim(
         dense, pictures, limit=calibration_images, batch_size=batch_size, seed=seed, **asked
     )
     # All cuts come before any training: a budget out of reach is known within minutes.
-    results = [analysis.cut(macs=budget, params=params, fcr_steps=fcr_steps) for budget in budgets]
+    timed: dict[str, Any] = {"latency": latency}
+    if latency is not None:
+        timed["latency_setup"] = lfrns.LatencySetup(
+            batch=latency_batch, threads=latency_threads, compile=latency_compile
+        )
+    results = [analysis.cut(macs=budget, params=params, **timed, fcr_steps=fcr_steps) for budget in budgets]
     made: list[tuple[Path, nn.Module, Record]] = []
     options = {"processor": load_processor(dense), "label_names": test.class_names, "overwrite": True}
     for budget, result in zip(budgets, results, strict=True):
@@ -163,6 +181,8 @@ def slim(
             lfrns.save(result.model, folder, record=record, **options)
             if progress:
                 recipe.print_results(record, [], folder)
+                if result.report.latency:
+                    show(False, None, layer_table(result))
         accelerator.wait_for_everyone()
     if main_process:
         if several:
@@ -170,6 +190,8 @@ def slim(
         folders = [folder for folder, _, _ in made]
         urls = [lfrns.push(f, f"{push_to_hub}/{f.name}" if several else push_to_hub) for f in folders if push_to_hub]
         found = [{"directory": str(folder), **json.loads(record.to_json())} for folder, _, record in made]
+        for row, result in zip(found, results, strict=True):
+            row |= {"latency": result.report.latency} if result.report.latency else {}
         index = [f"Compared in {directory / 'README.md'}"] if several else []
         left_out = filter(None, [train.describe_unreadable(), test.describe_unreadable()])
         show(as_json, {"checkpoints": found, "pushed": urls}, *left_out, *index, *(f"Pushed: {url}" for url in urls))

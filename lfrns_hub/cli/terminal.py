@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 from lfrns_hub.pictures import MAX_UNREADABLE
-from lfrns_hub.slim import Analysis
+from lfrns_hub.slim import Analysis, SlimResult
 from lfrns_hub.untrusted import read_json, short
 from lfrns_hub.zoo import (
     ImageData,
@@ -67,6 +68,20 @@ def show(as_json: bool, data: Any, *parts: Any) -> None:
             console.print(part, markup=False, soft_wrap=True)  # a name or an extra may stand in brackets
         else:
             console.print(part)
+
+
+def layer_table(result: SlimResult) -> Table:
+    """Lay out what a latency budget removed from each layer and what that bought."""
+    told, fraction = result.report.latency, result.report.latency_fraction
+    title = f"{told['dense_ms']:.2f} ms to {told['slim_ms']:.2f} ms, {fraction:.3f} of dense; by layer:"
+    table = Table("layer", "dense", "slim", title=title)
+    for heading in ("dense, ms", "slim, ms", "bought, ms"):
+        table.add_column(heading, justify="right")
+    for row in told["layers"]:
+        widths = [f"{row[name][0]} to {row[name][1]}" if row[name] else "" for name in ("dense", "slim")]
+        ms = (row["dense_ms"], row["slim_ms"], row["dense_ms"] - row["slim_ms"])
+        table.add_row(row["layer"], *widths, *(f"{value:.3f}" for value in ms))
+    return table
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from lfrns_hub.answers import check_labels
 from lfrns_hub.measure.compare import measure, measure_each
 from lfrns_hub.measure.counting import count_macs, count_params
-from lfrns_hub.measure.latency import cpu_name, describe_setup, forward_passes, measure_latency, take_turns
+from lfrns_hub.measure.latency import cpu_name, describe_setup, forward_passes, measure_latency, take_turns, wait_for
 from lfrns_hub.measure.record import Record, format_table
 from lfrns_hub.measure.score import evaluate, prepare_loader
 from lfrns_hub.running import evaluating
@@ -24,4 +24,5 @@ __all__ = [
     "measure_latency",
     "prepare_loader",
     "take_turns",
+    "wait_for",
 ]

@@ -46,11 +46,11 @@ def forward_passes(models: dict[str, nn.Module], example_input: Tensor) -> dict[
 
     def call(model: nn.Module, images: Tensor) -> None:
         model(images)
-        _wait_for(images.device)
+        wait_for(images.device)
 
     inputs = {name: as_input(example_input, model) for name, model in models.items()}
     for images in inputs.values():
-        _wait_for(images.device)
+        wait_for(images.device)
     return {name: functools.partial(call, model, inputs[name]) for name, model in models.items()}
 
 
@@ -114,7 +114,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     """Wait until an accelerator has done what it was given."""
     if device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(device)

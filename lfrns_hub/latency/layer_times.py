@@ -1,0 +1,253 @@
+"""What a stock layer takes by width: measured on a grid once, kept per machine, interpolated between."""
+
+import bisect
+import itertools
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfrns_hub.cache import digest
+from lfrns_hub.latency.setup import LatencySetup
+from lfrns_hub.resume import written_aside
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the dense width, where a layer is timed; one step as well
+STEPS = (1, 8, 16, 32, 64)  # what vector registers and matrix tiles are made of
+PROBE_WIDTHS = tuple(range(64, 129, 4))
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A layer without its widths: all that its time depends on besides them.
+
+    Attributes:
+        kind: "linear", "conv1d", "conv2d" or "conv3d".
+        positions: Shape of its input without the channels: [batch, tokens] or [batch, height, width].
+        options: Arguments of a convolution, JSON values, and whether there is a bias.
+        per_group: Input and output channels of one conv group, None for an ungrouped layer.
+    """
+
+    kind: str
+    positions: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+    per_group: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, layer: nn.Module, shape: Sequence[int]) -> "LayerShape":
+        """Describe a stock layer on inputs of a shape."""
+        if isinstance(layer, nn.Linear):
+            return cls("linear", tuple(shape[:-1]), (("bias", layer.bias is not None),))
+        names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        options = (*((name, getattr(layer, name)) for name in names), ("bias", layer.bias is not None))
+        groups = layer.groups
+        per_group = None if groups == 1 else (layer.in_channels // groups, layer.out_channels // groups)
+        kind = next(c.__name__ for c in LAYERS[1:] if isinstance(layer, c)).lower()
+        return cls(kind, (shape[0], *shape[2:]), options, per_group)
+
+    @property
+    def family(self) -> str:
+        """Give "linear" or "conv": layers of a family share the hardware's step."""
+        return "linear" if self.kind == "linear" else "conv"
+
+    def build(self, out: int, read: int, setup: LatencySetup, channels_last: bool) -> tuple[nn.Module, Tensor]:
+        """Give a stock layer of these widths and an input; what the values are does not matter, if they are normal."""
+        place = {"dtype": setup.dtype, "device": setup.device}
+        options = dict(self.options)
+        if self.kind == "linear":
+            layer: nn.Module = nn.utils.skip_init(nn.Linear, read, out, **options, **place)
+            images = torch.full((*self.positions, read), 0.1, **place)
+        else:
+            groups = read // self.per_group[0] if self.per_group else 1
+            kind = next(c for c in LAYERS[1:] if c.__name__.lower() == self.kind)
+            layer = nn.utils.skip_init(kind, read, out, groups=groups, **options, **place)
+            images = torch.full((self.positions[0], read, *self.positions[1:]), 0.1, **place)
+        for parameter in layer.parameters():
+            nn.init.constant_(parameter, 0.01)
+        if channels_last and self.kind == "conv2d":
+            layer, images = layer.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+        return layer.eval().requires_grad_(False), images
+
+    def key(self, out: int, read: int) -> str:
+        """Name the layer at two widths, for the file."""
+        options = " ".join(f"{name}={value}" for name, value in self.options)
+        groups = f" per_group={self.per_group}" if self.per_group else ""
+        return f"{self.kind} {list(self.positions)} {options}{groups} {read}->{out}"
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Milliseconds of one layer over the widths that can change.
+
+    Attributes:
+        widths: Ascending widths of each axis that is measured, the last the dense one: [axes][grid].
+        ms: The times there, [grid of axis 0 x grid of axis 1 x ...], the last axis fastest.
+        step: A width costs what the next multiple of this does; 1 interpolates.
+    """
+
+    widths: tuple[tuple[int, ...], ...]
+    ms: tuple[float, ...]
+    step: int = 1
+    _seen: dict[tuple[float, ...], float] = field(default_factory=dict, compare=False, repr=False)
+
+    def scaled(self, factor: float, step: int) -> "LayerTimes":
+        """Give the times times a factor, in steps."""
+        return LayerTimes(self.widths, tuple(factor * ms for ms in self.ms), step)
+
+    def at(self, *kept: float) -> float:
+        """Give the time at widths, one an axis, by linear interpolation; below the grid, that of its smallest.
+
+        Example:
+            >>> LayerTimes(((16, 32),), (1.0, 3.0)).at(24), LayerTimes(((16, 32),), (1.0, 3.0), step=16).at(24)
+            (2.0, 3.0)
+        """
+        if kept in self._seen:
+            return self._seen[kept]
+        corners = [(0, 1.0)]
+        for width, grid in zip(kept, self.widths, strict=True):
+            if self.step > 1:
+                width = min(grid[-1], math.ceil(width / self.step - 1e-9) * self.step)
+            width = min(max(width, grid[0]), grid[-1])
+            right = min(max(1, bisect.bisect_left(grid, width)), len(grid) - 1)
+            left = max(0, right - 1)
+            part = (width - grid[left]) / (grid[right] - grid[left]) if right > left else 0.0
+            corners = [
+                (at * len(grid) + place, weight * share)
+                for at, weight in corners
+                for place, share in ((left, 1 - part), (right, part))
+                if share
+            ]
+        total = self._seen[kept] = sum(weight * self.ms[at] for at, weight in corners)
+        return total
+
+
+class LayerTable:
+    """Layers' times on this machine under one setup, measured where they are not known yet.
+
+    Args:
+        machine: What times layers, as `Machine` does.
+        directory: Where the table is kept, one file a machine and setup; None: the user's cache.
+    """
+
+    def __init__(
+        self,
+        machine: Any,
+        directory: str | os.PathLike | None = None,
+    ):
+        self.machine, self.described = machine, machine.describe()
+        name = f"latency-{digest(self.described)}.json"
+        self.path = (cache_directory() if directory is None else Path(directory)) / name
+        self.known = self._read()
+
+    def times(self, shape: LayerShape, widths: Sequence[tuple[int, bool]]) -> LayerTimes:
+        """Give a layer's times over the widths that can change.
+
+        Args:
+            shape: The layer.
+            widths: Its dense output and input widths, each with whether plans change it; of a grouped convolution the
+                output alone.
+        Returns:
+            Times that never fall as a width grows: what falls is noise, and what is slower by it.
+        """
+        step = self.step(shape.family)
+        grids = [grid(width, step, shape.per_group) if free else (width,) for width, free in widths]
+        points = [self._point(shape, at) for at in itertools.product(*grids)]
+        missing = [point for point in points if shape.key(*point) not in self.known]
+        if missing:
+            for point, ms in zip(
+                missing, self.machine.time_layers([(shape, *point) for point in missing]), strict=True
+            ):
+                self.known[shape.key(*point)] = ms
+        ms = torch.tensor([self.known[shape.key(*point)] for point in points], dtype=torch.float64)
+        ms = ms.reshape([len(g) for g in grids])
+        for axis in range(ms.ndim):
+            ms = ms.flip(axis).cummin(axis).values.flip(axis)
+        return LayerTimes(tuple(grids), tuple(ms.flatten().tolist()))
+
+    def step(self, family: str) -> int:
+        """Give the multiple of channels at which layers of a family get slower, as this machine shows it."""
+        key = f"step {family}"
+        if key not in self.known:
+            if family == "linear":
+                shape = LayerShape("linear", (1, 196), (("bias", True),))
+            else:
+                shape = LayerShape.of(nn.Conv2d(128, 128, 3, padding=1, bias=False), (1, 128, 28, 28))
+            # Several times, so that a busy moment does not pass for a step.
+            rounds = [self.machine.time_layers([(shape, width, 128) for width in PROBE_WIDTHS]) for _ in range(3)]
+            self.known[key] = find_step(dict(zip(PROBE_WIDTHS, map(min, zip(*rounds, strict=True)), strict=True)))
+        return int(self.known[key])
+
+    def keep(self) -> None:
+        """Write what was measured; where the folder cannot be written, the next call measures again."""
+        merged = {**self._read(), **self.known}
+        text = json.dumps({"machine": self.described, "ms": merged}, indent=0, sort_keys=True)
+        try:
+            with written_aside(self.path) as partial:
+                partial.write_text(text, encoding="utf-8")
+        except OSError:
+            pass
+
+    def _read(self) -> dict[str, float]:
+        """Give what the file holds; a damaged one holds nothing."""
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))["ms"]
+            usable = {key: ms for key, ms in stored.items() if type(ms) in (int, float) and 0 < ms < math.inf}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return {}
+        return usable
+
+    def _point(self, shape: LayerShape, widths: tuple[int, ...]) -> tuple[int, int]:
+        """Give output and input width of a point of a grid."""
+        if shape.per_group is None:
+            return widths[0], widths[1]
+        read, made = shape.per_group
+        return widths[0], widths[0] // made * read
+
+
+def grid(width: int, step: int, per_group: tuple[int, int] | None) -> tuple[int, ...]:
+    """Give the widths at which a layer of a dense width is timed: one step, and shares of it in whole steps.
+
+    Example:
+        >>> grid(100, 16, None)
+        (16, 32, 64, 80, 100)
+    """
+    least = step if per_group is None else math.lcm(step, per_group[1])
+    wanted = {least, *(math.ceil(width * share / least) * least for share in SHARES)}
+    return tuple(sorted({min(width, point) for point in wanted}))
+
+
+def find_step(ms: dict[int, float]) -> int:
+    """Find at which multiples of a width its times go up: the step whose staircase they fit best, 1 for none.
+
+    Args:
+        ms: Times by width, in ms.
+
+    Example:
+        >>> find_step({width: 1 + -(-width // 16) for width in range(64, 129, 4)})
+        16
+    """
+    widths = torch.tensor(list(ms), dtype=torch.float64)
+    times = torch.tensor(list(ms.values()), dtype=torch.float64)
+
+    def misfit(step: int) -> float:
+        stairs = (widths / step).ceil() * step
+        design = torch.stack([torch.ones_like(stairs), stairs], 1)
+        return float((times - design @ torch.linalg.lstsq(design, times[:, None]).solution[:, 0]).square().sum())
+
+    line = misfit(1)
+    best = min(STEPS, key=misfit)
+    return best if misfit(best) < line / 2 else 1
+
+
+def cache_directory() -> Path:
+    """Give the folder of the user's cache: LFRNS_CACHE, or lfrns_hub in XDG_CACHE_HOME or in ~/.cache."""
+    own = os.environ.get("LFRNS_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lfrns_hub"

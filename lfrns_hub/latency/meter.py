@@ -1,0 +1,146 @@
+"""One model on one machine: its layers' times, the whole of it dense and slim, the same for all processes."""
+
+import copy
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lfrns_hub.cache import digest
+from lfrns_hub.latency.layer_times import LayerShape, LayerTable
+from lfrns_hub.latency.machine import Machine
+from lfrns_hub.latency.predict import LatencyModel, layer_costs, observe_shapes
+from lfrns_hub.latency.setup import LatencySetup
+from lfrns_hub.running import as_input
+from lfrns_hub.surgery import cut
+from lfrns_hub.units import SlimPlan, UnitGroup
+
+Found = TypeVar("Found")
+
+
+class LatencyMeter:
+    """Times a model and its narrower copies. Only the main process times; the others are told.
+
+    Attributes:
+        setup: With nothing left to None.
+        predicted: What a plan will take.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        every: Sequence[UnitGroup],
+        chosen: Sequence[UnitGroup],
+        example: Tensor,
+        setup: LatencySetup,
+        *,
+        accelerator: Any = None,
+        directory: str | os.PathLike | None = None,
+        machine: Any = None,
+    ):
+        """Measure what the cache does not hold.
+
+        Args:
+            dense: The dense model, of any dtype; untouched.
+            every, chosen: All groups, and those that may be cut.
+            example: Images [N, C, H, W], of which the first is used.
+            setup: Resolved.
+            accelerator: An Accelerate accelerator.
+            directory: Of the cache; None: the user's.
+            machine: What takes the times, in place of this machine.
+        """
+        self.setup, self.accelerator, self.every, self.plain = setup, accelerator, every, dense
+        self.seen: dict[tuple[tuple[str, int], ...], dict[str, float]] = {}
+        self.channels_last = in_channels_last(dense)
+        self.machine = machine or Machine(setup, self.channels_last)
+        self.images = example[:1].expand(setup.batch, *example.shape[1:]).contiguous().to(setup.device)
+        self.dense = self._placed(copy.deepcopy(dense))
+        shapes = observe_shapes(self.dense, lambda: self._pass(self.dense))
+        family = {n: LayerShape.of(dense.get_submodule(n), calls[0][0]).family for n, calls in shapes.items()}
+        half = {group.name: group.size // 2 for group in chosen}
+        whole = f"model {digest(repr(dense), list(self.images.shape), half)}"
+        table = LayerTable(self.machine, directory)
+
+        def measure() -> dict[str, float]:
+            for name in sorted(set(family.values())):
+                table.step(name)
+            layer_costs(dense, chosen, shapes, table)
+            if f"{whole} dense " not in table.known:
+                smaller = self._cut(SlimPlan({g.name: list(range(g.size - half[g.name])) for g in chosen}))
+                inside = self.machine.time_inside({"dense": self.dense, "half": smaller}, self.images)
+                table.known |= {
+                    f"{whole} {at} {layer}": ms for at, found in inside.items() for layer, ms in found.items()
+                }
+            table.keep()
+            return table.known
+
+        table.known = self._told(measure)
+        steps = {name: table.step(of) for name, of in family.items()}
+        inside = {name: table.known[f"{whole} dense {name}"] for name in shapes}
+        rests = table.known[f"{whole} dense "], table.known[f"{whole} half "]
+        self.predicted = LatencyModel(layer_costs(dense, chosen, shapes, table), chosen, steps, inside, rests, half)
+
+    def ratio(self, plan: SlimPlan) -> float:
+        """Measure the fraction of the dense time that a plan's model takes: the median over turns of the two.
+
+        Plans of equal widths are timed once.
+        """
+        return self._timed(plan)["fraction"]
+
+    def tell(self, plan: SlimPlan, chosen: Sequence[UnitGroup]) -> dict[str, Any]:
+        """Say what a plan's model takes, measured, and what each layer's part of it is, predicted."""
+        removed = {group.name: len(plan.removed(group)) for group in chosen}
+        timed = self._timed(plan)
+        return {
+            "setup": self.setup.describe(),
+            "dense_ms": timed["dense_ms"],
+            "slim_ms": timed["slim_ms"],
+            "predicted_fraction": self.predicted.ms(removed) / self.predicted.ms({}),
+            "multiples": {group.name: self.predicted.multiples[group.name] for group in chosen},
+            "layers": self.predicted.by_layer(removed),
+        }
+
+    def _timed(self, plan: SlimPlan) -> dict[str, float]:
+        """Time a plan's model beside the dense one."""
+        widths = tuple(sorted((name, len(kept)) for name, kept in plan.keep.items()))
+
+        def measure() -> dict[str, float]:
+            times = self.machine.time_models({"dense": self.dense, "slim": self._cut(plan)}, self.images)
+            ratios = [slim / dense for dense, slim in zip(times["dense"], times["slim"], strict=True)]
+            found = {f"{name}_ms": statistics.median(ms) for name, ms in times.items()}
+            return found | {"fraction": statistics.median(ratios)}
+
+        if widths not in self.seen:
+            self.seen[widths] = self._told(measure)
+        return self.seen[widths]
+
+    def _cut(self, plan: SlimPlan) -> nn.Module:
+        """Give a plan's model as it is timed; its weights do not matter."""
+        return self._placed(cut(self.plain, self.every, plan))
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        """Bring a copy to the setup's device, dtype and memory format."""
+        model = model.to(device=self.setup.device, dtype=self.setup.dtype).eval()
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+
+    def _pass(self, model: nn.Module) -> None:
+        """Run the images through a model once."""
+        with self.setup.running():
+            model(as_input(self.images, model))
+
+    def _told(self, measure: Callable[[], Found]) -> Found:
+        """Measure on the main process, and tell all."""
+        if self.accelerator is None or self.accelerator.num_processes == 1:
+            return measure()
+        found = [measure() if self.accelerator.is_main_process else None]
+        torch.distributed.broadcast_object_list(found, src=0)
+        return found[0]
+
+
+def in_channels_last(model: nn.Module) -> bool:
+    """Say whether a model's convolutions lie in channels_last."""
+    weights = [p for p in model.parameters() if p.ndim == 4]
+    return any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)

@@ -1,0 +1,202 @@
+"""What a forward pass will take at given widths: the layers' measured times, and what is left of the whole model's."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lfrns_hub.latency.layer_times import LAYERS, LayerShape, LayerTable, LayerTimes
+from lfrns_hub.running import evaluating
+from lfrns_hub.units import UnitGroup
+
+Axes = list[tuple[dict[str, int], int]]  # of each axis: positions a unit of each group on it, and all its positions
+Term = tuple[float | LayerTimes, Axes]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One call of one layer.
+
+    Attributes:
+        name: Of the module.
+        times: What it takes over the widths that change.
+        axes: What those widths hang on, in the order of the times' axes.
+        widths: Dense input and output channels.
+        made, read: What its output and input channels hang on.
+        outputs: Numbers that it gives, dense.
+    """
+
+    name: str
+    times: LayerTimes
+    axes: Axes
+    widths: tuple[int, int]
+    made: dict[str, int]
+    read: dict[str, int]
+    outputs: int
+
+
+def observe_shapes(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[tuple[tuple[int, ...], int]]]:
+    """Give the input's shape and the output's size of every call of every stock layer while `run` runs the model."""
+    shapes: dict[str, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
+    hooks = [
+        module.register_forward_hook(
+            lambda _, inputs, output, name=name: shapes[name].append((tuple(inputs[0].shape), output.numel()))
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, LAYERS)
+    ]
+    try:
+        with evaluating(model):
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes
+
+
+def layer_costs(
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    shapes: dict[str, list[tuple[tuple[int, ...], int]]],
+    table: LayerTable,
+) -> list[LayerCost]:
+    """Look every call of every layer up in the table, which measures what it does not hold.
+
+    Args:
+        model: The dense network.
+        groups: Groups that may be cut; widths of no other change.
+        shapes: As `observe_shapes` gives them.
+        table: Of this machine.
+    """
+    owners: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
+    for group in groups:
+        for part in group.slices:
+            owners[part.tensor, part.dim][group.name] = part.index.shape[1]
+    costs = []
+    for name, calls in shapes.items():
+        layer = model.get_submodule(name)
+        out, read = layer.weight.shape[:2]
+        made, taken = owners.get((f"{name}.weight", 0), {}), owners.get((f"{name}.weight", 1), {})
+        if getattr(layer, "groups", 1) > 1:
+            taken, read = made, layer.in_channels
+            axes = [(made, out)]
+        else:
+            axes = [(made, out), (taken, read)]
+        for shape, outputs in calls:
+            times = table.times(LayerShape.of(layer, shape), [(width, bool(units)) for units, width in axes])
+            costs.append(LayerCost(name, times, axes, (read, out), made, taken, outputs))
+    return costs
+
+
+class LatencyModel:
+    """Predicted milliseconds as a function of the units removed.
+
+    The sum of the layers and the rest: norms, activations, additions, softmax, the interpreter. A layer takes what it
+    takes inside the dense model, and falls with its widths as the table says. The rest has a fixed part and one that
+    goes with the numbers that the layers give.
+
+    Attributes:
+        terms: As a ledger reads them, linear between the measured widths, so that each unit counts.
+        stepped: The same with widths in whole steps of the hardware, as it will be.
+        multiples: Units of each group that make a whole step.
+        rest: Milliseconds of the rest, dense: fixed, and following the widths.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerCost],
+        groups: Sequence[UnitGroup],
+        steps: dict[str, int],
+        inside: dict[str, float],
+        rests: tuple[float, float],
+        half: dict[str, int],
+    ):
+        """Put together what was measured.
+
+        Args:
+            layers: Every call of a layer, as `layer_costs` gives them.
+            groups: Groups that may be cut.
+            steps: Multiple at which each layer gets slower, by name of the module.
+            inside: What each layer takes in the dense model, all its calls, ms.
+            rests: What the dense model takes besides, and one with the units of `half` removed, ms.
+            half: Units removed of the latter.
+        """
+        alone: dict[str, float] = defaultdict(float)
+        for layer in layers:
+            alone[layer.name] += layer.times.ms[-1]
+        self.layers = [
+            replace(layer, times=layer.times.scaled(inside[layer.name] / alone[layer.name], steps[layer.name]))
+            for layer in layers
+        ]
+        total = sum(layer.outputs for layer in layers)
+        left = sum(layer.outputs * kept_share(layer.made, layer.widths[1], half) for layer in layers)
+        share = left / total if total else 1.0
+        rest, rest_at_half = (max(0.0, ms) for ms in rests)
+        follows = min(max(0.0, (rest - rest_at_half) / (1 - share)), rest) if share < 1 else 0.0
+        self.rest = (rest - follows, follows)
+        parts = [(layer.times, layer.axes) for layer in self.layers]
+        for layer in self.layers:
+            size, share = layer.widths[1], follows * layer.outputs / total
+            # In steps as the layer goes: what fills one up costs the rest next to nothing either.
+            times = LayerTimes(((0, size),), (0.0, share), layer.times.step) if layer.made else share
+            parts.append((times, [(layer.made, size)] if layer.made else []))
+        self.stepped: list[Term] = [*parts, (self.rest[0], [])]
+        self.terms = [(ms.scaled(1.0, 1) if isinstance(ms, LayerTimes) else ms, axes) for ms, axes in self.stepped]
+        self.multiples = {group.name: self._multiple(group, steps) for group in groups}
+
+    @staticmethod
+    def evaluate(terms: Sequence[Term], removed: dict[str, int]) -> float:
+        """Sum the terms when `removed` units of each group are gone, in ms."""
+        total = 0.0
+        for ms, axes in terms:
+            kept = (size - sum(width * removed.get(name, 0) for name, width in units.items()) for units, size in axes)
+            total += ms.at(*kept) if isinstance(ms, LayerTimes) else ms
+        return total
+
+    def ms(self, removed: dict[str, int]) -> float:
+        """Predict the milliseconds of one pass when `removed` units of each group are gone."""
+        return self.evaluate(self.stepped, removed)
+
+    def fraction(self, removed: dict[str, int]) -> float:
+        """Predict the fraction of the dense time, each unit with its share of a step."""
+        return self.evaluate(self.terms, removed) / self.evaluate(self.terms, {})
+
+    def by_layer(self, removed: dict[str, int]) -> list[dict[str, Any]]:
+        """Tell for each layer what was removed and what it bought; the last row is the rest of the model.
+
+        Returns:
+            Rows of "layer", "dense" and "slim" [input, output channels], "dense_ms", "slim_ms", predicted. A layer
+            that is called several times is one row.
+        """
+        rows: dict[str, dict[str, Any]] = {}
+        for layer in self.layers:
+            read, out = layer.widths
+            slim = [
+                round(read * kept_share(layer.read, read, removed)),
+                round(out * kept_share(layer.made, out, removed)),
+            ]
+            row = {"layer": layer.name, "dense": [read, out], "slim": slim, "dense_ms": 0.0, "slim_ms": 0.0}
+            row = rows.setdefault(layer.name, row)
+            row["dense_ms"] += self.evaluate([(layer.times, layer.axes)], {})
+            row["slim_ms"] += self.evaluate([(layer.times, layer.axes)], removed)
+        others = {"layer": "everything else", "dense": None, "slim": None, "dense_ms": sum(self.rest)}
+        others["slim_ms"] = self.ms(removed) - sum(row["slim_ms"] for row in rows.values())
+        return [*rows.values(), others]
+
+    def _multiple(self, group: UnitGroup, steps: dict[str, int]) -> int:
+        """Give the units of a group that make a whole step of every layer that makes or reads them."""
+        found = 1
+        for layer in self.layers:
+            for units in (layer.made, layer.read):
+                if group.name in units:
+                    step = steps[layer.name]
+                    found = max(found, step // math.gcd(step, units[group.name]))
+        return found
+
+
+def kept_share(units: dict[str, int], size: int, removed: dict[str, int]) -> float:
+    """Give the share of an axis that is left."""
+    return 1 - sum(width * removed.get(name, 0) for name, width in units.items()) / size
