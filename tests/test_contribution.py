@@ -57,7 +57,7 @@ class Prepared:
         found = lfrns.find_units(self.model, self.batches[0][0][:1])
         self.groups = [group for group in found if group.exact and not group.frozen_reason and group.size > 1]
         taps = list(dict.fromkeys(tap.module for group in self.groups for tap in group.taps))
-        self.moments = collect(self.model, taps, self.batches, loss_batches=1, seed=0)
+        self.moments = collect(self.model, taps, self.batches, macs=1e9, seed=0)
         self.keep = {group.name: list(range(0, group.size, 2)) for group in self.groups}
 
     def gates(self) -> tuple[dict[str, Tensor], dict[str, Gate]]:
