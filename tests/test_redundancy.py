@@ -1,8 +1,9 @@
 """The maths of merging and folding, against slow references and by hand."""
 
+import pytest
 import torch
 
-from lfrns_hub.redundancy import TapView, agglomerate, eliminate, stand_ins, unit_correlation
+from lfrns_hub.redundancy import RIDGE, TapView, agglomerate, eliminate, stand_ins, unit_correlation
 from lfrns_hub.responses import Moments, best_fold, fold_matrix, integrity, output_error, weight_products
 
 
@@ -34,6 +35,49 @@ def test_elimination_takes_the_cheapest_and_its_costs_add_up_to_the_joint_error(
     assert merges.order[0] == first
     joint = brute_force_cost(second, weight, merges.order[:2])
     assert abs(2 * sum(merges.cost[:2]) / joint - 1) < 0.02  # the ridge is 1e-3
+
+
+@pytest.mark.parametrize(("units", "width", "taps"), [(300, 1, 1), (140, 1, 2), (9, 16, 1)])
+def test_rounds_take_units_in_the_order_of_one_by_one(units, width, taps):
+    """Against the elimination that brings both matrices up to date after every unit, for all units."""
+    torch.manual_seed(0)
+    size = units * width
+    views = []
+    for _ in range(taps):
+        rows = (torch.randn(3 * size, size) @ (torch.randn(size, size) * torch.logspace(0, -2, size))).relu().double()
+        weight = torch.randn(size // 2, size, dtype=torch.float64)
+        views.append(TapView(rows.T @ rows / len(rows), weight.T @ weight))
+    order, cost = one_by_one(views, units)
+    merges = eliminate(views, units)
+    assert merges.order == order
+    assert merges.cost == pytest.approx(cost, rel=1e-6)
+
+
+def one_by_one(views: list[TapView], units: int) -> tuple[list[int], list[float]]:
+    """The units in order and half of what each costs, by Hassibi and Stork's downdate of whole matrices."""
+    width = len(views[0].gram) // units
+    own = [slice(u * width, (u + 1) * width) for u in range(units)]
+    precisions = [torch.linalg.inv(v.second + RIDGE * torch.diag(v.second.diagonal())) for v in views]
+    grams = [v.gram.clone() for v in views]
+    left, order, cost = list(range(units)), [], []
+    while len(left) > 1:
+        errors = {
+            u: sum(
+                float((torch.linalg.inv(p[own[u], own[u]]) * g[own[u], own[u]].T).sum())
+                for p, g in zip(precisions, grams, strict=True)
+            )
+            for u in left
+        }
+        unit = min(errors, key=errors.get)
+        for p, g in zip(precisions, grams, strict=True):
+            share = p[:, own[unit]] @ torch.linalg.inv(p[own[unit], own[unit]])
+            p -= share @ p[own[unit]]
+            moved = share @ g[own[unit]]
+            g += share @ g[own[unit], own[unit]] @ share.T - moved - moved.T
+        left.remove(unit)
+        order.append(unit)
+        cost.append(max([0.5 * errors[unit], *cost[-1:]]))
+    return order, cost
 
 
 def test_heads_are_eliminated_as_blocks():
