@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -37,14 +38,15 @@ def make_accelerator(*, seed: int = 0, **kwargs: Any) -> Accelerator:
     Args:
         seed: Sets the order of the images on every process.
         kwargs: What Accelerator takes: mixed_precision, gradient_accumulation_steps, log_with, project_dir, ...
-            Without mixed_precision it is bf16 where the processor has it and it pays, except under
-            `accelerate launch`, whose setting holds.
+            Without mixed_precision it is bf16 where the processor has it and it pays; the setting of
+            `accelerate launch`, or of an accelerator built earlier in this program, goes before.
     Example:
         >>> make_accelerator(seed=1).num_processes
         1
     """
     kwargs.setdefault("cpu", not torch.accelerator.is_available())
-    if kwargs.get("mixed_precision") is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+    decided = is_initialized() or "ACCELERATE_MIXED_PRECISION" in os.environ  # by an accelerator before, or a launcher
+    if kwargs.get("mixed_precision") is None and not decided:
         kwargs["mixed_precision"] = _best_precision(kwargs["cpu"])
     # Not dispatched: of a stream each process reads files of its own, not one process all of them for the others.
     shared_out = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, dispatch_batches=False)

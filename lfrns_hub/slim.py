@@ -345,11 +345,13 @@ class Analysis:
                 clock.step("latency")
                 setup = (latency_setup or LatencySetup()).resolved(self.model, device_of(dense))
                 meter = LatencyMeter(dense, self.every, chosen, example, setup, accelerator=accelerator)
-                at = budgets | {"latency": self.meet_latency(meter, budgets, to, multiple)}
+                first = functools.partial(self.meet_latency, meter, budgets, to, multiple)
+                timed = (budgets, to, multiple, meter.setup.describe())
+                at = budgets | {"latency": self.cache.keep("latency", first, *timed)}
 
             clock.step("clusters")
             model = meter.predicted if meter else None
-            keep, pruning_set, ledger = cluster(chosen, self.merges, self.trace, at, self.widths, to, model)
+            keep, pruning_set, clustered = cluster(chosen, self.merges, self.trace, at, self.widths, to, model)
 
             clock.step("FCR gates", steps if steps and contribution == "fcr" else 1)
             contributions = contribute(
@@ -358,16 +360,17 @@ class Analysis:
             )  # fmt: skip
 
             clock.step("restore")
+            ledger = clustered
             restored_by = functools.partial(restored_plan, chosen, keep, pruning_set, contributions, round_to=multiple)
             if meter:
-                ledger = ledger.in_steps(
-                    search(
-                        lambda fraction: restored_by(ledger=ledger.in_steps(fraction))[0],
-                        meter.ratio,
-                        budgets["latency"],
-                        start=at["latency"],
-                    )
+                predicted = functools.partial(
+                    search,
+                    lambda fraction: restored_by(ledger=clustered.in_steps(fraction))[0],
+                    meter.ratio,
+                    latency,
+                    start=at["latency"],
                 )
+                ledger = clustered.in_steps(self.cache.keep("latency", predicted, *timed, at, keep, contributions))
             plan, restored = restored_by(ledger=ledger)
 
             clock.step("cut and fold")
@@ -403,13 +406,12 @@ class Analysis:
 
         def plan_at(fraction: float) -> SlimPlan:
             at = budgets | {"latency": fraction}
-            keep, pruning_set, ledger = cluster(
-                self.chosen, self.merges, self.trace, at, self.widths, to, meter.predicted
-            )
+            keep, gone, ledger = cluster(self.chosen, self.merges, self.trace, at, self.widths, to, meter.predicted)
             ledger = ledger.in_steps(fraction)
-            return restored_plan(self.chosen, keep, pruning_set, contributions, ledger, multiple)[0]
+            return restored_plan(self.chosen, keep, gone, contributions, ledger, multiple)[0]
 
-        least = meter.predicted.fraction({name: len(merges.order) for name, merges in self.merges.items()})
+        every = {name: len(merges.order) for name, merges in self.merges.items()}
+        least = meter.predicted.fraction(every) + 1e-9  # a ledger adds up in another order
         return search(plan_at, meter.ratio, budgets["latency"], start=budgets["latency"], least=least)
 
     def finish(self, plain: nn.Module, plan: SlimPlan, fold: bool) -> dict[str, Any]:

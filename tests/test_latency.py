@@ -161,6 +161,13 @@ def test_a_second_call_takes_the_layers_from_the_cache(analysis: Any, pretended:
     assert timed > 0 and len(list((tmp_path / "cache").iterdir())) == 1
     assert analysis.cut(latency=0.6, fcr_steps=0).plan == first.plan
     assert pretended.layers_timed == timed
+    (file,) = (tmp_path / "cache").iterdir()
+    stored = json.loads(file.read_text())
+    lost = next(key for key in stored["ms"] if key.startswith("model") and key.endswith("dense second"))
+    stored["ms"][lost] = -1.0
+    file.write_text(json.dumps(stored))
+    assert analysis.cut(latency=0.6, fcr_steps=0).plan == first.plan
+    assert json.loads(file.read_text())["ms"][lost] > 0
 
 
 @pytest.mark.parametrize(
@@ -336,6 +343,13 @@ def test_a_table_of_layers_is_built_as_the_network_has_them() -> None:
     assert (layer.groups, layer.in_channels, layer.out_channels, layer.stride) == (2, 16, 32, (2, 2))
     assert layer(images).shape == (1, 32, 4, 4) and images.dtype == torch.bfloat16
     assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_setup_runs_with_its_threads_and_gives_them_back() -> None:
+    before = torch.get_num_threads()
+    with LatencySetup(threads=before + 1).running():
+        assert torch.get_num_threads() == before + 1 and not torch.is_grad_enabled()
+    assert torch.get_num_threads() == before and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(

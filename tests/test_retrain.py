@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -142,8 +143,25 @@ def test_bf16_is_taken_on_cpus_with_amx_unless_the_launcher_says_otherwise(monke
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launched:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-    assert make_accelerator(cpu=True).mixed_precision == expected
-    assert make_accelerator(cpu=True, mixed_precision="no").mixed_precision == "no"
+    AcceleratorState._reset_state(True)
+    try:
+        assert make_accelerator(cpu=True).mixed_precision == expected
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: not amx)
+        assert make_accelerator(cpu=True).mixed_precision == expected  # as the one before
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def test_a_run_in_bf16_learns_too():
+    AcceleratorState._reset_state(True)
+    try:
+        model = retrain(
+            make_model(), make_loader(), epochs=8, learning_rate=0.05, mixed_precision="bf16", progress=False
+        )
+    finally:
+        AcceleratorState._reset_state(True)
+    assert evaluate(model, make_loader(), progress=False)["top1_pct"] > 90
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
 
 
 def test_convolutions_train_in_channels_last_and_everything_comes_back_as_it_came():

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lfrns_hub.latency.layer_times import LAYERS, LayerShape
 from lfrns_hub.latency.setup import LatencySetup
@@ -89,35 +90,40 @@ class Machine:
 def watched_layers(models: dict[str, nn.Module], device: torch.device) -> Iterator[dict[str, dict[str, list[float]]]]:
     """Take the time of every stock layer in every pass: model -> layer -> ms of each pass, all its calls together."""
     laps: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in models}
-    hooks = []
-    for name, model in models.items():
-        started: list[float] = []
-        passes = [0]
-
-        def begin(*_: Any, passes: list[int] = passes) -> None:
-            passes[0] += 1
-
-        def start(*_: Any, started: list[float] = started) -> None:
-            wait_for(device)
-            started.append(time.perf_counter())
-
-        hooks.append(model.register_forward_pre_hook(begin))
-        for layer, module in model.named_modules():
-            if isinstance(module, LAYERS):
-
-                def stop(*_: Any, laps=laps[name][layer], started=started, passes=passes) -> None:
-                    wait_for(device)
-                    ms = 1000 * (time.perf_counter() - started.pop())
-                    if len(laps) < passes[0]:
-                        laps.append(0.0)
-                    laps[-1] += ms
-
-                hooks += [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
+    hooks = [hook for name, model in models.items() for hook in _watch(model, device, laps[name])]
     try:
         yield laps
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _watch(model: nn.Module, device: torch.device, laps: dict[str, list[float]]) -> list[RemovableHandle]:
+    """Hook one model's layers."""
+    started: list[float] = []
+    passes = 0
+
+    def begin(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    def start(*_: Any) -> None:
+        wait_for(device)
+        started.append(time.perf_counter())
+
+    def stop(mine: list[float]) -> None:
+        wait_for(device)
+        ms = 1000 * (time.perf_counter() - started.pop())
+        if len(mine) < passes:
+            mine.append(0.0)
+        mine[-1] += ms
+
+    hooks = [model.register_forward_pre_hook(begin)]
+    for name, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            hooks.append(module.register_forward_pre_hook(start))
+            hooks.append(module.register_forward_hook(lambda *_, mine=laps[name]: stop(mine)))
+    return hooks
 
 
 def parts(layers: Sequence[Layer], most: int) -> list[list[Layer]]:

@@ -20,6 +20,8 @@ from lfrns_hub.units import SlimPlan, UnitGroup
 
 Found = TypeVar("Found")
 
+LEAST_MS = 1e-6  # a difference of two times can come out below nothing
+
 
 class LatencyMeter:
     """Times a model and its narrower copies. Only the main process times; the others are told.
@@ -62,26 +64,27 @@ class LatencyMeter:
         family = {n: LayerShape.of(dense.get_submodule(n), calls[0][0]).family for n, calls in shapes.items()}
         half = {group.name: group.size // 2 for group in chosen}
         whole = f"model {digest(repr(dense), list(self.images.shape), half)}"
+        inside, rests = {n: f"{whole} dense {n}" for n in shapes}, (f"{whole} dense ", f"{whole} half ")
         table = LayerTable(self.machine, directory)
 
         def measure() -> dict[str, float]:
             for name in sorted(set(family.values())):
                 table.step(name)
             layer_costs(dense, chosen, shapes, table)
-            if f"{whole} dense " not in table.known:
+            if not table.known.keys() >= {*inside.values(), *rests}:
                 smaller = self._cut(SlimPlan({g.name: list(range(g.size - half[g.name])) for g in chosen}))
-                inside = self.machine.time_inside({"dense": self.dense, "half": smaller}, self.images)
-                table.known |= {
-                    f"{whole} {at} {layer}": ms for at, found in inside.items() for layer, ms in found.items()
-                }
+                times = self.machine.time_inside({"dense": self.dense, "half": smaller}, self.images)
+                found = ((f"{whole} {model} {layer}", ms) for model, by in times.items() for layer, ms in by.items())
+                table.known |= {key: max(ms, LEAST_MS) for key, ms in found}
             table.keep()
             return table.known
 
         table.known = self._told(measure)
         steps = {name: table.step(of) for name, of in family.items()}
-        inside = {name: table.known[f"{whole} dense {name}"] for name in shapes}
-        rests = table.known[f"{whole} dense "], table.known[f"{whole} half "]
-        self.predicted = LatencyModel(layer_costs(dense, chosen, shapes, table), chosen, steps, inside, rests, half)
+        costs = layer_costs(dense, chosen, shapes, table)
+        places = {name: table.known[key] for name, key in inside.items()}
+        dense_rest, half_rest = (table.known[key] for key in rests)
+        self.predicted = LatencyModel(costs, chosen, steps, places, (dense_rest, half_rest), half)
 
     def ratio(self, plan: SlimPlan) -> float:
         """Measure the fraction of the dense time that a plan's model takes: the median over turns of the two.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lfrns_hub.latency.layer_times import LAYERS, LayerShape, LayerTable, LayerTimes
 from lfrns_hub.running import evaluating
@@ -41,10 +41,13 @@ class LayerCost:
 def observe_shapes(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[tuple[tuple[int, ...], int]]]:
     """Give the input's shape and the output's size of every call of every stock layer while `run` runs the model."""
     shapes: dict[str, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
+
+    def note(name: str, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if inputs:  # a keyword argument is for no hook to see
+            shapes[name].append((tuple(inputs[0].shape), output.numel()))
+
     hooks = [
-        module.register_forward_hook(
-            lambda _, inputs, output, name=name: shapes[name].append((tuple(inputs[0].shape), output.numel()))
-        )
+        module.register_forward_hook(lambda _, inputs, output, name=name: note(name, inputs, output))
         for name, module in model.named_modules()
         if isinstance(module, LAYERS)
     ]
@@ -134,14 +137,14 @@ class LatencyModel:
         total = sum(layer.outputs for layer in layers)
         left = sum(layer.outputs * kept_share(layer.made, layer.widths[1], half) for layer in layers)
         share = left / total if total else 1.0
-        rest, rest_at_half = (max(0.0, ms) for ms in rests)
+        rest, rest_at_half = rests
         follows = min(max(0.0, (rest - rest_at_half) / (1 - share)), rest) if share < 1 else 0.0
         self.rest = (rest - follows, follows)
         parts = [(layer.times, layer.axes) for layer in self.layers]
         for layer in self.layers:
-            size, share = layer.widths[1], follows * layer.outputs / total
+            size, ms = layer.widths[1], follows * layer.outputs / total
             # In steps as the layer goes: what fills one up costs the rest next to nothing either.
-            times = LayerTimes(((0, size),), (0.0, share), layer.times.step) if layer.made else share
+            times = LayerTimes(((0, size),), (0.0, ms), layer.times.step) if layer.made else ms
             parts.append((times, [(layer.made, size)] if layer.made else []))
         self.stepped: list[Term] = [*parts, (self.rest[0], [])]
         self.terms = [(ms.scaled(1.0, 1) if isinstance(ms, LayerTimes) else ms, axes) for ms, axes in self.stepped]
