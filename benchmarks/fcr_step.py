@@ -8,7 +8,9 @@ group is its pruning set, with stand-ins, and the dense model's answers are know
 """
 
 import argparse
+import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -16,12 +18,13 @@ import torch
 from torch import nn
 
 from lfrns_hub.contribution import GateTraining
-from lfrns_hub.measure import take_turns
+from lfrns_hub.measure import describe_setup, take_turns
 from lfrns_hub.responses import collect
 from lfrns_hub.running import memory_format_of
 from lfrns_hub.slim import analysis_copy
 from lfrns_hub.trace import trace_model
 
+RESULTS = Path(__file__).parent / "results" / "speed" / "fcr_step.json"
 MODELS = ("resnet50", "vit_base_patch16_224")
 WARMUP = 2
 
@@ -66,11 +69,13 @@ def time_fcr_step(name: str, batch: int = 16, runs: int = 7) -> dict[str, Any]:
         "plain_ms": statistics.median(times["plain"]),
         "gates_ms": statistics.median(times["gates"]),
         "ratio": [statistics.median(ratios), min(ratios), max(ratios)],
+        "runs": runs,
+        "setup": describe_setup(model, images, torch.device("cpu")),
     }
 
 
 def main() -> None:
-    """Time and print."""
+    """Time, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--batch", type=int, default=16)
@@ -81,6 +86,9 @@ def main() -> None:
         steps = f"plain step {timing['plain_ms']:.0f} ms, FCR step {timing['gates_ms']:.0f} ms"
         ratio, lowest, highest = timing["ratio"]
         print(f"{name}, batch {options.batch}: {steps}, ratio {ratio:.2f} ({lowest:.2f} to {highest:.2f})", flush=True)
+        content = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(content | {name: timing}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from lfrns_hub.cache import Cache
 from lfrns_hub.checkpoint import carry_config
 from lfrns_hub.contribution import learn_contributions
 from lfrns_hub.costs import measure_costs
-from lfrns_hub.latency import LatencyMeter, LatencyModel, LatencySetup, search
+from lfrns_hub.latency import LatencyMeter, LatencyModel, LatencySetup, in_channels_last, search
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.options import KINDS, check_budgets, check_cut, check_example, check_options, choose_groups, read_loader
 from lfrns_hub.reconstruct import reconstruct
@@ -344,7 +344,15 @@ class Analysis:
             if latency is not None:
                 clock.step("latency")
                 setup = (latency_setup or LatencySetup()).resolved(self.model, device_of(dense))
-                meter = LatencyMeter(dense, self.every, chosen, example, setup, accelerator=accelerator)
+                meter = LatencyMeter(
+                    dense,
+                    self.every,
+                    chosen,
+                    example,
+                    setup,
+                    channels_last=in_channels_last(self.model),
+                    accelerator=accelerator,
+                )
                 first = functools.partial(self.meet_latency, meter, budgets, to, multiple)
                 timed = (budgets, to, multiple, meter.setup.describe())
                 at = budgets | {"latency": self.cache.keep("latency", first, *timed)}

@@ -39,6 +39,7 @@ class LatencyMeter:
         example: Tensor,
         setup: LatencySetup,
         *,
+        channels_last: bool = False,
         accelerator: Any = None,
         directory: str | os.PathLike | None = None,
         machine: Any = None,
@@ -50,13 +51,14 @@ class LatencyMeter:
             every, chosen: All groups, and those that may be cut.
             example: Images [N, C, H, W], of which the first is used.
             setup: Resolved.
+            channels_last: The layout in which convolutions are to be timed: that of the caller's model.
             accelerator: An Accelerate accelerator.
             directory: Of the cache; None: the user's.
             machine: What takes the times, in place of this machine.
         """
         self.setup, self.accelerator, self.every, self.plain = setup, accelerator, every, dense
         self.seen: dict[tuple[tuple[str, int], ...], dict[str, float]] = {}
-        self.channels_last = in_channels_last(dense)
+        self.channels_last = channels_last
         self.machine = machine or Machine(setup, self.channels_last)
         self.images = example[:1].expand(setup.batch, *example.shape[1:]).contiguous().to(setup.device)
         self.dense = self._placed(copy.deepcopy(dense))
@@ -127,7 +129,7 @@ class LatencyMeter:
     def _placed(self, model: nn.Module) -> nn.Module:
         """Bring a copy to the setup's device, dtype and memory format."""
         model = model.to(device=self.setup.device, dtype=self.setup.dtype).eval()
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+        return model.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def _pass(self, model: nn.Module) -> None:
         """Run the images through a model once."""
