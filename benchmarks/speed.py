@@ -42,12 +42,21 @@ def row(name: str, what: str, wanted: str) -> Callable:
 def turns(calls: dict[str, Callable[[], float | None]], runs: int) -> Turns:
     """Call several functions in turns, and take the seconds of each, or what it says itself."""
     times: Turns = {name: [] for name in calls}
-    for _ in range(runs):
+    for number in range(runs):
         for name, call in calls.items():
             began = time.perf_counter()
             told = call()
             times[name].append(time.perf_counter() - began if told is None else told)
+        if number + 1 < runs:
+            after_turn(times)
     return times
+
+
+def after_turn(times: Turns) -> None:
+    """Tell what a row has so far, for a run that is cut off within it."""
+    ratios = {name: ratio_of(values, times["reference"])[0] for name, values in times.items()
+              if "reference" in times and name != "reference"}  # fmt: skip
+    print(f"  {len(next(iter(times.values())))} turns: {ratios} {times}", file=sys.stderr, flush=True)
 
 
 def model_and_images(name: str, smoke: bool) -> tuple[Any, list[Any]]:

@@ -1,9 +1,11 @@
 """What merges cost in loss: the estimate against the divergence itself, and against a slow reference."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
+import lfrns_hub as lfrns
 from lfrns_hub.answers import read_answer
 from lfrns_hub.costs import estimated, first_images, measure_costs, measured, spread
 from lfrns_hub.redundancy import RIDGE, Merges, eliminate
@@ -123,3 +125,17 @@ def test_features_have_an_estimate_too():
     counts = {name: [len(one.order) // 2] for name, one in merges.items()}
     found = estimated(dense, groups, merges, counts, [images], moments, 0, None)
     assert (found[:, 0] > 0).all()
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_model_comes_back_in_the_layout_in_which_it_came(layout, tmp_path):
+    """Whatever the analysis runs in; and it is saved and loaded as any other."""
+    torch.manual_seed(0)
+    model = timm.create_model("cifar_resnet20").eval().to(memory_format=layout)
+    images = [torch.randn(4, 3, 32, 32) for _ in range(5)]
+    result = lfrns.slim(model, images, macs=0.5, fcr_steps=1, progress=False)
+    kernels = [p for p in result.model.parameters() if p.ndim == 4]
+    assert all(kernel.is_contiguous(memory_format=layout) for kernel in kernels)
+    lfrns.save(result.model, tmp_path / "slim")
+    again = lfrns.load(tmp_path / "slim").eval()
+    torch.testing.assert_close(again(images[0]), result.model(images[0]), atol=1e-5, rtol=1e-5)
