@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -245,7 +246,7 @@ def load_transformers(folder: Path) -> nn.Module:
     call = f"load({str(folder)!r})"
     config, headers = read_transformers(folder, call), read_headers(folder, call)
     with refusing(call):
-        with bounded(len(headers)), torch.device("meta"):
+        with bounded(len(headers)), no_init_weights(), torch.device("meta"):
             skeleton = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
         # names on disk are transformers' own, older ones
         expected = revert_weight_conversion(skeleton, skeleton.state_dict())
