@@ -159,7 +159,8 @@ def test_a_checkpoint_is_retrained_and_evaluated_in_place(zoo: Path, monkeypatch
     assert again["setup"]["epochs"] == 3
 
 
-def test_bench_times_both_models_in_turns(zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_bench_times_both_models_in_turns(zoo: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.syspath_prepend(place)  # the processes that measure memory build the model anew
     monkeypatch.setattr("lfrns_hub.bench.installed", lambda package: False)
     folder = zoo / "build.lfrns50_pictures"
     options = ["--dense", "tinynet:build", "--batches", "1,4", "--runs", "5"]
