@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from lfrns_hub.measure import Record
-from lfrns_hub.plots import plot_ladder
 
 PICTURE = "accuracy.png"
 START = "<!-- lfrns_hub writes this table; what stands above and below it stays -->"
@@ -102,6 +101,8 @@ def _table(records: dict[str, Record], picture: Path) -> list[str]:
         lines += [f"- The dense row is that of {first}."] if dense else []
     picture.unlink(missing_ok=True)
     if dense and all(side.get("top1_pct") is not None for side in [dense, *(r.slim for r in records.values())]):
+        from lfrns_hub.plots import plot_ladder  # here: matplotlib is slow to import
+
         plot_ladder([record.slim for record in records.values()], dense, picture)
         lines += ["", f"![Top-1 accuracy against MACs and latency, dense and slim]({PICTURE})"]
     return lines

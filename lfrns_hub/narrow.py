@@ -163,28 +163,34 @@ def narrow(model: nn.Module, shapes: Shapes, attrs: Attrs) -> nn.Module:
 
 def _check_shape(model: nn.Module, name: str, shape: Any, old: Tensor | None) -> None:
     """Refuse a tensor that the model lacks or that would be larger than the model's own."""
-    call = f"narrow(shapes: {short(name)} = {short(shape)})"
+
+    def call() -> str:  # written for an error alone: most of the time of narrowing went into it
+        return f"narrow(shapes: {short(name)} = {short(shape)})"
+
     if not _are_sizes(shape):
-        raise ValueError(f"{call}: a shape is a list of whole numbers.")
+        raise ValueError(f"{call()}: a shape is a list of whole numbers.")
     if old is None:
         if not _may_create(model, name):
-            raise ValueError(f"{call}: {type(model).__name__} has no such parameter or buffer.")
+            raise ValueError(f"{call()}: {type(model).__name__} has no such parameter or buffer.")
         limit = [len(_modules(model)[name.rpartition(".")[0]].weight)]  # a bias that the base goes without
     else:
         limit = list(old.shape)
     within = len(shape) == len(limit) and all(1 <= s <= most or s == most for s, most in zip(shape, limit, strict=True))
     if not within or prod(shape) > prod(limit):
-        raise ValueError(f"{call}: sizes must lie from 1 to the base's own {limit}. The file is damaged or hostile.")
+        raise ValueError(f"{call()}: sizes must lie from 1 to the base's own {limit}. The file is damaged or hostile.")
 
 
 def _check_width(name: str, value: Any, old: Any) -> None:
     """Refuse an attribute that the module lacks, or a width larger than the module's own."""
-    call = f"narrow(attrs: {short(name)} = {short(value)})"
+
+    def call() -> str:
+        return f"narrow(attrs: {short(name)} = {short(value)})"
+
     if old is None:
-        raise ValueError(f"{call}: no such width, an int or tuple of ints, in the base model.")
+        raise ValueError(f"{call()}: no such width, an int or tuple of ints, in the base model.")
     new, most = ([value], [old]) if isinstance(old, int) else (value, old)
     if not _are_sizes(new) or len(new) != len(most) or any(v != m and not 0 <= v <= m for v, m in zip(new, most)):  # noqa: B905
-        raise ValueError(f"{call}: widths must lie from 0 to the base's own {old}. The file is damaged or hostile.")
+        raise ValueError(f"{call()}: widths must lie from 0 to the base's own {old}. The file is damaged or hostile.")
 
 
 def _are_sizes(value: Any) -> bool:

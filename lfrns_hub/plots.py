@@ -130,6 +130,61 @@ def plot_ladder(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: s
     return Path(path)
 
 
+def plot_bench(timings: Sequence[dict[str, Any]], macs_ratio: float, path: str | Path) -> Path:
+    """Draw the time of a slim model as a share of its dense one's, a group of bars for each batch.
+
+    Whiskers reach from the first to the third quartile; one line stands at 1.0, one where MACs alone would have it.
+
+    Args:
+        timings: Each with runtime, batch, and ratio as [median, first quartile, third quartile].
+        macs_ratio: MACs of the slim model over those of the dense one.
+        path: The PNG to write.
+    Returns:
+        The path.
+    Raises:
+        ValueError: There is no timing.
+    """
+    if not timings:
+        raise ValueError("plot_bench(timings=[]): there is nothing to draw. Give those of lfrns_hub.bench.bench.")
+    runtimes = list(dict.fromkeys(one["runtime"] for one in timings))
+    batches = list(dict.fromkeys(one["batch"] for one in timings))
+    width = 0.8 / len(runtimes)
+    figure = Figure(figsize=(max(4.8, 1.4 + 0.75 * len(runtimes) * len(batches)), 3.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for place, (runtime, colour) in enumerate(zip(runtimes, COLOURS.values(), strict=False)):
+        own = [one for one in timings if one["runtime"] == runtime]
+        at = [batches.index(one["batch"]) + (place - (len(runtimes) - 1) / 2) * width for one in own]
+        medians = [one["ratio"][0] for one in own]
+        spread = [
+            [one["ratio"][0] - one["ratio"][1] for one in own],
+            [one["ratio"][2] - one["ratio"][0] for one in own],
+        ]
+        axes.bar(at, medians, 0.9 * width, yerr=spread, capsize=3, color=colour, ecolor="#333333", label=runtime)
+        for x, one in zip(at, own, strict=True):
+            axes.annotate(
+                f"{one['ratio'][0]:.2f}",
+                (x, one["ratio"][2]),
+                textcoords="offset points",
+                xytext=(0, 4),
+                ha="center",
+                fontsize=8,
+                color="#333333",
+            )
+    axes.axhline(1.0, color=OTHER, linewidth=0.8, label="dense")
+    axes.axhline(macs_ratio, color=OTHER, linewidth=1.0, linestyle="--", label=f"MACs, {macs_ratio:.2f}")
+    axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches], fontsize=9)
+    axes.set_xlim(-0.6, len(batches) - 0.4)
+    axes.set_ylim(0, 1.12 * max(1.0, *(one["ratio"][2] for one in timings)))
+    axes.set_ylabel("time, slim / dense", fontsize=9)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.tick_params(axis="x", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(runtimes) + 2, fontsize=8, frameon=False)
+    figure.savefig(path, format="png")
+    return Path(path)
+
+
 def _read_widths(source: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
     """Find widths and kinds in whichever form they come."""
     if hasattr(source, "setup"):

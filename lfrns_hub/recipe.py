@@ -20,7 +20,6 @@ from rich.table import Table
 from torch import nn
 
 from lfrns_hub.batches import iterate
-from lfrns_hub.gallery import plot_clusters
 from lfrns_hub.hub import push
 from lfrns_hub.measure import Record, format_table
 from lfrns_hub.resume import written_aside
@@ -286,6 +285,8 @@ def draw_clusters(dense: nn.Module, result: Any, loader: Any, directory: Path) -
         loader: Images of its first batch are shown.
         directory: The output folder, there or not.
     """
+    from lfrns_hub.gallery import plot_clusters  # here: matplotlib is slow to import
+
     directory.mkdir(parents=True, exist_ok=True)
     images, _ = next(iterate(loader))
     (directory / "clusters.png").unlink(missing_ok=True)  # it may be a link to elsewhere

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
 RIDGE = 1e-3  # of each channel's own variance: what the moments of a few thousand rows can tell apart
@@ -227,6 +226,8 @@ def agglomerate(distance_UU: Tensor, strength_U: Tensor, keep_at_least: int = 1)
     units = len(distance_UU)
     if units == 1:
         return Merges([], [])
+    from sklearn.cluster import AgglomerativeClustering  # here: it takes as long to import as timm
+
     model = AgglomerativeClustering(
         n_clusters=None, distance_threshold=0, metric="precomputed", linkage="average", compute_distances=True
     )

@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from lfrns_hub import export as module
-from lfrns_hub.bench import bench, format_timings
+from lfrns_hub.bench import bench, format_timings, peak_memory, size_on_disk
 from lfrns_hub.export import export, open_runner
+from lfrns_hub.plots import plot_bench
+from lfrns_hub.zoo import create_skeleton
 
 IMAGES = torch.zeros(1, 3, 8, 8)
 
@@ -86,15 +90,52 @@ def test_onnx_is_compared_in_onnxruntime_and_timed_beside_eager(tmp_path: Path) 
     done = export(Net(4).eval(), tmp_path / "m.onnx", IMAGES)
     assert done.any_batch
     assert done.largest_error <= 1e-5
-    timings = bench(Net(4), Net(8), IMAGES, batches=(1, 3), runs=3, warmup=1)
-    assert [(one.runtime, one.batch) for one in timings] == [
-        ("eager", 1),
-        ("eager", 3),
-        ("onnxruntime", 1),
-        ("onnxruntime", 3),
-    ]
+    found = bench(Net(4), Net(8), IMAGES, batches=(1, 3), runs=3, warmup=1)
+    timings = found.timings
+    runtimes = (
+        ["eager", "onnxruntime"] if "compiled, batch 1" in found.left_out else ["eager", "compiled", "onnxruntime"]
+    )
+    assert [(one.runtime, one.batch) for one in timings] == [(name, batch) for name in runtimes for batch in (1, 3)]
+    assert all(one.slim_images_s == 1000 * one.batch / one.slim_ms[0] for one in timings)
     assert all(0 < one.ratio[1] <= one.ratio[0] <= one.ratio[2] for one in timings)
-    assert format_timings(timings, "Net").row_count == 4
+    assert format_timings(timings, "Net").row_count == len(timings)
+
+
+def test_bench_leaves_out_what_does_not_compile_or_export_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*args: object, **options: object) -> None:
+        raise RuntimeError("no\ncompiler")
+
+    monkeypatch.setattr(torch, "compile", refuses)
+    monkeypatch.setattr("lfrns_hub.bench.installed", lambda package: package == "onnx")
+    found = bench(Net(4), Net(8), IMAGES, batches=(2,), runs=1, warmup=0)
+    assert [one.runtime for one in found.timings] == ["eager"]
+    assert found.left_out["compiled, batch 2"] == "RuntimeError: no compiler"
+    assert found.left_out["onnxruntime"].startswith("onnxscript, onnxruntime not installed: pip install")
+    monkeypatch.setattr("lfrns_hub.bench.installed", lambda package: True)
+    monkeypatch.setattr("lfrns_hub.bench.export", refuses)
+    found = bench(Net(4), Net(8), IMAGES, batches=(2,), runs=1, warmup=0)
+    assert found.left_out["onnxruntime"] == "RuntimeError: no compiler"
+
+
+def test_peak_memory_holds_the_weights_and_grows_with_the_batch() -> None:
+    arguments = ["cifar_resnet20"], [3, 256, 256], [1, 32]
+    peaks = peak_memory("lfrns_hub.zoo:create_skeleton", *arguments, device="cpu", dtype="float32")
+    weights_mb, map_mb = size_on_disk(create_skeleton("cifar_resnet20")), 16 * 256 * 256 * 4 / 1e6
+    assert peaks[1] >= 0.99 * weights_mb
+    assert peaks[32] > 32 * map_mb
+    assert peaks[32] > 4 * peaks[1]
+    assert peak_memory("lfrns_hub.zoo:no_such", *arguments, device="cpu", dtype="float32") is None
+
+
+def test_the_picture_of_a_bench_needs_timings_and_shows_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"plot_bench\(timings=\[\]\).* nothing to draw"):
+        plot_bench([], 0.5, tmp_path / "bench.png")
+    low, high = (
+        plot_bench([{"runtime": "eager", "batch": 1, "ratio": [r, r, r]}], 0.5, tmp_path / f"{r}.png")
+        for r in (0.2, 0.9)
+    )
+    blue = [(np.abs(imread(path)[..., :3] - [0, 114 / 255, 178 / 255]) < 0.02).all(-1).sum() for path in (low, high)]
+    assert blue[1] > 3 * blue[0] > 0
 
 
 def test_bench_refuses_what_it_cannot_time() -> None:

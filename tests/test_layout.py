@@ -1,6 +1,8 @@
 """Imports point one way, and each large dependency has its door: read from the source, so nothing can slip in."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,10 @@ DOORS = {
     "typer": {"cli"},
     "onnxruntime": {"export"},
     "matplotlib": {"plots", "gallery"},
+}
+# What takes long to import and only some calls need.
+LATE = {"datasets", "matplotlib", "onnxruntime", "pandas", "scipy", "sklearn"} | {
+    f"transformers.{name}" for name in ("modeling_utils", "trainer", "models.vit.modeling_vit")
 }
 
 
@@ -175,3 +181,19 @@ def test_nothing_pickles_and_nothing_asserts_on_input() -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         assert "pickle" not in imported(path), path.name
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)], f"{path.name} asserts"
+
+
+@pytest.mark.parametrize("entry", ["lfrns_hub", "lfrns_hub.cli"])
+def test_importing_registers_every_model_and_leaves_what_is_slow_for_later(entry: str) -> None:
+    code = f"""
+import sys, {entry}
+from timm.models import is_model
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+print(is_model("lfrns_slim"), "lfrns_vit" in CONFIG_MAPPING, "lfrns_timm_wrapper" in CONFIG_MAPPING)
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    registered, modules = done.stdout.splitlines()
+    assert registered == "True True True"
+    assert entry in modules.split()
+    assert not LATE & set(modules.split())

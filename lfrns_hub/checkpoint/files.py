@@ -14,7 +14,6 @@ from lfrns_hub.card import read_record, render_card
 from lfrns_hub.checkpoint.remote_code import MODELING_FILE
 from lfrns_hub.lineage import KEYS
 from lfrns_hub.narrow import FORMAT_VERSION, computed_buffers, grown, short
-from lfrns_hub.plots import plot_ladder, plot_widths, shows_plan
 from lfrns_hub.untrusted import AGAIN, read_headers, read_json
 
 # Written last to first: a folder that is being overwritten has its new config only when the weights are there.
@@ -194,6 +193,8 @@ def write_card(draft: Path, record: Any, directory: Path, *, base: str, library:
         base: The dense architecture.
         library: Which library builds it: timm, transformers or pytorch.
     """
+    from lfrns_hub.plots import plot_ladder, plot_widths, shows_plan  # here: matplotlib is slow to import
+
     config = read_config(draft)
     facts, record = config["slim"], read_record(record)
     setup = (record or {}).get("setup") or {}

@@ -1,14 +1,16 @@
 """Beside classes of transformers the narrow ones: the same, then narrowed by `config.lfrns`, and loaded strictly.
 
 A checkpoint takes this file along (see remote_code.py): of the package it may import narrow.py alone.
+Models' classes stand in quotes: transformers takes a second to import them, and `import lfrns_hub` reads this file.
 """
 
 import re
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from lfrns_hub.narrow import Shapes, narrow
 
@@ -44,11 +46,11 @@ def narrow_config(
 
 
 def narrow_class(
-    stock: type[PreTrainedModel], config_class: type[PreTrainedConfig], module: str
-) -> type[PreTrainedModel]:
+    stock: "type[transformers.PreTrainedModel]", config_class: type[PreTrainedConfig], module: str
+) -> "type[transformers.PreTrainedModel]":
     """Subclass a stock classifier: the same, then narrowed by config.lfrns, `{"shapes": ..., "attrs": ...}`."""
 
-    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: "transformers.PreTrainedModel", config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
         sizes = getattr(config, "lfrns", None) or {}
         narrow(self, _fit_head(self, config, sizes.get("shapes", {})), sizes.get("attrs", {}))
@@ -60,10 +62,14 @@ def narrow_class(
     return _subclass(stock, module, {**body, "from_pretrained": _strictly(stock)})
 
 
-def narrow_base(stock: type[PreTrainedModel], classifier: type[PreTrainedModel], module: str) -> type[PreTrainedModel]:
+def narrow_base(
+    stock: "type[transformers.PreTrainedModel]", classifier: "type[transformers.PreTrainedModel]", module: str
+) -> "type[transformers.PreTrainedModel]":
     """Subclass a stock model without a head, for AutoModel: what a narrow classifier holds, taken out of it."""
 
-    def taken(cls: type[PreTrainedModel], whole: PreTrainedModel) -> PreTrainedModel:
+    def taken(
+        cls: "type[transformers.PreTrainedModel]", whole: "transformers.PreTrainedModel"
+    ) -> "transformers.PreTrainedModel":
         """Take the base out of a classifier, as this class."""
         base = getattr(whole, whole.base_model_prefix, None)
         if not isinstance(base, stock):
@@ -77,7 +83,7 @@ def narrow_base(stock: type[PreTrainedModel], classifier: type[PreTrainedModel],
 
     @classmethod
     def from_pretrained(
-        cls: type[PreTrainedModel], *args: Any, output_loading_info: bool = False, **kwargs: Any
+        cls: "type[transformers.PreTrainedModel]", *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         whole, info = classifier.__base__.from_pretrained.__func__(
             classifier, *args, output_loading_info=True, **kwargs
@@ -89,7 +95,9 @@ def narrow_base(stock: type[PreTrainedModel], classifier: type[PreTrainedModel],
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _from_config(cls: type[PreTrainedModel], config: Any, **kwargs: Any) -> PreTrainedModel:
+    def _from_config(
+        cls: "type[transformers.PreTrainedModel]", config: Any, **kwargs: Any
+    ) -> "transformers.PreTrainedModel":
         return taken(cls, classifier._from_config(config, **kwargs))
 
     body = {"config_class": classifier.config_class, "from_pretrained": from_pretrained, "_from_config": _from_config}
@@ -97,11 +105,11 @@ def narrow_base(stock: type[PreTrainedModel], classifier: type[PreTrainedModel],
 
 
 def wrapper_class(
-    stock: type[PreTrainedModel], config_class: type[PreTrainedConfig], module: str
-) -> type[PreTrainedModel]:
+    stock: "type[transformers.PreTrainedModel]", config_class: type[PreTrainedConfig], module: str
+) -> "type[transformers.PreTrainedModel]":
     """Subclass transformers' wrapper of timm models, which timm's entrypoint `lfrns_slim` narrows: loaded strictly."""
 
-    def __init__(self: PreTrainedModel, config: Any) -> None:
+    def __init__(self: "transformers.PreTrainedModel", config: Any) -> None:
         stock.__init__(self, config)
         if not self.timm_model.num_classes:  # AutoModel: the file has a classifier, the model none
             heads = config.pretrained_cfg.get("classifier") or ()
@@ -118,12 +126,12 @@ def _subclass(stock: type, module: str, body: dict[str, Any]) -> type:
     return type(CLASS_PREFIX + stock.__name__, (stock,), {**body, "__module__": module, "__doc__": stock.__doc__})
 
 
-def _strictly(stock: type[PreTrainedModel]) -> classmethod:
+def _strictly(stock: "type[transformers.PreTrainedModel]") -> classmethod:
     """Give a from_pretrained that raises where transformers only reports."""
 
     @classmethod
     def from_pretrained(
-        cls: type[PreTrainedModel], *args: Any, output_loading_info: bool = False, **kwargs: Any
+        cls: "type[transformers.PreTrainedModel]", *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         model, info = stock.from_pretrained.__func__(cls, *args, output_loading_info=True, **kwargs)
         _refuse(info, cls, args)

@@ -1,7 +1,8 @@
 """transformers' layout: beside every image classifier a `lfrns_<type>`, the stock classes narrowed by `config.lfrns`.
 
-The configs are registered on import. The classes, and with them transformers' modeling files, follow when the first
-config of their type is made, which is before AutoModelForImageClassification looks for them.
+The configs are registered on import. The classes, and with them transformers' modeling files, a second and more to
+import, follow when the first config of their type is made, which is before AutoModelForImageClassification looks for
+them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,13 +18,11 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     PreTrainedConfig,
-    PreTrainedModel,
     TimmWrapperConfig,
-    TimmWrapperForImageClassification,
-    TimmWrapperModel,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -64,6 +63,7 @@ OUTSIDE = {
     "backbone": (None,),
 }
 DTYPES = (None, "float32", "float16", "bfloat16", "float64")
+WRAPPERS = tuple(CLASS_PREFIX + name for name in ("TimmWrapperForImageClassification", "TimmWrapperModel"))
 TYPES = tuple(name for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES if name not in NOT_SAVED)
 
 
@@ -80,14 +80,14 @@ def _register(model_type: str) -> None:
 
 
 def _register_wrapper() -> None:
-    """Register the classes under which transformers opens folders in timm's layout."""
-    config_class = _add(narrow_config(TimmWrapperConfig, __name__, _write_code))
+    """Register the config under which transformers opens folders in timm's layout."""
+
+    def __new__(cls: type[PreTrainedConfig], *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        _wrapper_classes()
+        return object.__new__(cls)
+
+    config_class = _add(narrow_config(TimmWrapperConfig, __name__, _write_code, __new__=__new__))
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    for mapping, stock in (
-        (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, TimmWrapperForImageClassification),
-        (MODEL_MAPPING, TimmWrapperModel),
-    ):
-        mapping.register(config_class, _add(wrapper_class(stock, config_class, __name__)), exist_ok=True)
     # The file has timm's own names, without the wrapper's prefix.
     prefix = get_checkpoint_conversion_mapping(TimmWrapperConfig.model_type)
     register_checkpoint_conversion_mapping(config_class.model_type, prefix, overwrite=True)
@@ -106,7 +106,18 @@ def _write_code(config: PreTrainedConfig, folder: str | Path) -> None:
 
 
 @cache
-def narrow_classes(model_type: str) -> dict[type[PreTrainedModel], type[PreTrainedModel]]:
+def _wrapper_classes() -> None:
+    """Generate and register the classes under which transformers opens folders in timm's layout."""
+    config_class = CONFIG_MAPPING[TYPE_PREFIX + TimmWrapperConfig.model_type]
+    for mapping, stock in (
+        (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, transformers.TimmWrapperForImageClassification),
+        (MODEL_MAPPING, transformers.TimmWrapperModel),
+    ):
+        mapping.register(config_class, _add(wrapper_class(stock, config_class, __name__)), exist_ok=True)
+
+
+@cache
+def narrow_classes(model_type: str) -> "dict[type[transformers.PreTrainedModel], type[transformers.PreTrainedModel]]":
     """Generate and register the classes of `lfrns_<type>`: the narrow class by the stock class."""
     config_class = CONFIG_MAPPING[TYPE_PREFIX + model_type]
     stock_classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[CONFIG_MAPPING[model_type]]
@@ -121,7 +132,7 @@ def narrow_classes(model_type: str) -> dict[type[PreTrainedModel], type[PreTrain
     return classes
 
 
-def _stock_base(model_type: str) -> type[PreTrainedModel] | None:
+def _stock_base(model_type: str) -> "type[transformers.PreTrainedModel] | None":
     """Find the model without a head that AutoModel gives for a type."""
     found = MODEL_MAPPING.get(CONFIG_MAPPING[model_type], None)
     return found[0] if isinstance(found, tuple) else found
@@ -129,6 +140,9 @@ def _stock_base(model_type: str) -> type[PreTrainedModel] | None:
 
 def __getattr__(name: str) -> Any:
     """Make the class that a pickled model or a worker process asks for by its name."""
+    if name in WRAPPERS:
+        _wrapper_classes()
+        return globals()[name]
     for model_type in TYPES if name.startswith(CLASS_PREFIX) else ():
         for names in (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[model_type], MODEL_MAPPING_NAMES.get(model_type)):
             if name.removeprefix(CLASS_PREFIX) in ((names,) if isinstance(names, str) else names or ()):
@@ -139,7 +153,7 @@ def __getattr__(name: str) -> Any:
 
 def is_transformers(model: nn.Module) -> bool:
     """Say whether a model is one of transformers'."""
-    return isinstance(model, PreTrainedModel)
+    return isinstance(model, transformers.PreTrainedModel)
 
 
 def has_narrow_class(model: nn.Module) -> bool:
@@ -148,7 +162,7 @@ def has_narrow_class(model: nn.Module) -> bool:
     return model_type in TYPES and any(type(model) in pair for pair in narrow_classes(model_type).items())
 
 
-def write_transformers(model: PreTrainedModel, draft: Path, label_names: Sequence[str] | None) -> None:
+def write_transformers(model: "transformers.PreTrainedModel", draft: Path, label_names: Sequence[str] | None) -> None:
     """Write transformers' config.json and weights, by its own save_pretrained."""
     config = _narrow_config_of(model)
     if label_names is not None:
@@ -162,14 +176,14 @@ def write_transformers(model: PreTrainedModel, draft: Path, label_names: Sequenc
     write_config(draft, read_config(draft), model)
 
 
-def carry_transformers(model: PreTrainedModel) -> None:
+def carry_transformers(model: "transformers.PreTrainedModel") -> None:
     """Let a slim model be of the class, and its config of the type, that state its widths when they are saved."""
     generated, config = _narrow_class_of(model), _narrow_config_of(model)
     model.__class__, model.config.__class__ = generated, generated.config_class
     model.config.lfrns, model.config.auto_map, model.config.slim = config.lfrns, config.auto_map, facts_of(model)
 
 
-def _narrow_config_of(model: PreTrainedModel) -> PreTrainedConfig:
+def _narrow_config_of(model: "transformers.PreTrainedModel") -> PreTrainedConfig:
     """Make the config that states a model's widths and its code."""
     generated = _narrow_class_of(model)
     fields = model.config.to_dict()
@@ -185,14 +199,14 @@ def _narrow_config_of(model: PreTrainedModel) -> PreTrainedConfig:
     return config
 
 
-def _exported_base(model: PreTrainedModel) -> str | None:
+def _exported_base(model: "transformers.PreTrainedModel") -> str | None:
     """Name the model inside a classifier, where AutoModel gives its class and transformers exports it."""
     stock = _stock_base(model.config.model_type.removeprefix(TYPE_PREFIX))
     inside = getattr(model, model.base_model_prefix, None)
     return stock.__name__ if type(inside) is stock and hasattr(transformers, stock.__name__) else None
 
 
-def _narrow_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
+def _narrow_class_of(model: "transformers.PreTrainedModel") -> "type[transformers.PreTrainedModel]":
     """Find the generated class that a model is saved as."""
     model_type = model.config.model_type.removeprefix(TYPE_PREFIX)
     if model_type in TYPES:
@@ -232,7 +246,7 @@ def load_transformers(folder: Path) -> nn.Module:
     call = f"load({str(folder)!r})"
     config, headers = read_transformers(folder, call), read_headers(folder, call)
     with refusing(call):
-        with bounded(len(headers)), torch.device("meta"):
+        with bounded(len(headers)), no_init_weights(), torch.device("meta"):
             skeleton = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
         # names on disk are transformers' own, older ones
         expected = revert_weight_conversion(skeleton, skeleton.state_dict())

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
 from lfrns_hub.bench import bench as time_models
-from lfrns_hub.bench import format_timings
+from lfrns_hub.bench import format_timings, peak_memory, size_on_disk
 from lfrns_hub.cli.terminal import (
     MAX_UNREADABLE,
     Batch,
@@ -32,7 +32,7 @@ from lfrns_hub.cli.terminal import (
     show,
 )
 from lfrns_hub.index import refresh_index
-from lfrns_hub.measure import Record, describe_setup, format_table
+from lfrns_hub.measure import Record, count_macs, describe_setup, format_table
 from lfrns_hub.pictures import load_processor
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.zoo import check_images, create_base, create_dense, create_skeleton, example_input
@@ -107,41 +107,60 @@ def refresh(
     return record
 
 
-@app.command(epilog=examples("lfrns bench slim/", "lfrns bench slim/ --batches 1,8,64 --runs 100 --json"))
+@app.command(
+    epilog=examples("lfrns bench slim/", "lfrns bench slim/ --batches 1,8,64 --runs 100 --json --plot speed.png")
+)
 def bench(
     directory: Folder,
     dense: Annotated[str | None, typer.Option(metavar="MODEL", help="its dense model, where it cannot say")] = None,
     batches: Annotated[str, typer.Option(help="images a pass")] = "1,32",
     runs: Annotated[int, typer.Option(help="timed passes of each")] = 30,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="the picture (default: bench.png in DIR)")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time a slim model against its dense one, in turns: eager, and in ONNX Runtime (on the CPU) where it is installed.
+    """Time a slim model against its dense one, in turns: eager, compiled, and in ONNX Runtime (on the CPU, if there).
 
-    Medians, with first and third quartile; the ratio is that of passes side by side. Speed does not depend on weights:
-    those of the dense model are random.
+    Medians, with first and third quartile; the ratio is that of passes side by side. Memory is the peak of a forward
+    pass, weights included, in a fresh process. Speed does not depend on weights: those of the dense model are random.
     """
-    device = make_accelerator().device
+    from lfrns_hub.plots import plot_bench  # here: matplotlib is slow to import
+
+    device, sizes = make_accelerator().device, read_list(batches, "--batches", int)
     model = load_slim(directory, dense).to(device)
-    base = (create_skeleton(dense) if dense else create_base(directory)).to(device)
     images = example_input(model)
-    timings = time_models(model, base, images, batches=read_list(batches, "--batches", int), runs=runs)
-    sizes = {
-        "dense": sum(tensor.numel() * tensor.element_size() for tensor in base.state_dict().values()) / 1e6,
-        "slim": sum(path.stat().st_size for path in Path(directory).glob("model*.safetensors")) / 1e6,
+    base = (create_skeleton(dense) if dense else create_base(directory)).to(device, images.dtype)
+    found = time_models(model, base, images, batches=sizes, runs=runs)
+    ratio = count_macs(model, images) / count_macs(base, images)
+    on_disk = {"dense": size_on_disk(base), "slim": size_on_disk(model)}
+    builders: dict[str, tuple[str, list[str | None]]] = {
+        "dense": ("lfrns_hub.zoo:create_skeleton", [dense]) if dense else ("lfrns_hub.zoo:create_base", [directory]),
+        "slim": ("lfrns_hub.cli.terminal:load_slim", [directory, dense]),
     }
     setup = describe_setup(model, images, device)
+    where = {"device": str(device), "dtype": setup["dtype"]}
+    peaks = {name: peak_memory(*build, images.shape[1:], sizes, **where) for name, build in builders.items()}
+    picture = plot_bench([asdict(one) for one in found.timings], ratio, plot or Path(directory) / "bench.png")
     machine = setup["machine"]
-    where = f"{machine['cpu']}, {machine['device']}, {machine['threads']} threads, {setup['dtype']}"
-    title = f"{directory}: {where}; median (quartiles)"
-    found = {
-        "timings": [asdict(one) for one in timings],
-        "size_mb": sizes,
+    told = f"{machine['cpu']}, {machine['device']}, {machine['threads']} threads, {setup['dtype']}"
+    facts = {
+        **asdict(found),
+        "macs_ratio": ratio,
+        "size_mb": on_disk,
+        "peak_memory_mb": peaks,
+        "picture": str(picture),
         "machine": machine,
         "dtype": setup["dtype"],
         "input_size": setup["input_size"],
         "versions": setup["versions"],
     }
-    ratio = sizes["slim"] / sizes["dense"]
-    on_disk = f"Weights on disk: dense {sizes['dense']:.2f} MB, slim {sizes['slim']:.2f} MB ({ratio:.3f})."
-    onnx = "" if any(one.runtime != "eager" for one in timings) else "ONNX Runtime: pip install 'lfrns_hub[export]'."
-    show(as_json, found, format_timings(timings, title), on_disk, *filter(None, [onnx]))
+    lines = [f"Left out: {what}: {why}" for what, why in found.left_out.items()]
+    lines.append(_beside("Weights on disk", on_disk["dense"], on_disk["slim"]))
+    if (high := peaks["dense"]) and (low := peaks["slim"]):
+        lines += [_beside(f"Peak memory, batch {batch}", high[batch], low[batch]) for batch in high]
+    lines += [f"MACs: {ratio:.3f} of dense.", f"Picture: {picture}"]
+    show(as_json, facts, format_timings(found.timings, f"{directory}: {told}; median (quartiles)"), *lines)
+
+
+def _beside(what: str, dense: float, slim: float) -> str:
+    """Write a size in MB of both models and their ratio."""
+    return f"{what}: dense {dense:.2f} MB, slim {slim:.2f} MB ({slim / dense:.3f})."

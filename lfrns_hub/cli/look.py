@@ -35,7 +35,6 @@ from lfrns_hub.cli.terminal import (
 )
 from lfrns_hub.index import COLUMNS, cells
 from lfrns_hub.measure import measure_each
-from lfrns_hub.plots import plot_ladder
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.slim import survey
 from lfrns_hub.units import UnitGroup
@@ -135,6 +134,8 @@ def curve(
     records = measure_each(slim, test, dense=dense, **options)
     if not accelerator.is_main_process:
         return
+    from lfrns_hub.plots import plot_ladder  # here: matplotlib is slow to import
+
     first = next(iter(records.values()))
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
     plot_ladder([record.slim for record in records.values()], first.dense, picture)

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 NONE = -1
@@ -159,6 +157,9 @@ class IdTable:
 
     def classes(self) -> np.ndarray:
         """Resolve all ties: the unit number of each id, [count]."""
+        from scipy.sparse import coo_matrix  # here: slow to import
+        from scipy.sparse.csgraph import connected_components
+
         one = torch.cat([edge[0] for edge in self.edges]).numpy() if self.edges else np.zeros(0, np.int64)
         other = torch.cat([edge[1] for edge in self.edges]).numpy() if self.edges else np.zeros(0, np.int64)
         graph = coo_matrix((np.ones(len(one), np.int8), (one, other)), shape=(self.count, self.count))
