@@ -105,6 +105,15 @@ def print_row(row: dict[str, Any]) -> None:
     print("  widths:", ", ".join(f"{n} {kept}/{size}" for n, (kept, size) in row["widths"].items()), flush=True)
 
 
+def keep(row: dict[str, Any]) -> None:
+    """Keep a row, in place of an earlier one of the same model and budget."""
+    rows = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else []
+    same = ("model", "budget", "round_to")
+    rows = [one for one in rows if any(one[key] != row[key] for key in same)]
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps([*rows, row], indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Slim each model to each budget and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -123,7 +132,6 @@ def main() -> None:
     if args.again:
         print(json.dumps(time_again(args.models[0], args.again, setup_of(args), args.runs)))
         return
-    rows = []
     for name in args.models:
         dense = random_model(name)
         batches = list(torch.randn(args.images, 3, 224, 224).split(8))
@@ -132,10 +140,8 @@ def main() -> None:
             if None in budget.values():
                 continue
             row = slim_and_time(analysis, name, budget, args)
-            rows.append(row)
             print_row(row)
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            keep(row)
 
 
 if __name__ == "__main__":
