@@ -1,5 +1,6 @@
 """Dense against slim: eager, compiled and in ONNX Runtime on the clock, ratios of turns, and memory and disk space."""
 
+import ctypes
 import gc
 import importlib
 import json
@@ -67,6 +68,8 @@ def bench(
     batches: Sequence[int] = (1, 32),
     runs: int = 30,
     warmup: int = 5,
+    seconds: float = 5.0,
+    compile: bool = True,
 ) -> Bench:
     """Time a slim model against its dense one, in turns: eager, compiled, and in ONNX Runtime where it is installed.
 
@@ -76,8 +79,10 @@ def bench(
         slim, dense: Models, each run where it is; ONNX Runtime runs on the CPU, with as many threads as torch has.
         example_input: Images [N, C, H, W], of which the first is repeated.
         batches: Images a pass, from 1.
-        runs: Timed turns, from 1.
-        warmup: Turns before them that are not timed.
+        runs: Timed turns at most, from 1.
+        warmup: Turns before them that are not timed, at most.
+        seconds: After which a runtime and batch take no more turns, once five are timed.
+        compile: Whether to compile: it takes long, for each model and batch.
     Returns:
         The timings.
     Raises:
@@ -86,13 +91,14 @@ def bench(
     if not batches or min(batches) < 1 or runs < 1:
         raise ValueError(f"bench(batches={list(batches)}, runs={runs}): each must be 1 or more, as batches=[1, 32].")
     models, found = {"dense": dense, "slim": slim}, Bench()
+    turns = {"runs": runs, "warmup": warmup, "seconds": seconds}
     sized = {batch: example_input[:1].repeat(batch, *[1] * (example_input.ndim - 1)) for batch in batches}
     with evaluating(*models.values()), torch.no_grad():
         for batch, images in sized.items():
-            found.timings.append(_time("eager", batch, forward_passes(models, images), runs, warmup))
-        for batch, images in sized.items():
+            found.timings.append(_time("eager", batch, forward_passes(models, images), turns))
+        for batch, images in sized.items() if compile else ():
             try:
-                found.timings.append(_time_compiled(models, batch, images, runs, warmup))
+                found.timings.append(_time_compiled(models, batch, images, turns))
             except Exception as error:  # no compiler, or a forward that it refuses: each in a way of its own
                 found.left_out[f"compiled, batch {batch}"] = _line(error)
         if missing := [package for package in ONNX_PACKAGES if not installed(package)]:
@@ -100,7 +106,7 @@ def bench(
         else:
             try:
                 with tempfile.TemporaryDirectory(prefix="lfrns-bench-") as folder:
-                    found.timings += _time_onnx(models, sized, Path(folder), runs, warmup)
+                    found.timings += _time_onnx(models, sized, Path(folder), turns)
             except Exception as error:  # the exporter's and the runtime's
                 found.left_out["onnxruntime"] = _line(error)
     return found
@@ -111,20 +117,20 @@ def _line(error: Exception) -> str:
     return short(f"{type(error).__name__}: {error}", 160)
 
 
-def _time_compiled(models: dict[str, nn.Module], batch: int, images: Tensor, runs: int, warmup: int) -> Timing:
+def _time_compiled(models: dict[str, nn.Module], batch: int, images: Tensor, turns: dict[str, Any]) -> Timing:
     """Compile both models for one batch and time them; the compiling, at the first pass, is not timed."""
     torch._dynamo.reset()  # else a second batch is compiled for any, which is slower
     try:
         calls = forward_passes({name: torch.compile(model, dynamic=False) for name, model in models.items()}, images)
         for call in calls.values():
             call()
-        return _time("compiled", batch, calls, runs, warmup)
+        return _time("compiled", batch, calls, turns)
     finally:
         torch._dynamo.reset()
 
 
 def _time_onnx(
-    models: dict[str, nn.Module], sized: dict[int, Tensor], folder: Path, runs: int, warmup: int
+    models: dict[str, nn.Module], sized: dict[int, Tensor], folder: Path, turns: dict[str, Any]
 ) -> list[Timing]:
     """Export both models and time the sessions.
 
@@ -139,14 +145,14 @@ def _time_onnx(
     }
     plain = {batch: images.detach().float().cpu() for batch, images in sized.items()}
     return [
-        _time("onnxruntime", batch, {n: lambda r=r, i=images: r(i) for n, r in runners.items()}, runs, warmup)
+        _time("onnxruntime", batch, {n: lambda r=r, i=images: r(i) for n, r in runners.items()}, turns)
         for batch, images in plain.items()
     ]
 
 
-def _time(runtime: str, batch: int, calls: dict[str, Callable[[], Any]], runs: int, warmup: int) -> Timing:
+def _time(runtime: str, batch: int, calls: dict[str, Callable[[], Any]], turns: dict[str, Any]) -> Timing:
     """Time the two in turns."""
-    times = take_turns(calls, runs=runs, warmup=warmup)
+    times = take_turns(calls, **turns)
     ratios = [slim / dense for slim, dense in zip(times["slim"], times["dense"], strict=True)]
     dense, slim = _quartiles(times["dense"]), _quartiles(times["slim"])
     return Timing(runtime, batch, dense, slim, _quartiles(ratios), *(1000 * batch / ms[0] for ms in (dense, slim)))
@@ -175,9 +181,9 @@ def peak_memory(
     """Measure the memory that a forward pass needs at its peak, weights included, in a fresh process.
 
     On CUDA it is torch.cuda.max_memory_allocated. On a CPU it is the weights and by how much the peak of resident
-    memory (getrusage's ru_maxrss) rises over what the process held with the model built: activations, and what the
-    kernels lay out anew. The peak starts anew before the pass where the system lets it (Linux); elsewhere building the
-    model can hide a part of it.
+    memory (getrusage's ru_maxrss) rises over what the process held before the pass: activations, and what the kernels
+    lay out anew. One pass goes before it, for the code and the tables that the first one loads. The peak starts anew
+    where the system lets it (Linux); elsewhere building the model, or the first pass, can hide a part of it.
 
     Args:
         build: What builds the model, as package.module:function.
@@ -215,6 +221,9 @@ def print_peaks(asked: str) -> None:
         tensor.detach().clone()  # weights mapped from a file are in memory only once they were read
     for batch in batches:
         images = torch.zeros(batch, *shape, device=device, dtype=getattr(torch, dtype))
+        with torch.no_grad():
+            model(images)
+        wait_for(images.device)
         gc.collect()
         if images.is_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -231,8 +240,11 @@ def print_peaks(asked: str) -> None:
 
 
 def _forget_peak() -> None:
-    """Let the peak of resident memory be what is resident now; of Linux alone."""
+    """Let the peak of resident memory be what is in use now; of Linux alone."""
     try:
+        # glibc keeps freed memory, which the pass would take again without a rise.
+        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+            trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass

@@ -127,6 +127,39 @@ def test_peak_memory_holds_the_weights_and_grows_with_the_batch() -> None:
     assert peak_memory("lfrns_hub.zoo:no_such", *arguments, device="cpu", dtype="float32") is None
 
 
+def test_peak_memory_leaves_out_what_the_first_pass_alone_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lasting.py").write_text(
+        """
+import torch
+
+class Net(torch.nn.Linear):
+    def forward(self, images):
+        if not hasattr(self, "table"):
+            self.table = torch.ones(25_000_000)  # 100 MB
+        return super().forward(images)
+
+def build():
+    return Net(8, 8)
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    peaks = peak_memory("lasting:build", [], [8], [1], device="cpu", dtype="float32")
+    assert 0 < peaks[1] < 50
+
+
+def test_a_bench_stops_when_its_seconds_are_over_and_compiles_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfrns_hub.bench.installed", lambda package: False)
+    passes = []
+    dense = Net(8)
+    dense.register_forward_hook(lambda *_: passes.append(1))
+    found = bench(Net(4), dense, IMAGES, batches=(1,), runs=1000, warmup=1000, seconds=0.0, compile=False)
+    assert [one.runtime for one in found.timings] == ["eager"]
+    assert list(found.left_out) == ["onnxruntime"]
+    assert len(passes) == 1 + 5  # one to warm up, five timed
+
+
 def test_the_picture_of_a_bench_needs_timings_and_shows_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"plot_bench\(timings=\[\]\).* nothing to draw"):
         plot_bench([], 0.5, tmp_path / "bench.png")

@@ -114,7 +114,9 @@ def bench(
     directory: Folder,
     dense: Annotated[str | None, typer.Option(metavar="MODEL", help="its dense model, where it cannot say")] = None,
     batches: Annotated[str, typer.Option(help="images a pass")] = "1,32",
-    runs: Annotated[int, typer.Option(help="timed passes of each")] = 30,
+    runs: Annotated[int, typer.Option(help="timed passes of each, at most")] = 30,
+    seconds: Annotated[float, typer.Option(min=0, help="of passes for each runtime and batch; five at least")] = 5.0,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="try torch.compile, which takes long")] = True,
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="the picture (default: bench.png in DIR)")] = None,
     as_json: Json = False,
 ) -> None:
@@ -129,7 +131,7 @@ def bench(
     model = load_slim(directory, dense).to(device)
     images = example_input(model)
     base = (create_skeleton(dense) if dense else create_base(directory)).to(device, images.dtype)
-    found = time_models(model, base, images, batches=sizes, runs=runs)
+    found = time_models(model, base, images, batches=sizes, runs=runs, seconds=seconds, compile=compile)
     ratio = count_macs(model, images) / count_macs(base, images)
     on_disk = {"dense": size_on_disk(base), "slim": size_on_disk(model)}
     builders: dict[str, tuple[str, list[str | None]]] = {

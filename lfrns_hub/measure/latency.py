@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import math
 import platform
 import statistics
 import time
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from lfrns_hub.running import as_input, dtype_of, evaluating
 
 _PACKAGES = ("lfrns_hub", "torch", "timm", "transformers", "accelerate")
+MIN_TURNS = 5
 
 
 def measure_latency(
@@ -54,18 +56,28 @@ def forward_passes(models: dict[str, nn.Module], example_input: Tensor) -> dict[
     return {name: functools.partial(call, model, inputs[name]) for name, model in models.items()}
 
 
-def take_turns(calls: dict[str, Callable[[], Any]], *, runs: int, warmup: int) -> dict[str, list[float]]:
+def take_turns(
+    calls: dict[str, Callable[[], Any]], *, runs: int, warmup: int, seconds: float = math.inf
+) -> dict[str, list[float]]:
     """Time several calls one after the other, again and again.
 
+    Args:
+        calls: By name.
+        runs, warmup: Turns that are timed, and turns before them that are not.
+        seconds: After which no more turns are taken: a tenth of them for warming up, after one turn at the earliest;
+            the rest for timing, after MIN_TURNS at the earliest.
     Returns:
-        Name -> milliseconds of each timed turn, [runs]; equal places are of the same turn.
+        Name -> milliseconds of each timed turn, [runs] or fewer; equal places are of the same turn.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(warmup + runs):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn >= warmup:
+    for turns, least, share in ((warmup, 1, 0.1), (runs, MIN_TURNS, 0.9)):
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        began = time.perf_counter()
+        for turn in range(turns):
+            if turn >= least and time.perf_counter() - began > share * seconds:
+                break
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
                 times[name].append(1000 * (time.perf_counter() - start))
     return times
 
