@@ -3,7 +3,7 @@
     python benchmarks/latency_budget.py resnet50 vit_base_patch16_224 mobilenetv3_large_100 --latency 0.5 --images 32
 
 Weights are random, for time does not depend on them; so nothing is learned here of accuracy. Units are ranked by
-correlation and by the cost of merging, without gates and fold. Writes results/speed/latency_budget.json.
+the cost of merging, without gates and fold. Writes results/speed/latency_budget.json.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def main() -> None:
     for name in args.models:
         dense = random_model(name)
         batches = list(torch.randn(args.images, 3, 224, 224).split(8))
-        analysis = lfrns.analyse(dense, batches, distance="correlation", progress=False)
+        analysis = lfrns.analyse(dense, batches, progress=False)
         for budget in ({"latency": args.latency}, {"macs": args.macs}):
             if None in budget.values():
                 continue

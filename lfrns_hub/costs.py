@@ -22,7 +22,7 @@ from lfrns_hub.units import UnitGroup
 PROBED_SHARES = (0.25, 0.5, 0.75)
 MOST_PROBES = 256
 FEWEST_PROBES = 8  # with fewer, what is measured is worse than what gradients tell
-FEWEST_GRADIENTS = 16
+FEWEST_GRADIENTS = 8
 GRADIENTS_EVERY = 32  # images, of which one is differentiated
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 RIDGE = 1e-3  # of each channel's own variance: what the moments of a few thousand rows can tell apart
 MIN_R2 = 0.5  # from here on a removed unit counts as redundant, below as weak
-CANDIDATES = 128  # channels among which a round removes
+CANDIDATES = 64  # channels among which a round removes
 MIN_ROUND = 8  # channels that leave in a round at least
-WIDE = 1024
+WIDE = 512
 
 
 @dataclass
