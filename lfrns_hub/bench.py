@@ -1,6 +1,5 @@
 """Dense against slim: eager, compiled and in ONNX Runtime on the clock, ratios of turns, and memory and disk space."""
 
-import ctypes
 import gc
 import importlib
 import json
@@ -181,9 +180,9 @@ def peak_memory(
     """Measure the memory that a forward pass needs at its peak, weights included, in a fresh process.
 
     On CUDA it is torch.cuda.max_memory_allocated. On a CPU it is the weights and by how much the peak of resident
-    memory (getrusage's ru_maxrss) rises over what the process held before the pass: activations, and what the kernels
-    lay out anew. One pass goes before it, for the code and the tables that the first one loads. The peak starts anew
-    where the system lets it (Linux); elsewhere building the model, or the first pass, can hide a part of it.
+    memory (getrusage's ru_maxrss) rises over what the process held with the model built: activations, and what the
+    kernels lay out anew. The peak starts anew before the pass where the system lets it (Linux); elsewhere building the
+    model can hide a part of it.
 
     Args:
         build: What builds the model, as package.module:function.
@@ -221,9 +220,6 @@ def print_peaks(asked: str) -> None:
         tensor.detach().clone()  # weights mapped from a file are in memory only once they were read
     for batch in batches:
         images = torch.zeros(batch, *shape, device=device, dtype=getattr(torch, dtype))
-        with torch.no_grad():
-            model(images)
-        wait_for(images.device)
         gc.collect()
         if images.is_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -240,11 +236,8 @@ def print_peaks(asked: str) -> None:
 
 
 def _forget_peak() -> None:
-    """Let the peak of resident memory be what is in use now; of Linux alone."""
+    """Let the peak of resident memory be what is resident now; of Linux alone."""
     try:
-        # glibc keeps freed memory, which the pass would take again without a rise.
-        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-            trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass

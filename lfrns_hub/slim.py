@@ -451,7 +451,8 @@ def typed_as(result: nn.Module, model: nn.Module) -> nn.Module:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dense[name].dtype if name in dense else dtype_of(model))
         if name not in dense or dense[name].is_contiguous():
-            tensor.data = tensor.data.contiguous()
+            # Of one channel every layout counts as contiguous, and kernels are chosen by the strides.
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
     for name, parameter in result.named_parameters():
         parameter.requires_grad_(dense[name].requires_grad if name in dense else True)
     return result
