@@ -1,9 +1,11 @@
 """Dense against slim: eager, compiled and in ONNX Runtime on the clock, ratios of turns, and memory and disk space."""
 
+import ctypes
 import gc
 import importlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -180,9 +182,10 @@ def peak_memory(
     """Measure the memory that a forward pass needs at its peak, weights included, in a fresh process.
 
     On CUDA it is torch.cuda.max_memory_allocated. On a CPU it is the weights and by how much the peak of resident
-    memory (getrusage's ru_maxrss) rises over what the process held with the model built: activations, and what the
-    kernels lay out anew. The peak starts anew before the pass where the system lets it (Linux); elsewhere building the
-    model can hide a part of it.
+    memory (VmHWM of Linux, else getrusage's ru_maxrss) rises over what the process held before
+    the pass: activations, and what the kernels lay out anew. One pass goes before it, for the code and the tables that
+    the first one loads. The peak starts anew where the system lets it (Linux); elsewhere building the model, or the
+    first pass, can hide a part of it.
 
     Args:
         build: What builds the model, as package.module:function.
@@ -208,8 +211,6 @@ def peak_memory(
 
 def print_peaks(asked: str) -> None:
     """Build a model, run it, and print its peaks of memory in MB: the process that `peak_memory` starts."""
-    import resource  # here: Windows has none
-
     build, arguments, shape, batches, device, dtype, threads = json.loads(asked)
     torch.set_num_threads(threads)
     module, _, function = build.partition(":")
@@ -220,24 +221,40 @@ def print_peaks(asked: str) -> None:
         tensor.detach().clone()  # weights mapped from a file are in memory only once they were read
     for batch in batches:
         images = torch.zeros(batch, *shape, device=device, dtype=getattr(torch, dtype))
+        with torch.no_grad():
+            model(images)
+        wait_for(images.device)
         gc.collect()
         if images.is_cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
             _forget_peak()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _peak_resident()
         with torch.no_grad():
             model(images)
         wait_for(images.device)
-        rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        rise *= 1 if sys.platform == "darwin" else 1024
+        rise = _peak_resident() - before
         peaks.append((torch.cuda.max_memory_allocated() if images.is_cuda else weights + rise) / 1e6)
     print(json.dumps(peaks))
 
 
+def _peak_resident() -> int:
+    """Give the peak of this process's resident memory, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux, where ru_maxrss begins with the peak of the process that started this one
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text()).group(1))
+    import resource  # here: Windows has none
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
 def _forget_peak() -> None:
-    """Let the peak of resident memory be what is resident now; of Linux alone."""
+    """Let the peak of resident memory be what is in use now; of Linux alone."""
     try:
+        # glibc keeps freed memory, which the pass would take again without a rise.
+        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+            trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass
