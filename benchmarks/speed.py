@@ -330,7 +330,7 @@ def render(results: Path) -> str:
         content = json.loads(path.read_text(encoding="utf-8"))
         machine = f"{content['machine']['cpu']}, {content['machine']['threads']} threads"
         for side, (median, low, high) in content["ratios"].items():
-            label = what if side == "ours" else f"&nbsp;&nbsp;{side} / the same"
+            label = what + content.get("note", "") if side == "ours" else f"&nbsp;&nbsp;{side} / the same"
             reference, value = (statistics.median(content["turns"][s]) for s in ("reference", side))
             lines.append(
                 f"| {label} | {median:.2f} ({low:.2f} to {high:.2f}) | {wanted if side == 'ours' else ''} | "
@@ -373,7 +373,8 @@ def others(results: Path) -> list[str]:
         off = "" if one["error_pct"] is None else f"{one['error_pct']:+.1f} %"
         low, middle, high = again["quartiles"]
         lines.append(
-            f"| {one['model']} | {kind} {asked:g} | {again['dense_ms']:.1f} | {again['slim_ms']:.1f} | {middle:.3f} "
+            f"| {one['model']} | {kind} {asked:g}, round_to {one['round_to']} "
+            f"| {again['dense_ms']:.1f} | {again['slim_ms']:.1f} | {middle:.3f} "
             f"({low:.3f} to {high:.3f}) | {one['speedup']:.2f}x | {off} | {one['macs_fraction']:.3f} |"
         )
     return lines

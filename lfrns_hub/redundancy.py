@@ -166,6 +166,11 @@ class Elimination:
             correlation.diagonal().add_(ridge)
             factor, failed = torch.linalg.cholesky_ex(correlation)
             ridge *= 10
+            if failed and ridge > 1:
+                raise FloatingPointError(
+                    f"the moments of {len(scale)} channels have no inverse: they are not finite, or of no network's "
+                    "answers. Check the images' scale and the weights."
+                )
         self.precision = torch.cholesky_inverse(factor).to(dtype)
         self.gram = (tap.gram * scale * scale[:, None]).to(dtype)
 

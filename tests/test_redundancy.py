@@ -80,6 +80,13 @@ def one_by_one(views: list[TapView], units: int) -> tuple[list[int], list[float]
     return order, cost
 
 
+def test_moments_that_are_not_finite_are_one_error():
+    """And no loop without an end."""
+    second = torch.full((5, 5), float("nan"), dtype=torch.float64)
+    with pytest.raises(FloatingPointError, match="5 channels have no inverse"):
+        eliminate([TapView(second, torch.eye(5, dtype=torch.float64))], 5)
+
+
 def test_heads_are_eliminated_as_blocks():
     torch.manual_seed(0)
     rows = torch.randn(4000, 8)
