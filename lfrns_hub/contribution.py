@@ -249,7 +249,7 @@ def make_gates(
     gates = {g.name: torch.ones(g.size, device=device) for g in groups}
     leaving: dict[str, list[Tensor]] = {}
     for group in groups:
-        gone = torch.tensor([u for u in range(group.size) if u not in set(keep[group.name])], dtype=torch.int64)
+        gone = torch.tensor(sorted(set(range(group.size)).difference(keep[group.name])), dtype=torch.int64)
         gates[group.name][gone] = NEARLY_CLOSED
         gates[group.name].requires_grad_()
         for tap in group.taps:

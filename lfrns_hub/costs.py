@@ -68,7 +68,9 @@ def measure_costs(
         probed = first_images(images, min(max(probes, FEWEST_PROBES), MOST_PROBES))
         found = measured(model, groups, merges, counts, probed, moments, accelerator)
     else:
-        probed = first_images(images, max(FEWEST_GRADIENTS, calibration_images // GRADIENTS_EVERY))
+        some = first_images(images, max(FEWEST_GRADIENTS, calibration_images // GRADIENTS_EVERY))
+        # A backward pass keeps the whole network's activations: with few images it needs no more memory than a batch.
+        probed = [piece for batch in some for piece in batch.split(max(1, len(images[0]) // 8))]
         found = estimated(model, groups, merges, counts, probed, moments, seed, accelerator)
     return {
         group.name: spread(merges[group.name], counts[group.name], row.tolist())
@@ -149,18 +151,18 @@ def estimated(
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     changes: dict[str, list[Change]] = {}
     for number, group in enumerate(groups):
-        for place, count in enumerate(counts[group.name]):
-            for tap in group.taps:
+        for tap in group.taps:
+            of_tap = moments[tap.module]
+            second = of_tap.matrix()
+            for place, count in enumerate(counts[group.name]):
                 removed = tap.index[merges[group.name].order[:count]]
                 keep, leave = kept_channels(model, tap.module, [removed]), removed.flatten().sort().values
-                of_tap = moments[tap.module]
-                fold = fold_matrix(of_tap.matrix(), keep, leave, RIDGE)
+                fold = fold_matrix(second, keep, leave, RIDGE)
                 offset = fold_offset(of_tap, keep, leave, fold) if of_tap.centred else torch.zeros(len(leave))
                 figures = (keep, leave, fold.T.float().contiguous(), offset.float())
                 changes.setdefault(tap.module, []).append(Change(number, place, *(f.to(device) for f in figures)))
     found = torch.zeros(len(groups), len(PROBED_SHARES), dtype=torch.float64)
-    pieces = [piece for batch in images for piece in batch.split(max(1, len(batch) // 8))]
-    for number, piece in enumerate(pieces):
+    for number, piece in enumerate(images):
         if number % ranks != rank:
             continue
         read: dict[str, Tensor] = {}

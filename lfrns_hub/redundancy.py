@@ -3,6 +3,7 @@
 U units of width w, D = U x w channels at a tap, O outputs of its consumer.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,15 +15,25 @@ RIDGE = 1e-3  # of each channel's own variance: what the moments of a few thousa
 MIN_R2 = 0.5  # from here on a removed unit counts as redundant, below as weak
 CANDIDATES = 64  # channels among which a round removes
 MIN_ROUND = 8  # channels that leave in a round at least
-WIDE = 512
 
 
 @dataclass
 class TapView:
-    """What one consumer sees of a group: moments [D, D] and the Gram matrix of its weights [D, D], float64."""
+    """What one consumer sees of a group, channels unit after unit.
+
+    Attributes:
+        second: Moments [D, D]; float64, of wide taps float32 (`Moments.matrix`).
+        weight: Its weights, [r, D] in the same dtype: one row of each output and position of the kernel, scaled by the
+            root of what a squared error there costs in loss, or fewer rows with the same Gram matrix.
+    """
 
     second: Tensor
-    gram: Tensor
+    weight: Tensor
+
+    @property
+    def gram(self) -> Tensor:
+        """The Gram matrix of the weights, [D, D]."""
+        return self.weight.T @ self.weight
 
 
 @dataclass
@@ -38,17 +49,19 @@ class Merges:
     cost: list[float]
 
 
-def weight_gram(weight: Tensor, channels: Tensor, loss_weight: Tensor) -> Tensor:
-    """Give the Gram matrix of a consumer's weights over input channels, outputs weighted by their loss, [D, D].
+def weight_rows(weight: Tensor, channels: Tensor, loss_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give a consumer's weights over a group's input channels, outputs weighted by their loss, [r, D], r at most D.
 
     Args:
         weight: [O, I] or [O, I, kernel...]; the kernel's positions count as outputs.
         channels: The group's input channels, [D], int64.
         loss_weight: What a squared error at each output costs, [O].
+        dtype: Of the result.
     """
-    chosen = weight.detach().cpu().double()[:, channels]
-    flat = (chosen * loss_weight.view(-1, *[1] * (chosen.ndim - 1)).sqrt()).movedim(1, -1).reshape(-1, len(channels))
-    return flat.T @ flat
+    chosen = weight.detach().cpu()[:, channels].to(dtype)
+    scaled = chosen * loss_weight.to(dtype).view(-1, *[1] * (chosen.ndim - 1)).sqrt()
+    rows = scaled.movedim(1, -1).reshape(-1, len(channels))
+    return torch.linalg.qr(rows, mode="r").R if len(rows) > len(channels) else rows
 
 
 def eliminate(taps: Sequence[TapView], units: int, keep_at_least: int = 1) -> Merges:
@@ -59,7 +72,8 @@ def eliminate(taps: Sequence[TapView], units: int, keep_at_least: int = 1) -> Me
     carry the units merged before.
 
     Units leave in rounds: the cheapest of a round are its candidates, and among them every removal counts at once.
-    What it changes for the others is made up for after the round, as products of matrices.
+    What it changes for the others is made up for after the round, as products of matrices: of the precision a downdate,
+    of the weights a fold.
 
     Args:
         taps: What each consumer sees of the group, channels unit after unit.
@@ -79,10 +93,10 @@ def eliminate(taps: Sequence[TapView], units: int, keep_at_least: int = 1) -> Me
         costs = torch.stack([view.unit_costs() for view in views]).sum(0).masked_fill(~alive, float("inf"))
         left = units - len(order)
         least = max(MIN_ROUND // width, left // 32, 1)
-        near = costs.argsort(stable=True)[: min(left, max(CANDIDATES // width, 2 * least))]
+        near = costs.argsort(stable=True)[: min(left, max(CANDIDATES // width, 3 * least // 2))]
         others = float(costs.index_fill(0, near, float("inf")).min())
         most = min(left - keep_at_least, len(near))
-        gone, paid = remove_candidates([view.block(near) for view in views], others, min(least, most), most)
+        gone, paid = remove_candidates([v.block(near) for v in views], len(near), others, min(least, most), most)
         gone = near[gone]
         order += places[gone].tolist()
         cost += paid
@@ -98,7 +112,7 @@ def eliminate(taps: Sequence[TapView], units: int, keep_at_least: int = 1) -> Me
 
 
 def remove_candidates(
-    blocks: Sequence[tuple[Tensor, Tensor]], others: float, least: int, most: int
+    blocks: Sequence[tuple[Tensor, Tensor]], count: int, others: float, least: int, most: int
 ) -> tuple[list[int], list[float]]:
     """Remove units of a few candidates one after the other, until the others are cheaper.
 
@@ -107,60 +121,74 @@ def remove_candidates(
     unit's rows of the Gram matrix and B its block.
 
     Args:
-        blocks: Of each tap precision and Gram matrix of the candidates, [c, w, c, w].
+        blocks: Of each tap precision and Gram matrix of the candidates, [c w, c w].
+        count: How many candidates, c.
         others: What the cheapest of the units costs that are no candidates.
         least, most: How many leave.
     Returns:
         Places of those removed, in order, and what each cost: twice the error.
     """
-    count, width = blocks[0][0].shape[:2]
-    size, own = count * width, np.arange(count)
-    precision, gram = (np.stack([b[i].double().numpy().reshape(size, size) for b in blocks]) for i in (0, 1))  # [T, .]
-    views = [matrix.reshape(len(blocks), count, width, count, width) for matrix in (precision, gram)]
+    width = len(blocks[0][0]) // count
+    precision, gram = (np.stack([b[i].double().numpy() for b in blocks]) for i in (0, 1))  # [T, c w, c w]
+    # Not by BLAS, whose threads take longer to meet than such small products take.
+    product = functools.partial(np.einsum, "tkw,tkc->twc")
+    # Of the matrices only the units' own blocks are brought up to date; rows are made up when they are needed.
+    own = [
+        m.reshape(len(m), count, width, count, width)[:, np.arange(count), :, np.arange(count)]
+        for m in (precision, gram)
+    ]
+    shares, rows_gone, moved_gone = np.empty((3, len(blocks), most * width, count * width))
     alive = np.ones(count, dtype=bool)
     gone: list[int] = []
     paid: list[float] = []
     while len(gone) < most:
-        diagonal, weights = (view[:, own, :, own] for view in views)  # [c, T, w, w]
-        if width == 1:
-            costs = (weights.clip(min=0) / diagonal.clip(min=1e-300)).sum((1, 2, 3))
-        else:
-            diagonal[~alive] = np.eye(width)
-            costs = (np.linalg.inv(diagonal) * weights.swapaxes(2, 3)).sum((2, 3)).clip(min=0).sum(1)
+        costs = removal_costs(*own)
         costs[~alive] = np.inf
         unit = int(costs.argmin())
         if len(gone) >= least and costs[unit] > others:
             break
+        done, out = slice(len(gone) * width), slice(unit * width, (unit + 1) * width)
+        taken, given = shares[:, done, out], moved_gone[:, done, out]
+        rows = precision[:, out] - product(taken, rows_gone[:, done])
+        moved = gram[:, out] - product(taken, moved_gone[:, done]) - product(given, shares[:, done])
+        share = (1 / rows[..., out] if width == 1 else np.linalg.inv(rows[..., out])) @ rows  # [T, w, c w]
+        moved -= 0.5 * moved[..., out] @ share
+        here = slice(done.stop, done.stop + width)
+        shares[:, here], rows_gone[:, here], moved_gone[:, here] = share, rows, moved
+        share, rows, moved = (m.reshape(len(blocks), width, count, width) for m in (share, rows, moved))
+        own[0] -= np.einsum("tacx,tacy->ctxy", share, rows)
+        change = np.einsum("tacx,tacy->ctxy", share, moved)
+        own[1] -= change + change.swapaxes(2, 3)
+        own[0][unit] = np.eye(width)  # it is out: nothing is left of it that could be inverted
         gone.append(unit)
         paid.append(float(costs[unit]))
         alive[unit] = False
-        out = slice(unit * width, (unit + 1) * width)
-        rows, block = precision[:, out], precision[:, out, out]
-        share = rows.swapaxes(1, 2) @ (1 / block if width == 1 else np.linalg.inv(block))  # [T, c w, w]
-        moved = gram[:, out] - 0.5 * gram[:, out, out] @ share.swapaxes(1, 2)
-        precision -= share @ rows
-        change = share @ moved
-        gram -= change
-        gram -= change.swapaxes(1, 2)
     return gone, paid
 
 
+def removal_costs(precision: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    """Give the error of removing each unit, [c], from its own blocks, [c, T, w, w]."""
+    if precision.shape[-1] == 1:
+        return (gram.clip(min=0) / precision.clip(min=1e-300)).sum((1, 2, 3))
+    return (np.linalg.inv(precision) * gram.swapaxes(2, 3)).sum((2, 3)).clip(min=0).sum(1)
+
+
 class Elimination:
-    """One tap's precision matrix and the Gram matrix of its consumer's weights while units leave.
+    """One tap's precision matrix and its consumer's weights while units leave.
 
     Both are of channels of unit variance. Channels that are out carry nothing until they are dropped.
 
     Attributes:
         width: Channels a unit, w.
-        precision, gram: [D, D]; float64 up to WIDE channels, above float32, in which a thousand channels cost half.
+        precision, weight: [D, D] and [r, D], in the dtype of the tap's moments.
     """
 
     def __init__(self, tap: TapView, units: int):
         variance = tap.second.diagonal().clamp(min=0)
         scale = (variance + float(variance.max()) * 1e-9 + 1e-30).sqrt()
-        dtype = torch.float64 if len(scale) <= WIDE else torch.float32
         self.width = len(scale) // units
-        correlation = tap.second / scale / scale[:, None]
+        correlation = tap.second / scale
+        correlation /= scale[:, None]
         ridge, failed = RIDGE, True
         while failed:  # moments of fewer rows than channels may be off by more than the ridge
             correlation.diagonal().add_(ridge)
@@ -171,39 +199,46 @@ class Elimination:
                     f"the moments of {len(scale)} channels have no inverse: they are not finite, or of no network's "
                     "answers. Check the images' scale and the weights."
                 )
-        self.precision = torch.cholesky_inverse(factor).to(dtype)
-        self.gram = (tap.gram * scale * scale[:, None]).to(dtype)
+        self.precision = torch.cholesky_inverse(factor)
+        self.weight = tap.weight * scale
 
     def blocks(self, matrix: Tensor) -> Tensor:
-        """View a matrix unit by unit, [U, w, U, w]."""
-        return matrix.view(-1, self.width, matrix.shape[1] // self.width, self.width)
+        """View a matrix's columns unit by unit, [..., U, w]."""
+        return matrix.unflatten(-1, (-1, self.width))
 
     def unit_costs(self) -> Tensor:
-        """Give the error of removing each unit, [U]: trace of its Gram block times its conditional covariance."""
+        """Give the error of removing each unit, [U]: its conditional covariance, seen through its weights."""
         if self.width == 1:
-            return (self.gram.diagonal() / self.precision.diagonal()).clamp(min=0).double()
-        own = [self.blocks(m).diagonal(dim1=0, dim2=2).permute(2, 0, 1) for m in (self.precision, self.gram)]
-        return (torch.linalg.inv(own[0]) * own[1].mT).sum((1, 2)).clamp(min=0).double()
+            return (self.weight.square().sum(0) / self.precision.diagonal()).double()
+        own = self.blocks(self.precision).unflatten(0, (-1, self.width)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        weights = self.blocks(self.weight).movedim(1, 0)  # [U, r, w]
+        return (torch.linalg.inv(own) * (weights.mT @ weights)).sum((1, 2)).clamp(min=0).double()
 
     def block(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Give precision and Gram matrix of some units, [c, w, c, w]."""
-        precision, gram = (self.blocks(m)[chosen][:, :, chosen] for m in (self.precision, self.gram))
-        return precision, gram
+        """Give precision and Gram matrix of the weights of some units, [c w, c w]."""
+        channels = self.channels(chosen)
+        weights = self.weight[:, channels]
+        return self.precision[channels][:, channels], weights.T @ weights
+
+    def channels(self, chosen: Tensor) -> Tensor:
+        """Give the channels of some units."""
+        return (chosen[:, None] * self.width + torch.arange(self.width)).flatten()
 
     def remove(self, gone: Tensor) -> None:
         """Take units out, [b], and give their weights to the others."""
-        out = (gone[:, None] * self.width + torch.arange(self.width)).flatten()
-        rows, moved = self.precision[out], self.gram[out]
+        out = self.channels(gone)
+        rows = self.precision[out]
         share = torch.linalg.inv(rows[:, out]) @ rows  # what each channel takes over, [b, D]
-        moved = moved.addmm_(moved[:, out], share, alpha=-0.5)
+        self.weight.addmm_(self.weight[:, out], share, alpha=-1)
         self.precision.addmm_(share.T, rows, alpha=-1)
-        self.gram.addmm_(torch.cat([share, moved]).T, torch.cat([moved, share]), alpha=-1)
         self.precision[out, out] = 1.0  # all else of theirs is zero now, up to rounding
+        self.weight[:, out] = 0.0
 
     def compact(self, stay: Tensor) -> None:
         """Drop the units that are out, [U] bool."""
-        kept = stay.repeat_interleave(self.width).nonzero().flatten()
-        self.precision, self.gram = (m.index_select(0, kept).index_select(1, kept) for m in (self.precision, self.gram))
+        kept = self.channels(stay.nonzero().flatten())
+        self.precision = self.precision.index_select(0, kept).index_select(1, kept)
+        self.weight = self.weight.index_select(1, kept)
 
 
 def unit_correlation(taps: Sequence[TapView], units: int) -> Tensor:

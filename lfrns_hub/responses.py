@@ -3,7 +3,6 @@
 N rows (images x positions), D input channels of a consumer, O its outputs. Nothing of size N x D is kept.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 ROWS_PER_CHANNEL = 4  # at least: what a covariance needs that is to be inverted
 MOMENTS_SHARE = 0.05  # of the forward passes' MACs, for the products of rows
 BLOCK = 256  # channels; the products of a wider tap are symmetric in blocks of an eighth
+WIDE = 512  # channels; moments of more are kept, inverted and solved in float32, at half the memory and time
 WEIGHED_EVERY = 32  # images, of which one is differentiated for the loss weights
 LEAST_WEIGHED = 8
 
@@ -33,7 +33,9 @@ class Moments:
 
     Attributes:
         centred: Whether the consumer has no padding, so that covariances and an offset are right.
-        count, total, square: Rows, sum [2, D], second moment sum [2, D, D], float64; first fit, then held out.
+        count, total: Rows, [2], and their sum [2, D], float64; first fit, then held out.
+        square: Sum of the products of rows about `about`, [2, D, D]; float64, of more than WIDE channels float32.
+        about: Near the mean, [D], float64: where the mean is large, products about zero lose what differs between rows.
         loss_weight: What one unit of squared error at each output costs in loss, [O], float64.
     """
 
@@ -41,27 +43,24 @@ class Moments:
     count: Tensor
     total: Tensor
     square: Tensor
+    about: Tensor
     loss_weight: Tensor
 
     @classmethod
-    def empty(cls, module: nn.Module) -> "Moments":
+    def empty(cls, module: nn.Module, about: Tensor) -> "Moments":
         """Give the moments of a consumer before any image."""
         width = channel_count(module)
-        shapes = ((2,), (2, width), (2, width, width), (module.weight.shape[0],))
-        return cls(is_unpadded(module), *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+        count, total, loss_weight = (
+            torch.zeros(shape, dtype=torch.float64) for shape in ((2,), (2, width), (module.weight.shape[0],))
+        )
+        square = torch.zeros(2, width, width, dtype=torch.float64 if width <= WIDE else torch.float32)
+        return cls(is_unpadded(module), count, total, square, about, loss_weight)
 
-    def complete(self, means: dict[int, list[Tensor]]) -> None:
-        """Add what `accumulate` leaves out, in place: the products below the diagonal's blocks, and of the means.
-
-        Args:
-            means: For each part what `accumulate` gave, [D].
-        """
+    def mirror(self) -> None:
+        """Add the products below the diagonal's blocks, which `accumulate` leaves out, in place."""
         block = max(BLOCK, -(-self.width // 8))
         for at in range(block, self.width, block):
             self.square[:, at : at + block, :at] = self.square[:, :at, at : at + block].mT
-        for part, of_part in means.items():
-            scaled = torch.stack(of_part)
-            self.square[part].addmm_(scaled.T, scaled)
 
     @property
     def width(self) -> int:
@@ -69,7 +68,7 @@ class Moments:
         return self.total.shape[1]
 
     def matrix(self, part: int | None = None, channels: Tensor | None = None) -> Tensor:
-        """Give the covariance, or for a padded consumer the raw second moment, [D, D], float64.
+        """Give the covariance, or for a padded consumer the raw second moment, [D, D], float64; float32 if `square` is.
 
         Args:
             part: 0 the fitting images, 1 the held-out ones, None both.
@@ -79,13 +78,15 @@ class Moments:
             count, total, square = self.count.sum(), self.total.sum(0), self.square.sum(0)
         else:
             count, total, square = self.count[part], self.total[part], self.square[part]
+        about = self.about
         if channels is not None:
-            total, square = total[channels], square[channels][:, channels]
-        second = square / count
+            total, about, square = total[channels], about[channels], square[channels][:, channels]
+        second, mean = square / count, total / count
         if self.centred:
-            mean = total / count
-            second = second - torch.outer(mean, mean)
-        return second
+            off = (mean - about).to(second.dtype)
+            return second.addr_(off, off, alpha=-1)
+        raw = second.double() + torch.outer(about, mean) + torch.outer(mean, about) - torch.outer(about, about)
+        return raw.to(second.dtype)
 
     def mean(self) -> Tensor:
         """Give the mean of each channel over all images, [D], float64."""
@@ -126,14 +127,13 @@ def collect(
     """
     modules = {name: model.get_submodule(name) for name in taps}
     images_of = [split_batch(batch)[0] for batch in batches]
-    readers = first_readers(model, taps, as_input(images_of[0][:1], model))
-    moments = {name: Moments.empty(modules[name]) for name in taps if readers[name] == name}
+    readers, means = first_readers(model, taps, as_input(images_of[0][:1], model))
+    moments = {name: Moments.empty(modules[name], mean) for name, mean in means.items()}
     count = sum(map(len, images_of))
     rows = {
         name: max(ROWS_PER_CHANNEL * m.width / count, MOMENTS_SHARE * macs / len(moments) / m.width**2)
         for name, m in moments.items()
     }
-    means: dict[str, dict[int, list[Tensor]]] = {name: defaultdict(list) for name in moments}
     loss_weights = {name: torch.zeros(len(m.weight), dtype=torch.float64) for name, m in modules.items()}
     weighed, to_weigh = torch.zeros(1, dtype=torch.float64), max(LEAST_WEIGHED, count // WEIGHED_EVERY)
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -149,7 +149,7 @@ def collect(
         for place, some in enumerate(pieces):
             some = as_input(some, model)
             observe = {
-                name: partial(accumulate, m, means[name][part], ceil(rows[name] * len(some)), part, generator)
+                name: partial(accumulate, m, ceil(rows[name] * len(some)), part, generator)
                 for name, m in moments.items()
             }
             with watched(model, observe):
@@ -159,8 +159,8 @@ def collect(
                 elif len(some):
                     with torch.no_grad():
                         model(some)
-    for name, m in moments.items():
-        m.complete(means[name])
+    for m in moments.values():
+        m.mirror()
     if ranks > 1:
         sums = [t for m in moments.values() for t in (m.count, m.total, m.square)]
         for tensor in [*sums, *loss_weights.values(), weighed]:
@@ -175,29 +175,33 @@ def collect(
     }
 
 
-def first_readers(model: nn.Module, taps: Sequence[str], image: Tensor) -> dict[str, str]:
-    """Give for each consumer the first one that reads the same tensors, at every call: itself, if there is none."""
+def first_readers(model: nn.Module, taps: Sequence[str], image: Tensor) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Tell which consumers read the same tensors, at every call, by one image.
+
+    Returns:
+        For each consumer the first one that reads what it reads, often itself; and for each of these the mean of each
+        channel, [D], float64.
+    """
     read: dict[str, list[Tensor]] = {name: [] for name in taps}
     with watched(model, {name: lambda _, value, name=name: read[name].append(value) for name in taps}), torch.no_grad():
         model(image)
     firsts: dict[tuple[int, ...], str] = {}
     # Tensors that are held here have each an id of their own.
-    return {name: firsts.setdefault(tuple(map(id, values)) or (name,), name) for name, values in read.items()}
+    readers = {name: firsts.setdefault(tuple(map(id, values)) or (name,), name) for name, values in read.items()}
+    means = {}
+    for name in firsts.values():
+        module = model.get_submodule(name)
+        rows = [channels_last(module, value).reshape(-1, channel_count(module)).double() for value in read[name]]
+        means[name] = torch.cat(rows).mean(0).cpu() if rows else torch.zeros(channel_count(module)).double()
+    return readers, means
 
 
 def accumulate(
-    moments: Moments,
-    means: list[Tensor],
-    wanted: int,
-    part: int,
-    generator: torch.Generator,
-    module: nn.Module,
-    value: Tensor,
+    moments: Moments, wanted: int, part: int, generator: torch.Generator, module: nn.Module, value: Tensor
 ) -> None:
     """Add a seeded subsample of rows of a consumer's input to the moments, products in float32.
 
-    The products are of the rows about their mean: where it is large, float32 would lose what differs between rows. Its
-    own product, and those below the diagonal's blocks, are left to `Moments.complete`.
+    Products below the diagonal's blocks are left to `Moments.mirror`.
     """
     value = channels_last(module, value.detach())
     lead, width = value.shape[:-1], value.shape[-1]
@@ -208,14 +212,15 @@ def accumulate(
         rows = value.reshape(-1, width).float()
     block = max(BLOCK, -(-width // 8))
     with torch.autocast(rows.device.type, enabled=False):
-        mean = rows.mean(0)
-        rows = rows - mean
-        total = rows.sum(0, dtype=torch.float64).cpu() + len(rows) * mean.double().cpu()
+        rows = rows - moments.about.to(rows)
         moments.count[part] += len(rows)
-        moments.total[part] += total
-        means.append(total / len(rows) ** 0.5)
+        moments.total[part] += rows.sum(0, dtype=torch.float64).cpu() + len(rows) * moments.about
         for at in range(0, width, block):
-            moments.square[part, at : at + block, at:] += (rows[:, at : at + block].T @ rows[:, at:]).cpu()
+            square, some = moments.square[part, at : at + block, at:], rows[:, at : at + block].T
+            if square.dtype == rows.dtype and square.device == rows.device:
+                square.addmm_(some, rows[:, at:])
+            else:
+                square += (some @ rows[:, at:]).cpu()
 
 
 def add_loss_weights(
@@ -256,7 +261,7 @@ def fold_matrix(second: Tensor, keep: Tensor, leave: Tensor, ridge: float) -> Te
     """Give the least-squares estimate of cut channels from kept ones, [cut, K].
 
     Args:
-        second: Covariance or second moment [D, D], float64.
+        second: Covariance or second moment [D, D].
         keep, leave: Channels kept [K] and cut [cut].
         ridge: Relative to each kept channel's own variance.
     """
@@ -268,9 +273,10 @@ def fold_matrix(second: Tensor, keep: Tensor, leave: Tensor, ridge: float) -> Te
     return (torch.linalg.solve(system, cross) if failed else torch.cholesky_solve(cross, factor)).T
 
 
-def weight_products(weight_OD: Tensor) -> Tensor:
-    """Give the products of a consumer's weights, summed over outputs and taps of the kernel, [D, D], float64."""
-    flat = weight_OD.double().flatten(2).permute(0, 2, 1).flatten(0, 1) if weight_OD.ndim > 2 else weight_OD.double()
+def weight_products(weight_OD: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Give the products of a consumer's weights, summed over outputs and taps of the kernel, [D, D]."""
+    flat = weight_OD.to(dtype)
+    flat = flat.flatten(2).permute(0, 2, 1).flatten(0, 1) if flat.ndim > 2 else flat
     return flat.T @ flat
 
 
@@ -298,12 +304,12 @@ def best_fold(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> 
         weight: The consumer's weight [O, D, ...].
         keep, leave: Channels kept [K] and cut [cut].
     Returns:
-        The fold [cut, K], float64, or None.
+        The fold [cut, K] in the dtype of the moments' matrix, or None.
     """
     if len(leave) == 0:
         return None
-    products = weight_products(weight[:, leave.to(weight.device)].cpu())
     fit, held = moments.matrix(0), moments.matrix(1)
+    products = weight_products(weight[:, leave.to(weight.device)].cpu(), held.dtype)
     errors = {None: output_error(held, products, keep, leave, None)}
     for ridge in RIDGES:
         errors[ridge] = output_error(held, products, keep, leave, fold_matrix(fit, keep, leave, ridge))
@@ -314,13 +320,14 @@ def best_fold(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> 
 def fold_offset(moments: Moments, keep: Tensor, leave: Tensor, fold: Tensor) -> Tensor:
     """Give the constant that completes a centred fold, [cut]."""
     mean = moments.mean()
-    return mean[leave] - fold @ mean[keep]
+    return mean[leave] - fold.double() @ mean[keep]
 
 
 def integrity(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> float:
     """Give the share of a consumer's output variance on held-out images that the kept channels explain, in [0, 1]."""
     fold = best_fold(moments, weight, keep, leave)
-    held, products = moments.matrix(1), weight_products(weight.cpu())
+    held = moments.matrix(1)
+    products = weight_products(weight.cpu(), held.dtype)
     every = torch.arange(moments.width)
     whole = output_error(held, products, every[:0], every, None)
     lost = output_error(held, products[leave][:, leave], keep, leave, fold)

@@ -19,7 +19,7 @@ from lfrns_hub.latency import LatencyMeter, LatencyModel, LatencySetup, in_chann
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.options import KINDS, check_budgets, check_cut, check_example, check_options, choose_groups, read_loader
 from lfrns_hub.reconstruct import reconstruct
-from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_gram
+from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_rows
 from lfrns_hub.report import SlimReport, added_up, clocked, measure_integrity, provenance, report_group
 from lfrns_hub.responses import HELD_OUT_EVERY, Moments, collect
 from lfrns_hub.running import as_input, device_of, dtype_of, memory_format_of, refuse_meta, unwrap
@@ -470,9 +470,9 @@ def views(model: nn.Module, group: UnitGroup, moments: dict[str, Moments]) -> li
     """Give what each consumer sees of a group."""
     seen = []
     for tap in group.taps:
-        weight, of_tap = model.get_submodule(tap.module).weight, moments[tap.module]
-        gram = weight_gram(weight, tap.index.flatten(), of_tap.loss_weight)
-        seen.append(TapView(of_tap.matrix(channels=tap.index.flatten()), gram))
+        weight, of_tap, channels = model.get_submodule(tap.module).weight, moments[tap.module], tap.index.flatten()
+        second = of_tap.matrix(channels=channels)
+        seen.append(TapView(second, weight_rows(weight, channels, of_tap.loss_weight, second.dtype)))
     return seen
 
 
@@ -497,7 +497,7 @@ def cluster(
         taken, ledger = full_taken, full
     ledger.budgets = budgets
     pruning_set = {g.name: merges[g.name].order[: taken[g.name]] for g in chosen}
-    keep = {g.name: [u for u in range(g.size) if u not in set(pruning_set[g.name])] for g in chosen}
+    keep = {g.name: sorted(set(range(g.size)).difference(pruning_set[g.name])) for g in chosen}
     return keep, pruning_set, ledger
 
 

@@ -161,19 +161,21 @@ def fold(consumer: nn.Module, moments: Moments, keep: Tensor) -> None:
         moments: Its input's moments.
         keep: Channels that stay, [K], int64.
     """
-    leave = torch.tensor([i for i in range(moments.width) if i not in set(keep.tolist())])
+    leaves = torch.ones(moments.width, dtype=torch.bool)
+    leaves[keep] = False
+    leave = leaves.nonzero().flatten()
     weights = best_fold(moments, consumer.weight.detach(), keep, leave)  # [cut, K]
     if weights is None:
         return
     with torch.no_grad():
-        old = consumer.weight.detach().double()
+        old = consumer.weight.detach().to(weights.dtype)
         added = torch.einsum("oc...,ck->ok...", old[:, leave], weights.to(old.device))
         new = old.clone()
         new[:, keep] += added
         if moments.centred and consumer.bias is not None:
             offset = fold_offset(moments, keep, leave, weights).to(old.device)  # [cut]
             per_output = old[:, leave].flatten(2).sum(2) if old.ndim > 2 else old[:, leave]
-            consumer.bias += (per_output @ offset).to(consumer.bias)
+            consumer.bias += (per_output.double() @ offset).to(consumer.bias)
         consumer.weight.copy_(new)
 
 

@@ -14,6 +14,7 @@ def moments_of(rows: torch.Tensor, outputs: int, centred: bool = True) -> Moment
         torch.tensor([len(h) for h in halves], dtype=torch.float64),
         torch.stack([h.sum(0) for h in halves]),
         torch.stack([h.T @ h for h in halves]),
+        torch.zeros(rows.shape[1], dtype=torch.float64),
         torch.ones(outputs, dtype=torch.float64),
     )
 
@@ -30,7 +31,7 @@ def test_elimination_takes_the_cheapest_and_its_costs_add_up_to_the_joint_error(
     rows = torch.randn(4000, 6) @ torch.randn(6, 6)
     second = rows.double().T @ rows.double() / len(rows)
     weight = torch.randn(5, 6, dtype=torch.float64)
-    merges = eliminate([TapView(second, weight.T @ weight)], 6)
+    merges = eliminate([TapView(second, weight)], 6)
     first = min(range(6), key=lambda u: brute_force_cost(second, weight, [u]))
     assert merges.order[0] == first
     joint = brute_force_cost(second, weight, merges.order[:2])
@@ -46,7 +47,7 @@ def test_rounds_take_units_in_the_order_of_one_by_one(units, width, taps):
     for _ in range(taps):
         rows = (torch.randn(3 * size, size) @ (torch.randn(size, size) * torch.logspace(0, -2, size))).relu().double()
         weight = torch.randn(size // 2, size, dtype=torch.float64)
-        views.append(TapView(rows.T @ rows / len(rows), weight.T @ weight))
+        views.append(TapView(rows.T @ rows / len(rows), weight))
     order, cost = one_by_one(views, units)
     merges = eliminate(views, units)
     assert merges.order == order
