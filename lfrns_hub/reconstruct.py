@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lfrns_hub.responses import HELD_OUT_EVERY, RIDGES
+from lfrns_hub.responses import HELD_OUT_EVERY, RIDGES, add_products, mirror
 from lfrns_hub.running import device_of
 from lfrns_hub.taps import channels_last
 from lfrns_hub.trace.sites import Site
@@ -175,10 +175,13 @@ class Layer:
                 if len(images):
                     rows = self.entries(value, images)
                     wanted = self.targets[images].flatten(0, 1).T.reshape(groups, -1, rows.shape[1])
-                    inner[part] += (rows.mT @ rows).double().cpu()
-                    cross[part] += (wanted @ rows).double().cpu()
-                    square[part] += wanted.double().square().sum(2).cpu()
-                    fourth += rows.square().square().double().sum(1).cpu() if part == 0 else 0
+                    for group, of_group in enumerate(rows):
+                        add_products(inner[part, group], of_group)
+                    cross[part] += (wanted @ rows).cpu()
+                    square[part] += wanted.square().sum(2, dtype=torch.float64).cpu()
+                    if part == 0:
+                        fourth += rows.square().square_().sum(1, dtype=torch.float64).cpu()
+        mirror(inner)
         inner, cross, square, fourth = total(inner), total(cross), total(square), total(fourth)
         has_offset = self.norm is not None or self.module.bias is not None
         if not has_offset:

@@ -56,12 +56,6 @@ class Moments:
         square = torch.zeros(2, width, width, dtype=torch.float64 if width <= WIDE else torch.float32)
         return cls(is_unpadded(module), count, total, square, about, loss_weight)
 
-    def mirror(self) -> None:
-        """Add the products below the diagonal's blocks, which `accumulate` leaves out, in place."""
-        block = max(BLOCK, -(-self.width // 8))
-        for at in range(block, self.width, block):
-            self.square[:, at : at + block, :at] = self.square[:, :at, at : at + block].mT
-
     @property
     def width(self) -> int:
         """Number of input channels D."""
@@ -160,7 +154,7 @@ def collect(
                     with torch.no_grad():
                         model(some)
     for m in moments.values():
-        m.mirror()
+        mirror(m.square)
     if ranks > 1:
         sums = [t for m in moments.values() for t in (m.count, m.total, m.square)]
         for tensor in [*sums, *loss_weights.values(), weighed]:
@@ -199,10 +193,7 @@ def first_readers(model: nn.Module, taps: Sequence[str], image: Tensor) -> tuple
 def accumulate(
     moments: Moments, wanted: int, part: int, generator: torch.Generator, module: nn.Module, value: Tensor
 ) -> None:
-    """Add a seeded subsample of rows of a consumer's input to the moments, products in float32.
-
-    Products below the diagonal's blocks are left to `Moments.mirror`.
-    """
+    """Add a seeded subsample of rows of a consumer's input to the moments, products in float32; see `add_products`."""
     value = channels_last(module, value.detach())
     lead, width = value.shape[:-1], value.shape[-1]
     if lead.numel() > wanted:
@@ -210,17 +201,29 @@ def accumulate(
         rows = value[torch.unravel_index(drawn, lead)].float()
     else:
         rows = value.reshape(-1, width).float()
-    block = max(BLOCK, -(-width // 8))
     with torch.autocast(rows.device.type, enabled=False):
         rows = rows - moments.about.to(rows)
         moments.count[part] += len(rows)
         moments.total[part] += rows.sum(0, dtype=torch.float64).cpu() + len(rows) * moments.about
-        for at in range(0, width, block):
-            square, some = moments.square[part, at : at + block, at:], rows[:, at : at + block].T
-            if square.dtype == rows.dtype and square.device == rows.device:
-                square.addmm_(some, rows[:, at:])
-            else:
-                square += (some @ rows[:, at:]).cpu()
+        add_products(moments.square[part], rows)
+
+
+def add_products(square: Tensor, rows: Tensor) -> None:
+    """Add the products of rows [N, D] to `square` [D, D] on the CPU, but for blocks below the diagonal, in place."""
+    block = max(BLOCK, -(-len(square) // 8))
+    for at in range(0, len(square), block):
+        of_block, some = square[at : at + block, at:], rows[:, at : at + block].T
+        if of_block.dtype == rows.dtype and of_block.device == rows.device:
+            of_block.addmm_(some, rows[:, at:])
+        else:
+            of_block += (some @ rows[:, at:]).cpu()
+
+
+def mirror(square: Tensor) -> None:
+    """Fill in the blocks below the diagonal that `add_products` leaves out, [..., D, D], in place."""
+    block = max(BLOCK, -(-square.shape[-1] // 8))
+    for at in range(block, square.shape[-1], block):
+        square[..., at : at + block, :at] = square[..., :at, at : at + block].mT
 
 
 def add_loss_weights(

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.answers import read_answer
 from lfrns_hub.cache import Cache
 from lfrns_hub.checkpoint import carry_config
 from lfrns_hub.contribution import learn_contributions
 from lfrns_hub.costs import measure_costs
+from lfrns_hub.judge import Judge
 from lfrns_hub.latency import LatencyMeter, LatencyModel, LatencySetup, in_channels_last, search
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.options import KINDS, check_budgets, check_cut, check_example, check_options, choose_groups, read_loader
@@ -25,7 +25,7 @@ from lfrns_hub.responses import HELD_OUT_EVERY, Moments, collect
 from lfrns_hub.running import as_input, device_of, dtype_of, memory_format_of, refuse_meta, unwrap
 from lfrns_hub.select import Ledger, cluster_down, restore
 from lfrns_hub.self_check import CheckReport, narrowing, self_check
-from lfrns_hub.surgery import cut, recalibrate
+from lfrns_hub.surgery import cut, recalibrated
 from lfrns_hub.trace import Trace, trace_model
 from lfrns_hub.units import SlimPlan, UnitGroup
 
@@ -424,14 +424,17 @@ class Analysis:
 
     def finish(self, plain: nn.Module, plan: SlimPlan, fold: bool) -> dict[str, Any]:
         """Fold and recalibrate a cut model, each where it is better: its state, and whether each was."""
-        result, images = plain, self.batches
-        if fold:
-            result = fold_if_better(
-                self.dense, plain, self.trace, self.every, plan, self.moments, images, self.seed, self.accelerator
-            )
-        folded = result is not plain
-        result, recalibrated = recalibrate_if_better(self.dense, result, images)
-        return {"state": dict(result.state_dict()), "folded": folded, "recalibrated": recalibrated}
+        images, how = [images for images, _ in self.batches], {"seed": self.seed, "accelerator": self.accelerator}
+        judge, candidates = Judge(self.dense, images), [plain]
+        if fold:  # channel by channel, then layer after layer from there
+            by_channel = cut(self.dense, self.every, plan, self.moments)
+            by_layer = reconstruct(self.dense, by_channel, self.trace.sites, self.every, plan, images, **how)
+            candidates = [by_layer, by_channel, plain]
+        result = judge.nearest(candidates)
+        final = judge.nearest([result, *recalibrated(result, images)])
+        return {
+            "state": dict(final.state_dict()), "folded": result is not plain, "recalibrated": final is not result,
+        }  # fmt: skip
 
 
 def analysis_copy(model: nn.Module, device: Any) -> nn.Module:
@@ -549,45 +552,3 @@ def restored_plan(
     """Restore from the pruning set and give the plan."""
     restored = restore(chosen, pruning_set, contributions, ledger, round_to)
     return SlimPlan({g.name: sorted(keep[g.name] + restored[g.name]) for g in chosen}), restored
-
-
-def fold_if_better(
-    dense: nn.Module,
-    plain: nn.Module,
-    trace: Trace,
-    every: Sequence[UnitGroup],
-    plan: SlimPlan,
-    moments: dict[str, Moments],
-    batches: Batches,
-    seed: int,
-    accelerator: Any,
-) -> nn.Module:
-    """Fold channel by channel, then layer after layer from there; give what held-out images say is nearest to dense."""
-    folded = cut(dense, every, plan, moments)
-    images = [images for images, _ in batches]
-    fitted = reconstruct(dense, folded, trace.sites, every, plan, images, seed=seed, accelerator=accelerator)
-    return nearest(dense, [fitted, folded, plain], batches)
-
-
-def recalibrate_if_better(dense: nn.Module, slim_model: nn.Module, batches: Batches) -> tuple[nn.Module, bool]:
-    """Recalibrate BatchNorm on four fifths of the images; keep it where the others say that it is nearer to dense."""
-    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in slim_model.modules()):
-        return slim_model, False
-    fit = [batch for i, (batch, _) in enumerate(batches) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
-    other = recalibrate(slim_model, fit)
-    return (other, True) if nearest(dense, [slim_model.eval(), other], batches) is other else (slim_model, False)
-
-
-@torch.no_grad()
-def nearest(dense: nn.Module, candidates: list[nn.Module], batches: Batches) -> nn.Module:
-    """Give the model, of several, whose answers to the held-out images diverge least from the dense one's."""
-    images = [batch for batch, _ in batches]
-    held = [batch.to(device_of(dense)) for batch in images[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or images]
-    targets = [read_answer(dense, dense(batch)) for batch in held]
-
-    def divergence(model: nn.Module) -> float:
-        answers = ((read_answer(model, model(batch)), target) for batch, target in zip(held, targets, strict=True))
-        total = sum(float(got.divergence(target)) for got, target in answers)
-        return total if total == total else float("inf")
-
-    return min(candidates, key=divergence)

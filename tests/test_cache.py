@@ -80,7 +80,7 @@ def assert_equal(first: Any, second: Any) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-EXPENSIVE = ("observe", "find_merges", "measure_costs", "fold_if_better", "recalibrate_if_better")
+EXPENSIVE = ("observe", "find_merges", "measure_costs", "reconstruct", "recalibrated")
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, *functions: str) -> None:

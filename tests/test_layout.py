@@ -25,6 +25,7 @@ ALLOWED = {
     "select": {"trace", "responses", "redundancy", "latency"},
     "surgery": {"taps", "adapters", "narrow", "responses"},
     "reconstruct": {"taps", "trace", "responses"},
+    "judge": {"responses"},
     "self_check": {"narrow", "surgery"},
     "report": {"taps", "responses", "redundancy"},
     "slim": {
@@ -38,6 +39,7 @@ ALLOWED = {
         "select",
         "surgery",
         "reconstruct",
+        "judge",
         "taps",
         "measure",
         "options",
