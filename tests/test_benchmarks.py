@@ -181,6 +181,22 @@ def test_the_page_takes_in_the_other_benchmarks_of_speed(speed, tmp_path):
     assert line_of(page, "c |") == ["c", "latency 0.5, round_to auto", "20.0", "10.0", *last]
 
 
+def test_the_page_in_docs_is_what_the_results_say(speed):
+    """If this fails: python benchmarks/speed.py --render."""
+    assert speed.DOCUMENT.read_text(encoding="utf-8") == speed.render(speed.rows, speed.RESULTS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_rows_of_a_gpu_are_kept_in_a_folder_of_its_name(speed, tmp_path):
+    names = ["analysis-vit", "throughput-vit-1"]
+    speed.main(["--smoke", "--runs", "1", "--device", "cuda", "--results", str(tmp_path), "--only", *names])
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.stem for path in folder.iterdir()) == names
+    assert kept(folder, names[0])["machine"]["gpu"] == torch.cuda.get_device_name()
+    assert f"## On a GPU: {folder.name}" in speed.render(speed.rows, tmp_path)
+
+
 def test_a_step_of_the_gates_is_timed_beside_a_plain_one(module):
     found = module("fcr_step").time_fcr_step("test_resnet", batch=2, runs=2)
     low, high = found["ratio"][1:]

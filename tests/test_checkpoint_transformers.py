@@ -199,6 +199,8 @@ def test_weights_that_need_no_work_are_taken_as_they_lie_in_the_file(refusing_lo
     assert all(tensor.requires_grad for tensor in loaded.parameters())
     torch.testing.assert_close(loaded.classifier.weight.detach(), stored["classifier.weight"], rtol=0, atol=0)
     assert len(stored) == len(loaded.state_dict())
+    nn.init.zeros_(loaded.classifier.weight)  # in memory alone
+    assert checkpoint.load(refusing_loader).classifier.weight.abs().sum() > 0
 
 
 def test_weights_of_another_dtype_than_the_config_says_are_left_to_transformers(refusing_loader, monkeypatch):
