@@ -203,6 +203,17 @@ def test_weights_that_need_no_work_are_taken_as_they_lie_in_the_file(refusing_lo
     assert checkpoint.load(refusing_loader).classifier.weight.abs().sum() > 0
 
 
+def test_buffers_that_no_file_holds_are_computed_and_no_weight_with_them(tmp_path):
+    model = build("swin", "SwinForImageClassification")
+    loaded = checkpoint.load(checkpoint.save(model, tmp_path / "slim"))
+    computed = dict(model.named_non_persistent_buffers())
+    assert any("relative_position_index" in name for name in computed)
+    for name, buffer in computed.items():
+        assert torch.equal(loaded.get_buffer(name), buffer)
+    for name, weight in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), weight)
+
+
 def test_weights_of_another_dtype_than_the_config_says_are_left_to_transformers(refusing_loader, monkeypatch):
     config = json.loads((refusing_loader / "config.json").read_text())
     (refusing_loader / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))

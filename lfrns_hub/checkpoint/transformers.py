@@ -250,18 +250,19 @@ def load_transformers(folder: Path) -> nn.Module:
         # names on disk are transformers' own, older ones
         expected = revert_weight_conversion(model, model.state_dict(keep_vars=True))
     tensors = read_tensors(expected, folder)
-    if not _assign(model, expected, tensors):
-        with refusing(call), _no_progress_bar():
+    with refusing(call), _no_progress_bar():
+        info: dict[str, Any] = {}
+        if not _assign(model, expected, tensors):
             model, info = type(model).from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
-        if bad := {k: sorted(map(str, v)) for k, v in info.items() if v}:
-            raise ValueError(
-                f"{call}: transformers reports {short(bad, 300)}. The file is damaged, or of another model."
-            )
+    if bad := {k: sorted(map(str, v)) for k, v in info.items() if v}:
+        raise ValueError(f"{call}: transformers reports {short(bad, 300)}. The file is damaged, or of another model.")
     model.name_or_path = model.config.name_or_path = str(folder)
     return model
 
 
-def _assign(model: nn.Module, expected: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> bool:
+def _assign(
+    model: "transformers.PreTrainedModel", expected: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]
+) -> bool:
     """Fill a model on the meta device with a file's tensors as they are, which takes half the time.
 
     Args:
@@ -269,16 +270,25 @@ def _assign(model: nn.Module, expected: dict[str, torch.Tensor], tensors: dict[s
         expected: The model's own tensors by their names on disk, or what transformers made of them.
         tensors: The file's, by the same names.
     Returns:
-        False, with nothing done, where transformers has to do more than rename: split or cast what is stored, tie
-        weights, compute buffers that no file holds.
+        False, with nothing done, where transformers has to do more than rename: split or cast what is stored, or tie
+        weights.
     """
-    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    computed = dict(model.named_non_persistent_buffers())
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    held = [(name, own) for name, own in named if name not in computed]
     stored = {id(own): tensors[name] for name, own in expected.items()}
     if not len(held) == len(expected) == len(stored) or {id(own) for _, own in held} != stored.keys():
         return False
     if any(stored[id(own)].dtype != own.dtype for _, own in held):
         return False
     model.load_state_dict({name: stored[id(own)] for name, own in held}, strict=True, assign=True)
+    if computed:  # no file holds them: transformers computes them, and leaves alone what is marked
+        for tensor in model.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True
+        for name, buffer in computed.items():
+            module, _, leaf = name.rpartition(".")
+            model.get_submodule(module)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+        model.initialize_weights()
     return True
 
 
