@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -197,6 +198,29 @@ def test_transformers_loads_timm_folders_too(tmp_path):
     wrapped = AutoModelForImageClassification.from_pretrained(folder)
     assert torch.equal(answer(wrapped, 160), answer(model, 160))
     assert wrapped.config.id2label[2] == "c"
+
+
+class Operations(TorchDispatchMode):
+    """Notes which operations ran, on tensors without values too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_loading_a_timm_model_draws_no_weights(tmp_path):
+    drawing = {"uniform_", "erfinv_", "clamp_", "normal_"}
+    folder = checkpoint.save(slim_timm_vit(), tmp_path / "slim")
+    with Operations() as loading:
+        checkpoint.load(folder)
+    with Operations() as building, torch.device("meta"):
+        timm.create_model("test_vit")
+    assert "empty" in loading.names and not loading.names & drawing
+    assert building.names & drawing
 
 
 def test_arguments_of_the_base_are_kept(tmp_path):

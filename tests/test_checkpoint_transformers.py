@@ -1,5 +1,6 @@
 """Every image classifier of transformers: cut, saved and loaded by every door, it gives the logits it gave."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -173,6 +174,77 @@ def test_names_on_disk_are_those_of_the_stock_checkpoint(tmp_path):
     own = checkpoint.load(tmp_path / "ours", model=build("segformer", "SegformerForImageClassification"))
     images = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(logits(own, images), logits(model, images))
+    checkpoint.load(tmp_path / "ours").save_pretrained(tmp_path / "again")
+    with safe_open(tmp_path / "again" / "model.safetensors", framework="pt") as file:
+        assert set(file.keys()) == names[1]
+
+
+@pytest.fixture
+def refusing_loader(tmp_path, monkeypatch):
+    """A saved ViT, and transformers' own loading of it, which raises."""
+    folder = checkpoint.save(build("vit", "ViTForImageClassification"), tmp_path / "slim")
+    narrow_class = type(checkpoint.load(folder))
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("transformers was asked to load")
+
+    monkeypatch.setattr(narrow_class, "from_pretrained", refuse)
+    return folder
+
+
+def test_weights_that_need_no_work_are_taken_as_they_lie_in_the_file(refusing_loader):
+    loaded = checkpoint.load(refusing_loader)
+    with safe_open(refusing_loader / "model.safetensors", framework="pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+    assert all(tensor.requires_grad for tensor in loaded.parameters())
+    torch.testing.assert_close(loaded.classifier.weight.detach(), stored["classifier.weight"], rtol=0, atol=0)
+    assert len(stored) == len(loaded.state_dict())
+    nn.init.zeros_(loaded.classifier.weight)  # in memory alone
+    assert checkpoint.load(refusing_loader).classifier.weight.abs().sum() > 0
+
+
+def test_buffers_that_no_file_holds_are_computed_and_no_weight_with_them(tmp_path):
+    model = build("swin", "SwinForImageClassification")
+    loaded = checkpoint.load(checkpoint.save(model, tmp_path / "slim"))
+    computed = dict(model.named_non_persistent_buffers())
+    assert any("relative_position_index" in name for name in computed)
+    for name, buffer in computed.items():
+        assert torch.equal(loaded.get_buffer(name), buffer)
+    for name, weight in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), weight)
+
+
+def test_weights_of_another_dtype_than_the_config_says_are_left_to_transformers(refusing_loader, monkeypatch):
+    config = json.loads((refusing_loader / "config.json").read_text())
+    (refusing_loader / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    with pytest.raises(ValueError, match="transformers was asked to load"):
+        checkpoint.load(refusing_loader)
+    monkeypatch.undo()
+    assert {tensor.dtype for tensor in checkpoint.load(refusing_loader).parameters()} == {torch.bfloat16}
+
+
+def test_a_skeleton_on_the_meta_device_draws_no_numbers(tmp_path, monkeypatch):
+    loaded = checkpoint.load(checkpoint.save(build("vit", "ViTForImageClassification"), tmp_path / "slim"))
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a layer was initialised")
+
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", refuse)
+    with torch.device("meta"):
+        assert type(loaded)(loaded.config).classifier.weight.is_meta
+    with pytest.raises(RuntimeError, match="a layer was initialised"):
+        type(loaded)(loaded.config)
+
+
+def test_a_config_shows_itself_without_its_long_tables(tmp_path):
+    model = build("vit", "ViTForImageClassification")
+    model.config.id2label = {number: f"class {number}" for number in range(5)}
+    folder = checkpoint.save(slim(model, torch.randn(1, 3, 32, 32)), tmp_path / "slim")
+    config = AutoConfig.from_pretrained(folder)
+    assert '"lfrns": "..."' in repr(config) and '"4": "class 4"' in repr(config)
+    config.id2label = dict.fromkeys(range(17), "one of many")
+    assert '"id2label": "..."' in repr(config)
+    assert config.lfrns["shapes"] and json.loads(config.to_json_string())["lfrns"] == config.lfrns
 
 
 def test_layers_that_share_their_weight_come_back_equal(tmp_path):

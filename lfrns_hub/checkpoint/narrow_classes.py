@@ -4,18 +4,24 @@ A checkpoint takes this file along (see remote_code.py): of the package it may i
 Models' classes stand in quotes: transformers takes a second to import them, and `import lfrns_hub` reads this file.
 """
 
+import copy
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from lfrns_hub.narrow import Shapes, narrow
 
 TYPE_PREFIX = "lfrns_"
 CLASS_PREFIX = "Lfrns"
+SIZES = ("lfrns", "model_args", "slim")  # of a config: what has an entry for each layer
+MAX_SHOWN = 16  # entries of another table of a config
 MODELING = "modeling_lfrns"  # the file in a checkpoint, by its name as a module
 
 
@@ -41,7 +47,14 @@ def narrow_config(
             write(self, save_directory)
         stock.save_pretrained(self, save_directory, *args, **kwargs)
 
-    fields = {"model_type": TYPE_PREFIX + stock.model_type, "save_pretrained": save_pretrained}
+    def __repr__(self: PreTrainedConfig) -> str:
+        """Show all but long tables: transformers writes this text, for its log, whenever it reads a config."""
+        shown = copy.copy(self)
+        tables = {key: value for key, value in vars(self).items() if isinstance(value, dict)}
+        vars(shown).update({key: "..." for key, value in tables.items() if key in SIZES or len(value) > MAX_SHOWN})
+        return stock.__repr__(shown)
+
+    fields = {"model_type": TYPE_PREFIX + stock.model_type, "save_pretrained": save_pretrained, "__repr__": __repr__}
     return _subclass(stock, module, {**fields, **body})
 
 
@@ -51,7 +64,9 @@ def narrow_class(
     """Subclass a stock classifier: the same, then narrowed by config.lfrns, `{"shapes": ..., "attrs": ...}`."""
 
     def __init__(self: "transformers.PreTrainedModel", config: Any, *args: Any, **kwargs: Any) -> None:
-        stock.__init__(self, config, *args, **kwargs)
+        on_meta = torch.get_default_device().type == "meta"
+        with no_init_weights() if on_meta else nullcontext():  # even without values, drawing them takes half the time
+            stock.__init__(self, config, *args, **kwargs)
         sizes = getattr(config, "lfrns", None) or {}
         narrow(self, _fit_head(self, config, sizes.get("shapes", {})), sizes.get("attrs", {}))
         for part in self.modules():  # the narrowed tensors hold no values yet: initialise once more

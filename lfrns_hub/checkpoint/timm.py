@@ -14,6 +14,7 @@ from timm.layers import set_layer_config
 from timm.models import get_model_args, get_pretrained_cfg, is_model, model_entrypoint
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import lfrns_hub.models  # the CIFAR networks, so that timm can build them as a base
 from lfrns_hub.checkpoint.entrypoint import TIMM_NAME, lfrns_slim
@@ -28,6 +29,11 @@ MAX_ARGUMENT = 1 << 16
 MAX_BUFFER = 1 << 24
 MAX_DENSE = 1 << 27  # elements of a dense base that has to be built whole: 0.5 GB
 NOT_BASE_ARGS = ("base", "shapes", "attrs", "slim", "num_classes", "pretrained_cfg", "pretrained", "cache_dir")
+# torch's and timm's initialisers, and the operations that timm's consist of.
+DRAWS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.constant_} | {
+    getattr(torch.Tensor, name)
+    for name in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
+}
 # The type under which transformers finds its wrapper of timm models, registered in transformers.py.
 WRAPPER_TYPE = "lfrns_timm_wrapper"
 WRAPPER_MAP = auto_map("TimmWrapperConfig", "TimmWrapperForImageClassification", "TimmWrapperModel")
@@ -99,9 +105,19 @@ def own_source(base: str | None) -> Path | None:
     return Path(lfrns_hub.models.__file__) if is_ours else None
 
 
+class _NoDraws(TorchFunctionMode):
+    """Leaves out what initialises tensors that hold no values: of a ViT it took most of the time of loading."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWS and (tensor := args[0] if args else kwargs["tensor"]).is_meta:
+            return tensor
+        return func(*args, **kwargs)
+
+
 def _create_slim(args: dict[str, Any], pretrained_cfg: dict[str, Any]) -> nn.Module:
     """Build by the entrypoint without weights, on the device of the context."""
-    with set_layer_config():
+    with set_layer_config(), _NoDraws():
         return lfrns_slim(pretrained=False, pretrained_cfg=pretrained_cfg, **args)
 
 

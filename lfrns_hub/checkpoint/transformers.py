@@ -22,7 +22,6 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -239,24 +238,58 @@ def read_transformers(folder: Path, call: str) -> PreTrainedConfig:
 
 
 def load_transformers(folder: Path) -> nn.Module:
-    """Check names and shapes on the meta device, then let transformers fill a model from tensors that we read.
+    """Check names and shapes on the meta device, then fill the model from tensors that we read.
 
-    It is given neither the folder nor a name: it follows no index of shards, no adapter and no `auto_map`.
+    Transformers is given neither the folder nor a name: it follows no index of shards, no adapter and no `auto_map`.
     """
     call = f"load({str(folder)!r})"
     config, headers = read_transformers(folder, call), read_headers(folder, call)
     with refusing(call):
-        with bounded(len(headers)), no_init_weights(), torch.device("meta"):
-            skeleton = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+        with bounded(len(headers)), torch.device("meta"):
+            model = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
         # names on disk are transformers' own, older ones
-        expected = revert_weight_conversion(skeleton, skeleton.state_dict())
+        expected = revert_weight_conversion(model, model.state_dict(keep_vars=True))
     tensors = read_tensors(expected, folder)
     with refusing(call), _no_progress_bar():
-        model, info = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
+        info: dict[str, Any] = {}
+        if not _assign(model, expected, tensors):
+            model, info = type(model).from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
     if bad := {k: sorted(map(str, v)) for k, v in info.items() if v}:
         raise ValueError(f"{call}: transformers reports {short(bad, 300)}. The file is damaged, or of another model.")
     model.name_or_path = model.config.name_or_path = str(folder)
     return model
+
+
+def _assign(
+    model: "transformers.PreTrainedModel", expected: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]
+) -> bool:
+    """Fill a model on the meta device with a file's tensors as they are, which takes half the time.
+
+    Args:
+        model: All on the meta device.
+        expected: The model's own tensors by their names on disk, or what transformers made of them.
+        tensors: The file's, by the same names.
+    Returns:
+        False, with nothing done, where transformers has to do more than rename: split or cast what is stored, or tie
+        weights.
+    """
+    computed = dict(model.named_non_persistent_buffers())
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    held = [(name, own) for name, own in named if name not in computed]
+    stored = {id(own): tensors[name] for name, own in expected.items()}
+    if not len(held) == len(expected) == len(stored) or {id(own) for _, own in held} != stored.keys():
+        return False
+    if any(stored[id(own)].dtype != own.dtype for _, own in held):
+        return False
+    model.load_state_dict({name: stored[id(own)] for name, own in held}, strict=True, assign=True)
+    if computed:  # no file holds them: transformers computes them, and leaves alone what is marked
+        for tensor in model.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True
+        for name, buffer in computed.items():
+            module, _, leaf = name.rpartition(".")
+            model.get_submodule(module)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+        model.initialize_weights()
+    return True
 
 
 def _refuse_outside(fields: dict[str, Any], call: str) -> None:

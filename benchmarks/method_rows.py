@@ -1,0 +1,189 @@
+"""Rows of benchmarks/speed.py: what the method costs, in time and memory."""
+
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from networks import RESNET, VIT, model_and_images, network
+from turns import EVERYWHERE, Turns, row, run_turns
+
+
+def forward(model: Any, images: list[Any]) -> None:
+    """Run bare forward passes."""
+    import torch
+
+    with torch.no_grad():
+        for batch in images:
+            model(batch)
+
+
+def settled(options: Namespace) -> dict[str, Any]:
+    """Give how turns are taken on a device: a GPU has kernels to choose and memory to get in the first."""
+    return {"device": options.device, "warmup": int(options.device != "cpu")}
+
+
+def steps_of(analysis: Any) -> float:
+    """Give the seconds of responses and redundancy."""
+    return analysis.seconds["responses"] + analysis.seconds["redundancy"]
+
+
+def analysis_turns(name: str, options: Namespace) -> Turns:
+    """Time responses and redundancy beside the forward passes over the same images, in both layouts of a convnet."""
+    import torch
+
+    import lfrns_hub as lfrns
+
+    model, images = model_and_images(name, options)
+    loader = [(batch, None) for batch in images]
+    last = network(name, options).to(memory_format=torch.channels_last)
+    calls = {
+        "reference": lambda: forward(model, images),
+        "reference, channels last": lambda: forward(last, images),
+        "ours": lambda: steps_of(lfrns.analyse(model, loader, progress=False)),
+    }
+    if "vit" in name:
+        del calls["reference, channels last"]  # one layer has a kernel
+    return run_turns(calls, options.runs, **settled(options))
+
+
+@row(
+    "analysis-resnet50",
+    "responses + redundancy, resnet50, 256 images / bare forward passes",
+    "at most 1.5",
+    devices=EVERYWHERE,
+)
+def analysis_resnet50(options: Namespace) -> Turns:
+    """Of a convnet."""
+    return analysis_turns(RESNET, options)
+
+
+@row(
+    "analysis-vit",
+    "responses + redundancy, vit_base_patch16_224, 256 images / bare forward passes",
+    "at most 1.5",
+    devices=EVERYWHERE,
+)
+def analysis_vit(options: Namespace) -> Turns:
+    """Of a transformer."""
+    return analysis_turns(VIT, options)
+
+
+def own_process(*words: str) -> float:
+    """Run speed.py for one figure in a process of its own, and read what it prints last."""
+    command = [sys.executable, str(Path(__file__).with_name("speed.py")), "--one", *words]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def peak_of(side: str, name: str, options: Namespace) -> float:
+    """Give bytes: this process's peak after the forward passes or after the analysis, or the size of the moments."""
+    import lfrns_hub as lfrns
+    from lfrns_hub.taps import channel_count
+
+    model, images = model_and_images(name, options)
+    if side == "moments":
+        groups = [g for g in lfrns.find_units(model, images[0][:1]) if g.exact and not g.frozen_reason]
+        taps = {tap.module for group in groups for tap in group.taps}
+        # Two parts of second moments in float64. Those that several consumers of one tensor share count for each here.
+        return float(sum(16 * channel_count(model.get_submodule(tap)) ** 2 for tap in taps))
+    if side == "ours":
+        lfrns.analyse(model, [(batch, None) for batch in images], progress=False)
+    else:
+        forward(model, images)
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would begin with the parent's peak
+    return 1024 * float(status.partition("VmHWM:")[2].split()[0])
+
+
+def memory_turns(name: str, options: Namespace) -> Turns:
+    """Take the peak of both in processes of their own."""
+    words = [name, *(["--smoke"] if options.smoke else [])]
+    moments = own_process("peak", "moments", *words)
+    calls = {
+        "reference": lambda: own_process("peak", "reference", *words) + moments,
+        "ours": lambda: own_process("peak", "ours", *words),
+    }
+    return run_turns(calls, min(options.runs, 2))  # bytes do not hang on how busy the machine is
+
+
+@row("memory-resnet50", "peak memory of analyse, resnet50 / of the bare forward + weights + moments", "at most 1.15")
+def memory_resnet50(options: Namespace) -> Turns:
+    """Of a convnet."""
+    return memory_turns(RESNET, options)
+
+
+@row("memory-vit", "peak memory of analyse, vit_base / of the bare forward + weights + moments", "at most 1.15")
+def memory_vit(options: Namespace) -> Turns:
+    """Of a transformer."""
+    return memory_turns(VIT, options)
+
+
+@row(
+    "slim-resnet50",
+    "slim(fcr_steps=0), resnet50, 256 images / Torch-Pruning, Taylor, same images",
+    "at most 1.0",
+    devices=EVERYWHERE,
+)
+def slim_resnet50(options: Namespace) -> Turns:
+    """The whole call beside gradients over the same images, the dependency graph and one pruning at once."""
+    import torch
+    import torch.nn.functional as F
+    import torch_pruning as tp
+
+    import lfrns_hub as lfrns
+
+    model, images = model_and_images(RESNET, options)
+    labels = [torch.randint(model.num_classes, (len(batch),), device=options.device) for batch in images]
+
+    def taylor() -> None:
+        pruned = network(RESNET, options)
+        for batch, label in zip(images, labels, strict=True):
+            F.cross_entropy(pruned(batch), label).backward()
+        pruner = tp.pruner.BasePruner(
+            pruned, images[0][:1], tp.importance.GroupTaylorImportance(), pruning_ratio=0.3, global_pruning=True,
+            ignored_layers=[pruned.get_classifier()],
+        )  # fmt: skip
+        pruner.step()
+
+    def ours() -> None:
+        lfrns.slim(model, list(zip(images, labels, strict=True)), macs=0.5, fcr_steps=0, progress=False)
+
+    return run_turns({"reference": taylor, "ours": ours}, options.runs, **settled(options))
+
+
+def growth(options: Namespace, *twice: str) -> Turns:
+    """Time the analysis of a small convnet, and of one that is twice as large in one respect."""
+    import torch
+    from timm.models.resnet import BasicBlock, ResNet
+
+    import lfrns_hub as lfrns
+
+    least = {"images": 32, "width": 8, "depth": 1} if options.smoke else {"images": 256, "width": 64, "depth": 3}
+
+    def ours(images: int, width: int, depth: int) -> float:
+        torch.manual_seed(0)
+        channels = (width, width, 2 * width, 2 * width)
+        model = ResNet(BasicBlock, (depth,) * 4, num_classes=10, channels=channels, stem_width=width).eval()
+        loader = [(torch.randn(32, 3, 64, 64), None) for _ in range(images // 32)]
+        return steps_of(lfrns.analyse(model, loader, progress=False))
+
+    larger = least | {key: 2 * least[key] for key in twice}
+    return run_turns({"reference": lambda: ours(**least), "ours": lambda: ours(**larger)}, options.runs, warmup=1)
+
+
+@row("growth-images", "responses + redundancy, images x2", "at most 2 (linear)")
+def growth_images(options: Namespace) -> Turns:
+    """Twice the images."""
+    return growth(options, "images")
+
+
+@row("growth-width", "responses + redundancy, width x2 (MACs x4)", "at most 4 (quadratic)")
+def growth_width(options: Namespace) -> Turns:
+    """Twice the width."""
+    return growth(options, "width")
+
+
+@row("growth-depth", "responses + redundancy, depth x2", "at most 2 (linear)")
+def growth_depth(options: Namespace) -> Turns:
+    """Twice the depth."""
+    return growth(options, "depth")
