@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lfrns_hub.answers import Answer, read_answer
 from lfrns_hub.contribution import Gate, answer_gated, answer_to
 from lfrns_hub.redundancy import RIDGE, Merges
-from lfrns_hub.responses import Moments, fold_matrix, fold_offset
+from lfrns_hub.responses import Moments, backward_share, fold_matrix, fold_offset
 from lfrns_hub.running import device_of
 from lfrns_hub.taps import channel_count, channels_last, kept_channels, watched
 from lfrns_hub.units import UnitGroup
@@ -69,8 +69,7 @@ def measure_costs(
         found = measured(model, groups, merges, counts, probed, moments, accelerator)
     else:
         some = first_images(images, max(FEWEST_GRADIENTS, calibration_images // GRADIENTS_EVERY))
-        # A backward pass keeps the whole network's activations: with few images it needs no more memory than a batch.
-        probed = [piece for batch in some for piece in batch.split(max(1, len(images[0]) // 8))]
+        probed = [piece for batch in some for piece in batch.split(backward_share(len(images[0])))]
         found = estimated(model, groups, merges, counts, probed, moments, seed, accelerator)
     return {
         group.name: spread(merges[group.name], counts[group.name], row.tolist())

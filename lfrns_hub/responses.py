@@ -138,8 +138,7 @@ def collect(
             continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         part = int(number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
-        # A backward pass keeps the whole network's activations: with few images it needs no more memory than a batch.
-        pieces = [*images[:weighing].split(max(1, len(images) // 8)), images[weighing:]] if weighing else [images]
+        pieces = [*images[:weighing].split(backward_share(len(images))), images[weighing:]] if weighing else [images]
         for place, some in enumerate(pieces):
             some = as_input(some, model)
             observe = {
@@ -167,6 +166,11 @@ def collect(
         )
         for name, module in modules.items()
     }
+
+
+def backward_share(batch: int) -> int:
+    """Give so many images of a batch that their backward pass, which keeps all activations, takes no more memory."""
+    return max(1, batch // 16)
 
 
 def first_readers(model: nn.Module, taps: Sequence[str], image: Tensor) -> tuple[dict[str, str], dict[str, Tensor]]:

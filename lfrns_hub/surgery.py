@@ -4,7 +4,7 @@ The only file that edits weights. The result consists of the stock module classe
 """
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -68,6 +68,9 @@ def masked(model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan) -> Ite
         yield
 
 
+FOLDED = ("weight", "bias")  # what `fold` writes to
+
+
 def cut(
     model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan, moments: dict[str, Moments] | None = None
 ) -> nn.Module:
@@ -84,14 +87,19 @@ def cut(
         ValueError: The plan does not fit the groups.
     """
     shrinking = check_plan(groups, plan)
-    slim = copy.deepcopy(model)
-    if moments is not None:
-        for module, removed in removed_at_taps(groups, plan).items():
-            fold(slim.get_submodule(module), moments[module], kept_channels(model, module, removed))
+    folding = removed_at_taps(groups, plan) if moments is not None else {}
     leaving: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
     for group in shrinking:
         for part in group.slices:
             leaving[part.tensor, part.dim].append(part.index[plan.removed(group)].flatten())
+    # What is narrowed below is a new tensor then, so it is not copied: two whole models are never held at once.
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    owners = Counter(id(tensor) for _, tensor in tensors)
+    copied = {f"{module}.{part}" for module in folding for part in FOLDED}
+    narrowed = {name for name, _ in leaving} - copied
+    slim = copy.deepcopy(model, {id(t): t for name, t in tensors if name in narrowed and owners[id(t)] == 1})
+    for module, removed in folding.items():
+        fold(slim.get_submodule(module), moments[module], kept_channels(model, module, removed))
     for (name, dim), indices in leaving.items():
         narrow_axis(slim, name, dim, torch.cat(indices))
     for name in {tensor.rpartition(".")[0] for tensor, _ in leaving}:
