@@ -46,7 +46,7 @@ ALLOWED = {
         "latency",
     },
     "retrain": {"measure", "resume", "seeded", "cache"},
-    "pictures": {"reach", "preparation"},
+    "pictures": {"reach"},
     "stream": {"pictures", "seeded"},
     "lineage": {"reach"},
     "zoo": {"models", "pictures", "reach", "checkpoint", "lineage"},
