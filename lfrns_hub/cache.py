@@ -29,10 +29,12 @@ class Cache:
         accelerator: Of the run, or None.
         content: What everything kept hangs on: the model, images, options; this package's code and versions of torch,
             timm and transformers are added. Another content finds nothing here.
+        call: The public call, for the error.
     """
 
-    def __init__(self, directory: str | os.PathLike | None, accelerator: Any, *content: Any):
+    def __init__(self, directory: str | os.PathLike | None, accelerator: Any, *content: Any, call: str = "slim"):
         self.directory, self.accelerator = None if directory is None else Path(directory), accelerator
+        self._call = call
         processes = accelerator.num_processes if accelerator else 1
         if directory is not None:
             code = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
@@ -113,7 +115,7 @@ class Cache:
             failures = self.accelerator.reduce(failures.to(self.accelerator.device), "sum")
         if int(failures.item()):
             raise OSError(
-                f"slim(checkpoint_dir={str(self.directory)!r}): the folder cannot be written to "
+                f"{self._call}(checkpoint_dir={str(self.directory)!r}): the folder cannot be written to "
                 f"({error or 'on the main process'}). What was kept there before is there still. Make room, or name "
                 "another folder."
             ) from error
