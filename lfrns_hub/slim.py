@@ -152,7 +152,8 @@ def slim(
         progress: Show a bar on the main process.
         checkpoint_dir: A folder, seen by all processes, where moments, merges, the gates' training and the finished
             weights are kept by the content of all they hang on: the same call takes up what is there, and ends with
-            the same result, bit by bit on CPU. Moments take 16 bytes x width^2 per consumer. SIGTERM while the gates
+            the same result, bit by bit on CPU. Moments take 16 bytes x width^2 per consumer. What was kept of a model
+            and its images stays, at all budgets, until two others have been analysed there. SIGTERM while the gates
             train saves and ends the program with exit code 0. None: nothing is written.
     Returns:
         The slim model, the plain module in eval mode, on the device of the run, each weight in its own dtype and
