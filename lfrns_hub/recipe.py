@@ -1,6 +1,9 @@
 """What the recipes share: their options, the output folder, and one line instead of a traceback for bad input."""
 
 import argparse
+import ast
+import copy
+import difflib
 import json
 import os
 import random
@@ -23,11 +26,15 @@ from lfrns_hub.batches import iterate
 from lfrns_hub.hub import push
 from lfrns_hub.measure import Record, format_table
 from lfrns_hub.resume import written_aside
+from lfrns_hub.retrain import make_accelerator, set_seed
+from lfrns_hub.surgery import cut
 from lfrns_hub.units import SlimPlan, UnitGroup
+from lfrns_hub.untrusted import short
 
 # What a user can cause and mend; anything else is a bug and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 # What may differ between a run and its --resume: where it is told to write, and what comes after it.
+_CODE = "code_of_the_recipe"  # among a run's options, though no one types it
 _NOT_THE_RUN = {"output_dir", "overwrite", "resume", "push_to_hub", "no_controls"}
 
 
@@ -79,7 +86,7 @@ def whole_number(least: int, example: str) -> Callable[[str], int]:
 def recipe_parser(
     description: str,
     *,
-    name: str,
+    path: str | os.PathLike,
     model: str | None,
     macs: float,
     epochs: int,
@@ -90,7 +97,8 @@ def recipe_parser(
 
     Args:
         description: The recipe's docstring.
-        name: Of the recipe; the default output folder is `out/<name>`.
+        path: The recipe's `__file__`; the default output folder is `out/<its name>`. What stands there is an option of
+            the run: `--resume` refuses a recipe that was edited meanwhile.
         model: Default of `--model`; None where the recipe builds its own.
         macs: Default of `--macs`, the fraction kept.
         epochs: Default of `--epochs`, retraining after slimming.
@@ -123,11 +131,12 @@ def recipe_parser(
         default=dense_epochs,
         help="training of the dense model (default: %(default)s)",
     )
-    add("--output-dir", default=f"out/{name}", help="(default: %(default)s)")
+    add("--output-dir", default=f"out/{Path(path).stem}", help="(default: %(default)s)")
     add("--overwrite", action="store_true", help="empty the output folder first")
     add("--resume", action="store_true", help="go on where a run stopped; nothing to do where all is done")
     add("--push-to-hub", default=None, metavar="REPO", help="push the finished checkpoint, e.g. user/name")
     add("--smoke", action="store_true", help="the whole way in under a minute, on a slice; figures mean nothing")
+    parser.set_defaults(**{_CODE: _code_of(Path(path))})
     return parser
 
 
@@ -165,18 +174,49 @@ def check_same_run(directory: Path, args: argparse.Namespace) -> None:
         directory: The output folder, there or not.
         args: What the recipe was told.
     Raises:
-        ValueError: An option that changes the result is not what it was.
+        ValueError: An option that changes the result is not what it was, or the recipe was edited.
     """
     path = directory / "work" / "run.json"
     if not (args.resume and path.is_file()):
         return
     before, now = json.loads(path.read_text()), _settings(args)
+    code, now_code = before.pop(_CODE, None), now.pop(_CODE, None)
+    if code is not None and code != now_code:
+        edits = difflib.unified_diff(code.splitlines(), now_code.splitlines(), n=0, lineterm="")
+        edits = [line for line in edits if not line.startswith(("---", "+++", "@@"))]
+        raise ValueError(
+            f"--resume: the recipe was edited since the run in {directory} began ({short(' '.join(edits[:2]), 160)}): "
+            "what lies there must come of the same code, comments aside. Undo the edit, pass --overwrite, or name "
+            "another --output-dir."
+        )
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise ValueError(
                 f"--resume: the run in {directory} has --{name.replace('_', '-')} {before.get(name)}, this one "
                 f"{now.get(name)}. Repeat the options of then, pass --overwrite, or name another --output-dir."
             )
+
+
+def open_run(args: argparse.Namespace) -> tuple[Path, Any]:
+    """See that a run may write where it is told to, and set the seed; nothing is written yet.
+
+    Where `--resume` finds the run finished, it is printed (and pushed) once more and the program ends, exit code 0.
+
+    Args:
+        args: What the recipe was told.
+    Returns:
+        The output folder, there or not, and the Accelerate accelerator of the run.
+    Raises:
+        FileExistsError, ValueError: As `check_output_dir` and `check_same_run`.
+    """
+    directory = check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
+    accelerator = make_accelerator(seed=args.seed)
+    check_same_run(directory, args)
+    if args.resume and is_finished(directory):
+        finish(directory, accelerator, args.push_to_hub)
+        raise SystemExit(0)
+    set_seed(args.seed)
+    return directory, accelerator
 
 
 def begin_run(directory: Path, args: argparse.Namespace, accelerator: Any) -> Path:
@@ -209,15 +249,25 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Give the options that change a run's result; paths in full."""
     settings = {name: value for name, value in vars(args).items() if name not in _NOT_THE_RUN}
     return {
-        name: str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+        name: str(Path(value).resolve()) if name != _CODE and isinstance(value, str) and Path(value).exists() else value
         for name, value in settings.items()
     }
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Keep a model's weights for `--resume`, whole or not at all."""
-    with written_aside(path) as partial:
-        safetensors.torch.save_model(model, str(partial))
+def _code_of(path: Path) -> str:
+    """Give what a file does: its code without comments, layout and the docstring on top."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if ast.get_docstring(tree) is not None:
+        del tree.body[0]
+    return ast.unparse(tree)
+
+
+def save_weights(model: nn.Module, path: Path, accelerator: Any) -> None:
+    """Keep a model's weights for `--resume`, whole or not at all; the main process does, when all have come here."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with written_aside(path) as partial:
+            safetensors.torch.save_model(model, str(partial))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -274,6 +324,26 @@ def random_plan(plan: SlimPlan, groups: list[UnitGroup], seed: int) -> SlimPlan:
     draw = random.Random(seed)
     sizes = {group.name: group.size for group in groups}
     return SlimPlan({name: sorted(draw.sample(range(sizes[name]), len(keep))) for name, keep in plan.keep.items()})
+
+
+def make_controls(dense: nn.Module, plan: SlimPlan, groups: list[UnitGroup], seed: int) -> dict[str, nn.Module]:
+    """Make what a slim model has to beat, each to be retrained as it was: units drawn at random, and the dense model.
+
+    Args:
+        dense: The dense model.
+        plan: That of the slim one.
+        groups: All of the dense model's.
+        seed: Of the draw.
+    Returns:
+        Models by the names under which a record tells of them.
+    """
+    drawn = cut(dense, groups, random_plan(plan, groups, seed))
+    return {"random plan, same widths, equally retrained": drawn, "dense, retrained as long": copy.deepcopy(dense)}
+
+
+def control_row(name: str, scores: dict[str, Any]) -> dict[str, Any]:
+    """Give the row of a record's table of controls: what `evaluate` says of a model, by its name."""
+    return {"name": name, "top1_pct": scores["top1_pct"], "images": scores["images"]}
 
 
 def draw_clusters(dense: nn.Module, result: Any, loader: Any, directory: Path) -> None:

@@ -55,7 +55,7 @@ ALLOWED = {
     "card": {"measure", "plots", "lineage"},
     "plots": {"measure"},
     "gallery": {"slim", "taps", "report", "redundancy", "plots"},
-    "recipe": {"measure", "gallery", "resume", "hub"},
+    "recipe": {"measure", "gallery", "resume", "hub", "retrain", "surgery"},
     "export": set(),
     "bench": {"export", "measure"},
     "index": {"measure", "plots"},
