@@ -90,8 +90,9 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
             f"labels are {labels.dtype} {list(labels.shape)}: class numbers in [0, {num_classes}) are needed, int64 "
             "[N]. Convert them by labels.long()."
         )
-    labels = labels[labels != UNREADABLE]
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+    known = (labels == UNREADABLE) | ((labels >= 0) & (labels < num_classes))
+    if not known.all():  # one wait for the device
+        labels = labels[labels != UNREADABLE]
         raise ValueError(
             f"labels from {int(labels.min())} to {int(labels.max())} for a model with {num_classes} classes: a label "
             f"must lie in [0, {num_classes}). Give the model a head that fits the data."

@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -18,21 +20,27 @@ from torch import Tensor, nn
 from lfrns_hub.resume import caught_sigterm, told_anywhere, written_aside
 
 VERSIONS = [version(name) for name in ("torch", "timm", "transformers")]
+KEPT = 2  # contents: the last that was used, and the one before
 STEPS_BETWEEN = 20  # of the gates' training, between two times that it is saved
+_FILE = re.compile(r"[a-z]+-([0-9a-f]{16})-[0-9a-f]{16}\.safetensors(\.partial)?")  # content, then what the step adds
 
 
 class Cache:
     """Results of expensive steps, in one folder that all processes see, or in none.
+
+    What a content gave stays as long as no two others were used after it: then its files are removed.
 
     Args:
         directory: The folder, there or not; None keeps nothing. It may be removed at any time.
         accelerator: Of the run, or None.
         content: What everything kept hangs on: the model, images, options; this package's code and versions of torch,
             timm and transformers are added. Another content finds nothing here.
+        call: The public call, for the error.
     """
 
-    def __init__(self, directory: str | os.PathLike | None, accelerator: Any, *content: Any):
+    def __init__(self, directory: str | os.PathLike | None, accelerator: Any, *content: Any, call: str = "slim"):
         self.directory, self.accelerator = None if directory is None else Path(directory), accelerator
+        self._call = call
         processes = accelerator.num_processes if accelerator else 1
         if directory is not None:
             code = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
@@ -75,7 +83,7 @@ class Cache:
 
     def _path(self, name: str, content: tuple[Any, ...]) -> Path:
         """Give the file of a step."""
-        return self.directory / f"{name}-{digest(self._content, *content)}.safetensors"
+        return self.directory / f"{name}-{self._content}-{digest(*content)}.safetensors"
 
     def _read(self, path: Path) -> Any:
         """Give what a file holds, None where one of the processes does not find it whole."""
@@ -83,6 +91,8 @@ class Cache:
         with contextlib.suppress(FileNotFoundError, SafetensorError), safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             found = (_join(json.loads(file.metadata()["value"]), tensors),)
+            with contextlib.suppress(OSError):  # of a folder that is only to be read
+                os.utime(path)
         if self.accelerator is not None:
             missing = torch.tensor([int(found is None)], device=self.accelerator.device)
             if int(self.accelerator.reduce(missing, "sum").item()):
@@ -97,8 +107,21 @@ class Cache:
             text = json.dumps(_split(value, tensors))
             with written_aside(path) as partial:
                 save_file(tensors, partial, metadata={"value": text})
+            self._sweep()
 
         self._on_main(write)
+
+    def _sweep(self) -> None:
+        """Remove what belongs to no content of the last two that were used, half-written files too."""
+        used: dict[str, float] = {self._content: math.inf}
+        files = [(path, found[1]) for path in self.directory.iterdir() if (found := _FILE.fullmatch(path.name))]
+        for path, content in files:
+            with contextlib.suppress(FileNotFoundError):  # another program swept too
+                used[content] = max(used.get(content, 0.0), path.stat().st_mtime)
+        kept = sorted(used, key=used.__getitem__)[-KEPT:]
+        for path, content in files:
+            if content not in kept:
+                path.unlink(missing_ok=True)
 
     def _on_main(self, work: Callable[[], None]) -> None:
         """Do something on the main process, and raise on all where it failed."""
@@ -113,7 +136,7 @@ class Cache:
             failures = self.accelerator.reduce(failures.to(self.accelerator.device), "sum")
         if int(failures.item()):
             raise OSError(
-                f"slim(checkpoint_dir={str(self.directory)!r}): the folder cannot be written to "
+                f"{self._call}(checkpoint_dir={str(self.directory)!r}): the folder cannot be written to "
                 f"({error or 'on the main process'}). What was kept there before is there still. Make room, or name "
                 "another folder."
             ) from error

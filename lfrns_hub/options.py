@@ -1,4 +1,7 @@
-"""What the caller of `slim` asks for, checked: the budgets, the groups, the images."""
+"""What the caller of `slim`, `analyse` or `Analysis.cut` asks for, checked: the budgets, the groups, the images.
+
+`call` is the one of them that the user made: errors name it.
+"""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -16,13 +19,14 @@ from lfrns_hub.untrusted import short
 KINDS = ("channel", "head", "neuron")
 
 
-def check_budgets(macs: Any, params: Any, latency: Any, contribution: Any = "fcr") -> dict[str, float]:
+def check_budgets(macs: Any, params: Any, latency: Any, contribution: Any = "fcr", *, call: str) -> dict[str, float]:
     """Give the budgets of one cut, or one clear error."""
     given = {"macs": macs, "params": params, "latency": latency}
     budgets = {name: value for name, value in given.items() if value is not None}
     if not budgets:
         raise ValueError(
-            "slim() needs a budget: macs=, params= or latency=, the fraction of the dense model's to keep, as macs=0.5."
+            f"{call}() needs a budget: macs=, params= or latency=, the fraction of the dense model's to keep, as "
+            "macs=0.5."
         )
     for name, value in budgets.items():
         is_number = _is_number(value)
@@ -30,54 +34,55 @@ def check_budgets(macs: Any, params: Any, latency: Any, contribution: Any = "fcr
             what = {"macs": "MACs", "params": "parameters", "latency": "the time of a forward pass"}[name]
             example = value if is_number and 1 < value <= 100 else 50
             raise ValueError(
-                f"slim({name}={short(value)}): the fraction of {what} to keep must be in (0, 1]. For {example:g} % "
+                f"{call}({name}={short(value)}): the fraction of {what} to keep must be in (0, 1]. For {example:g} % "
                 f"pass {example / 100:g}."
             )
     if not callable(contribution) and contribution not in ("fcr", "cost"):
-        raise ValueError(f"slim(contribution={contribution!r}): pass 'fcr', 'cost' or a function.")
+        raise ValueError(f"{call}(contribution={contribution!r}): pass 'fcr', 'cost' or a function.")
     return budgets
 
 
-def check_cut(fcr_steps: Any, round_to: Any, latency: Any = None, latency_setup: Any = None) -> None:
+def check_cut(fcr_steps: Any, round_to: Any, latency: Any = None, latency_setup: Any = None, *, call: str) -> None:
     """Refuse an option of one cut that does not fit."""
     if latency_setup is not None and (latency is None or not isinstance(latency_setup, LatencySetup)):
         raise ValueError(
-            f"slim(latency={short(latency)}, latency_setup={short(latency_setup)}): a LatencySetup says how the budget "
-            "latency= is timed. Pass both, as latency=0.5, latency_setup=LatencySetup(batch=8)."
+            f"{call}(latency={short(latency)}, latency_setup={short(latency_setup)}): a LatencySetup says how the "
+            "budget latency= is timed. Pass both, as latency=0.5, latency_setup=LatencySetup(batch=8)."
         )
     if not _is_whole(fcr_steps, 0):
-        raise ValueError(f"slim(fcr_steps={short(fcr_steps)}): a whole number from 0 is needed. 0: no gate.")
+        raise ValueError(f"{call}(fcr_steps={short(fcr_steps)}): a whole number from 0 is needed. 0: no gate.")
     if round_to != "auto" and not _is_whole(round_to, 1):
         raise ValueError(
-            f"slim(round_to={short(round_to)}): 'auto' or a whole number from 1 is needed. 1 rounds nothing."
+            f"{call}(round_to={short(round_to)}): 'auto' or a whole number from 1 is needed. 1 rounds nothing."
         )
 
 
-def check_options(preset: str, kinds: Any, widths: str, min_keep: int) -> None:
+def check_options(preset: str, kinds: Any, widths: str, min_keep: int, *, call: str) -> None:
     """Refuse an option of the analysis that does not fit."""
     if preset not in ("ours", "paper"):
-        raise ValueError(f"slim(preset={preset!r}): presets are 'ours' and 'paper'. Leave it out for 'ours'.")
-    check_names(kinds, "kinds")
+        raise ValueError(f"{call}(preset={preset!r}): presets are 'ours' and 'paper'. Leave it out for 'ours'.")
+    check_names(kinds, "kinds", call=call)
     unknown = set(kinds) - set(KINDS)
     if unknown:
         raise ValueError(
-            f"slim(kinds={tuple(kinds)}): unknown {sorted(unknown)}; kinds are {', '.join(KINDS)}. Leave it "
+            f"{call}(kinds={tuple(kinds)}): unknown {sorted(unknown)}; kinds are {', '.join(KINDS)}. Leave it "
             "out for all."
         )
     if widths not in ("global", "uniform", "distance"):
-        raise ValueError(f"slim(widths={widths!r}): widths are 'global' or 'uniform'. Leave it out for 'global'.")
+        raise ValueError(f"{call}(widths={widths!r}): widths are 'global' or 'uniform'. Leave it out for 'global'.")
     if not _is_whole(min_keep, 1):
         raise ValueError(
-            f"slim(min_keep={short(min_keep)}): every group keeps at least one unit, a whole number. The default is 1."
+            f"{call}(min_keep={short(min_keep)}): every group keeps at least one unit, a whole number. The default "
+            "is 1."
         )
 
 
-def check_names(names: Any, option: str) -> None:
+def check_names(names: Any, option: str, *, call: str) -> None:
     """Refuse one name where several are asked for: its letters would be taken for names."""
     if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
         example = names if isinstance(names, str) else "layer1.*"
         raise ValueError(
-            f"slim({option}={short(names)}): a list of names or globs is needed. Pass {option}=[{short(example)!r}]."
+            f"{call}({option}={short(names)}): a list of names or globs is needed. Pass {option}=[{short(example)!r}]."
         )
 
 
@@ -101,7 +106,7 @@ def check_example(example_input: Any, call: str) -> Tensor:
     return example_input
 
 
-def read_loader(loader: Any, dtype: torch.dtype) -> list[tuple[Tensor, Any]]:
+def read_loader(loader: Any, dtype: torch.dtype, *, call: str) -> list[tuple[Tensor, Any]]:
     """Read all calibration batches as (images, labels), floating-point images in the dtype of the analysis.
 
     Raises:
@@ -111,12 +116,12 @@ def read_loader(loader: Any, dtype: torch.dtype) -> list[tuple[Tensor, Any]]:
         (images.to(dtype) if images.is_floating_point() else images, labels) for images, labels in iterate(loader)
     ]
     if not batches or not len(batches[0][0]):
-        raise ValueError("slim(loader): the loader is empty. Give at least a few hundred calibration images.")
+        raise ValueError(f"{call}(loader): the loader is empty. Give at least a few hundred calibration images.")
     for images, labels in batches:
-        check_finite(images, "slim(loader)")
+        check_finite(images, f"{call}(loader)")
         if isinstance(labels, Tensor) and labels.ndim == 1 and len(labels) != len(images):
             raise ValueError(
-                f"slim(loader): a batch has {len(images)} images and {len(labels)} labels. Give one label an image."
+                f"{call}(loader): a batch has {len(images)} images and {len(labels)} labels. Give one label an image."
             )
     return batches
 
@@ -128,18 +133,20 @@ def choose_groups(
     exclude: Sequence[str],
     approximate: bool,
     min_keep: int,
+    *,
+    call: str = "slim",
 ) -> list[UnitGroup]:
     """Give the groups that may be cut.
 
     Raises:
         ValueError: A pattern matches nothing, or nothing is left.
     """
-    check_names(names, "groups")
-    check_names(exclude, "exclude")
+    check_names(names, "groups", call=call)
+    check_names(exclude, "exclude", call=call)
     for pattern in [*(names or ()), *exclude]:
         if not any(fnmatchcase(group.name, pattern) for group in every):
             raise ValueError(
-                f"slim(groups, exclude): the pattern {pattern!r} matches no group. The model has "
+                f"{call}(groups, exclude): the pattern {pattern!r} matches no group. The model has "
                 f"{', '.join(g.name for g in every[:8])} ..."
             )
     chosen = [

@@ -152,7 +152,8 @@ def slim(
         progress: Show a bar on the main process.
         checkpoint_dir: A folder, seen by all processes, where moments, merges, the gates' training and the finished
             weights are kept by the content of all they hang on: the same call takes up what is there, and ends with
-            the same result, bit by bit on CPU. Moments take 16 bytes x width^2 per consumer. SIGTERM while the gates
+            the same result, bit by bit on CPU. Moments take 16 bytes x width^2 per consumer. What was kept of a model
+            and its images stays, at all budgets, until two others have been analysed there. SIGTERM while the gates
             train saves and ends the program with exit code 0. None: nothing is written.
     Returns:
         The slim model, the plain module in eval mode, on the device of the run, each weight in its own dtype and
@@ -164,8 +165,8 @@ def slim(
         OSError: checkpoint_dir cannot be written to.
     Source: Fang and Yin 2025; each step's docstring says what is ours.
     """
-    budgets = check_budgets(macs, params, latency, contribution)
-    check_cut(fcr_steps, round_to, latency, latency_setup)
+    budgets = check_budgets(macs, params, latency, contribution, call="slim")
+    check_cut(fcr_steps, round_to, latency, latency_setup, call="slim")
     analysis = analyse(
         model,
         loader,
@@ -182,6 +183,7 @@ def slim(
         device=device,
         progress=progress,
         checkpoint_dir=checkpoint_dir,
+        _call="slim",
     )
     return analysis.cut(
         **budgets,
@@ -211,6 +213,7 @@ def analyse(
     device: Any = None,
     progress: bool = True,
     checkpoint_dir: str | os.PathLike | None = None,
+    _call: str = "analyse",
 ) -> "Analysis":
     """Do the part of `slim` that no budget changes: trace, self-check, responses, the cost of every merge.
 
@@ -225,12 +228,12 @@ def analyse(
     """
     if preset == "paper":
         distance, widths = "correlation", "distance"
-    check_options(preset, kinds, widths, min_keep)
-    model = unwrap(model, "slim")
-    refuse_meta(model, "slim")
+    check_options(preset, kinds, widths, min_keep, call=_call)
+    model = unwrap(model, _call)
+    refuse_meta(model, _call)
     with clocked(progress and (accelerator is None or accelerator.is_main_process)) as clock:
         dense = analysis_copy(model, accelerator.device if accelerator else device or device_of(model))
-        batches = read_loader(loader, dtype_of(dense))
+        batches = read_loader(loader, dtype_of(dense), call=_call)
         example = batches[0][0][:1]
 
         clock.step("trace")
@@ -238,11 +241,11 @@ def analyse(
         trace.cost.complete(count_macs(dense, example))
         clock.step("self-check")
         every, checked = self_check(dense, trace.groups, example, seed)
-        chosen = choose_groups(every, kinds, groups, exclude, approximate, min_keep)
+        chosen = choose_groups(every, kinds, groups, exclude, approximate, min_keep, call=_call)
 
         clock.step("responses")
         images, names = [images for images, _ in batches], [group.name for group in chosen]
-        cache = Cache(checkpoint_dir, accelerator, dense, images, names, seed)
+        cache = Cache(checkpoint_dir, accelerator, dense, images, names, seed, call=_call)
         macs = trace.cost.macs({})
         kept = cache.keep("moments", lambda: as_data(observe(dense, chosen, batches, macs, seed, accelerator)))
         moments = {name: Moments(**fields) for name, fields in kept.items()}
@@ -333,8 +336,8 @@ class Analysis:
         Raises:
             ValueError: A budget or option does not fit, or the budget is not reachable.
         """
-        budgets = check_budgets(macs, params, latency, contribution)
-        check_cut(fcr_steps, round_to, latency, latency_setup)
+        budgets = check_budgets(macs, params, latency, contribution, call="Analysis.cut")
+        check_cut(fcr_steps, round_to, latency, latency_setup, call="Analysis.cut")
         dense, chosen, moments, batches = self.dense, self.chosen, self.moments, self.batches
         example, accelerator = batches[0][0][:1], self.accelerator
         steps, fold = fcr_steps if restore else 0, fold and self.preset != "paper"

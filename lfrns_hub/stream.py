@@ -1,5 +1,6 @@
 """Pictures read as they are needed: splits too large for memory or disk, each process with files of its own."""
 
+import itertools
 import logging
 import os
 from collections.abc import Callable
@@ -11,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .batches import UNREADABLE
 from .pictures import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
@@ -36,8 +36,8 @@ SHUFFLE_BUFFER = 2048  # encoded pictures that wait in memory, of each worker
 class ImageStream:
     """A split as a stream; what `retrain` needs to know of it, and the pictures at its front.
 
-    A picture that cannot be read is left out and named, and the last one before it stands in with its own label: a
-    stream cannot know how many are damaged, so the limit is, as timm's, how many follow one another.
+    A picture that cannot be read is left out and named: the stream is shorter by it. A stream cannot know how many are
+    damaged, so the limit is, as timm's, how many follow one another.
 
     Attributes:
         table: The rows, a `datasets.IterableDataset`.
@@ -59,7 +59,7 @@ class ImageStream:
     seed: int
     name: str
     max_unreadable: int = MAX_UNREADABLE
-    _state: dict[str, Any] = field(default_factory=dict, repr=False)  # of this process: the last picture, the errors
+    _errors: list[str] = field(default_factory=list, repr=False)  # of this process, since the last readable picture
 
     def loader(self, batch_size: int, *, workers: int = 0) -> DataLoader:
         """Give shuffled batches {"pixel_values": [N, C, H, W], "labels": [N]}, another order each epoch.
@@ -72,7 +72,8 @@ class ImageStream:
             workers: Processes that decode, at most one a file of this process.
         """
         rows = self.table.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
-        rows = rows.map(self._prepare, remove_columns=self.table.column_names)
+        # A batch of one row may become none: so is a picture left out.
+        rows = rows.map(self._prepare, batched=True, batch_size=1, remove_columns=self.table.column_names)
         return DataLoader(rows, batch_size, num_workers=workers, worker_init_fn=OwnGroup(None))
 
     def front(self, count: int, transform: Callable[[Image.Image], Tensor]) -> ImageData:
@@ -81,33 +82,43 @@ class ImageStream:
         Args:
             count: How many, at most.
             transform: Picture to tensor.
+        Raises:
+            ValueError: There is none that can be read, or more than `max_unreadable` in a row cannot be.
         """
-        rows = list(self.table.shuffle(seed=self.seed, buffer_size=max(SHUFFLE_BUFFER, 2 * count)).take(count))
-        if not rows:
-            raise ValueError(f"{self.name}: the stream holds no pictures. Check the folder and the split.")
-        pictures, labels = zip(*map(self._read, rows), strict=True)
+        rows = self.table.shuffle(seed=self.seed, buffer_size=max(SHUFFLE_BUFFER, 2 * count))
+        self._errors.clear()
+        readable = (found for row in rows if (found := self._read(row)) is not None)
+        found = list(itertools.islice(readable, count))
+        if not found:
+            why = f", {len(self._errors)} that cannot be read: {self._errors[0]}" if self._errors else ""
+            raise ValueError(f"{self.name}: the stream holds no pictures{why}. Check the folder and the split.")
+        pictures, labels = zip(*found, strict=True)
         return ImageData(pictures, list(labels), class_names=self.class_names, transform=transform)
 
-    def _prepare(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Turn a row into what a model takes."""
-        picture, label = self._read(row)
-        return {"pixel_values": self.transform(picture), "labels": label}
+    def _prepare(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Turn a batch of one row into what a model takes, or into none."""
+        found = self._read({name: values[0] for name, values in rows.items()})
+        if found is None:
+            return {"pixel_values": [], "labels": []}
+        return {"pixel_values": [self.transform(found[0])], "labels": [found[1]]}
 
-    def _read(self, row: dict[str, Any]) -> tuple[Image.Image, int]:
-        """Decode a row's picture, or give the last one that could be read."""
-        file, state = row[self.image_column], self._state
+    def _read(self, row: dict[str, Any]) -> tuple[Image.Image, int] | None:
+        """Decode a row's picture, and give it with its label; None for one that cannot be read, noted."""
+        file = row[self.image_column]
         try:
-            state["last"], state["errors"] = (decode_picture(file, self.name), row[self.label_column]), 0
+            picture = decode_picture(file, self.name)
         except Exception as error:  # pillow raises a dozen types for a file that is damaged
-            state["errors"] = state.get("errors", 0) + 1
             which, reason = name_picture(file) or "a picture", short(str(error) or type(error).__name__, 120)
-            if state["errors"] > self.max_unreadable:
+            self._errors.append(f"{which} ({reason})")
+            if len(self._errors) > self.max_unreadable:
                 raise ValueError(
-                    f"{self.name}: {state['errors']} pictures in a row cannot be read, at most {self.max_unreadable} "
-                    f"are left out: {which} ({reason}). Mend or remove them, or raise max_unreadable."
+                    f"{self.name}: {len(self._errors)} pictures in a row cannot be read, at most {self.max_unreadable} "
+                    f"are left out: {self._errors[-1]}. Mend or remove them, or raise max_unreadable."
                 ) from error
             logger.warning("%s: %s cannot be read (%s): it is left out.", self.name, which, reason)
-        return state.get("last") or (Image.new("RGB", (32, 32)), UNREADABLE)
+            return None
+        self._errors.clear()
+        return picture, row[self.label_column]
 
 
 def stream_data(

@@ -9,14 +9,11 @@ Versions:  torch 2.14.1, timm 1.0.31, accelerate 1.15, datasets 5.2
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/resnet50_imagenet1k.py --output-dir DIR
 """
 
-import sys
-
 from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
 from lfrns_hub.measure import evaluate
-from lfrns_hub.retrain import make_accelerator, set_seed
 from lfrns_hub.stream import stream_data
 from lfrns_hub.zoo import check_images, create_dense, guard_against_chance, load_data, make_transform
 
@@ -29,13 +26,7 @@ FCR_STEPS = 200
 
 def main() -> None:
     parser = recipe.recipe_parser(
-        __doc__,
-        name="resnet50_imagenet1k",
-        model="resnet50.a1_in1k",
-        macs=0.5,
-        epochs=30,
-        batch_size=1024,
-        dense_epochs=0,
+        __doc__, path=__file__, model="resnet50.a1_in1k", macs=0.5, epochs=30, batch_size=1024, dense_epochs=0
     )
     parser.add_argument("--weights", default=None, help="of the dense model, in place of the published ones")
     parser.add_argument("--train-images", type=int, default=None, help="an epoch has (default: what the data says)")
@@ -43,14 +34,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.dense_epochs:
         raise ValueError(f"--dense-epochs {args.dense_epochs}: the dense model is not trained here. Bring --weights.")
-    out = recipe.check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
-    accelerator = make_accelerator(seed=args.seed)
-    main_process = accelerator.is_main_process
-    recipe.check_same_run(out, args)
-    if args.resume and recipe.is_finished(out):
-        return recipe.finish(out, accelerator, args.push_to_hub)
+    out, accelerator = recipe.open_run(args)
     epochs, fcr_steps, limit = (min(args.epochs, 1), 5, 128) if args.smoke else (args.epochs, FCR_STEPS, None)
-    set_seed(args.seed)
 
     # Load. Training pictures are a stream; those that calibrate are the front of it, kept in memory.
     dense = create_dense(args.model, weights=args.weights)
@@ -97,7 +82,7 @@ def main() -> None:
 
     # Evaluate: the last epoch, on images that nothing was chosen by.
     record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
-    rows = [{"name": "slim, not retrained", "top1_pct": before["top1_pct"], "images": before["images"]}]
+    rows = [recipe.control_row("slim, not retrained", before)]
     record.setup.update(
         recipe.describe_run(__file__),
         **recipe.describe_data(data),
@@ -110,11 +95,11 @@ def main() -> None:
     )
 
     # Save, show and push.
-    if main_process:
+    if accelerator.is_main_process:
         recipe.draw_clusters(dense, result, calibration_loader, out)
         lfrns.save(result.model, out, record=record, label_names=test_set.class_names, overwrite=True)
     recipe.finish(out, accelerator, args.push_to_hub)
 
 
 if __name__ == "__main__":
-    sys.exit(recipe.run(main))
+    recipe.run(main)

@@ -10,16 +10,11 @@ Versions:  torch 2.14.1, timm 1.0.31, accelerate 1.15
     accelerate launch recipes/resnet56_cifar10.py --model cifar_resnet20 --data-dir DIR --weights W --epochs 2
 """
 
-import copy
-import sys
-
 from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
 from lfrns_hub.measure import evaluate
-from lfrns_hub.retrain import make_accelerator, set_seed
-from lfrns_hub.surgery import cut
 from lfrns_hub.zoo import check_images, create_dense, example_input, guard_against_chance, load_data, make_transform
 
 CALIBRATION_IMAGES = 2000
@@ -32,29 +27,17 @@ FCR_STEPS = 200
 
 def main() -> None:
     parser = recipe.recipe_parser(
-        __doc__,
-        name="resnet56_cifar10",
-        model="cifar_resnet56",
-        macs=0.5,
-        epochs=40,
-        batch_size=128,
-        dense_epochs=None,
+        __doc__, path=__file__, model="cifar_resnet56", macs=0.5, epochs=40, batch_size=128, dense_epochs=None
     )
     parser.add_argument("--weights", default=None, help="of the dense model: safetensors or .pth")
     parser.add_argument("--no-controls", action="store_true", help="slim only, nothing trained beside it")
     args = parser.parse_args()
-    out = recipe.check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
-    accelerator = make_accelerator(seed=args.seed)
-    main_process = accelerator.is_main_process
-    recipe.check_same_run(out, args)
-    if args.resume and recipe.is_finished(out):
-        return recipe.finish(out, accelerator, args.push_to_hub)
+    out, accelerator = recipe.open_run(args)
     # Without weights the network is trained for as long as in the literature; with them, not at all.
     dense_epochs = args.dense_epochs if args.dense_epochs is not None else 0 if args.weights else 160
     epochs, fcr_steps, limit = args.epochs, FCR_STEPS, None
     if args.smoke:
         dense_epochs, epochs, fcr_steps, limit = min(dense_epochs, 1), min(epochs, 1), 5, 256
-    set_seed(args.seed)
 
     # Load.
     dense = create_dense(args.model, num_classes=None if args.weights else 10, weights=args.weights)
@@ -87,9 +70,7 @@ def main() -> None:
         )
     if not args.smoke:
         guard_against_chance(dense, calibration_loader, data)
-    accelerator.wait_for_everyone()
-    if main_process:
-        recipe.save_weights(dense, kept_weights)
+    recipe.save_weights(dense, kept_weights, accelerator)
 
     # Slim and retrain.
     result = lfrns.slim(
@@ -102,7 +83,7 @@ def main() -> None:
         checkpoint_dir=work / "slim",
     )
     before = evaluate(result.model, test_loader, teacher=dense, accelerator=accelerator)
-    if main_process:
+    if accelerator.is_main_process:
         print(f"Slim, not retrained: {before['top1_pct']:.2f} % top-1 of {before['images']} images", flush=True)
     retraining = {
         "teacher": dense,
@@ -115,19 +96,12 @@ def main() -> None:
     lfrns.retrain(result.model, train_loader, checkpoint_dir=work / "retrain", **retraining)
 
     # Beside it, equally trained: as many units drawn at random, and the dense model.
-    rows = [{"name": "slim, not retrained", "top1_pct": before["top1_pct"], "images": before["images"]}]
+    rows = [recipe.control_row("slim, not retrained", before)]
     if not args.no_controls:
         groups = lfrns.find_units(dense, example_input(dense))
-        controls = {
-            "random plan, same widths, equally retrained": cut(
-                dense, groups, recipe.random_plan(result.plan, groups, args.seed)
-            ),
-            "dense, retrained as long": copy.deepcopy(dense),
-        }
-        for name, model in controls.items():
+        for name, model in recipe.make_controls(dense, result.plan, groups, args.seed).items():
             lfrns.retrain(model, train_loader, checkpoint_dir=work / f"control, {name.partition(',')[0]}", **retraining)
-            score = evaluate(model, test_loader, accelerator=accelerator)
-            rows.append({"name": name, "top1_pct": score["top1_pct"], "images": score["images"]})
+            rows.append(recipe.control_row(name, evaluate(model, test_loader, accelerator=accelerator)))
 
     # Evaluate: the last epoch, on images that nothing was chosen by.
     record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
@@ -144,11 +118,11 @@ def main() -> None:
     )
 
     # Save, show and push.
-    if main_process:
+    if accelerator.is_main_process:
         recipe.draw_clusters(dense, result, calibration_loader, out)
         lfrns.save(result.model, out, record=record, label_names=test_set.class_names, overwrite=True)
     recipe.finish(out, accelerator, args.push_to_hub)
 
 
 if __name__ == "__main__":
-    sys.exit(recipe.run(main))
+    recipe.run(main)

@@ -10,17 +10,12 @@ Versions:  torch 2.14.1, transformers 5.23, timm 1.0.31, accelerate 1.15
     accelerate launch recipes/vit_cifar100.py --data-dir DIR --model FOLDER --macs 0.67 --epochs 3
 """
 
-import copy
-import sys
-
 from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
 from lfrns_hub.measure import evaluate
 from lfrns_hub.pictures import load_processor
-from lfrns_hub.retrain import make_accelerator, set_seed
-from lfrns_hub.surgery import cut
 from lfrns_hub.zoo import (
     check_images,
     create_dense,
@@ -42,7 +37,7 @@ FCR_STEPS = 200
 def main() -> None:
     parser = recipe.recipe_parser(
         __doc__,
-        name="vit_cifar100",
+        path=__file__,
         model="google/vit-base-patch16-224-in21k",
         macs=0.67,
         epochs=3,
@@ -52,14 +47,8 @@ def main() -> None:
     parser.add_argument("--label-column", default=None, help="of the parquet files (default: fine_label or label)")
     parser.add_argument("--no-controls", action="store_true", help="slim only, nothing trained beside it")
     args = parser.parse_args()
-    out = recipe.check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
-    accelerator = make_accelerator(seed=args.seed)
-    main_process = accelerator.is_main_process
-    recipe.check_same_run(out, args)
-    if args.resume and recipe.is_finished(out):
-        return recipe.finish(out, accelerator, args.push_to_hub)
+    out, accelerator = recipe.open_run(args)
     epochs, fcr_steps, limit = (min(args.epochs, 1), 5, 128) if args.smoke else (args.epochs, FCR_STEPS, None)
-    set_seed(args.seed)
 
     # Load; a head that does not fit the data is replaced, and has to be trained before units can be ranked.
     dense = create_dense(args.model)
@@ -102,9 +91,7 @@ def main() -> None:
         lfrns.retrain(dense, train_loader, epochs=dense_epochs, checkpoint_dir=work / "dense", **training)
     if not args.smoke:
         guard_against_chance(dense, calibration_loader, data)
-    accelerator.wait_for_everyone()
-    if main_process:
-        recipe.save_weights(dense, kept_weights)
+    recipe.save_weights(dense, kept_weights, accelerator)
 
     # Slim and retrain.
     result = lfrns.slim(
@@ -122,17 +109,10 @@ def main() -> None:
     rows = []
     if not args.no_controls:
         groups = lfrns.find_units(dense, example_input(dense))
-        controls = {
-            "random plan, same widths, equally retrained": cut(
-                dense, groups, recipe.random_plan(result.plan, groups, args.seed)
-            ),
-            "dense, retrained as long": copy.deepcopy(dense),
-        }
-        for name, model in controls.items():
+        for name, model in recipe.make_controls(dense, result.plan, groups, args.seed).items():
             folder = work / f"control, {name.partition(',')[0]}"
             lfrns.retrain(model, train_loader, teacher=dense, epochs=epochs, checkpoint_dir=folder, **training)
-            score = evaluate(model, test_loader, accelerator=accelerator)
-            rows.append({"name": name, "top1_pct": score["top1_pct"], "images": score["images"]})
+            rows.append(recipe.control_row(name, evaluate(model, test_loader, accelerator=accelerator)))
 
     # Evaluate: the last epoch, on images that nothing was chosen by.
     record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
@@ -149,7 +129,7 @@ def main() -> None:
     )
 
     # Save, show and push.
-    if main_process:
+    if accelerator.is_main_process:
         processor = load_processor(dense)
         recipe.draw_clusters(dense, result, calibration_loader, out)
         lfrns.save(result.model, out, record=record, processor=processor, label_names=label_names, overwrite=True)
@@ -157,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(recipe.run(main))
+    recipe.run(main)

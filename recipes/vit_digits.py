@@ -10,8 +10,6 @@ Versions:  torch 2.14.1, transformers 5.23, accelerate 1.15
     accelerate launch recipes/vit_digits.py
 """
 
-import sys
-
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -21,7 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
 from lfrns_hub.measure import evaluate
-from lfrns_hub.retrain import make_accelerator, set_seed
+from lfrns_hub.retrain import set_seed
 from lfrns_hub.surgery import cut
 from lfrns_hub.zoo import create_dense, guard_against_chance
 
@@ -54,19 +52,13 @@ def build_dense() -> ViTForImageClassification:
 
 def main() -> None:
     parser = recipe.recipe_parser(
-        __doc__, name="vit_digits", model=None, macs=0.5, epochs=12, batch_size=64, dense_epochs=40
+        __doc__, path=__file__, model=None, macs=0.5, epochs=12, batch_size=64, dense_epochs=40
     )
     args = parser.parse_args()
     if args.data_dir:
         raise ValueError(f"--data-dir {args.data_dir}: the digits ship with scikit-learn. For yours: vit_cifar100.py.")
-    out = recipe.check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
-    accelerator = make_accelerator(seed=args.seed)
-    main_process = accelerator.is_main_process
-    recipe.check_same_run(out, args)
-    if args.resume and recipe.is_finished(out):
-        return recipe.finish(out, accelerator, args.push_to_hub)
+    out, accelerator = recipe.open_run(args)
     dense_epochs, epochs, fcr_steps = (8, 1, 10) if args.smoke else (args.dense_epochs, args.epochs, FCR_STEPS)
-    set_seed(args.seed)
 
     # Load: grey 0 to 16 becomes -1 to 1 in three equal channels, as the saved processor makes it of any picture.
     digits = load_digits()
@@ -101,9 +93,7 @@ def main() -> None:
                 **training,
             )
     guard_against_chance(dense, calibration_loader, "scikit-learn's digits")
-    accelerator.wait_for_everyone()
-    if main_process:
-        recipe.save_weights(dense, kept_weights)
+    recipe.save_weights(dense, kept_weights, accelerator)
 
     # Slim and retrain.
     result = lfrns.slim(
@@ -118,8 +108,7 @@ def main() -> None:
     rows = []
 
     def add_row(name: str, model: torch.nn.Module) -> None:
-        score = evaluate(model, test_loader, accelerator=accelerator)
-        rows.append({"name": name, "top1_pct": score["top1_pct"], "images": score["images"]})
+        rows.append(recipe.control_row(name, evaluate(model, test_loader, accelerator=accelerator)))
 
     add_row("slim, not retrained", result.model)
     retraining = {**training, "teacher": dense, "epochs": epochs, "learning_rate": RETRAIN_LEARNING_RATE}
@@ -160,7 +149,7 @@ def main() -> None:
     )
 
     # Save, show and push.
-    if main_process:
+    if accelerator.is_main_process:
         processor = ViTImageProcessor(
             size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True
         )
@@ -170,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(recipe.run(main))
+    recipe.run(main)

@@ -209,6 +209,33 @@ def test_plain_data_comes_back_as_it_was(tmp_path: Path) -> None:
     assert Cache(tmp_path, None, "other").keep("step", lambda: "made") == "made"
 
 
+def test_the_last_two_contents_are_kept_and_older_ones_swept(tmp_path: Path) -> None:
+    def contents() -> set[str]:
+        return {path.name.split("-")[1] for path in tmp_path.glob("step-*")}
+
+    def age(seconds: float) -> None:
+        for path in tmp_path.iterdir():
+            os.utime(path, (path.stat().st_atime - seconds, path.stat().st_mtime - seconds))
+
+    (tmp_path / "step-mine.safetensors").write_text("mine")
+    for budget in (0.5, 0.6, 0.7):
+        Cache(tmp_path, None, "first").keep("step", lambda: "made", budget)
+    (tmp_path / f"{next(tmp_path.glob('step-*-*')).name}.partial").write_text("killed while it wrote")
+    age(20)
+    Cache(tmp_path, None, "second").keep("step", lambda: "made")
+    assert len(list(tmp_path.iterdir())) == 1 + 3 + 1 + 1
+    age(10)
+    assert Cache(tmp_path, None, "first").keep("step", lambda: "again", 0.6) == "made"  # used last from here on
+    age(5)
+    Cache(tmp_path, None, "third").keep("step", lambda: "made")
+    assert len(list(tmp_path.iterdir())) == 1 + 4 + 1
+    assert Cache(tmp_path, None, "second").keep("step", lambda: "again") == "again"
+    age(5)
+    first, second = Cache(tmp_path, None, "first"), Cache(tmp_path, None, "second")
+    assert first.keep("step", lambda: "again", 0.5) == "again"
+    assert contents() == {"mine.safetensors", first._content, second._content}
+
+
 def test_a_digest_tells_models_apart_that_only_differ_in_a_buffer_a_setting_or_a_type() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     others = [copy.deepcopy(model) for _ in range(3)]

@@ -89,11 +89,16 @@ def test_demo_hands_its_options_to_the_digits_recipe(monkeypatch: pytest.MonkeyP
     assert f"--output-dir {tmp_path}: is not empty" in capsys.readouterr().err
 
 
-def test_demo_as_json_prints_the_record_alone(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
+@pytest.mark.parametrize("resumed", [False, True])
+def test_demo_as_json_prints_the_record_alone(
+    resumed: bool, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
+) -> None:
     def recipe_that_talks(path: str, run_name: str) -> None:
         assert sys.argv[1:] == ["--smoke", "--output-dir", str(tmp_path)]
         print("a table")
         (tmp_path / "record.json").write_text('{"slim": {}}')
+        if resumed:
+            raise SystemExit(0)
 
     monkeypatch.setattr("runpy.run_path", recipe_that_talks)
     assert run_main(monkeypatch, "demo", "--smoke", "--json", "--output-dir", str(tmp_path)) == 0

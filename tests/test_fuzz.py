@@ -29,7 +29,7 @@ from test_checkpoint import cut_pair, slim_transformers
 import lfrns_hub as lfrns
 from lfrns_hub import checkpoint
 from lfrns_hub.measure import Record
-from lfrns_hub.pictures import _processor_settings
+from lfrns_hub.pictures.preprocessing import _processor_settings
 from lfrns_hub.units import SlimPlan
 from lfrns_hub.untrusted import refusing
 

@@ -20,6 +20,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
+from lfrns_hub.measure import Record
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.units import SlimPlan
 
@@ -157,7 +158,7 @@ def test_a_budget_is_read_as_a_fraction(text: str, value: float) -> None:
 
 @pytest.mark.parametrize("text", ["50", "0", "-0.5", "nan", "half"])
 def test_a_budget_outside_of_its_range_is_refused_with_its_value(text: str, capsys: pytest.CaptureFixture) -> None:
-    parser = recipe.recipe_parser("x", name="x", model=None, macs=0.5, epochs=1, batch_size=1, dense_epochs=1)
+    parser = recipe.recipe_parser("x", path=__file__, model=None, macs=0.5, epochs=1, batch_size=1, dense_epochs=1)
     with pytest.raises(SystemExit):
         parser.parse_args([f"--macs={text}"])
     assert f"{text}: the fraction to keep must be in (0, 1]" in capsys.readouterr().err
@@ -166,7 +167,7 @@ def test_a_budget_outside_of_its_range_is_refused_with_its_value(text: str, caps
 def test_every_recipe_has_the_options_of_the_design(repository: Path) -> None:
     options = {"--data-dir", "--model", "--macs", "--epochs", "--batch-size", "--seed", "--dense-epochs"}
     options |= {"--output-dir", "--overwrite", "--resume", "--push-to-hub", "--smoke"}
-    parser = recipe.recipe_parser("x", name="x", model=None, macs=0.5, epochs=1, batch_size=1, dense_epochs=1)
+    parser = recipe.recipe_parser("x", path=__file__, model=None, macs=0.5, epochs=1, batch_size=1, dense_epochs=1)
     assert options <= set(parser.format_help().replace("[", " ").replace("]", " ").split())
     for path in (repository / "recipes").glob("*.py"):
         assert "recipe_parser(" in path.read_text()
@@ -174,14 +175,14 @@ def test_every_recipe_has_the_options_of_the_design(repository: Path) -> None:
 
 def test_weights_kept_for_resume_come_back_equal(tmp_path: Path) -> None:
     model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    recipe.save_weights(model, tmp_path / "work" / "dense.safetensors")
+    recipe.save_weights(model, tmp_path / "work" / "dense.safetensors", make_accelerator())
     recipe.load_weights(other, tmp_path / "work" / "dense.safetensors")
     assert torch.equal(model.weight, other.weight)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["dense.safetensors"]
 
 
 def options(*typed: object) -> argparse.Namespace:
-    parser = recipe.recipe_parser("x", name="x", model=None, macs=0.5, epochs=1, batch_size=1, dense_epochs=1)
+    parser = recipe.recipe_parser("x", path=__file__, model=None, macs=0.5, epochs=1, batch_size=1, dense_epochs=1)
     return parser.parse_args([str(word) for word in typed])
 
 
@@ -198,6 +199,42 @@ def test_a_run_is_gone_on_with_by_its_own_options_alone(tmp_path: Path, monkeypa
     assert [path.name for path in work.iterdir()] == ["run.json"]
 
 
+def test_a_recipe_that_was_edited_since_its_run_began_is_not_gone_on_with(tmp_path: Path) -> None:
+    script, out = tmp_path / "mine.py", tmp_path / "out"
+
+    def told(code: str, *typed: str) -> argparse.Namespace:
+        script.write_text(code)
+        figures = {"macs": 0.5, "epochs": 1, "batch_size": 1, "dense_epochs": 1}
+        return recipe.recipe_parser("x", path=script, model=None, **figures).parse_args(typed)
+
+    begun = told('"""Mine."""\n\nRATE = 0.1\nprint(RATE)\n')
+    assert begun.output_dir == "out/mine"
+    recipe.begin_run(out, begun, make_accelerator())
+    edited = '"""Result: 98 %."""\nRATE = 0.2  # as of then\nprint(RATE)\n'
+    recipe.check_same_run(out, told(edited.replace("0.2", "0.1"), "--resume"))  # comments and the docstring alone
+    with pytest.raises(ValueError, match=r"the recipe was edited .*out began \(-RATE = 0\.1 \+RATE = 0\.2\): .* Undo"):
+        recipe.check_same_run(out, told(edited, "--resume"))
+    recipe.check_same_run(out, told(edited, "--overwrite"))
+
+
+def test_a_finished_run_is_printed_once_more_and_nothing_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = ("--output-dir", tmp_path, "--seed", 7)
+    out, accelerator = recipe.open_run(options(*typed))
+    assert (out, list(tmp_path.iterdir())) == (tmp_path, [])
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3), drawn)
+    recipe.begin_run(out, options(*typed), accelerator)
+    (out / "config.json").write_text("{}")
+    (out / "record.json").write_text(Record(None, {"top1_pct": 98.0}, {"controls": []}).to_json())
+    with pytest.raises(SystemExit) as ended:
+        recipe.open_run(options(*typed, "--resume"))
+    assert ended.value.code == 0
+    assert "Checkpoint" in capsys.readouterr().out
+
+
 def test_overwrite_empties_the_folder_and_resume_leaves_it(tmp_path: Path) -> None:
     for how, left in (("--resume", True), ("--overwrite", False)):
         out = tmp_path / how
@@ -209,7 +246,7 @@ def test_overwrite_empties_the_folder_and_resume_leaves_it(tmp_path: Path) -> No
 
 def test_a_finished_run_leaves_the_dense_weights_and_its_options(tmp_path: Path) -> None:
     work = recipe.begin_run(tmp_path, options(), make_accelerator())
-    recipe.save_weights(torch.nn.Linear(3, 2), work / "dense.safetensors")
+    recipe.save_weights(torch.nn.Linear(3, 2), work / "dense.safetensors", make_accelerator())
     (work / "retrain" / "step_000000001").mkdir(parents=True)
     recipe.tidy(tmp_path)
     assert sorted(path.name for path in work.iterdir()) == ["dense.safetensors", "run.json"]
@@ -238,6 +275,15 @@ def test_a_random_plan_has_the_widths_of_the_plan_and_follows_its_seed() -> None
     assert drawn == sorted(drawn)
     assert max(drawn) < 12
     assert drawn == recipe.random_plan(plan, groups, seed=1).keep[groups[0].name]
+
+
+def test_the_controls_are_the_dense_model_and_as_many_units_at_random() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 12), torch.nn.ReLU(), torch.nn.Linear(12, 2)).eval()
+    groups = lfrns.find_units(model, torch.zeros(1, 4))
+    drawn, dense = recipe.make_controls(model, SlimPlan({groups[0].name: [0, 1, 2]}), groups, seed=1).values()
+    kept = recipe.random_plan(SlimPlan({groups[0].name: [0, 1, 2]}), groups, seed=1).keep[groups[0].name]
+    assert torch.equal(drawn[0].weight, model[0].weight[kept])
+    assert torch.equal(dense[0].weight, model[0].weight) and dense is not model
 
 
 def test_a_command_on_the_card_shows_no_folder_of_the_machine(

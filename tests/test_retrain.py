@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lfrns_hub.measure import evaluate
-from lfrns_hub.retrain import _choose_optimizer, _loss, _make_optimizer, _rate, make_accelerator, retrain
+from lfrns_hub.retrain import make_accelerator, retrain
+from lfrns_hub.retrain.choices import choose_optimizer, make_optimizer, rate_at
+from lfrns_hub.retrain.loss import mixed_loss
 
 
 def make_model(classes: int = 3) -> nn.Sequential:
@@ -83,7 +85,7 @@ def test_two_batches_accumulated_equal_one_of_both():
 
 
 def test_the_rate_rises_as_a_line_and_falls_as_a_cosine():
-    rates = [_rate(step, 10, 0.2) for step in range(10)]
+    rates = [rate_at(step, 10, 0.2) for step in range(10)]
     assert rates[:3] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
     assert rates[6] == pytest.approx(0.5 * (1 + math.cos(math.pi * 4 / 8)))
     assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] > 0
@@ -116,9 +118,9 @@ def test_distillation_is_the_divergence_of_softened_logits():
     student, target = (logits / 2).softmax(1), (taught / 2).softmax(1)
     soft = 4 * (target * (target / student).log()).sum(1).mean()
     hard = F.cross_entropy(logits, labels)
-    torch.testing.assert_close(_loss(logits, None, taught, 0.0, 0.5, 2.0), soft)
-    torch.testing.assert_close(_loss(logits, labels, taught, 0.0, 0.25, 2.0), 0.75 * hard + 0.25 * soft)
-    torch.testing.assert_close(_loss(logits, labels, None, 0.0, 0.5, 2.0), hard)
+    torch.testing.assert_close(mixed_loss(logits, None, taught, 0.0, 0.5, 2.0), soft)
+    torch.testing.assert_close(mixed_loss(logits, labels, taught, 0.0, 0.25, 2.0), 0.75 * hard + 0.25 * soft)
+    torch.testing.assert_close(mixed_loss(logits, labels, None, 0.0, 0.5, 2.0), hard)
 
 
 def test_a_teacher_needs_no_labels_and_is_left_alone():
@@ -181,13 +183,13 @@ def test_convolutions_train_in_channels_last_and_everything_comes_back_as_it_cam
 
 def test_the_optimizer_is_fused_where_all_weights_can_be():
     model = make_model()
-    assert all(_make_optimizer(model, rule, 0.1, 0.1).defaults["fused"] for rule in ("sgd", "adamw"))
-    assert not _make_optimizer(model.to("meta"), "sgd", 0.1, 0.1).defaults["fused"]
+    assert all(make_optimizer(model, rule, 0.1, 0.1).defaults["fused"] for rule in ("sgd", "adamw"))
+    assert not make_optimizer(model.to("meta"), "sgd", 0.1, 0.1).defaults["fused"]
 
 
 def test_auto_takes_sgd_for_batchnorm_networks_and_adamw_for_transformers():
     timm = pytest.importorskip("timm")
-    chosen = {name: _choose_optimizer(timm.create_model(name)) for name in ("test_resnet", "test_vit", "test_convnext")}
+    chosen = {name: choose_optimizer(timm.create_model(name)) for name in ("test_resnet", "test_vit", "test_convnext")}
     assert chosen == {"test_resnet": "sgd", "test_vit": "adamw", "test_convnext": "adamw"}
 
 

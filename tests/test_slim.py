@@ -1,5 +1,7 @@
 """One analysis serves every budget; the whole call on real images, where they lie beside the checkout."""
 
+import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,34 @@ def test_the_smallest_budget_can_be_met_and_anything_below_cannot(small: tuple[n
         analysis.cut(macs=0.0001, fcr_steps=0)
     with pytest.raises(ValueError, match="macs=50"):
         analysis.cut(macs=50)
+
+
+def test_errors_name_the_call_that_was_made(small: tuple[nn.Module, list], tmp_path: Path) -> None:
+    dense, batches = small
+    (tmp_path / "file").write_text("mine")
+    wrong = {
+        r"\(preset='mine'\): presets": {"preset": "mine"},
+        r"\(groups=first\): a list": {"groups": "first"},
+        r"\(groups, exclude\): the pattern 'x' matches": {"exclude": ["x"]},
+        r"\(loader\): the loader is empty": {"loader": []},
+        r"\(int\): a torch\.nn\.Module": {"model": 5},
+        r"\(Small\): .* is on the meta device": {"model": copy.deepcopy(dense).to("meta")},
+        r"\(checkpoint_dir='.*file'\): the folder cannot": {"checkpoint_dir": tmp_path / "file"},
+    }
+    for call, budget in (("slim", {"macs": 0.5}), ("analyse", {})):
+        for message, given in wrong.items():
+            options = {"model": dense, "loader": batches, "progress": False, **budget, **given}
+            with pytest.raises((ValueError, TypeError, OSError), match=f"^{call}{message}"):
+                getattr(lfrns, call)(options.pop("model"), options.pop("loader"), **options)
+    analysis = lfrns.analyse(dense, batches, progress=False)
+    for message, given in {
+        r"\(macs=50\): the fraction": {"macs": 50},
+        r"\(\) needs a budget": {},
+        r"\(fcr_steps=-1\): a whole": {"macs": 0.5, "fcr_steps": -1},
+    }.items():
+        for call, cut in (("slim", partial(lfrns.slim, dense, batches)), (r"Analysis\.cut", analysis.cut)):
+            with pytest.raises(ValueError, match=f"^{call}{message}"):
+                cut(**given)
 
 
 @pytest.mark.slow

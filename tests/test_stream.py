@@ -42,6 +42,11 @@ def read(loader):
     return [int(grey) for batch in loader for grey in batch["pixel_values"]]
 
 
+def labelled(loader):
+    """Give the greys of an epoch, ascending, each with its label."""
+    return sorted((int(g), int(y)) for b in loader for g, y in zip(b["pixel_values"], b["labels"], strict=True))
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_each_picture_once(folder, processes):
     stream = stream_data(folder, "train", transform=pixels)
@@ -130,12 +135,29 @@ def test_damaged_pictures_are_left_out_and_named(tmp_path, caplog):
         Image.new("L", (2, 2), number).save(path)
     (tmp_path / "train" / "odd" / "3.png").write_text("no picture")
     stream = stream_data(tmp_path, "train", transform=pixels)
-    seen = [(int(g), int(y)) for b in stream.loader(4) for g, y in zip(b["pixel_values"], b["labels"], strict=True)]
-    assert len(seen) == 8
-    assert {grey for grey, label in seen if label != -100} == {0, 1, 2, 4, 5, 6, 7}
-    assert all(label in (grey % 2, -100) for grey, label in seen)
+    assert labelled(stream.loader(4)) == [(grey, grey % 2) for grey in range(8) if grey != 3]
     assert "3.png cannot be read" in caplog.text
     for path in tmp_path.rglob("*.png"):
         path.write_text("no picture")
     with pytest.raises(ValueError, match=r"3 pictures in a row cannot be read, at most 2 .*png.*raise max_unreadable"):
         read(stream_data(tmp_path, "train", transform=pixels, max_unreadable=2).loader(4))
+    with pytest.raises(ValueError, match=r"the stream holds no pictures, 8 that cannot be read: \d\.png \(.*Check the"):
+        stream_data(tmp_path, "train", transform=pixels).front(4, pixels)
+    model, stream = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), stream_data(tmp_path, "train", transform=noisy)
+    with pytest.raises(ValueError, match=r"retrain\(loader\): the stream, .* gave no batch"):
+        retrain(model, stream.loader(4), epochs=1, images_per_epoch=stream.images, progress=False)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_that_begins_with_damaged_pictures_begins_with_the_first_readable_one(seed, tmp_path):
+    paths = [tmp_path / "train" / ("even", "odd")[number % 2] / f"{number}.png" for number in range(6)]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (2, 2), number).save(path)
+    order = read(stream_data(tmp_path, "train", transform=pixels, seed=seed).loader(4))
+    for number in order[:3]:
+        paths[number].write_text("no picture")
+    stream = stream_data(tmp_path, "train", transform=pixels, seed=seed)
+    assert read(stream.loader(4)) == order[3:]
+    front = stream.front(2, pixels)
+    assert [(int(image), label) for image, label in front] == [(grey, grey % 2) for grey in order[3:5]]

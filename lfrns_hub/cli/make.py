@@ -60,11 +60,15 @@ def demo(context: typer.Context) -> None:
     own, rest = parser.parse_known_args(context.args)
     script = _digits_recipe()
     sys.argv = [str(script), *rest]
-    with contextlib.redirect_stdout(sys.stderr) if own.json else contextlib.nullcontext():
-        runpy.run_path(str(script), run_name="__main__")
-    if own.json:
-        parser.add_argument("--output-dir", default="out/vit_digits")
-        record = Path(parser.parse_known_args(rest)[0].output_dir) / "record.json"
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if own.json else contextlib.nullcontext():
+            runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as ended:  # a run that --resume finds finished, or one that SIGTERM stopped
+        if ended.code:
+            raise
+    parser.add_argument("--output-dir", default="out/vit_digits")
+    record = Path(parser.parse_known_args(rest)[0].output_dir) / "record.json"
+    if own.json and record.is_file():
         print(record.read_text(encoding="utf-8"), end="")
 
 

@@ -1,0 +1,42 @@
+"""What a model looks at: its input size, transforms and data by name, and whether the two fit."""
+
+from lfrns_hub.pictures.decoding import decode_picture, name_picture
+from lfrns_hub.pictures.fit import check_images, guard_against_chance
+from lfrns_hub.pictures.image_data import MAX_UNREADABLE, ImageData
+from lfrns_hub.pictures.load import load_data
+from lfrns_hub.pictures.model_input import example_input, input_size_of, num_classes_of
+from lfrns_hub.pictures.preparation import Preparation
+from lfrns_hub.pictures.preprocessing import load_processor, make_transform, set_preprocessing
+from lfrns_hub.pictures.tables import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    SPLIT_FILES,
+    as_files,
+    find_column,
+    parquet_files,
+    read_table,
+)
+
+__all__ = [
+    "IMAGE_COLUMNS",
+    "LABEL_COLUMNS",
+    "MAX_UNREADABLE",
+    "SPLIT_FILES",
+    "ImageData",
+    "Preparation",
+    "as_files",
+    "check_images",
+    "decode_picture",
+    "example_input",
+    "find_column",
+    "guard_against_chance",
+    "input_size_of",
+    "load_data",
+    "load_processor",
+    "make_transform",
+    "name_picture",
+    "num_classes_of",
+    "parquet_files",
+    "read_table",
+    "set_preprocessing",
+]

@@ -1,0 +1,97 @@
+"""Whether a model and the data fit: the shape of its images, the number of its classes, what it knows of them."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfrns_hub.batches import UNREADABLE, check_finite, iterate, read_logits, split_batch
+from lfrns_hub.pictures.model_input import input_size_of, num_classes_of
+from lfrns_hub.untrusted import short
+
+GUARD_IMAGES = 2000
+
+
+def check_images(model: nn.Module, loader: Any) -> None:
+    """Refuse images that a model cannot take, before any work is done on them.
+
+    Args:
+        model: Dense model; one image runs through it where the size is not its own.
+        loader: Its first batch is looked at.
+    Raises:
+        ValueError: More classes in the data than the model answers, no batch, no image tensor, another number of
+            channels, values that are not finite, or a size the model refuses.
+    """
+    first = next(iter(loader), None)
+    if first is None:
+        raise ValueError("check_images(loader): the loader is empty. Give it at least one batch.")
+    images, _ = split_batch(first)
+    classes, names = num_classes_of(model), getattr(getattr(loader, "dataset", None), "class_names", None) or []
+    if 0 < classes < len(names):
+        raise ValueError(
+            f"{type(model).__name__} answers {classes} classes, the data has {len(names)} ({short(', '.join(names))}): "
+            "the head does not fit the data. Fine-tune it first (--dense-epochs)."
+        )
+    channels, height, width = input_size_of(model)
+    wanted = f"{type(model).__name__} takes [N, {channels}, {height}, {width}]"
+    way_out = "Make them with make_transform(model, train=False)."
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype} {list(images.shape)}: {wanted} of float32. {way_out}")
+    check_finite(images, "check_images(loader)")
+    if images.shape[1] != channels:
+        raise ValueError(f"images are {list(images.shape)}, {images.shape[1]} channels: {wanted}. {way_out}")
+    if tuple(images.shape[2:]) != (height, width):
+        try:
+            _answer(model, images[:1])
+        except Exception as error:  # every architecture refuses a size in its own way
+            raise ValueError(f"images are {list(images.shape)}: {wanted}. {way_out}") from error
+
+
+def guard_against_chance(model: nn.Module, loader: Any, where: str | os.PathLike[str]) -> float | None:
+    """Refuse a model that knows nothing about the data: its units would be ranked by noise.
+
+    Args:
+        model: Dense model.
+        loader: Of labelled images, at most 2,000 are run.
+        where: The data, for the message.
+    Returns:
+        Top-1 in percent; None where there are no labels.
+    Raises:
+        ValueError: Labels beyond the head, or top-1 at most 1.5 times chance (with few classes: a tenth above it).
+    """
+    classes, hits, total = num_classes_of(model), 0, 0
+    for images, labels in iterate(loader):
+        if labels is None:
+            return None
+        if int(labels.max()) >= classes:
+            raise ValueError(
+                f"{type(model).__name__} answers {classes} classes, {where} holds label {int(labels.max())}: "
+                "the head does not fit the data. Fine-tune it first (--dense-epochs)."
+            )
+        hits += int((_answer(model, images).argmax(1).cpu() == labels.cpu()).sum())
+        total += int((labels != UNREADABLE).sum())
+        if total >= GUARD_IMAGES:
+            break
+    if not total:
+        raise ValueError(f"guard_against_chance({str(where)!r}): the loader is empty. Give it at least one batch.")
+    top1_pct, chance_pct = 100 * hits / total, 100 / max(classes, 1)
+    if classes > 1 and top1_pct <= min(1.5 * chance_pct, chance_pct + 0.1 * (100 - chance_pct)):
+        raise ValueError(
+            f"{type(model).__name__} scores {top1_pct:.1f} % on {where}, chance {chance_pct:.1f} %: class order or "
+            f"preprocessing differs ({total} images). Mend it, or fine-tune the dense model first (--dense-epochs)."
+        )
+    return top1_pct
+
+
+def _answer(model: nn.Module, images: Tensor) -> Tensor:
+    """Run a model in eval mode on images, and put its mode back."""
+    like = next(model.parameters())
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            return read_logits(model(images.to(device=like.device, dtype=like.dtype)))
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,149 @@
+"""Data by name: a split of a folder, of the Hub, or scikit-learn's digits, as a dataset."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lfrns_hub.pictures.decoding import PictureColumn
+from lfrns_hub.pictures.image_data import MAX_UNREADABLE, ImageData
+from lfrns_hub.pictures.tables import IMAGE_COLUMNS, LABEL_COLUMNS, SPLIT_FILES, as_files, find_column, read_table
+
+MAX_CLASSES = 1 << 20
+
+
+def load_data(
+    name_or_dir: str | os.PathLike[str],
+    split: str,
+    *,
+    transform: Callable[[Image.Image], Tensor],
+    label_column: str | None = None,
+    val_split: float | None = None,
+    class_map: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    max_unreadable: int = MAX_UNREADABLE,
+) -> ImageData:
+    """Load a split of labelled pictures.
+
+    Args:
+        name_or_dir: A folder of parquet files (`train-*.parquet`, `validation-*` or `test-*`; a column `img` or
+            `image`, and `label` or `fine_label`), an image folder (`train/<class>/*.png`, or `<class>/*.png` with
+            `val_split`), a Hub id such as "uoft-cs/cifar100", or "digits", scikit-learn's 8x8 handwritten ones (a
+            fifth is held out).
+        split: "train", "validation" or "test"; where one of the last two is missing the other stands in.
+        transform: Picture to tensor, from `make_transform`.
+        label_column: Where it has another name.
+        val_split: Share of the training pictures that stands in for the validation split, in (0, 1): as many of each
+            class, the same ones at every call and for every seed, so that no later call trains on them.
+        class_map: Text file that names the classes in the order of the model's logits, one a line, as timm's.
+        limit: At most so many pictures, drawn at random: files are often sorted by class.
+        seed: Of that draw.
+        max_unreadable: So many pictures may be damaged: they are left out, see `ImageData`. More are an error.
+    Returns:
+        Dataset of (image [C, H, W], label), or of images where there are no labels; `.class_names` by label.
+    Raises:
+        ValueError: No such data, split or column.
+        ConnectionError: A Hub id, and the Hub cannot be reached.
+    """
+    if split not in SPLIT_FILES:
+        raise ValueError(f"load_data(split={split!r}): the splits are {', '.join(SPLIT_FILES)}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"load_data(limit={limit}): at least one picture is needed. For all of them pass None.")
+    if max_unreadable < 0:
+        raise ValueError(
+            f"load_data(max_unreadable={max_unreadable}): it must be 0 or more. With 0 one damaged picture is an error."
+        )
+    if val_split is not None and not 0 < val_split < 1:
+        hint = f" For {val_split:g} % pass {val_split / 100:g}." if 1 <= val_split < 100 else ""
+        raise ValueError(f"load_data(val_split={val_split}): the share held out must be in (0, 1).{hint}")
+    name = str(name_or_dir)
+    if name == "digits" and not Path(name).exists():
+        if val_split is not None or class_map is not None:
+            raise ValueError(
+                f"load_data('digits', val_split={val_split}, class_map={class_map}): the digits come divided and "
+                "named. Leave both out."
+            )
+        pictures, labels, class_names = _read_digits(split)
+        chosen = _draw(len(labels), limit, seed)
+        pictures, labels = [pictures[i] for i in chosen], [labels[i] for i in chosen]
+        return ImageData(pictures, labels, class_names=class_names, transform=transform)
+
+    table = read_table(name, "train" if val_split is not None else split, val_split is not None)
+    image_column = find_column(table, None, IMAGE_COLUMNS, f"load_data({name!r})", required="pictures")
+    label_column = find_column(table, label_column, LABEL_COLUMNS, f"load_data({name!r})")
+    if len(table) == 0:
+        raise ValueError(f"load_data({name!r}, {split!r}): the split holds no pictures.")
+    if val_split is not None:
+        labels = list(table[label_column]) if label_column else [0] * len(table)
+        train, held_out = _hold_out(labels, val_split, f"load_data({name!r}, val_split={val_split})")
+        table = table.select(train if split == "train" else held_out)
+    if limit is not None and limit < len(table):
+        table = table.select(_draw(len(table), limit, seed))
+    labels, class_names = None, []
+    if label_column:
+        labels = list(table[label_column])
+        class_names = getattr(table.features[label_column], "names", None) or []
+        if any(not isinstance(label, int) or label < 0 for label in labels):
+            raise ValueError(
+                f"load_data({name!r}, {split!r}): the column {label_column!r} holds labels that are no class numbers "
+                f"(such as {next(v for v in labels if not isinstance(v, int) or v < 0)!r}). Use a labelled split."
+            )
+        most = len(class_names) or MAX_CLASSES
+        if max(labels) >= most:
+            raise ValueError(
+                f"load_data({name!r}, {split!r}): the column {label_column!r} holds label {max(labels)}, a label must "
+                f"lie in [0, {most}). Number the classes from 0, without gaps."
+            )
+        class_names = class_names or [str(i) for i in range(max(labels) + 1)]
+        if class_map is not None:
+            labels, class_names = _map_classes(labels, class_names, Path(class_map))
+    reading = {"training": split == "train", "max_unreadable": max_unreadable, "name": name}
+    pictures = PictureColumn(as_files(table, image_column), image_column, name)
+    return ImageData(pictures, labels, class_names=list(class_names), transform=transform, **reading)
+
+
+def _draw(total: int, limit: int | None, seed: int) -> list[int]:
+    """Draw at most `limit` of `total` indices, ascending, the same for a seed."""
+    if limit is None or limit >= total:
+        return list(range(total))
+    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
+
+
+def _hold_out(labels: list[int], share: float, call: str) -> tuple[list[int], list[int]]:
+    """Split indices into those to train on and those held out: of each class the same share, whatever the order."""
+    drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
+    by_class = sorted(drawn, key=labels.__getitem__)  # stable: within a class as drawn
+    held_out = sorted(i for n, i in enumerate(by_class) if int((n + 1) * share + 0.5) > int(n * share + 0.5))
+    if not 0 < len(held_out) < len(labels):
+        raise ValueError(f"{call}: holds out {len(held_out)} of {len(labels)} pictures. Give another share.")
+    return sorted(set(drawn) - set(held_out)), held_out
+
+
+def _map_classes(labels: list[int], class_names: list[str], path: Path) -> tuple[list[int], list[str]]:
+    """Number the classes in the order in which a file names them."""
+    if not path.is_file():
+        raise ValueError(f"class_map={str(path)!r}: there is no such file. Give one that names a class on each line.")
+    order = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    number = {name: index for index, name in enumerate(order)}
+    missing = [name for name in class_names if name not in number]
+    if missing or len(number) < len(order):
+        what = f"does not name {', '.join(map(repr, missing[:3]))}" if missing else "names a class twice"
+        raise ValueError(f"class_map={str(path)!r}: {what}. Each class of the data stands on one line, once.")
+    return [number[class_names[label]] for label in labels], order
+
+
+def _read_digits(split: str) -> tuple[list[Image.Image], list[int], list[str]]:
+    """Read scikit-learn's digits, 1,437 to train and 360 held out, as grey pictures."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    halves = train_test_split(range(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
+    chosen = halves[0] if split == "train" else halves[1]
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # ink is stated from 0 to 16
+    return [Image.fromarray(pixels[i]) for i in chosen], [int(digits.target[i]) for i in chosen], list("0123456789")

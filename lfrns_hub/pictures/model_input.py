@@ -1,0 +1,66 @@
+"""What a model takes and answers: its classes, its input size, an example."""
+
+import contextlib
+
+import timm
+import torch
+from torch import Tensor, nn
+
+
+def num_classes_of(model: nn.Module) -> int:
+    """Count the classes a model answers; 0 for a backbone without a head.
+
+    Example:
+        >>> num_classes_of(timm.create_model("cifar_resnet20"))
+        10
+    """
+    if hasattr(model, "num_classes"):
+        return int(model.num_classes)
+    if hasattr(model, "config") and hasattr(model.config, "num_labels"):
+        return int(model.config.num_labels)
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return heads[-1].out_features if heads else 0
+
+
+def input_size_of(model: nn.Module) -> tuple[int, int, int]:
+    """Give channels, height and width of the images a model takes; 3, 224, 224 where nothing says.
+
+    Example:
+        >>> input_size_of(timm.create_model("cifar_resnet20", in_chans=1))
+        (1, 32, 32)
+    """
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "num_channels"):
+        size = getattr(config, "image_size", None) or 224
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(config.num_channels), int(height), int(width)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = cfg.get("input_size") or (3, 224, 224)
+    # A model built with img_size= or in_chans= keeps the published cfg: its layers know better.
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size:
+        height, width = size
+    first = cfg.get("first_conv")
+    first = next(iter(first), None) if isinstance(first, (tuple, list)) else first
+    if first:
+        with contextlib.suppress(AttributeError):
+            layer = model.get_submodule(first)
+            # Of a TResNet the first convolution sees blocks of pixels as channels.
+            block = next((m.bs for m in model.modules() if isinstance(m, timm.layers.SpaceToDepth)), 1)
+            channels = layer.in_channels // block**2 if isinstance(layer, nn.Conv2d) else channels
+    return int(channels), int(height), int(width)
+
+
+def example_input(model: nn.Module, batch: int = 1) -> Tensor:
+    """Make random images a model takes: [batch, C, H, W], its dtype and device, the same at every call.
+
+    Example:
+        >>> example_input(timm.create_model("cifar_resnet20"), batch=2).shape
+        torch.Size([2, 3, 32, 32])
+    """
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    shape = (batch, *input_size_of(model))
+    if like.is_meta:
+        return torch.empty(shape, dtype=like.dtype, device="meta")
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return images.to(device=like.device, dtype=like.dtype)

@@ -1,0 +1,109 @@
+"""Where pictures and labels stand: the splits of a folder or of the Hub, opened with datasets, and their columns."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lfrns_hub.reach import reach_hub
+from lfrns_hub.untrusted import short
+
+# Files of a split on disk, in the order of preference.
+SPLIT_FILES = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "dev", "test"),
+    "test": ("test", "validation", "valid", "val"),
+}
+IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image", "pixel_values"), ("label", "fine_label", "labels")
+
+
+def read_table(name: str, split: str, undivided: bool = False, streaming: bool = False) -> Any:
+    """Open a split with datasets, from a folder or the Hub.
+
+    Args:
+        name: Folder or Hub id.
+        split: "train", "validation" or "test".
+        undivided: Take all of a folder of pictures that has no splits.
+        streaming: Give a `datasets.IterableDataset`, of which nothing is read or fetched yet.
+    """
+    import datasets
+
+    bar = datasets.is_progress_bar_enabled()
+    folder = Path(name)
+    if folder.is_dir():
+        datasets.disable_progress_bar()
+        try:
+            files = parquet_files(folder, split)
+            if files:
+                files = [str(file) for file in files]
+                return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+            for stem in SPLIT_FILES[split]:
+                if (folder / stem).is_dir():
+                    given = {"data_dir": str(folder / stem), "split": "train", "streaming": streaming}
+                    return datasets.load_dataset("imagefolder", **given)
+            if undivided and any(path.is_dir() for path in folder.iterdir()):
+                return datasets.load_dataset("imagefolder", data_files=f"{folder}/*/*", split="train")
+        except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0][:200]
+            raise ValueError(
+                f"load_data({name!r}, {split!r}): cannot be read as pictures ({short(reason, 200)}). Write the files "
+                "again, or give a folder of pictures."
+            ) from error
+        finally:
+            if bar:
+                datasets.enable_progress_bar()
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise ValueError(
+            f"load_data({name!r}, {split!r}): found {found}. The folder must hold {SPLIT_FILES[split][0]}-*.parquet "
+            f"or {SPLIT_FILES[split][0]}/<class>/<picture>; of one folder per class, --val-split 0.1 holds a tenth out."
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(
+            f"load_data({name!r}): there is no such folder. Give a folder, a Hub id (user/name) or 'digits'."
+        )
+    reach_hub(f"the data {name}")
+    try:
+        splits = datasets.get_dataset_split_names(name)
+        wanted = next((s for s in SPLIT_FILES[split] if s in splits), None)
+        if wanted is None:
+            raise ValueError(f"load_data({name!r}, {split!r}): it has the splits {', '.join(splits)}.")
+        return datasets.load_dataset(name, split=wanted, streaming=streaming)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise ValueError(f"load_data({name!r}): the Hub has no such data, or not for you. Check the name.") from error
+
+
+def parquet_files(folder: Path, split: str) -> list[Path]:
+    """Find the parquet files of a split."""
+    for stem in SPLIT_FILES[split]:
+        files = sorted([*folder.glob(f"{stem}[-_.]*parquet"), *folder.glob(f"data/{stem}[-_.]*parquet")])
+        if files:
+            return files
+    return []
+
+
+def find_column(
+    table: Any, given: str | None, usual: tuple[str, ...], call: str, *, required: str | None = None
+) -> str | None:
+    """Find a column by its name, or by the usual ones."""
+    columns = table.column_names
+    if given is not None and given not in columns:
+        raise ValueError(f"{call}: there is no column {given!r}. It has {', '.join(columns)}.")
+    found = given or next((column for column in usual if column in columns), None)
+    if found is None:
+        kind = "Image" if required else "ClassLabel"
+        found = next((column for column, f in table.features.items() if type(f).__name__ == kind), None)
+    if found is None and required:
+        raise ValueError(f"{call}: no column of {required}: {', '.join(usual)}. It has {', '.join(columns)}.")
+    return found
+
+
+def as_files(table: Any, column: str) -> Any:
+    """Read a column of pictures as encoded files: their bytes, or their paths."""
+    import datasets
+
+    try:
+        return table.cast_column(column, datasets.Image(decode=False))
+    except Exception as error:  # what arrow raises depends on what the column holds
+        raise ValueError(
+            f"the column {column!r} holds {short(str(table.features[column]))}, no pictures. Encode them as PNG or "
+            "JPEG."
+        ) from error

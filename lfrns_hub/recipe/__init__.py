@@ -1,0 +1,45 @@
+"""What the recipes share: their options, the output folder, how they begin and end, and what they tell of a run."""
+
+from lfrns_hub.recipe.folder import (
+    begin_run,
+    check_output_dir,
+    check_same_run,
+    is_finished,
+    load_weights,
+    save_weights,
+    tidy,
+)
+from lfrns_hub.recipe.options import kept_fraction, recipe_parser, whole_number
+from lfrns_hub.recipe.program import finish, open_run, run
+from lfrns_hub.recipe.results import (
+    control_row,
+    describe_data,
+    describe_run,
+    draw_clusters,
+    make_controls,
+    print_results,
+    random_plan,
+)
+
+__all__ = [
+    "begin_run",
+    "check_output_dir",
+    "check_same_run",
+    "control_row",
+    "describe_data",
+    "describe_run",
+    "draw_clusters",
+    "finish",
+    "is_finished",
+    "kept_fraction",
+    "load_weights",
+    "make_controls",
+    "open_run",
+    "print_results",
+    "random_plan",
+    "recipe_parser",
+    "run",
+    "save_weights",
+    "tidy",
+    "whole_number",
+]

@@ -1,0 +1,84 @@
+"""How a recipe begins and ends, and one line instead of a traceback for bad input."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lfrns_hub.hub import push
+from lfrns_hub.measure import Record
+from lfrns_hub.recipe.folder import check_output_dir, check_same_run, is_finished, tidy
+from lfrns_hub.recipe.results import print_results
+from lfrns_hub.retrain import make_accelerator, set_seed
+
+# What a user can cause and mend; anything else is a bug and keeps its traceback.
+_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a recipe; bad input ends it with one line and exit code 1 (`LFRNS_TRACEBACK=1` shows where).
+
+    SIGTERM ends it with one line and exit code 0: what was kept in files is whole. While a model trains, `retrain` and
+    `slim` finish the step and keep it first.
+    """
+
+    def stop(*_: Any) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("SIGTERM: stopped. What was kept before is there still.", file=sys.stderr, flush=True)
+        sys.exit(0)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        main()
+    except _USER_ERRORS as error:
+        if os.environ.get("LFRNS_TRACEBACK"):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def open_run(args: argparse.Namespace) -> tuple[Path, Any]:
+    """See that a run may write where it is told to, and set the seed; nothing is written yet.
+
+    Where `--resume` finds the run finished, it is printed (and pushed) once more and the program ends, exit code 0.
+
+    Args:
+        args: What the recipe was told.
+    Returns:
+        The output folder, there or not, and the Accelerate accelerator of the run.
+    Raises:
+        FileExistsError, ValueError: As `check_output_dir` and `check_same_run`.
+    """
+    directory = check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
+    accelerator = make_accelerator(seed=args.seed)
+    check_same_run(directory, args)
+    if args.resume and is_finished(directory):
+        finish(directory, accelerator, args.push_to_hub)
+        raise SystemExit(0)
+    set_seed(args.seed)
+    return directory, accelerator
+
+
+def finish(directory: Path, accelerator: Any, push_to_hub: str | None) -> None:
+    """End a run whose checkpoint lies in its folder: tidy up, print what was measured, let all processes go, push.
+
+    Args:
+        directory: The output folder.
+        accelerator: Of the run; the main process does it, the push last, for which no other has to wait.
+        push_to_hub: Repo id, or None.
+    """
+    main_process = accelerator.is_main_process
+    if main_process:
+        tidy(directory)
+        record = Record.load(directory / "record.json")
+        print_results(record, record.setup["controls"], directory)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if main_process and push_to_hub:
+        print(push(directory, push_to_hub))

@@ -1,0 +1,111 @@
+"""What a recipe tells of its run: controls, the setup of its record, pictures, the tables it ends with."""
+
+import copy
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from lfrns_hub.batches import iterate
+from lfrns_hub.measure import Record, format_table
+from lfrns_hub.surgery import cut
+from lfrns_hub.units import SlimPlan, UnitGroup
+
+
+def random_plan(plan: SlimPlan, groups: list[UnitGroup], seed: int) -> SlimPlan:
+    """Keep as many units of every group as a plan does, but any: the control that a criterion has to beat."""
+    draw = random.Random(seed)
+    sizes = {group.name: group.size for group in groups}
+    return SlimPlan({name: sorted(draw.sample(range(sizes[name]), len(keep))) for name, keep in plan.keep.items()})
+
+
+def make_controls(dense: nn.Module, plan: SlimPlan, groups: list[UnitGroup], seed: int) -> dict[str, nn.Module]:
+    """Make what a slim model has to beat, each to be retrained as it was: units drawn at random, and the dense model.
+
+    Args:
+        dense: The dense model.
+        plan: That of the slim one.
+        groups: All of the dense model's.
+        seed: Of the draw.
+    Returns:
+        Models by the names under which a record tells of them.
+    """
+    drawn = cut(dense, groups, random_plan(plan, groups, seed))
+    return {"random plan, same widths, equally retrained": drawn, "dense, retrained as long": copy.deepcopy(dense)}
+
+
+def control_row(name: str, scores: dict[str, Any]) -> dict[str, Any]:
+    """Give the row of a record's table of controls: what `evaluate` says of a model, by its name."""
+    return {"name": name, "top1_pct": scores["top1_pct"], "images": scores["images"]}
+
+
+def describe_run(recipe: str) -> dict[str, str | None]:
+    """Tell how a run was started, for its record.
+
+    Args:
+        recipe: The recipe's `__file__`.
+    Returns:
+        `command`, as typed after `accelerate launch`, but of absolute paths the last part alone, as a card is public;
+        and `commit` of the checkout, None outside of one.
+    """
+    path = Path(recipe)
+    git = ["git", "-C", str(path.parent), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    typed = [re.sub(r"^(--[\w-]+=)?/(?:.*/)?([^/]+)/*$", r"\1\2", word) for word in sys.argv[1:]]
+    return {"command": shlex.join(["accelerate", "launch", f"recipes/{path.name}", *typed]), "commit": commit}
+
+
+def describe_data(data: str) -> dict[str, str | None]:
+    """Name the data of a checkpoint, for its record; the path of a folder says nothing to others.
+
+    Args:
+        data: A Hub id, or a folder.
+    Returns:
+        `dataset` (the Hub id, or the folder's own name) and `dataset_id` (the Hub id, None of a folder).
+    """
+    return {
+        "dataset": Path(data).resolve().name if Path(data).exists() else data,
+        "dataset_id": None if Path(data).exists() else data,
+    }
+
+
+def draw_clusters(dense: nn.Module, result: Any, loader: Any, directory: Path) -> None:
+    """Draw the cluster gallery where the checkpoint will lie, for its card; where there is none to draw, say why.
+
+    Args:
+        dense: The dense model.
+        result: What `slim` made of it.
+        loader: Images of its first batch are shown.
+        directory: The output folder, there or not.
+    """
+    from lfrns_hub.gallery import plot_clusters  # here: matplotlib is slow to import
+
+    directory.mkdir(parents=True, exist_ok=True)
+    images, _ = next(iterate(loader))
+    (directory / "clusters.png").unlink(missing_ok=True)  # it may be a link to elsewhere
+    try:
+        plot_clusters(dense, result, images, directory / "clusters.png")
+    except ValueError as error:  # a picture less is no reason to lose a trained model
+        print(f"No clusters.png. {error}", file=sys.stderr)
+
+
+def print_results(record: Record, rows: list[dict[str, Any]], where: Path) -> None:
+    """Print what a finished run measured, dense against slim and the controls, and where the checkpoint lies."""
+    console = Console()
+    console.print(format_table(record))
+    if rows:
+        controls = Table("beside it", "top-1 %", "images", title="Controls")
+        for row in rows:
+            controls.add_row(row["name"], f"{row['top1_pct']:.2f}", str(row["images"]))
+        console.print(controls)
+    console.print(f"Checkpoint: {where}", soft_wrap=True)

@@ -1,0 +1,118 @@
+"""What the caller of `retrain` leaves open: the accelerator and its precision, the optimizer, the rate of each step."""
+
+import math
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import is_initialized
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from torch import nn
+
+# Learning rate, weight decay, gradient norm limit. For models that are nearly right already, as slim ones are:
+# a tenth of what training from scratch takes (He et al. 2016: 0.1; Dosovitskiy et al. 2021, table 3: 1e-3).
+_DEFAULTS = {"sgd": (1e-2, 5e-4, math.inf), "adamw": (1e-4, 5e-2, 1.0)}
+
+
+def make_accelerator(*, seed: int = 0, **kwargs: Any) -> Accelerator:
+    """Build the Accelerator of a run: on the GPU if there is one, image order set by the seed alone.
+
+    Args:
+        seed: Sets the order of the images on every process.
+        kwargs: What Accelerator takes: mixed_precision, gradient_accumulation_steps, log_with, project_dir, ...
+            Without mixed_precision it is bf16 where the processor has it and it pays; the setting of
+            `accelerate launch`, or of an accelerator built earlier in this program, goes before.
+    Example:
+        >>> make_accelerator(seed=1).num_processes
+        1
+    """
+    kwargs.setdefault("cpu", not torch.accelerator.is_available())
+    decided = is_initialized() or "ACCELERATE_MIXED_PRECISION" in os.environ  # by an accelerator before, or a launcher
+    if kwargs.get("mixed_precision") is None and not decided:
+        kwargs["mixed_precision"] = _best_precision(kwargs["cpu"])
+    # Not dispatched: of a stream each process reads files of its own, not one process all of them for the others.
+    shared_out = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, dispatch_batches=False)
+    kwargs.setdefault("dataloader_config", shared_out)
+    # Some models own parameters that a forward pass skips (DINOv2's mask token); plain DDP stops at the second step.
+    kwargs.setdefault("kwargs_handlers", [DistributedDataParallelKwargs(find_unused_parameters=True)])
+    return Accelerator(**kwargs)
+
+
+def _best_precision(cpu: bool) -> str:
+    """Give "bf16" where the processor multiplies it faster than float32, else "no"."""
+    if cpu:
+        # AVX512-bf16 alone does not pay: without AMX, steps of ResNets were slower than in float32.
+        return "bf16" if torch.cpu._is_amx_tile_supported() else "no"
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def ready_accelerator(
+    accelerator: Accelerator | None, gradient_accumulation_steps: int | None, mixed_precision: str | None, seed: int
+) -> Accelerator:
+    """Build an accelerator, or set a given one as asked."""
+    if gradient_accumulation_steps is not None and gradient_accumulation_steps < 1:
+        raise ValueError(
+            f"retrain(gradient_accumulation_steps={gradient_accumulation_steps}): it must be 1 or more. "
+            "The default is 1."
+        )
+    if accelerator is None:
+        accelerator = make_accelerator(seed=seed, mixed_precision=mixed_precision)
+    elif mixed_precision not in (None, accelerator.mixed_precision):
+        raise ValueError(
+            f'retrain(mixed_precision="{mixed_precision}"): the accelerator given has "{accelerator.mixed_precision}". '
+            "Set it where the accelerator is built, and leave it out here."
+        )
+    if gradient_accumulation_steps is not None:
+        accelerator.gradient_accumulation_steps = gradient_accumulation_steps
+    return accelerator
+
+
+def fill_defaults(
+    model: nn.Module,
+    optimizer: str,
+    learning_rate: float | None,
+    weight_decay: float | None,
+    max_grad_norm: float | None,
+) -> tuple[str, float, float, float]:
+    """Give the optimizer's name and its three figures, defaults where None."""
+    rule = choose_optimizer(model) if optimizer == "auto" else optimizer
+    if rule not in _DEFAULTS:
+        raise ValueError(f'retrain(optimizer="{optimizer}"): it must be "auto", "sgd" or "adamw".')
+    given = (learning_rate, weight_decay, max_grad_norm)
+    figures = [default if value is None else value for value, default in zip(given, _DEFAULTS[rule], strict=True)]
+    for name, value in zip(("learning_rate", "weight_decay", "max_grad_norm"), figures, strict=True):
+        if not (value > 0 or (value == 0 and name == "weight_decay")):
+            raise ValueError(f"retrain({name}={value}): it must be above 0. None takes the default of {rule}.")
+    return rule, *figures
+
+
+def choose_optimizer(model: nn.Module) -> str:
+    """Give "sgd" for BatchNorm networks without attention or LayerNorm, else "adamw"."""
+    kinds = {type(module).__name__.lower() for module in model.modules()}
+    normalised = any("batchnorm" in kind for kind in kinds)
+    transforming = any("layernorm" in kind or "attention" in kind for kind in kinds)
+    return "sgd" if normalised and not transforming else "adamw"
+
+
+def make_optimizer(model: nn.Module, rule: str, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Build the optimizer; norms, biases and what the model names in no_weight_decay (tokens) do not decay."""
+    spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    groups = [
+        {"params": [value for name, value in named if value.ndim > 1 and name not in spared]},
+        {"params": [value for name, value in named if value.ndim <= 1 or name in spared], "weight_decay": 0.0},
+    ]
+    fused = all(value.device.type in ("cpu", "cuda", "xpu") and value.is_floating_point() for _, value in named)
+    if rule == "sgd":
+        options: dict[str, Any] = {"momentum": 0.9, "nesterov": True}
+        return torch.optim.SGD(groups, lr=learning_rate, weight_decay=weight_decay, fused=fused, **options)
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, fused=fused)
+
+
+def rate_at(step: int, steps: int, warmup_fraction: float) -> float:
+    """Give the share of the peak rate at a step: a line up, then half a cosine down, never quite zero."""
+    warmup = int(steps * warmup_fraction)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

@@ -1,0 +1,198 @@
+"""The run itself: epochs and steps under Accelerate, kept, scored, stopped before what is not finite is saved."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from lfrns_hub.batches import read_logits, split_batch
+from lfrns_hub.measure import evaluate, evaluating
+from lfrns_hub.resume import Checkpoints, Position, caught_sigterm, told_anywhere
+from lfrns_hub.retrain.loss import ask_teacher
+from lfrns_hub.running import laid_out
+from lfrns_hub.seeded import apart, random_kept, rounds, seeded_loader
+
+
+class Epochs:
+    """The batches of a run, the same ones at the same places of the same epochs however often it is begun.
+
+    Attributes:
+        images, batches: Of an epoch: images over all processes, batches of this one.
+        batch_size: Of one process.
+        order_seed: Of the order.
+    """
+
+    def __init__(self, loader: DataLoader, accelerator: Accelerator, seed: int, images_per_epoch: int | None):
+        self._accelerator, self._seed, self._streamed = accelerator, seed, images_per_epoch is not None
+        self.images = images_per_epoch or len(loader.dataset)
+        given = accelerator.dataloader_config.data_seed
+        self.order_seed = seed if given is None else given
+        loader = seeded_loader(loader, seed, self.order_seed)
+        self.batch_size = getattr(loader.batch_sampler, "batch_size", None)
+        self._order, self._loader = loader.batch_sampler, accelerator.prepare_data_loader(loader)
+        if self._streamed:
+            step_images = self.batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
+            self.batches = accelerator.gradient_accumulation_steps * math.ceil(self.images / step_images)
+            accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False  # the shares end at other times
+        else:
+            self.batches = len(self._loader)
+
+    def open(self, at: Position) -> Iterator[tuple[Tensor, Any]]:
+        """Give the batches that are left of an epoch."""
+        self._loader.set_epoch(at.epoch)
+        if hasattr(self._order, "set_epoch"):
+            self._order.set_epoch(at.epoch)
+        if self._streamed:
+            left = rounds(self._loader, self.batches, at.batch)
+        else:
+            left = self._accelerator.skip_first_batches(self._loader, at.batch) if at.batch else self._loader
+        return map(split_batch, apart(left, self._seed, at.epoch))
+
+    def ended(self, at: Position) -> bool:
+        """Say whether the batch that was given last is the last one of its epoch."""
+        return at.batch == self.batches if self._streamed else self._accelerator.gradient_state.end_of_dataloader
+
+
+@dataclass
+class Run:
+    """A run of `retrain`: `train` takes its epochs, and each of them its steps."""
+
+    accelerator: Accelerator
+    data: Epochs
+    whole: nn.Module  # what came in
+    model: nn.Module  # the same, or its copy in shards
+    trained: nn.Module  # as prepared
+    teacher: nn.Module | None
+    optimizer: Any
+    scheduler: LambdaLR
+    mix: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    steps: int
+    learning_rate: float
+    max_grad_norm: float
+    checkpoints: Checkpoints | None
+    tracker: Callable[[dict[str, float], int], None] | None
+    eval_loader: Any
+    progress: bool
+    _rate: float = 0.0
+
+    def train(self, epochs: int) -> None:
+        """Take the epochs that are left."""
+        at = self.checkpoints.load(self.scheduler) if self.checkpoints else Position()
+        if at.step:
+            self._gather_weights()
+        show = self.progress and self.accelerator.is_main_process
+        listening = caught_sigterm() if self.checkpoints else contextlib.nullcontext()
+        bar = tqdm(total=self.steps, initial=at.step, desc="retrain", mininterval=0.5, disable=not show)
+        with evaluating(self.teacher, device=self.accelerator.device), bar, listening as told:
+            for epoch in range(at.epoch, epochs):
+                self.trained.train()
+                for images, labels in self.data.open(at):
+                    value, rate = self.step(images, labels, at)
+                    at.batch += 1
+                    if not self.accelerator.sync_gradients:
+                        continue
+                    at.step += 1
+                    if not self.accelerator.optimizer_step_was_skipped:
+                        self.scheduler.step()
+                    bar.update()
+                    bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}", lr=f"{rate:.2e}", refresh=False)
+                    _track(self.tracker, self.accelerator, {"loss": value, "learning_rate": rate}, at.step)
+                    if self.checkpoints and not self.data.ended(at):
+                        self.keep(at, told)
+                self._gather_weights()
+                _average_buffers(self.whole, self.accelerator)
+                self.check_weights(self.whole, at)
+                at = Position(at.step, epoch + 1)
+                if self.checkpoints:
+                    self.keep(at, told, epoch_ended=True)
+                if self.eval_loader is not None:
+                    self.score(at, bar, epochs)
+
+    def step(self, images: Tensor, labels: Any, at: Position) -> tuple[float, float]:
+        """Learn from one batch, and give its loss and the rate."""
+        with self.accelerator.accumulate(self.trained):
+            images = laid_out(images, self.model)
+            with self.accelerator.autocast():
+                logits = read_logits(self.trained(images)).float()
+                soft_targets = ask_teacher(self.teacher, images)
+            loss = self.mix(logits, labels, soft_targets)
+            rate, value = self.scheduler.get_last_lr()[0], loss.item()
+            self._check_finite(f"loss is {value}", math.isfinite(value), at.step + 1, rate)
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.trained.parameters(), self.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self._rate = rate
+        return value, rate
+
+    def keep(self, at: Position, told: Any, *, epoch_ended: bool = False) -> None:
+        """Write a checkpoint where one is due, and end the program where SIGTERM has come."""
+        stopping = not epoch_ended and told_anywhere(told, self.accelerator)
+        if epoch_ended or stopping or self.checkpoints.due(at):
+            if not epoch_ended:
+                self.check_weights(self.model, at)
+            self.checkpoints.save(at, self.scheduler)
+        if stopping or (epoch_ended and told_anywhere(told, self.accelerator)):
+            self.checkpoints.stop(at, self.steps)
+
+    def score(self, at: Position, bar: tqdm, epochs: int) -> None:
+        """Evaluate for the reader; the next epoch is the same, whether this has run or not."""
+        with random_kept():
+            scores = evaluate(self.whole, self.eval_loader, accelerator=self.accelerator, progress=self.progress)
+        if not bar.disable:
+            top1 = f"top-1 {scores['top1_pct']:.2f} % of {scores['images']} images"
+            bar.write(f"epoch {at.epoch} of {epochs}: {top1}")
+        values = {"eval_top1_pct": scores["top1_pct"], "eval_loss": scores["loss"]}
+        _track(self.tracker, self.accelerator, values, at.step)
+
+    def check_weights(self, model: nn.Module, at: Position) -> None:
+        """Stop where a step has left a weight that is not finite, before it is saved or given back."""
+        for name, weight in model.named_parameters():
+            finite = bool(weight.detach().isfinite().all())
+            self._check_finite(f"weight {name} is not finite", finite, at.step, self._rate)
+
+    def _check_finite(self, what: str, finite: bool, step: int, rate: float) -> None:
+        """Stop before a loss or weights that are not finite spoil the rest; say where to go on from."""
+        if finite:
+            return
+        last = self.checkpoints.last() if self.checkpoints else None
+        raise FloatingPointError(
+            f"retrain(learning_rate={self.learning_rate:g}): the {what} at step {step} of {self.steps}, rate "
+            f"{rate:.3g}. Try learning_rate={self.learning_rate / 10:g}, and look for images whose values are not "
+            "finite." + (f" The last good checkpoint is {last}." if last else "")
+        )
+
+    def _gather_weights(self) -> None:
+        """Put the weights of a model in shards together in the one that came in."""
+        if self.model is not self.whole:
+            _take_weights(self.whole, self.trained)
+
+
+def _take_weights(whole: nn.Module, trained: nn.Module) -> None:
+    """Put the weights of a model in shards together, on every process, into a plain one of its shape, in place."""
+    state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in trained.state_dict().items()}
+    whole.load_state_dict(state)
+
+
+def _average_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Give all processes the mean of their BatchNorm statistics, which each took from its own images."""
+    if accelerator.num_processes > 1:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                module.running_mean.copy_(accelerator.reduce(module.running_mean, reduction="mean"))
+                module.running_var.copy_(accelerator.reduce(module.running_var, reduction="mean"))
+
+
+def _track(tracker: Callable | None, accelerator: Accelerator, values: dict[str, float], step: int) -> None:
+    """Hand figures to the tracker on the main process."""
+    if tracker is not None and accelerator.is_main_process:
+        tracker(values, step)

@@ -1,0 +1,220 @@
+"""Retrain a slim model (or train a dense one): what is asked for, checked, and made ready for the run."""
+
+import contextlib
+import copy
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from lfrns_hub.cache import digest
+from lfrns_hub.resume import Checkpoints, describe_model
+from lfrns_hub.retrain.choices import fill_defaults, make_optimizer, rate_at, ready_accelerator
+from lfrns_hub.retrain.loss import mixed_loss
+from lfrns_hub.retrain.run import Epochs, Run
+from lfrns_hub.running import laid_out_models
+
+
+def retrain(
+    model: nn.Module,
+    loader: DataLoader,
+    *,
+    epochs: int = 3,
+    images_per_epoch: int | None = None,
+    teacher: nn.Module | None = None,
+    eval_loader: DataLoader | None = None,
+    optimizer: Literal["auto", "sgd", "adamw"] = "auto",
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    max_grad_norm: float | None = None,
+    warmup_fraction: float = 0.1,
+    label_smoothing: float = 0.0,
+    distill_weight: float = 0.9,
+    temperature: float = 4.0,
+    gradient_accumulation_steps: int | None = None,
+    mixed_precision: str | None = None,
+    accelerator: Accelerator | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    tracker: Callable[[dict[str, float], int], None] | None = None,
+    checkpoint_dir: str | os.PathLike | None = None,
+    checkpoint_every: int = 500,
+) -> nn.Module:
+    """Train a model in place, from its labels, from a teacher, or from both.
+
+    Args:
+        model: Trained in place; it ends on the accelerator's device, in the training mode and the memory format in
+            which it came. Convolutional networks are trained in channels_last.
+        loader: A plain DataLoader with the batch size of one process; prepared here.
+        epochs: Passes over the loader; 0 changes nothing.
+        images_per_epoch: Of a loader without a length, a stream, over all processes. A process whose share has fewer
+            begins it anew.
+        teacher: The dense model. With it the images may come without labels.
+        eval_loader: Scored after every epoch, for the reader only: the last epoch is what is returned.
+        optimizer: "sgd" has Nesterov momentum 0.9; "auto" takes "sgd" for networks with BatchNorm and without
+            attention or LayerNorm, "adamw" for all others.
+        learning_rate: Peak, reached after the warm-up. Default 0.01 (sgd) or 1e-4 (adamw).
+        weight_decay: On matrices and kernels, not on norms, biases and tokens. Default 5e-4 (sgd) or 0.05 (adamw).
+        max_grad_norm: Gradients are clipped to it; math.inf never clips. Default inf (sgd) or 1.0 (adamw).
+        warmup_fraction: Share of the steps in which the rate rises, in [0, 1); then it falls as a cosine.
+        label_smoothing: In [0, 1).
+        distill_weight: Share of the teacher in the loss, in [0, 1]; 1 where there are no labels.
+        temperature: Softens both sides' logits for the teacher's share.
+        gradient_accumulation_steps: Batches per step. Default: the accelerator's, else 1.
+        mixed_precision: "no", "fp16" or "bf16", for the accelerator built here. Default: as `make_accelerator`.
+        accelerator: Default `make_accelerator`. What it has prepared before is released at the end.
+        seed: With the same one, the same weights on CPU.
+        progress: Show a bar on the main process.
+        tracker: Called on the main process with (values, step), as `Accelerator.log` takes them.
+        checkpoint_dir: A folder for this run alone, seen by all processes. The same call, made again after the
+            program ended anyhow, goes on there and ends with the same weights on CPU; after the last step it trains
+            no more. Augmentation is had again where it draws from python's, numpy's or torch's own random numbers.
+            SIGTERM then finishes the step, saves and ends the program with exit code 0. Another model, plan, teacher,
+            length, batch or setting is refused; what the images show is not compared. None: nothing is written.
+        checkpoint_every: Steps between two checkpoints; one more follows every epoch. The last two are kept.
+    Returns:
+        The model that came in.
+    Raises:
+        ValueError: A value is out of its range, the loader is empty, labels are missing or are no class of the model,
+            or the checkpoint is of another run.
+        FloatingPointError: The loss or a weight is no longer finite; the message names the last good checkpoint.
+        OSError: A checkpoint cannot be written or read; what was there before is there still.
+    Source: Fang and Yin 2025 retrain plainly; the teacher's share is Hinton et al. 2015, section 2.
+    """
+    _check_loader(loader, images_per_epoch)
+    _check_arguments(model, epochs, teacher, warmup_fraction, label_smoothing, distill_weight, temperature)
+    if checkpoint_every < 1:
+        raise ValueError(
+            f"retrain(checkpoint_every={checkpoint_every}): it must be 1 or more steps. For epochs' ends "
+            "alone pass a number above the steps of one."
+        )
+    rule, learning_rate, weight_decay, max_grad_norm = fill_defaults(
+        model, optimizer, learning_rate, weight_decay, max_grad_norm
+    )
+    if epochs == 0:
+        return model
+    accelerator = ready_accelerator(accelerator, gradient_accumulation_steps, mixed_precision, seed)
+    set_seed(seed, device_specific=True)
+    with laid_out_models(model, teacher), _as_before(model, accelerator):
+        data = Epochs(loader, accelerator, seed, images_per_epoch)
+        eval_loader = eval_loader if eval_loader is None else accelerator.prepare_data_loader(eval_loader)
+        # FSDP2 cuts a model's weights up where they are: a copy is trained, and what came in takes its weights each
+        # epoch.
+        whole = model.to(accelerator.device)
+        model = copy.deepcopy(whole) if accelerator.distributed_type == DistributedType.FSDP else whole
+        plain_optimizer = make_optimizer(model, rule, learning_rate, weight_decay)
+        steps = epochs * math.ceil(data.batches / accelerator.gradient_accumulation_steps)
+        # Not prepared: a prepared scheduler steps once per process.
+        scheduler = LambdaLR(plain_optimizer, lambda step: rate_at(step, steps, warmup_fraction))
+        settings = {
+            "model": describe_model(model),
+            "epochs": epochs,
+            "images": data.images,
+            "batches of an epoch": data.batches,
+            "batch_size": data.batch_size,
+            "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+            "teacher": None if teacher is None else digest(teacher),
+            "plan": digest((getattr(whole, "lfrns_provenance", None) or {}).get("plan")),
+            "optimizer": rule,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "max_grad_norm": str(max_grad_norm),
+            "warmup_fraction": warmup_fraction,
+            "label_smoothing": label_smoothing,
+            "distill_weight": distill_weight,
+            "temperature": temperature,
+            "mixed_precision": accelerator.mixed_precision,
+            "seed": seed,
+            "data_seed": data.order_seed,
+        }
+        trained, prepared_optimizer = accelerator.prepare(model, plain_optimizer)
+        try:
+            checkpoints = None
+            if checkpoint_dir is not None:
+                checkpoints = Checkpoints(checkpoint_dir, accelerator, settings, checkpoint_every)
+            mix = functools.partial(
+                mixed_loss, label_smoothing=label_smoothing, distill_weight=distill_weight, temperature=temperature
+            )
+            run = Run(
+                accelerator, data, whole, model, trained, teacher, prepared_optimizer, scheduler, mix, steps,
+                learning_rate, max_grad_norm, checkpoints, tracker, eval_loader, progress,
+            )  # fmt: skip
+            run.train(epochs)
+        finally:
+            accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
+            accelerator.free_memory()
+    return whole
+
+
+@contextlib.contextmanager
+def _as_before(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Put a model's modes and an accelerator's way of accumulating back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    kept = accelerator.gradient_state.plugin_kwargs
+    synced = accelerator.gradient_state.sync_with_dataloader
+    try:
+        yield
+    finally:
+        kept["sync_with_dataloader"] = synced
+        for module, training in modes:
+            module.training = training
+
+
+def _check_loader(loader: Any, images_per_epoch: int | None) -> None:
+    """Refuse a loader that has no images, or whose epochs have no length."""
+    if not isinstance(loader, DataLoader):
+        raise TypeError(
+            f"retrain(loader={type(loader).__name__}): a torch DataLoader is needed. Wrap the images in one."
+        )
+    if images_per_epoch is not None and images_per_epoch < 1:
+        raise ValueError(f"retrain(images_per_epoch={images_per_epoch}): it must be 1 or more.")
+    sized = hasattr(loader.dataset, "__len__")
+    if sized and images_per_epoch is not None:
+        raise ValueError(
+            f"retrain(images_per_epoch={images_per_epoch}): the loader has {len(loader.dataset)} images and epochs of "
+            "its own. Leave it out; for fewer images give a torch Subset."
+        )
+    if not sized and images_per_epoch is None:
+        raise ValueError(
+            "retrain(loader): the rate schedule needs the length of an epoch. Pass images_per_epoch, or use a dataset "
+            "that has a length."
+        )
+    if sized and len(loader) == 0:
+        raise ValueError(
+            f"retrain(loader): the loader is empty ({len(loader.dataset)} images, batch_size={loader.batch_size}, "
+            f"drop_last={loader.drop_last}). Check the folder and the split, or lower batch_size."
+        )
+
+
+def _check_arguments(
+    model: nn.Module,
+    epochs: int,
+    teacher: nn.Module | None,
+    warmup_fraction: float,
+    label_smoothing: float,
+    distill_weight: float,
+    temperature: float,
+) -> None:
+    """Refuse values out of range before anything is touched."""
+    if not isinstance(epochs, int) or epochs < 0:
+        raise ValueError(f"retrain(epochs={epochs}): epochs must be 0 or more. The default is 3.")
+    if teacher is model:
+        raise ValueError("retrain(teacher=model): a model cannot teach itself. Pass the dense model, or a deepcopy.")
+    for name, value, closed in (
+        ("warmup_fraction", warmup_fraction, False),
+        ("label_smoothing", label_smoothing, False),
+        ("distill_weight", distill_weight, True),
+    ):
+        if not (0 <= value < 1 or (closed and value == 1)):
+            raise ValueError(
+                f"retrain({name}={value}): it must lie in [0, 1{']' if closed else ')'}. For 10 % pass 0.1."
+            )
+    if not temperature > 0:
+        raise ValueError(f"retrain(temperature={temperature}): it must be above 0. The default is 4.")
