@@ -5,6 +5,7 @@ N images, D input channels of a consumer, K of them kept and R removed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -164,36 +165,42 @@ def estimated(
     for number, piece in enumerate(images):
         if number % ranks != rank:
             continue
-        read: dict[str, Tensor] = {}
-
-        def alone(name: str, read: dict[str, Tensor] = read) -> Any:
-            def hook(module: nn.Module, value: Tensor) -> Tensor:
-                read[name] = value.clone()  # so that its gradient is this consumer's alone
-                return read[name]
-
-            return hook
-
-        with watched(model, {name: alone(name) for name in changes}), torch.enable_grad():
-            answer = read_answer(model, model(piece.to(device).detach().requires_grad_()))
-            loss = answer.drawn_loss(torch.Generator().manual_seed(seed * 1_000_003 + number))
-        values = {name: tensor for name, tensor in read.items() if tensor.requires_grad}
-        gradients = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
         slopes = torch.zeros(*found.shape, len(piece), dtype=torch.float64)
-        for (name, tensor), gradient in zip(values.items(), gradients, strict=True):
-            if gradient is None:
-                continue
-            module = model.get_submodule(name)
-            rows, slope = (
-                channels_last(module, t).reshape(len(piece), -1, channel_count(module))
-                for t in (tensor.detach(), gradient)
+
+        def alone(module: nn.Module, value: Tensor, name: str, slopes: Tensor) -> Tensor:
+            value = value.clone()  # so that its gradient is this consumer's alone
+            if value.requires_grad:
+                value.register_hook(partial(add_slopes, slopes, changes[name], module, value.detach()))
+            return value
+
+        hooks = {name: partial(alone, name=name, slopes=slopes) for name in changes}
+        with watched(model, hooks), torch.enable_grad():
+            images_of = piece.to(device).detach().requires_grad_()
+            loss = read_answer(model, model(images_of)).drawn_loss(
+                torch.Generator().manual_seed(seed * 1_000_003 + number)
             )
-            for change in changes[name]:
-                product = slope[..., change.leave] * change.of(rows)
-                slopes[change.group, change.place] += product.sum((1, 2)).double().cpu()
+            torch.autograd.grad(loss, images_of, allow_unused=True)
         found += 0.5 * slopes.square().sum(2)
     if ranks > 1:
         found = accelerator.reduce(found.to(accelerator.device), "sum").cpu()
     return (found / sum(map(len, images))).cummax(1).values
+
+
+def add_slopes(slopes: Tensor, changes: Sequence[Change], module: nn.Module, value: Tensor, gradient: Tensor) -> None:
+    """Add what each change of a consumer's input would change each image's loss by, to first order, in place.
+
+    Args:
+        slopes: [groups, widths, N], float64, on the CPU.
+        changes: Of this consumer.
+        module: The consumer.
+        value, gradient: Its input and the loss's gradient there.
+    """
+    rows, slope = (
+        channels_last(module, t).reshape(slopes.shape[2], -1, channel_count(module)) for t in (value, gradient)
+    )
+    for change in changes:
+        product = slope[..., change.leave] * change.of(rows)
+        slopes[change.group, change.place] += product.sum((1, 2)).double().cpu()
 
 
 def spread(merges: Merges, counts: list[int], measured: list[float]) -> Merges:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.answers import read_answer
 from lfrns_hub.batches import split_batch
-from lfrns_hub.running import as_input
+from lfrns_hub.running import as_input, return_memory
 from lfrns_hub.taps import channel_count, channels_last, watched
 
 HELD_OUT_EVERY = 5  # every fifth batch chooses the ridge; the others fit
@@ -152,6 +152,8 @@ def collect(
                 elif len(some):
                     with torch.no_grad():
                         model(some)
+            if place == len(pieces) - 2:
+                return_memory()  # of backward passes
     for m in moments.values():
         mirror(m.square)
     if ranks > 1:
@@ -170,7 +172,7 @@ def collect(
 
 def backward_share(batch: int) -> int:
     """Give so many images of a batch that their backward pass, which keeps all activations, takes no more memory."""
-    return max(1, batch // 16)
+    return max(1, batch // 32)
 
 
 def first_readers(model: nn.Module, taps: Sequence[str], image: Tensor) -> tuple[dict[str, str], dict[str, Tensor]]:

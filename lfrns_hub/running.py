@@ -1,6 +1,8 @@
 """Models as callers bring them: in a wrapper, in training mode, on some device, in some floating-point type."""
 
 import contextlib
+import ctypes
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,3 +124,10 @@ def laid_out_models(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for model in moved:
             model.to(memory_format=torch.contiguous_format)
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system where the C library keeps it: large tensors cannot be put into its gaps."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # musl has none
+    if trim:
+        trim(0)

@@ -188,7 +188,9 @@ def self_check(
     with torch.no_grad():
         dense = read_logits(copied(images)) if open_groups else None
 
-    def verify(some: list[UnitGroup]) -> None:
+    pending = [open_groups] if open_groups else []
+    while pending:
+        some = pending.pop()
         plan = random_plan(some, generator)
         try:
             error, moved = compare(copied, narrow, plan, images, dense)
@@ -203,11 +205,7 @@ def self_check(
         elif len(some) == 1:
             report.frozen[some[0].name] = f"the self-check failed: {why}"
         else:
-            verify(some[: len(some) // 2])
-            verify(some[len(some) // 2 :])
-
-    if open_groups:
-        verify(open_groups)
+            pending += [some[len(some) // 2 :], some[: len(some) // 2]]
     passed = [replace(g, frozen_reason=report.frozen[g.name]) if g.name in report.frozen else g for g in narrow]
     alive = [g for g in passed if g.frozen_reason is None and g.exact]
     if alive:

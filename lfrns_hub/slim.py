@@ -22,7 +22,7 @@ from lfrns_hub.reconstruct import reconstruct
 from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_rows
 from lfrns_hub.report import SlimReport, added_up, clocked, measure_integrity, provenance, report_group
 from lfrns_hub.responses import HELD_OUT_EVERY, Moments, collect
-from lfrns_hub.running import as_input, device_of, dtype_of, memory_format_of, refuse_meta, unwrap
+from lfrns_hub.running import as_input, device_of, dtype_of, memory_format_of, refuse_meta, return_memory, unwrap
 from lfrns_hub.select import Ledger, cluster_down, restore
 from lfrns_hub.self_check import CheckReport, narrowing, self_check
 from lfrns_hub.surgery import cut, recalibrated
@@ -241,6 +241,7 @@ def analyse(
         trace.cost.complete(count_macs(dense, example))
         clock.step("self-check")
         every, checked = self_check(dense, trace.groups, example, seed)
+        return_memory()
         chosen = choose_groups(every, kinds, groups, exclude, approximate, min_keep, call=_call)
 
         clock.step("responses")
@@ -251,6 +252,7 @@ def analyse(
         moments = {name: Moments(**fields) for name, fields in kept.items()}
 
         clock.step("redundancy")
+        return_memory()
 
         def find() -> dict[str, Merges]:
             merges = {
