@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,14 @@ def own_process(*words: str) -> float:
 
 
 def peak_of(side: str, name: str, options: Namespace) -> float:
-    """Give bytes: this process's peak after the forward passes or after the analysis, or the size of the moments."""
+    """Give bytes: this process's peak after the forward passes or the analysis, or the size of weights and moments."""
     import lfrns_hub as lfrns
-    from lfrns_hub.taps import channel_count
 
     model, images = model_and_images(name, options)
-    if side == "moments":
-        groups = [g for g in lfrns.find_units(model, images[0][:1]) if g.exact and not g.frozen_reason]
-        taps = {tap.module for group in groups for tap in group.taps}
-        # Two parts of second moments in float64. Those that several consumers of one tensor share count for each here.
-        return float(sum(16 * channel_count(model.get_submodule(tap)) ** 2 for tap in taps))
+    if side == "kept":
+        moments = lfrns.analyse(model, [batch[:2] for batch in images[:5]], progress=False).moments
+        squares = {m.square.data_ptr(): m.square.nbytes for m in moments.values()}  # readers of one tensor share them
+        return float(sum(squares.values()) + sum(parameter.nbytes for parameter in model.parameters()))
     if side == "ours":
         lfrns.analyse(model, [(batch, None) for batch in images], progress=False)
     else:
@@ -96,11 +95,11 @@ def peak_of(side: str, name: str, options: Namespace) -> float:
 
 
 def memory_turns(name: str, options: Namespace) -> Turns:
-    """Take the peak of both in processes of their own."""
+    """Take the peak of both in processes of their own; the analysis works on a copy of the weights."""
     words = [name, *(["--smoke"] if options.smoke else [])]
-    moments = own_process("peak", "moments", *words)
+    kept = own_process("peak", "kept", *words)
     calls = {
-        "reference": lambda: own_process("peak", "reference", *words) + moments,
+        "reference": lambda: own_process("peak", "reference", *words) + kept,
         "ours": lambda: own_process("peak", "ours", *words),
     }
     return run_turns(calls, min(options.runs, 2))  # bytes do not hang on how busy the machine is
@@ -145,10 +144,11 @@ def slim_resnet50(options: Namespace) -> Turns:
         )  # fmt: skip
         pruner.step()
 
-    def ours() -> None:
-        lfrns.slim(model, list(zip(images, labels, strict=True)), macs=0.5, fcr_steps=0, progress=False)
+    def ours(fold: bool) -> None:
+        lfrns.slim(model, list(zip(images, labels, strict=True)), macs=0.5, fcr_steps=0, fold=fold, progress=False)
 
-    return run_turns({"reference": taylor, "ours": ours}, options.runs, **settled(options))
+    calls = {"reference": taylor, "ours": partial(ours, True), "without the fold": partial(ours, False)}
+    return run_turns(calls, options.runs, **settled(options))
 
 
 def growth(options: Namespace, *twice: str) -> Turns:
