@@ -254,6 +254,21 @@ def test_slim_leaves_the_dense_model_alone_and_repeats_itself(name):
     assert 0.5 < one.report.macs_fraction <= 0.6
 
 
+@pytest.mark.parametrize("folding", [False, True])
+def test_a_cut_copy_shares_no_memory_with_the_dense_network(folding):
+    """What is narrowed is not copied before: neither a fold nor later training may write to the dense weights."""
+    torch.manual_seed(0)
+    model, images = ARCHITECTURES["cifar_resnet20"](), torch.randn(8, 3, 32, 32)
+    analysis = lfrns.analyse(model, [images], progress=False)
+    dense, groups = analysis.dense, analysis.every
+    before = copy.deepcopy(dense.state_dict())
+    plan = random_plan([group for group in groups if group.frozen_reason is None], torch.Generator().manual_seed(0))
+    slim = cut(dense, groups, plan, analysis.moments if folding else None)
+    theirs = {tensor.data_ptr() for tensor in [*dense.parameters(), *dense.buffers()]}
+    assert not theirs & {tensor.data_ptr() for tensor in [*slim.parameters(), *slim.buffers()]}
+    assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in before.items())
+
+
 def test_without_fold_every_weight_is_an_element_of_the_dense_one():
     torch.manual_seed(3)
     model = ARCHITECTURES["vision_transformer"]()

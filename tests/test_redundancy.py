@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lfrns_hub.redundancy import RIDGE, TapView, agglomerate, eliminate, stand_ins, unit_correlation
+from lfrns_hub.redundancy import RIDGE, TapView, agglomerate, eliminate, stand_ins, unit_correlation, weight_rows
 from lfrns_hub.responses import Moments, best_fold, fold_matrix, integrity, output_error, weight_products
 
 
@@ -79,6 +79,31 @@ def one_by_one(views: list[TapView], units: int) -> tuple[list[int], list[float]
         order.append(unit)
         cost.append(max([0.5 * errors[unit], *cost[-1:]]))
     return order, cost
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (20, 8), (5, 8, 3, 3)])
+def test_weight_rows_are_at_most_as_many_as_channels_and_have_the_gram_matrix_of_all(shape):
+    """Outputs count by what they cost; the kernel's positions count as outputs."""
+    torch.manual_seed(0)
+    weight, loss_weight = torch.randn(shape), torch.rand(shape[0])
+    channels = torch.tensor([6, 1, 4])
+    rows = weight_rows(weight, channels, loss_weight, torch.float64)
+    flat = weight[:, channels].flatten(2) if len(shape) > 2 else weight[:, channels, None]
+    gram = torch.einsum("ock,odk,o->cd", *(2 * [flat.double()]), loss_weight.double())
+    assert len(rows) <= 3
+    torch.testing.assert_close(TapView(gram, rows).gram, gram)
+
+
+def test_wide_taps_are_eliminated_in_float32_to_the_same_cost():
+    """Against float64: other orders among near equals, the same error in all."""
+    torch.manual_seed(0)
+    rows = (torch.randn(2400, 200) @ torch.randn(200, 600) + torch.randn(2400, 600)).relu().double()
+    rows -= rows.mean(0)
+    second, weight = rows.T @ rows / len(rows), torch.randn(100, 600, dtype=torch.float64)
+    exact = eliminate([TapView(second, weight)], 600)
+    wide = eliminate([TapView(second.float(), weight.float())], 600)
+    assert sum(wide.cost[:300]) == pytest.approx(sum(exact.cost[:300]), rel=1e-3)
+    assert len(set(wide.order[:300]) & set(exact.order[:300])) > 290
 
 
 def test_moments_that_are_not_finite_are_one_error():
