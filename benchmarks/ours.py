@@ -5,6 +5,7 @@ A control shares all but one thing with the method: `random units` has its width
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from case import Case, contestant
 from torch import Tensor, nn
 
 import lfrns_hub as lfrns
+from lfrns_hub import responses
 from lfrns_hub.batches import read_logits
 from lfrns_hub.contribution import learn_contributions
 from lfrns_hub.recipe import random_plan
@@ -60,6 +62,14 @@ def unlabelled(case: Case) -> nn.Module:
 def few_images(case: Case) -> nn.Module:
     """The method on a quarter of the images."""
     return slimmed(case.part(FEW)).model
+
+
+@contestant("ours, moments of all positions", "ablation")
+def all_positions(case: Case) -> nn.Module:
+    """Of every consumer's input all positions of all images, instead of a sample of them."""
+    with patch.object(responses, "MOMENTS_SHARE", 1e9):
+        loader = case.batches()
+        return lfrns.slim(case.dense, loader, macs=case.macs, params=case.params, seed=case.seed, progress=False).model
 
 
 @contestant("ours, without distillation", "ablation", distil=False)

@@ -3,6 +3,7 @@
 N rows (images x positions), D input channels of a consumer, O its outputs. Nothing of size N x D is kept.
 """
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 ROWS_PER_CHANNEL = 4  # at least: what a covariance needs that is to be inverted
 MOMENTS_SHARE = 0.05  # of the forward passes' MACs, for the products of rows
 BLOCK = 256  # channels; the products of a wider tap are symmetric in blocks of an eighth
+MAX_MOMENT_BYTES = 2**33  # in memory; beyond it they lie in a file, of which the system keeps in memory what it can
 WIDE = 512  # channels; moments of more are kept, inverted and solved in float32, at half the memory and time
 WEIGHED_EVERY = 32  # images, of which one is differentiated for the loss weights
 LEAST_WEIGHED = 8
@@ -47,13 +49,23 @@ class Moments:
     loss_weight: Tensor
 
     @classmethod
-    def empty(cls, module: nn.Module, about: Tensor) -> "Moments":
-        """Give the moments of a consumer before any image."""
+    def empty(cls, module: nn.Module, about: Tensor, file: str | None = None) -> "Moments":
+        """Give the moments of a consumer before any image.
+
+        Args:
+            module: The consumer.
+            about: As the attribute.
+            file: Where `square` lies, mapped; in memory if None.
+        """
         width = channel_count(module)
         count, total, loss_weight = (
             torch.zeros(shape, dtype=torch.float64) for shape in ((2,), (2, width), (module.weight.shape[0],))
         )
-        square = torch.zeros(2, width, width, dtype=torch.float64 if width <= WIDE else torch.float32)
+        dtype, shape = square_dtype(width), (2, width, width)
+        if file is None:
+            square = torch.zeros(shape, dtype=dtype)
+        else:
+            square = torch.from_file(file, shared=True, size=2 * width**2, dtype=dtype).view(shape)
         return cls(is_unpadded(module), count, total, square, about, loss_weight)
 
     @property
@@ -92,6 +104,26 @@ def is_unpadded(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (not isinstance(module.padding, str) and not any(module.padding))
 
 
+def square_dtype(width: int) -> torch.dtype:
+    """Give the dtype in which the second moments of so many channels are kept."""
+    return torch.float64 if width <= WIDE else torch.float32
+
+
+def empty_moments(modules: dict[str, nn.Module], means: dict[str, Tensor]) -> dict[str, Moments]:
+    """Give the moments of some consumers before any image, mapped from files where they are too many for memory.
+
+    The files lie in the folder for temporary files (TMPDIR), have no name any more, and go with the moments.
+    """
+    figures = sum(2 * len(mean) ** 2 * square_dtype(len(mean)).itemsize for mean in means.values())
+    if figures <= MAX_MOMENT_BYTES:
+        return {name: Moments.empty(modules[name], mean) for name, mean in means.items()}
+    with tempfile.TemporaryDirectory(prefix="lfrns-moments-") as folder:
+        return {
+            name: Moments.empty(modules[name], mean, f"{folder}/{number}")
+            for number, (name, mean) in enumerate(means.items())
+        }
+
+
 def collect(
     model: nn.Module,
     taps: Sequence[str],
@@ -122,7 +154,7 @@ def collect(
     modules = {name: model.get_submodule(name) for name in taps}
     images_of = [split_batch(batch)[0] for batch in batches]
     readers, means = first_readers(model, taps, as_input(images_of[0][:1], model))
-    moments = {name: Moments.empty(modules[name], mean) for name, mean in means.items()}
+    moments = empty_moments(modules, means)
     count = sum(map(len, images_of))
     rows = {
         name: max(ROWS_PER_CHANNEL * m.width / count, MOMENTS_SHARE * macs / len(moments) / m.width**2)

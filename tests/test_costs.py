@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import lfrns_hub as lfrns
+from lfrns_hub import responses
 from lfrns_hub.answers import read_answer
 from lfrns_hub.costs import estimated, first_images, measure_costs, measured, spread
 from lfrns_hub.redundancy import RIDGE, Merges, eliminate
@@ -102,6 +103,24 @@ def test_costs_add_up_to_what_was_found_and_keep_the_order(case):
         assert one.cost == sorted(one.cost) and len(one.cost) == len(one.order)
     line = spread(Merges([4, 2, 1, 0], [1.0, 1.0, 2.0, 2.0]), [2], [0.5])
     assert line.cost == pytest.approx([0.25, 0.25, 0.5, 0.5])
+
+
+def test_moments_too_large_for_memory_lie_in_files_and_are_the_same(case, tmp_path, monkeypatch):
+    """The files have no name any more once the moments are there."""
+    dense, _, _, _, images, moments = case
+    monkeypatch.setattr(responses, "MAX_MOMENT_BYTES", 0)
+    monkeypatch.setattr(responses.tempfile, "tempdir", str(tmp_path))
+    mapped = []
+    monkeypatch.setattr(
+        responses.torch, "from_file", lambda *a, _from=torch.from_file, **k: mapped.append(a) or _from(*a, **k)
+    )
+    macs = trace_model(dense, images[0][:1]).cost.macs({})
+    again = collect(dense, list(moments), images, macs=macs, seed=0)
+    assert len(mapped) == len(moments)
+    assert not list(tmp_path.iterdir())
+    for name, one in moments.items():
+        assert torch.equal(one.square, again[name].square), name
+        assert torch.equal(one.total, again[name].total), name
 
 
 def test_first_images_are_no_more_than_asked_for():
