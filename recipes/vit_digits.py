@@ -25,7 +25,7 @@ from lfrns_hub.zoo import create_dense, guard_against_chance
 
 TEST_IMAGES = 500
 LEARNING_RATE = 3e-3  # dense and from scratch
-RETRAIN_LEARNING_RATE = 1e-3
+RETRAIN_LEARNING_RATE = 5e-4
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
 FCR_STEPS = 100
