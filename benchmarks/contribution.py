@@ -25,7 +25,7 @@ from lfrns_hub.contribution import answer_gated, answer_to, gate_loss, learn_con
 from lfrns_hub.costs import measure_costs
 from lfrns_hub.options import choose_groups
 from lfrns_hub.redundancy import find_merges
-from lfrns_hub.responses import Moments
+from lfrns_hub.responses import Moments, held_out
 from lfrns_hub.slim import CLUSTER_TO, analysis_copy, cluster, observe, views
 from lfrns_hub.trace import trace_model
 from lfrns_hub.units import UnitGroup
@@ -40,12 +40,12 @@ class Clustered:
         self.dense, self.batches = analysis_copy(case.dense, case.images.device), case.batches()
         trace = trace_model(self.dense, case.example())
         kinds = ("channel", "head", "neuron")
-        self.groups: list[UnitGroup] = choose_groups(trace.groups, kinds, None, (), False, 1)
+        self.groups: list[UnitGroup] = choose_groups(trace.groups, kinds, None, (), False, 1, call="slim")
         self.moments: dict[str, Moments] = observe(
             self.dense, self.groups, self.batches, trace.cost.macs({}), case.seed, None
         )
         merges = {g.name: find_merges(views(self.dense, g, self.moments), g.size, "functional") for g in self.groups}
-        held = [images for images, _ in self.batches[4::5]]
+        held = held_out([images for images, _ in self.batches])
         merges = measure_costs(self.dense, self.groups, merges, held, len(case.images), self.moments, seed=case.seed)
         budget = {"macs": case.macs}
         self.keep, self.pruning_set, _ = cluster(self.groups, merges, trace, budget, "global", CLUSTER_TO)

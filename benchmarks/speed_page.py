@@ -59,7 +59,7 @@ def table_of(rows: dict[str, Row], folder: Path) -> list[str]:
         machine = content["machine"]
         where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
         for side, ratio in sorted(content["ratios"].items(), key=lambda item: item[0] != "ours"):
-            label = row.what + content.get("note", "") if side == "ours" else f"&nbsp;&nbsp;{side} / the same"
+            label = row.what if side == "ours" else f"&nbsp;&nbsp;{side} / the same"
             reference, value = (figure(statistics.median(content["turns"][s]), row.batch) for s in ("reference", side))
             wanted, turns = row.wanted if side == "ours" else "", len(content["turns"][side])
             lines.append(f"| {label} | {span(ratio)} | {wanted} | {reference} | {value} | {turns} | {where} |")

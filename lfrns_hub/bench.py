@@ -182,10 +182,10 @@ def peak_memory(
     """Measure the memory that a forward pass needs at its peak, weights included, in a fresh process.
 
     On CUDA it is torch.cuda.max_memory_allocated. On a CPU it is the weights and by how much the peak of resident
-    memory (VmHWM of Linux, else getrusage's ru_maxrss) rises over what the process held before
-    the pass: activations, and what the kernels lay out anew. One pass goes before it, for the code and the tables that
-    the first one loads. The peak starts anew where the system lets it (Linux); elsewhere building the model, or the
-    first pass, can hide a part of it.
+    memory (VmHWM of Linux, else getrusage's ru_maxrss) rises over what the process held before the pass: activations,
+    and what the kernels lay out anew. One pass goes before it, for the code and the tables that the first one loads.
+    The peak starts anew where the system lets it (Linux); elsewhere building the model, or the first pass, can hide a
+    part of it.
 
     Args:
         build: What builds the model, as package.module:function.

@@ -162,24 +162,23 @@ def estimated(
                 figures = (keep, leave, fold.T.float().contiguous(), offset.float())
                 changes.setdefault(tap.module, []).append(Change(number, place, *(f.to(device) for f in figures)))
     found = torch.zeros(len(groups), len(PROBED_SHARES), dtype=torch.float64)
+
+    def sloped(slopes: Tensor, of_tap: list[Change], module: nn.Module, value: Tensor) -> Tensor:
+        value = value.clone()  # so that its gradient is this consumer's alone
+        if value.requires_grad:
+            value.register_hook(partial(add_slopes, slopes, of_tap, module, value.detach()))
+        return value
+
     for number, piece in enumerate(images):
         if number % ranks != rank:
             continue
         slopes = torch.zeros(*found.shape, len(piece), dtype=torch.float64)
-
-        def alone(module: nn.Module, value: Tensor, name: str, slopes: Tensor) -> Tensor:
-            value = value.clone()  # so that its gradient is this consumer's alone
-            if value.requires_grad:
-                value.register_hook(partial(add_slopes, slopes, changes[name], module, value.detach()))
-            return value
-
-        hooks = {name: partial(alone, name=name, slopes=slopes) for name in changes}
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        piece = piece.to(device).detach().requires_grad_()
+        hooks = {name: partial(sloped, slopes, of_tap) for name, of_tap in changes.items()}
         with watched(model, hooks), torch.enable_grad():
-            images_of = piece.to(device).detach().requires_grad_()
-            loss = read_answer(model, model(images_of)).drawn_loss(
-                torch.Generator().manual_seed(seed * 1_000_003 + number)
-            )
-            torch.autograd.grad(loss, images_of, allow_unused=True)
+            loss = read_answer(model, model(piece)).drawn_loss(generator)
+            torch.autograd.grad(loss, piece, allow_unused=True)
         found += 0.5 * slopes.square().sum(2)
     if ranks > 1:
         found = accelerator.reduce(found.to(accelerator.device), "sum").cpu()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.answers import read_answer
-from lfrns_hub.responses import HELD_OUT_EVERY
+from lfrns_hub.responses import held_out
 from lfrns_hub.running import device_of
 
 
@@ -18,10 +18,9 @@ class Judge:
 
         Args:
             dense: In eval mode.
-            batches: Calibration images [N, C, H, W]; every fifth batch is held out, all are where there are fewer.
+            batches: Calibration images [N, C, H, W], of which those held out are taken.
         """
-        held = list(batches)[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or batches
-        self._held = [batch.to(device_of(dense)) for batch in held]
+        self._held = [batch.to(device_of(dense)) for batch in held_out(batches)]
         with torch.no_grad():
             self._targets = [read_answer(dense, dense(batch)) for batch in self._held]
         self._known: list[tuple[nn.Module, float]] = []

@@ -134,7 +134,7 @@ def choose_groups(
     approximate: bool,
     min_keep: int,
     *,
-    call: str = "slim",
+    call: str,
 ) -> list[UnitGroup]:
     """Give the groups that may be cut.
 

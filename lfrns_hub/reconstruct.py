@@ -175,8 +175,7 @@ class Layer:
                 if len(images):
                     rows = self.entries(value, images)
                     wanted = self.targets[images].flatten(0, 1).T.reshape(groups, -1, rows.shape[1])
-                    for group, of_group in enumerate(rows):
-                        add_products(inner[part, group], of_group)
+                    add_products(inner[part], rows)
                     cross[part] += (wanted @ rows).cpu()
                     square[part] += wanted.square().sum(2, dtype=torch.float64).cpu()
                     if part == 0:

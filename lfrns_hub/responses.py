@@ -99,6 +99,16 @@ class Moments:
         return self.total.sum(0) / self.count.sum()
 
 
+def held_out(batches: Sequence[Any]) -> list[Any]:
+    """Give the batches that nothing is fitted to, every fifth; all of them where there are fewer than five."""
+    return list(batches)[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or list(batches)
+
+
+def fitting(batches: Sequence[Any]) -> list[Any]:
+    """Give the batches that are not held out."""
+    return [batch for number, batch in enumerate(batches) if number % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
+
+
 def is_unpadded(module: nn.Module) -> bool:
     """Whether every output position of a consumer sees only real inputs."""
     return isinstance(module, nn.Linear) or (not isinstance(module.padding, str) and not any(module.padding))
@@ -247,14 +257,20 @@ def accumulate(
 
 
 def add_products(square: Tensor, rows: Tensor) -> None:
-    """Add the products of rows [N, D] to `square` [D, D] on the CPU, but for blocks below the diagonal, in place."""
-    block = max(BLOCK, -(-len(square) // 8))
-    for at in range(0, len(square), block):
-        of_block, some = square[at : at + block, at:], rows[:, at : at + block].T
-        if of_block.dtype == rows.dtype and of_block.device == rows.device:
+    """Add the products of rows to `square`, but for blocks below the diagonal, in place.
+
+    Args:
+        square: [..., D, D], on the CPU.
+        rows: [..., N, D], float32.
+    """
+    width = rows.shape[-1]
+    block = max(BLOCK, -(-width // 8))
+    for at in range(0, width, block):
+        of_block, some = square[..., at : at + block, at:], rows[..., at : at + block].mT
+        if rows.ndim == 2 and of_block.dtype == rows.dtype and of_block.device == rows.device:
             of_block.addmm_(some, rows[:, at:])
         else:
-            of_block += (some @ rows[:, at:]).cpu()
+            of_block += (some @ rows[..., at:]).cpu()
 
 
 def mirror(square: Tensor) -> None:

@@ -21,7 +21,7 @@ from lfrns_hub.options import KINDS, check_budgets, check_cut, check_example, ch
 from lfrns_hub.reconstruct import reconstruct
 from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_rows
 from lfrns_hub.report import SlimReport, added_up, clocked, measure_integrity, provenance, report_group
-from lfrns_hub.responses import HELD_OUT_EVERY, Moments, collect
+from lfrns_hub.responses import Moments, collect, held_out
 from lfrns_hub.running import as_input, device_of, dtype_of, memory_format_of, refuse_meta, return_memory, unwrap
 from lfrns_hub.select import Ledger, cluster_down, restore
 from lfrns_hub.self_check import CheckReport, narrowing, self_check
@@ -152,9 +152,9 @@ def slim(
         progress: Show a bar on the main process.
         checkpoint_dir: A folder, seen by all processes, where moments, merges, the gates' training and the finished
             weights are kept by the content of all they hang on: the same call takes up what is there, and ends with
-            the same result, bit by bit on CPU. Moments take 16 bytes x width^2 per consumer. What was kept of a model
-            and its images stays, at all budgets, until two others have been analysed there. SIGTERM while the gates
-            train saves and ends the program with exit code 0. None: nothing is written.
+            the same result, bit by bit on CPU. Moments take 16 bytes x width^2 per consumer, above 512 channels half of
+            that. What was kept of a model and its images stays, at all budgets, until two others have been analysed
+            there. SIGTERM while the gates train saves and ends the program with exit code 0. None: nothing is written.
     Returns:
         The slim model, the plain module in eval mode, on the device of the run, each weight in its own dtype and
         trainable if it was; its plan and the report. What transformers' save_pretrained or timm's save_for_hf write
@@ -259,8 +259,7 @@ def analyse(
                 g.name: find_merges(views(dense, g, moments), g.size, distance, min(min_keep, g.size)) for g in chosen
             }
             if distance == "functional" and widths == "global":
-                images = [images for images, _ in batches]
-                held, count = images[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or images, sum(map(len, images))
+                held, count = held_out(images), sum(map(len, images))
                 return measure_costs(dense, chosen, merges, held, count, moments, seed=seed, accelerator=accelerator)
             return merges
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.batches import read_logits
 from lfrns_hub.narrow import read_widths, set_width
-from lfrns_hub.responses import HELD_OUT_EVERY, Moments, best_fold, fold_offset
+from lfrns_hub.responses import Moments, best_fold, fitting, fold_offset
 from lfrns_hub.running import as_input
 from lfrns_hub.taps import channel_count, kept_channels, multiplier, watched
 from lfrns_hub.units import SlimPlan, UnitGroup
@@ -216,4 +216,4 @@ def recalibrated(model: nn.Module, batches: list[Tensor]) -> list[nn.Module]:
     """Give the copy that `recalibrate` makes on the images that are not held out; none without BatchNorm."""
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         return []
-    return [recalibrate(model, [b for i, b in enumerate(batches) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]).eval()]
+    return [recalibrate(model, fitting(batches)).eval()]

@@ -14,6 +14,7 @@ from lfrns_hub.recipe.options import CODE
 from lfrns_hub.resume import written_aside
 from lfrns_hub.untrusted import short
 
+# What may differ between a run and its --resume: where it is told to write, and what comes after it.
 _NOT_THE_RUN = {"output_dir", "overwrite", "resume", "push_to_hub", "no_controls"}
 
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-# What may differ between a run and its --resume: where it is told to write, and what comes after it.
 CODE = "code_of_the_recipe"  # among a run's options, though no one types it
 
 
