@@ -247,10 +247,11 @@ def accumulate(
     if lead.numel() > wanted:
         drawn = torch.randint(lead.numel(), (wanted,), generator=generator).to(value.device)
         rows = value[torch.unravel_index(drawn, lead)].float()
+        rows -= moments.about.to(rows)  # in place: a copy already
     else:
         rows = value.reshape(-1, width).float()
-    with torch.autocast(rows.device.type, enabled=False):
         rows = rows - moments.about.to(rows)
+    with torch.autocast(rows.device.type, enabled=False):
         moments.count[part] += len(rows)
         moments.total[part] += rows.sum(0, dtype=torch.float64).cpu() + len(rows) * moments.about
         add_products(moments.square[part], rows)
