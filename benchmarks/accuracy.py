@@ -4,7 +4,8 @@
     python benchmarks/accuracy.py resnet56 --macs 0.5 --params 0.5 --epochs 160 --only ours dense
 
 Every contestant gets the same dense weights, the same calibration images, the same budget, the same retraining (towards
-the dense network, by its labels too) and, where that is better on images split off the training set, BatchNorm
+the dense network's logits, by the labels too; ours also towards its last feature map, and a row of ours does without)
+and, where that is better on images split off the training set, BatchNorm
 statistics taken anew. Its settings are chosen on those images as well; the test images are read for the table only.
 Finished cells are kept under benchmarks/results/: the same command goes on where it stopped. `--list` names the
 contestants, benchmarks/table.py draws the tables.
@@ -274,6 +275,7 @@ class Bench:
             model.requires_grad_(True),
             self.train.loader(BATCH, shuffle=True),
             teacher=self.teacher if contestant.distil else None,
+            **({} if contestant.features else {"feature_weight": 0}),
             epochs=epochs,
             seed=seed,
             progress=self.options.progress,

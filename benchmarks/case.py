@@ -67,6 +67,7 @@ class Contestant:
         function: `f(case, **variant)` giving a narrower model, its MACs at most `case.macs` and as near as it can.
         variants: Settings of which the best on the tuning images counts.
         distil: Whether it is retrained towards the dense network too, or by the labels alone.
+        features: Whether towards the dense network's last feature map as well, which takes a plan of what was kept.
     """
 
     name: str
@@ -74,13 +75,20 @@ class Contestant:
     function: Callable[..., nn.Module]
     variants: Sequence[dict[str, Any]] = ({},)
     distil: bool = True
+    features: bool = False
 
 
 contestants: dict[str, Contestant] = {}
 
 
 def contestant(
-    name: str, family: str, variants: Sequence[dict[str, Any]] = ({},), *, distil: bool = True, separate: bool = False
+    name: str,
+    family: str,
+    variants: Sequence[dict[str, Any]] = ({},),
+    *,
+    distil: bool = True,
+    features: bool = False,
+    separate: bool = False,
 ) -> Callable:
     """Add a function to the table of contestants; `separate` gives each variant a row of its own."""
 
@@ -88,9 +96,9 @@ def contestant(
         if separate:
             for variant in variants:
                 row = f"{name} ({', '.join(f'{value} {key}' for key, value in variant.items())})"
-                contestants[row] = Contestant(row, family, function, [variant], distil)
+                contestants[row] = Contestant(row, family, function, [variant], distil, features)
         else:
-            contestants[name] = Contestant(name, family, function, variants, distil)
+            contestants[name] = Contestant(name, family, function, variants, distil, features)
         return function
 
     return add

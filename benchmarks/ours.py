@@ -45,7 +45,7 @@ def folded(case: Case, plan: lfrns.SlimPlan) -> nn.Module:
     return reconstruct(case.dense, plain, trace.sites, trace.groups, plan, images, seed=case.seed)
 
 
-@contestant("ours", "ours")
+@contestant("ours", "ours", features=True)
 def ours(case: Case) -> nn.Module:
     """The method with its defaults."""
     return slimmed(case).model
@@ -70,6 +70,12 @@ def all_positions(case: Case) -> nn.Module:
     with patch.object(responses, "MOMENTS_SHARE", 1e9):
         loader = case.batches()
         return lfrns.slim(case.dense, loader, macs=case.macs, params=case.params, seed=case.seed, progress=False).model
+
+
+@contestant("ours, retrained as the peers are", "ablation")
+def without_features(case: Case) -> nn.Module:
+    """The method; what differs is the retraining, towards the dense network's logits but not its features."""
+    return slimmed(case).model
 
 
 @contestant("ours, without distillation", "ablation", distil=False)

@@ -116,7 +116,9 @@ def main() -> None:
 
     # Beside it, equally trained: as many units drawn at random; and the slim shape from scratch, for all epochs.
     groups = lfrns.find_units(dense, images[:1])
-    drawn = cut(dense, groups, recipe.random_plan(result.plan, groups, args.seed))
+    drawn_plan = recipe.random_plan(result.plan, groups, args.seed)
+    drawn = cut(dense, groups, drawn_plan)
+    drawn.lfrns_provenance = {"plan": drawn_plan.keep}  # where `retrain` reads which of the dense features it has
     add_row("random plan, same widths, cut alone, not retrained", drawn)
     lfrns.retrain(drawn, train_loader, seed=args.seed, checkpoint_dir=work / "random plan", **retraining)
     add_row("random plan, same widths, equally retrained", drawn)

@@ -37,7 +37,9 @@ def make_controls(dense: nn.Module, plan: SlimPlan, groups: list[UnitGroup], see
     Returns:
         Models by the names under which a record tells of them.
     """
-    drawn = cut(dense, groups, random_plan(plan, groups, seed))
+    drawn_plan = random_plan(plan, groups, seed)
+    drawn = cut(dense, groups, drawn_plan)
+    drawn.lfrns_provenance = {"plan": drawn_plan.keep}  # where `retrain` reads which of the dense features it has
     return {"random plan, same widths, equally retrained": drawn, "dense, retrained as long": copy.deepcopy(dense)}
 
 

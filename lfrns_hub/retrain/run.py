@@ -16,9 +16,11 @@ from tqdm import tqdm
 from lfrns_hub.batches import read_logits, split_batch
 from lfrns_hub.measure import evaluate, evaluating
 from lfrns_hub.resume import Checkpoints, Position, caught_sigterm, told_anywhere
+from lfrns_hub.retrain.features import Features, watch_features
 from lfrns_hub.retrain.loss import ask_teacher
 from lfrns_hub.running import laid_out
 from lfrns_hub.seeded import apart, random_kept, rounds, seeded_loader
+from lfrns_hub.units import SlimPlan
 
 
 class Epochs:
@@ -74,6 +76,8 @@ class Run:
     optimizer: Any
     scheduler: LambdaLR
     mix: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    feature_weight: float
+    plan: SlimPlan | None  # of the model, where it is known
     steps: int
     learning_rate: float
     max_grad_norm: float
@@ -82,6 +86,8 @@ class Run:
     eval_loader: Any
     progress: bool
     _rate: float = 0.0
+    _features: Features | None = None
+    _looked: bool = False
 
     def train(self, epochs: int) -> None:
         """Take the epochs that are left."""
@@ -91,7 +97,8 @@ class Run:
         show = self.progress and self.accelerator.is_main_process
         listening = caught_sigterm() if self.checkpoints else contextlib.nullcontext()
         bar = tqdm(total=self.steps, initial=at.step, desc="retrain", mininterval=0.5, disable=not show)
-        with evaluating(self.teacher, device=self.accelerator.device), bar, listening as told:
+        teaching = evaluating(self.teacher, device=self.accelerator.device)
+        with teaching, bar, contextlib.closing(self), listening as told:
             for epoch in range(at.epoch, epochs):
                 self.trained.train()
                 for images, labels in self.data.open(at):
@@ -120,10 +127,13 @@ class Run:
         """Learn from one batch, and give its loss and the rate."""
         with self.accelerator.accumulate(self.trained):
             images = laid_out(images, self.model)
+            self._watch(images)
             with self.accelerator.autocast():
                 logits = read_logits(self.trained(images)).float()
                 soft_targets = ask_teacher(self.teacher, images)
             loss = self.mix(logits, labels, soft_targets)
+            if self._features:
+                loss = loss + self.feature_weight * self._features.loss()
             rate, value = self.scheduler.get_last_lr()[0], loss.item()
             self._check_finite(f"loss is {value}", math.isfinite(value), at.step + 1, rate)
             self.accelerator.backward(loss)
@@ -133,6 +143,18 @@ class Run:
             self.optimizer.zero_grad()
         self._rate = rate
         return value, rate
+
+    def _watch(self, images: Tensor) -> None:
+        """Find the feature map that the teacher teaches as well, on the first images."""
+        if self.teacher is not None and self.plan and self.feature_weight and not self._looked:
+            with random_kept():
+                self._features = watch_features(self.model, self.teacher, self.plan, images)
+            self._looked = True
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        if self._features:
+            self._features.close()
 
     def keep(self, at: Position, told: Any, *, epoch_ended: bool = False) -> None:
         """Write a checkpoint where one is due, and end the program where SIGTERM has come."""

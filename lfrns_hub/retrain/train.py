@@ -20,6 +20,7 @@ from lfrns_hub.retrain.choices import fill_defaults, make_optimizer, rate_at, re
 from lfrns_hub.retrain.loss import mixed_loss
 from lfrns_hub.retrain.run import Epochs, Run
 from lfrns_hub.running import laid_out_models
+from lfrns_hub.units import SlimPlan
 
 
 def retrain(
@@ -38,6 +39,7 @@ def retrain(
     label_smoothing: float = 0.0,
     distill_weight: float = 0.9,
     temperature: float = 4.0,
+    feature_weight: float = 100.0,
     gradient_accumulation_steps: int | None = None,
     mixed_precision: str | None = None,
     accelerator: Accelerator | None = None,
@@ -67,6 +69,9 @@ def retrain(
         label_smoothing: In [0, 1).
         distill_weight: Share of the teacher in the loss, in [0, 1]; 1 where there are no labels.
         temperature: Softens both sides' logits for the teacher's share.
+        feature_weight: Of the features, added to the loss: the squared error of the last feature map over the square
+            of the teacher's, at the channels that the model kept. Left out where the teacher is not the dense model
+            that `slim` made the model of, or has no such map.
         gradient_accumulation_steps: Batches per step. Default: the accelerator's, else 1.
         mixed_precision: "no", "fp16" or "bf16", for the accelerator built here. Default: as `make_accelerator`.
         accelerator: Default `make_accelerator`. What it has prepared before is released at the end.
@@ -86,10 +91,13 @@ def retrain(
             or the checkpoint is of another run.
         FloatingPointError: The loss or a weight is no longer finite; the message names the last good checkpoint.
         OSError: A checkpoint cannot be written or read; what was there before is there still.
-    Source: Fang and Yin 2025 retrain plainly; the teacher's share is Hinton et al. 2015, section 2.
+    Source: Fang and Yin 2025 retrain plainly; the teacher's share is Hinton et al. 2015, section 2, that of
+        its features after Romero et al. 2015; no regressor is needed, as a slim model keeps some of the same channels.
     """
     _check_loader(loader, images_per_epoch)
-    _check_arguments(model, epochs, teacher, warmup_fraction, label_smoothing, distill_weight, temperature)
+    _check_arguments(
+        model, epochs, teacher, warmup_fraction, label_smoothing, distill_weight, temperature, feature_weight
+    )
     if checkpoint_every < 1:
         raise ValueError(
             f"retrain(checkpoint_every={checkpoint_every}): it must be 1 or more steps. For epochs' ends "
@@ -113,6 +121,7 @@ def retrain(
         steps = epochs * math.ceil(data.batches / accelerator.gradient_accumulation_steps)
         # Not prepared: a prepared scheduler steps once per process.
         scheduler = LambdaLR(plain_optimizer, lambda step: rate_at(step, steps, warmup_fraction))
+        plan = (getattr(whole, "lfrns_provenance", None) or {}).get("plan")
         settings = {
             "model": describe_model(model),
             "epochs": epochs,
@@ -121,7 +130,7 @@ def retrain(
             "batch_size": data.batch_size,
             "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
             "teacher": None if teacher is None else digest(teacher),
-            "plan": digest((getattr(whole, "lfrns_provenance", None) or {}).get("plan")),
+            "plan": digest(plan),
             "optimizer": rule,
             "learning_rate": learning_rate,
             "weight_decay": weight_decay,
@@ -130,6 +139,7 @@ def retrain(
             "label_smoothing": label_smoothing,
             "distill_weight": distill_weight,
             "temperature": temperature,
+            "feature_weight": feature_weight,
             "mixed_precision": accelerator.mixed_precision,
             "seed": seed,
             "data_seed": data.order_seed,
@@ -143,8 +153,9 @@ def retrain(
                 mixed_loss, label_smoothing=label_smoothing, distill_weight=distill_weight, temperature=temperature
             )
             run = Run(
-                accelerator, data, whole, model, trained, teacher, prepared_optimizer, scheduler, mix, steps,
-                learning_rate, max_grad_norm, checkpoints, tracker, eval_loader, progress,
+                accelerator, data, whole, model, trained, teacher, prepared_optimizer, scheduler, mix,
+                feature_weight, SlimPlan(plan) if plan else None, steps, learning_rate, max_grad_norm, checkpoints,
+                tracker, eval_loader, progress,
             )  # fmt: skip
             run.train(epochs)
         finally:
@@ -201,6 +212,7 @@ def _check_arguments(
     label_smoothing: float,
     distill_weight: float,
     temperature: float,
+    feature_weight: float,
 ) -> None:
     """Refuse values out of range before anything is touched."""
     if not isinstance(epochs, int) or epochs < 0:
@@ -218,3 +230,7 @@ def _check_arguments(
             )
     if not temperature > 0:
         raise ValueError(f"retrain(temperature={temperature}): it must be above 0. The default is 4.")
+    if not 0 <= feature_weight < math.inf:
+        raise ValueError(
+            f"retrain(feature_weight={feature_weight}): it must be 0 or more, and finite. 0 leaves features out."
+        )

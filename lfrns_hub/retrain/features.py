@@ -1,0 +1,146 @@
+"""What a step learns from the teacher's features: its last feature map, at the channels that the slim model kept.
+
+The last feature map is the output of the module that ends last, of those that answer with one tensor of more than one
+position: the last stage of a convolutional network, the last norm of a transformer.
+
+N images, C channels of the teacher there, K of them in the slim model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfrns_hub.running import evaluating
+from lfrns_hub.surgery import removed_at_taps
+from lfrns_hub.taps import channel_count, kept_channels
+from lfrns_hub.trace import trace_model
+from lfrns_hub.units import SlimPlan, UnitGroup
+
+
+class Features:
+    """The last feature map of a model and of its teacher, seen at every forward pass of both until `close`."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, module: str, axis: int, kept: Tensor | None):
+        """Watch a module of both.
+
+        Args:
+            model, teacher: Networks that both have it.
+            module: Its name.
+            axis: Where its output has channels.
+            kept: The teacher's channels that the model has, [K], int64; None: all.
+        """
+        self.module, self.axis, self.kept = module, axis, kept
+        self._seen: dict[str, Tensor] = {}
+        self._handles = [
+            network.get_submodule(module).register_forward_hook(
+                lambda _module, _inputs, output, whose=whose: self._seen.update({whose: output})
+            )
+            for whose, network in (("model", model), ("teacher", teacher))
+        ]
+
+    def loss(self) -> Tensor:
+        """Give the squared error of the model's map of this step, over the square of the teacher's."""
+        wanted = self._seen.pop("teacher")
+        if self.kept is not None:
+            wanted = wanted.index_select(self.axis, self.kept)
+        wanted = wanted.float()
+        error = (self._seen.pop("model").float() - wanted).square().mean()
+        return error / wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+
+@dataclass
+class LastMap:
+    """Where a network's last feature map is.
+
+    Attributes:
+        module: Name of the module that answers with it.
+        shape: Of the map.
+        later: Names of the modules that start after it, in order.
+    """
+
+    module: str
+    shape: torch.Size
+    later: list[str]
+
+
+def watch_features(model: nn.Module, teacher: nn.Module, plan: SlimPlan, images: Tensor) -> Features | None:
+    """Find the last feature map of a model in its teacher as well, and watch both.
+
+    Args:
+        model: The slim model.
+        teacher: The dense one, on the same device.
+        plan: Which of the teacher's units the model kept.
+        images: Images [N, C, H, W], there too.
+    Returns:
+        None where the two cannot be compared: there is no feature map, the teacher is of another architecture, or the
+        plan does not tell which of the teacher's channels the model has.
+    """
+    few = images[:2]
+    ours, theirs = find_last_map(model, few), find_last_map(teacher, few)
+    if ours is None or theirs is None or ours.module != theirs.module or len(ours.shape) != len(theirs.shape):
+        return None
+    groups = trace_model(teacher, few).groups
+    try:
+        removed = removed_at_taps(groups, plan)
+    except ValueError:  # the plan is of another network
+        return None
+    differing = [a for a, sizes in enumerate(zip(ours.shape, theirs.shape, strict=True)) if len(set(sizes)) > 1]
+    if not differing:
+        return Features(model, teacher, ours.module, 1, None)
+    [axis, *more] = differing
+    kept = kept_there(teacher, theirs, axis, groups, plan, removed)
+    if more or kept is None or len(kept) != ours.shape[axis]:
+        return None
+    return Features(model, teacher, ours.module, axis, kept.to(images.device))
+
+
+def find_last_map(model: nn.Module, images: Tensor) -> LastMap | None:
+    """Run images through a model, in eval mode, and find its last feature map; None: it has none."""
+    found: list[LastMap] = []
+
+    def started(module: nn.Module, _inputs: Any, name: str) -> None:
+        if found:
+            found[0].later.append(name)
+
+    def ended(module: nn.Module, _inputs: Any, output: Any, name: str) -> None:
+        if isinstance(output, Tensor) and sum(size > 1 for size in output.shape[1:]) > 1:
+            found[:] = [LastMap(name, output.shape, [])]
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda m, i, name=name: started(m, i, name)))
+        handles.append(module.register_forward_hook(lambda m, i, o, name=name: ended(m, i, o, name)))
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def kept_there(
+    teacher: nn.Module,
+    place: LastMap,
+    axis: int,
+    groups: Sequence[UnitGroup],
+    plan: SlimPlan,
+    removed: dict[str, list[Tensor]],
+) -> Tensor | None:
+    """Give the channels of the teacher's map that stay, [K], int64: those of the layer that reads it next."""
+    for name in place.later:
+        if name in removed and channel_count(teacher.get_submodule(name)) == place.shape[axis]:
+            return kept_channels(teacher, name, removed[name])
+    # Flattened in between: a unit is then several inputs of that layer, but one channel here.
+    for group in groups:
+        if group.size == place.shape[axis] and any(tap.module in place.later for tap in group.taps):
+            return torch.tensor(plan.kept(group))
+    return None
