@@ -117,3 +117,16 @@ def test_what_slim_made_learns_the_features_of_the_model_it_came_from():
 def test_a_weight_out_of_range_is_refused(weight):
     with pytest.raises(ValueError, match=r"feature_weight=.*0 or more"):
         lfrns.retrain(Flattened(), DataLoader(torch.randn(2, 3, 8, 8)), feature_weight=weight)
+
+
+@pytest.mark.parametrize("plan", ["all", {"conv1": "x"}, {"conv1": [0.5]}, {"conv1": [9, 3]}, {"conv1": []}, 7])
+def test_a_checkpoint_whose_plan_is_none_is_retrained_without_features(plan):
+    torch.manual_seed(0)
+    dense, loader = Flattened(), DataLoader(torch.randn(4, 3, 8, 8), 4)
+    states = []
+    for noted in (plan, None):
+        model = copy.deepcopy(dense)
+        model.lfrns_provenance = {"plan": noted}
+        lfrns.retrain(model, loader, teacher=dense.eval(), epochs=1, progress=False)
+        states.append(model.head.weight.clone())
+    assert torch.equal(*states)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -121,7 +122,6 @@ def retrain(
         steps = epochs * math.ceil(data.batches / accelerator.gradient_accumulation_steps)
         # Not prepared: a prepared scheduler steps once per process.
         scheduler = LambdaLR(plain_optimizer, lambda step: rate_at(step, steps, warmup_fraction))
-        plan = (getattr(whole, "lfrns_provenance", None) or {}).get("plan")
         settings = {
             "model": describe_model(model),
             "epochs": epochs,
@@ -130,7 +130,7 @@ def retrain(
             "batch_size": data.batch_size,
             "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
             "teacher": None if teacher is None else digest(teacher),
-            "plan": digest(plan),
+            "plan": digest((getattr(whole, "lfrns_provenance", None) or {}).get("plan")),
             "optimizer": rule,
             "learning_rate": learning_rate,
             "weight_decay": weight_decay,
@@ -154,7 +154,7 @@ def retrain(
             )
             run = Run(
                 accelerator, data, whole, model, trained, teacher, prepared_optimizer, scheduler, mix,
-                feature_weight, SlimPlan(plan) if plan else None, steps, learning_rate, max_grad_norm, checkpoints,
+                feature_weight, _plan_of(whole), steps, learning_rate, max_grad_norm, checkpoints,
                 tracker, eval_loader, progress,
             )  # fmt: skip
             run.train(epochs)
@@ -162,6 +162,15 @@ def retrain(
             accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
             accelerator.free_memory()
     return whole
+
+
+def _plan_of(model: nn.Module) -> SlimPlan | None:
+    """Give what `slim` noted of the units that it kept; None where there is nothing, or, of a file, no plan."""
+    noted = (getattr(model, "lfrns_provenance", None) or {}).get("plan")
+    try:
+        return SlimPlan.from_json(json.dumps({"keep": noted})) if noted else None
+    except (TypeError, ValueError):
+        return None
 
 
 @contextlib.contextmanager
