@@ -56,7 +56,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "vit": {"folder": "vit_cifar10"},
 }
 RETRAINING = {
-    "cnn": {"learning_rate": 0.01, "weight_decay": 5e-4},
+    "cnn": {"learning_rate": 0.02, "weight_decay": 5e-4},
     "vit": {"learning_rate": 5e-4, "weight_decay": 0.05},
 }
 FINE_TUNING = {"learning_rate": 0.02, "weight_decay": 5e-4}
