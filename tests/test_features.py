@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import TorchDynamoPlugin
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -99,6 +102,32 @@ def test_retraining_brings_the_features_nearer_and_leaves_no_hook():
             errors[weight] = features.loss().item()
         features.close()
     assert errors[100.0] < 0.8 * errors[0.0]
+
+
+def test_a_compiled_run_learns_them_too():
+    torch.manual_seed(0)
+    dense, images = Flattened().eval(), torch.randn(16, 3, 8, 8)
+    loader = DataLoader(TensorDataset(images, torch.arange(16) % 3), batch_size=8)
+    groups, plan = half_of(dense, images)
+
+    def retrained(weight: float, accelerator: Accelerator | None) -> torch.Tensor:
+        slim = cut(dense, groups, plan)
+        slim.lfrns_provenance = {"plan": plan.keep}
+        lfrns.retrain(
+            slim, loader, teacher=dense, epochs=1, feature_weight=weight, accelerator=accelerator, progress=False
+        )
+        return slim.conv1.weight
+
+    plain = retrained(100.0, None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        compiling = Accelerator(cpu=True, dynamo_plugin=TorchDynamoPlugin(backend="eager"))
+        assert hasattr(compiling.prepare_model(nn.Linear(2, 2)), "_orig_mod")
+        without = retrained(0.0, compiling)  # compiled without hooks, and once more with them
+        torch.testing.assert_close(retrained(100.0, compiling), plain)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert not torch.equal(without, plain)
 
 
 def test_what_slim_made_learns_the_features_of_the_model_it_came_from():

@@ -6,7 +6,7 @@ position: the last stage of a convolutional network, the last norm of a transfor
 N images, C channels of the teacher there, K of them in the slim model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +35,17 @@ class Features:
         self.module, self.axis, self.kept = module, axis, kept
         self._seen: dict[str, Tensor] = {}
         self._handles = [
-            network.get_submodule(module).register_forward_hook(
-                lambda _module, _inputs, output, whose=whose: self._seen.update({whose: output})
-            )
+            network.get_submodule(module).register_forward_hook(self._note(whose))
             for whose, network in (("model", model), ("teacher", teacher))
         ]
+
+    def _note(self, whose: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        """Give the hook of a network."""
+
+        def note(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            self._seen[whose] = output
+
+        return note
 
     def loss(self) -> Tensor:
         """Give the squared error of the model's map of this step, over the square of the teacher's."""
@@ -87,10 +93,10 @@ def watch_features(model: nn.Module, teacher: nn.Module, plan: SlimPlan, images:
     ours, theirs = find_last_map(model, few), find_last_map(teacher, few)
     if ours is None or theirs is None or ours.module != theirs.module or len(ours.shape) != len(theirs.shape):
         return None
-    groups = trace_model(teacher, few).groups
     try:
+        groups = trace_model(teacher, few).groups
         removed = removed_at_taps(groups, plan)
-    except ValueError:  # the plan is of another network
+    except ValueError:  # the plan is of another network, or this one cannot be traced
         return None
     differing = [a for a, sizes in enumerate(zip(ours.shape, theirs.shape, strict=True)) if len(set(sizes)) > 1]
     if not differing:

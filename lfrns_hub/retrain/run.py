@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -149,6 +150,8 @@ class Run:
         if self.teacher is not None and self.plan and self.feature_weight and not self._looked:
             with random_kept():
                 self._features = watch_features(self.model, self.teacher, self.plan, images)
+            if self._features and hasattr(self.trained, "_orig_mod"):
+                torch.compiler.reset()  # what was compiled of this class before knows no hooks
             self._looked = True
 
     def close(self) -> None:
