@@ -59,6 +59,7 @@ RETRAINING = {
     "cnn": {"learning_rate": 0.02, "weight_decay": 5e-4},
     "vit": {"learning_rate": 5e-4, "weight_decay": 0.05},
 }
+FEATURE_WEIGHT = 100  # of the dense network's last feature map, in our rows
 FINE_TUNING = {"learning_rate": 0.02, "weight_decay": 5e-4}
 FROM_SCRATCH = {"learning_rate": 0.1, "weight_decay": 1e-4}  # He et al. 2016, section 4.2
 
@@ -275,7 +276,7 @@ class Bench:
             model.requires_grad_(True),
             self.train.loader(BATCH, shuffle=True),
             teacher=self.teacher if contestant.distil else None,
-            **({} if contestant.features else {"feature_weight": 0}),
+            feature_weight=FEATURE_WEIGHT if contestant.features else 0,
             epochs=epochs,
             seed=seed,
             progress=self.options.progress,

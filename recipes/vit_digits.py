@@ -25,6 +25,7 @@ from lfrns_hub.zoo import create_dense, guard_against_chance
 
 TEST_IMAGES = 500
 LEARNING_RATE = 3e-3  # dense and from scratch
+FEATURE_WEIGHT = 100  # of the dense model's last feature map, while the slim one is retrained
 RETRAIN_LEARNING_RATE = 5e-4
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
@@ -112,6 +113,7 @@ def main() -> None:
 
     add_row("slim, not retrained", result.model)
     retraining = {**training, "teacher": dense, "epochs": epochs, "learning_rate": RETRAIN_LEARNING_RATE}
+    retraining["feature_weight"] = FEATURE_WEIGHT
     lfrns.retrain(result.model, train_loader, seed=args.seed, checkpoint_dir=work / "retrain", **retraining)
 
     # Beside it, equally trained: as many units drawn at random; and the slim shape from scratch, for all epochs.

@@ -137,8 +137,8 @@ def test_what_slim_made_learns_the_features_of_the_model_it_came_from():
     result = lfrns.slim(dense, [images], macs=0.5, fcr_steps=0, progress=False)
     loader = DataLoader(TensorDataset(images, torch.arange(32) % 3), batch_size=16)
     with_features, without = copy.deepcopy(result.model), copy.deepcopy(result.model)
-    lfrns.retrain(with_features, loader, teacher=dense, epochs=1, progress=False)
-    lfrns.retrain(without, loader, teacher=dense, epochs=1, feature_weight=0, progress=False)
+    lfrns.retrain(with_features, loader, teacher=dense, epochs=1, feature_weight=100, progress=False)
+    lfrns.retrain(without, loader, teacher=dense, epochs=1, progress=False)
     assert not torch.equal(with_features.conv1.weight, without.conv1.weight)
 
 
@@ -156,6 +156,6 @@ def test_a_checkpoint_whose_plan_is_none_is_retrained_without_features(plan):
     for noted in (plan, None):
         model = copy.deepcopy(dense)
         model.lfrns_provenance = {"plan": noted}
-        lfrns.retrain(model, loader, teacher=dense.eval(), epochs=1, progress=False)
+        lfrns.retrain(model, loader, teacher=dense.eval(), epochs=1, feature_weight=100, progress=False)
         states.append(model.head.weight.clone())
     assert torch.equal(*states)
