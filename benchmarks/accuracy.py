@@ -5,10 +5,9 @@
 
 Every contestant gets the same dense weights, the same calibration images, the same budget, the same retraining (towards
 the dense network's logits, by the labels too; ours also towards its last feature map, and a row of ours does without)
-and, where that is better on images split off the training set, BatchNorm
-statistics taken anew. Its settings are chosen on those images as well; the test images are read for the table only.
-Finished cells are kept under benchmarks/results/: the same command goes on where it stopped. `--list` names the
-contestants, benchmarks/table.py draws the tables.
+and, where that is better on images split off the training set, BatchNorm statistics taken anew. Its settings are chosen
+on those images as well; the test images are read for the table only. Finished cells are kept under benchmarks/results/:
+the same command goes on where it stopped. `--list` names the contestants, benchmarks/table.py draws the tables.
 """
 
 import argparse

@@ -47,7 +47,7 @@ def folded(case: Case, plan: lfrns.SlimPlan) -> nn.Module:
 
 @contestant("ours", "ours", features=True)
 def ours(case: Case) -> nn.Module:
-    """The method with its defaults."""
+    """The method with its defaults; retrained towards the dense network's last feature map too."""
     return slimmed(case).model
 
 

@@ -112,15 +112,18 @@ def main() -> None:
         rows.append(recipe.control_row(name, evaluate(model, test_loader, accelerator=accelerator)))
 
     add_row("slim, not retrained", result.model)
-    retraining = {**training, "teacher": dense, "epochs": epochs, "learning_rate": RETRAIN_LEARNING_RATE}
-    retraining["feature_weight"] = FEATURE_WEIGHT
+    retraining = {
+        **training,
+        "teacher": dense,
+        "epochs": epochs,
+        "learning_rate": RETRAIN_LEARNING_RATE,
+        "feature_weight": 0 if args.model else FEATURE_WEIGHT,
+    }
     lfrns.retrain(result.model, train_loader, seed=args.seed, checkpoint_dir=work / "retrain", **retraining)
 
     # Beside it, equally trained: as many units drawn at random; and the slim shape from scratch, for all epochs.
     groups = lfrns.find_units(dense, images[:1])
-    drawn_plan = recipe.random_plan(result.plan, groups, args.seed)
-    drawn = cut(dense, groups, drawn_plan)
-    drawn.lfrns_provenance = {"plan": drawn_plan.keep}  # where `retrain` reads which of the dense features it has
+    drawn = recipe.random_cut(dense, result.plan, groups, args.seed)
     add_row("random plan, same widths, cut alone, not retrained", drawn)
     lfrns.retrain(drawn, train_loader, seed=args.seed, checkpoint_dir=work / "random plan", **retraining)
     add_row("random plan, same widths, equally retrained", drawn)

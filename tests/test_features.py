@@ -148,14 +148,18 @@ def test_a_weight_out_of_range_is_refused(weight):
         lfrns.retrain(Flattened(), DataLoader(torch.randn(2, 3, 8, 8)), feature_weight=weight)
 
 
-@pytest.mark.parametrize("plan", ["all", {"conv1": "x"}, {"conv1": [0.5]}, {"conv1": [9, 3]}, {"conv1": []}, 7])
-def test_a_checkpoint_whose_plan_is_none_is_retrained_without_features(plan):
-    torch.manual_seed(0)
-    dense, loader = Flattened(), DataLoader(torch.randn(4, 3, 8, 8), 4)
-    states = []
-    for noted in (plan, None):
-        model = copy.deepcopy(dense)
-        model.lfrns_provenance = {"plan": noted}
-        lfrns.retrain(model, loader, teacher=dense.eval(), epochs=1, feature_weight=100, progress=False)
-        states.append(model.head.weight.clone())
-    assert torch.equal(*states)
+@pytest.mark.parametrize("plan", ["all", {"conv1": "x"}, {"conv1": [0.5]}, {"conv1": [9, 3]}, {"conv1": []}, 7, None])
+def test_a_model_without_a_plan_of_the_teacher_is_refused_untouched(plan):
+    dense, loader = Flattened().eval(), DataLoader(torch.randn(4, 3, 8, 8), 4)
+    model = copy.deepcopy(dense)
+    model.lfrns_provenance = {"plan": plan}
+    with pytest.raises(ValueError, match=r"retrain\(feature_weight=100\): .* plan .*pass feature_weight=0"):
+        lfrns.retrain(model, loader, teacher=dense, feature_weight=100, progress=False)
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for n in (model, dense) for m in n.modules())
+
+
+def test_features_need_a_teacher():
+    loader = DataLoader(TensorDataset(torch.randn(4, 3, 8, 8), torch.arange(4) % 3), 4)
+    with pytest.raises(ValueError, match=r"feature_weight=100\): there is no teacher"):
+        lfrns.retrain(Flattened(), loader, feature_weight=100, progress=False)

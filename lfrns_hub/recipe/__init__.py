@@ -18,6 +18,7 @@ from lfrns_hub.recipe.results import (
     draw_clusters,
     make_controls,
     print_results,
+    random_cut,
     random_plan,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "make_controls",
     "open_run",
     "print_results",
+    "random_cut",
     "random_plan",
     "recipe_parser",
     "run",

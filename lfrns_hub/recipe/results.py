@@ -26,6 +26,14 @@ def random_plan(plan: SlimPlan, groups: list[UnitGroup], seed: int) -> SlimPlan:
     return SlimPlan({name: sorted(draw.sample(range(sizes[name]), len(keep))) for name, keep in plan.keep.items()})
 
 
+def random_cut(dense: nn.Module, plan: SlimPlan, groups: list[UnitGroup], seed: int) -> nn.Module:
+    """Cut a dense model by `random_plan`; `retrain` can read from it which of the dense model's channels it has."""
+    drawn = random_plan(plan, groups, seed)
+    model = cut(dense, groups, drawn)
+    model.lfrns_provenance = {"plan": drawn.keep}
+    return model
+
+
 def make_controls(dense: nn.Module, plan: SlimPlan, groups: list[UnitGroup], seed: int) -> dict[str, nn.Module]:
     """Make what a slim model has to beat, each to be retrained as it was: units drawn at random, and the dense model.
 
@@ -37,9 +45,7 @@ def make_controls(dense: nn.Module, plan: SlimPlan, groups: list[UnitGroup], see
     Returns:
         Models by the names under which a record tells of them.
     """
-    drawn_plan = random_plan(plan, groups, seed)
-    drawn = cut(dense, groups, drawn_plan)
-    drawn.lfrns_provenance = {"plan": drawn_plan.keep}  # where `retrain` reads which of the dense features it has
+    drawn = random_cut(dense, plan, groups, seed)
     return {"random plan, same widths, equally retrained": drawn, "dense, retrained as long": copy.deepcopy(dense)}
 
 

@@ -102,7 +102,7 @@ def watch_features(model: nn.Module, teacher: nn.Module, plan: SlimPlan, images:
     if not differing:
         return Features(model, teacher, ours.module, 1, None)
     [axis, *more] = differing
-    kept = kept_there(teacher, theirs, axis, groups, plan, removed)
+    kept = kept_there(teacher, theirs.later, theirs.shape[axis], groups, plan, removed)
     if more or kept is None or len(kept) != ours.shape[axis]:
         return None
     return Features(model, teacher, ours.module, axis, kept.to(images.device))
@@ -135,18 +135,18 @@ def find_last_map(model: nn.Module, images: Tensor) -> LastMap | None:
 
 def kept_there(
     teacher: nn.Module,
-    place: LastMap,
-    axis: int,
+    later: list[str],
+    channels: int,
     groups: Sequence[UnitGroup],
     plan: SlimPlan,
     removed: dict[str, list[Tensor]],
 ) -> Tensor | None:
     """Give the channels of the teacher's map that stay, [K], int64: those of the layer that reads it next."""
-    for name in place.later:
-        if name in removed and channel_count(teacher.get_submodule(name)) == place.shape[axis]:
+    for name in later:
+        if name in removed and channel_count(teacher.get_submodule(name)) == channels:
             return kept_channels(teacher, name, removed[name])
     # Flattened in between: a unit is then several inputs of that layer, but one channel here.
     for group in groups:
-        if group.size == place.shape[axis] and any(tap.module in place.later for tap in group.taps):
+        if group.size == channels and any(tap.module in later for tap in group.taps):
             return torch.tensor(plan.kept(group))
     return None

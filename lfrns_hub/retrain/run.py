@@ -78,7 +78,7 @@ class Run:
     scheduler: LambdaLR
     mix: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
     feature_weight: float
-    plan: SlimPlan | None  # of the model, where it is known
+    plan: SlimPlan | None  # of the model; features need it
     steps: int
     learning_rate: float
     max_grad_norm: float
@@ -88,7 +88,6 @@ class Run:
     progress: bool
     _rate: float = 0.0
     _features: Features | None = None
-    _looked: bool = False
 
     def train(self, epochs: int) -> None:
         """Take the epochs that are left."""
@@ -147,12 +146,18 @@ class Run:
 
     def _watch(self, images: Tensor) -> None:
         """Find the feature map that the teacher teaches as well, on the first images."""
-        if self.teacher is not None and self.plan and self.feature_weight and not self._looked:
-            with random_kept():
-                self._features = watch_features(self.model, self.teacher, self.plan, images)
-            if self._features and hasattr(self.trained, "_orig_mod"):
-                torch.compiler.reset()  # what was compiled of this class before knows no hooks
-            self._looked = True
+        if not self.feature_weight or self._features:
+            return
+        with random_kept():
+            self._features = watch_features(self.model, self.teacher, self.plan, images)
+        if self._features is None:
+            raise ValueError(
+                f"retrain(feature_weight={self.feature_weight:g}): the model and the teacher have no feature map that "
+                "the model's plan makes comparable. Teach with the dense model that it was cut from, or pass "
+                "feature_weight=0."
+            )
+        if hasattr(self.trained, "_orig_mod"):
+            torch.compiler.reset()  # what was compiled of this class before knows no hooks
 
     def close(self) -> None:
         """Take the hooks away."""

@@ -71,9 +71,9 @@ def retrain(
         distill_weight: Share of the teacher in the loss, in [0, 1]; 1 where there are no labels.
         temperature: Softens both sides' logits for the teacher's share.
         feature_weight: Of the features, added to the loss: the squared error of the last feature map over the square
-            of the teacher's, at the channels that the model kept; 100 is what the benchmarks take. Left out where the
-            teacher is not the dense model that `slim` made the model of, or has no such map. Under sgd, layers
-            without a norm may need less, for a squared error has no bound.
+            of the teacher's, at the channels that the model kept; 100 is what the benchmarks take. Above 0 the
+            teacher must be the dense model that `slim` made the model of. Under sgd, layers without a norm may need
+            less, for a squared error has no bound.
         gradient_accumulation_steps: Batches per step. Default: the accelerator's, else 1.
         mixed_precision: "no", "fp16" or "bf16", for the accelerator built here. Default: as `make_accelerator`.
         accelerator: Default `make_accelerator`. What it has prepared before is released at the end.
@@ -90,7 +90,7 @@ def retrain(
         The model that came in.
     Raises:
         ValueError: A value is out of its range, the loader is empty, labels are missing or are no class of the model,
-            or the checkpoint is of another run.
+            features are asked for and cannot be compared, or the checkpoint is of another run.
         FloatingPointError: The loss or a weight is no longer finite; the message names the last good checkpoint.
         OSError: A checkpoint cannot be written or read; what was there before is there still.
     Source: Fang and Yin 2025 retrain plainly; the teacher's share is Hinton et al. 2015, section 2, that of
@@ -108,6 +108,15 @@ def retrain(
     rule, learning_rate, weight_decay, max_grad_norm = fill_defaults(
         model, optimizer, learning_rate, weight_decay, max_grad_norm
     )
+    plan = _plan_of(model)
+    if feature_weight and (teacher is None or plan is None):
+        lacking = (
+            "there is no teacher" if teacher is None else "the model notes no plan of what was kept of the teacher"
+        )
+        raise ValueError(
+            f"retrain(feature_weight={feature_weight:g}): {lacking}. Retrain what `slim` made, with the dense model as "
+            "teacher, or pass feature_weight=0."
+        )
     if epochs == 0:
         return model
     accelerator = ready_accelerator(accelerator, gradient_accumulation_steps, mixed_precision, seed)
@@ -155,7 +164,7 @@ def retrain(
             )
             run = Run(
                 accelerator, data, whole, model, trained, teacher, prepared_optimizer, scheduler, mix,
-                feature_weight, _plan_of(whole), steps, learning_rate, max_grad_norm, checkpoints,
+                feature_weight, plan, steps, learning_rate, max_grad_norm, checkpoints,
                 tracker, eval_loader, progress,
             )  # fmt: skip
             run.train(epochs)
