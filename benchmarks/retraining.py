@@ -24,6 +24,7 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Pictures
 from torch import nn
@@ -129,6 +130,7 @@ def time_case(case: Case, data_dir: str | None, with_teacher: bool, runs: int, s
         speeds: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(runs + 1):
             for name, way in ways.items():
+                AcceleratorState._reset_state(True)  # each begins as in a program of its own, with its own precision
                 ends = way()
                 if turn:
                     speeds[name].append(case.batch * (len(ends) - WARMUP) / (ends[-1] - ends[WARMUP - 1]))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -46,5 +47,6 @@ def free_port() -> str:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Every test starts from the same random numbers."""
+    """Every test starts from the same random numbers, and with no precision that an earlier test has settled."""
     torch.manual_seed(0)
+    AcceleratorState._reset_state(True)

@@ -44,15 +44,18 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_model_learns_in_place_and_comes_back_as_it_was():
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_model_learns_in_place_and_comes_back_as_it_was(precision):
     model = make_model().eval()
     model[1].train()
     before = state_of(model)
-    returned = retrain(model, make_loader(), epochs=8, learning_rate=0.05, progress=False)
+    options = {"learning_rate": 0.05, "mixed_precision": precision, "progress": False}
+    returned = retrain(model, make_loader(), epochs=8, **options)
     assert returned is model and not same(before, state_of(model))
     assert evaluate(model, make_loader(), progress=False)["top1_pct"] > 90
     assert not model.training and model[1].training
     assert "forward" not in vars(model) and set(state_of(model)) == set(before)
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
     copy.deepcopy(model)
 
 
@@ -78,7 +81,7 @@ def test_the_same_accelerator_serves_twice_with_the_same_result():
 def test_two_batches_accumulated_equal_one_of_both():
     models = [nn.Sequential(nn.Flatten(), nn.Linear(108, 3)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    common = {"epochs": 2, "optimizer": "sgd", "progress": False}
+    common = {"epochs": 2, "optimizer": "sgd", "mixed_precision": "no", "progress": False}
     retrain(models[0], make_loader(batch_size=12, shuffle=False), **common)
     retrain(models[1], make_loader(batch_size=6, shuffle=False), gradient_accumulation_steps=2, **common)
     torch.testing.assert_close(models[0][1].weight, models[1][1].weight, rtol=1e-5, atol=1e-6)
@@ -154,16 +157,12 @@ def test_bf16_is_taken_on_cpus_with_amx_unless_the_launcher_says_otherwise(monke
         AcceleratorState._reset_state(True)
 
 
-def test_a_run_in_bf16_learns_too():
-    AcceleratorState._reset_state(True)
-    try:
-        model = retrain(
-            make_model(), make_loader(), epochs=8, learning_rate=0.05, mixed_precision="bf16", progress=False
-        )
-    finally:
-        AcceleratorState._reset_state(True)
-    assert evaluate(model, make_loader(), progress=False)["top1_pct"] > 90
-    assert {value.dtype for value in model.parameters()} == {torch.float32}
+@pytest.mark.parametrize("launched", [False, True])
+def test_float16_on_a_cpu_is_refused_in_one_sentence(monkeypatch, launched):
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match=r'mixed_precision="fp16": .* needs a GPU.* Pass "no" or "bf16"'):
+        make_accelerator(cpu=True, mixed_precision=None if launched else "fp16")
 
 
 def test_convolutions_train_in_channels_last_and_everything_comes_back_as_it_came():

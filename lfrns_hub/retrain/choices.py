@@ -23,11 +23,19 @@ def make_accelerator(*, seed: int = 0, **kwargs: Any) -> Accelerator:
         kwargs: What Accelerator takes: mixed_precision, gradient_accumulation_steps, log_with, project_dir, ...
             Without mixed_precision it is bf16 where the processor has it and it pays; the setting of
             `accelerate launch`, or of an accelerator built earlier in this program, goes before.
+    Raises:
+        ValueError: float16 is asked for on a CPU, which has no loss scaling to train by.
+
     Example:
         >>> make_accelerator(seed=1).num_processes
         1
     """
     kwargs.setdefault("cpu", not torch.accelerator.is_available())
+    asked = kwargs.get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if kwargs["cpu"] and asked == "fp16":
+        raise ValueError(
+            'mixed_precision="fp16": training in float16 needs a GPU, and this run is on the CPU. Pass "no" or "bf16".'
+        )
     decided = is_initialized() or "ACCELERATE_MIXED_PRECISION" in os.environ  # by an accelerator before, or a launcher
     if kwargs.get("mixed_precision") is None and not decided:
         kwargs["mixed_precision"] = _best_precision(kwargs["cpu"])

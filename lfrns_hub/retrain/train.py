@@ -185,14 +185,21 @@ def _plan_of(model: nn.Module) -> SlimPlan | None:
 
 @contextlib.contextmanager
 def _as_before(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Put a model's modes and an accelerator's way of accumulating back at the end."""
+    """Put a model's modes and an accelerator's way of accumulating back at the end.
+
+    Under mixed precision Accelerate leaves the model's own `forward` behind in its `__dict__`, which a copy or a
+    narrower model would carry along; it goes where there was none.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    own_forward = "forward" in vars(model)
     kept = accelerator.gradient_state.plugin_kwargs
     synced = accelerator.gradient_state.sync_with_dataloader
     try:
         yield
     finally:
         kept["sync_with_dataloader"] = synced
+        if not own_forward:
+            vars(model).pop("forward", None)
         for module, training in modes:
             module.training = training
 
