@@ -1,6 +1,6 @@
 """Pure maths: moments to the order in which a group's units can be merged into others, and what every merge costs.
 
-U units of width w, D = U x w channels at a tap, O outputs of its consumer.
+U units, at each tap of a width w of its own, D = U x w channels there, O outputs of its consumer.
 """
 
 import functools
@@ -85,15 +85,15 @@ def eliminate(taps: Sequence[TapView], units: int, keep_at_least: int = 1) -> Me
         downdate is that of Hassibi and Stork's optimal brain surgeon (1993), applied to activations.
     """
     views = [Elimination(tap, units) for tap in taps]
-    width, places = views[0].width, torch.arange(units)  # the unit at each place of the matrices
+    widest, places = max(view.width for view in views), torch.arange(units)  # the unit at each place of the matrices
     alive = torch.ones(units, dtype=torch.bool)
     order: list[int] = []
     cost: list[float] = []
     while len(order) < units - keep_at_least:
         costs = torch.stack([view.unit_costs() for view in views]).sum(0).masked_fill(~alive, float("inf"))
         left = units - len(order)
-        least = max(MIN_ROUND // width, left // 32, 1)
-        near = costs.argsort(stable=True)[: min(left, max(CANDIDATES // width, 3 * least // 2))]
+        least = max(MIN_ROUND // widest, left // 32, 1)
+        near = costs.argsort(stable=True)[: min(left, max(CANDIDATES // widest, 3 * least // 2))]
         others = float(costs.index_fill(0, near, float("inf")).min())
         most = min(left - keep_at_least, len(near))
         gone, paid = remove_candidates([v.block(near) for v in views], len(near), others, min(least, most), most)
@@ -128,42 +128,65 @@ def remove_candidates(
     Returns:
         Places of those removed, in order, and what each cost: twice the error.
     """
-    width = len(blocks[0][0]) // count
-    precision, gram = (np.stack([b[i].double().numpy() for b in blocks]) for i in (0, 1))  # [T, c w, c w]
-    # Not by BLAS, whose threads take longer to meet than such small products take.
-    product = functools.partial(np.einsum, "tkw,tkc->twc")
-    # Of the matrices only the units' own blocks are brought up to date; rows are made up when they are needed.
-    own = [
-        m.reshape(len(m), count, width, count, width)[:, np.arange(count), :, np.arange(count)]
-        for m in (precision, gram)
-    ]
-    shares, rows_gone, moved_gone = np.empty((3, len(blocks), most * width, count * width))
+    by_width: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for block in blocks:
+        by_width.setdefault(len(block[0]) // count, []).append(block)
+    stacks = [Downdates(alike, count, most) for alike in by_width.values()]
     alive = np.ones(count, dtype=bool)
     gone: list[int] = []
     paid: list[float] = []
     while len(gone) < most:
-        costs = removal_costs(*own)
+        costs = sum(removal_costs(*stack.own) for stack in stacks)
         costs[~alive] = np.inf
         unit = int(costs.argmin())
         if len(gone) >= least and costs[unit] > others:
             break
-        done, out = slice(len(gone) * width), slice(unit * width, (unit + 1) * width)
-        taken, given = shares[:, done, out], moved_gone[:, done, out]
-        rows = precision[:, out] - product(taken, rows_gone[:, done])
-        moved = gram[:, out] - product(taken, moved_gone[:, done]) - product(given, shares[:, done])
-        share = (1 / rows[..., out] if width == 1 else np.linalg.inv(rows[..., out])) @ rows  # [T, w, c w]
-        moved -= 0.5 * moved[..., out] @ share
-        here = slice(done.stop, done.stop + width)
-        shares[:, here], rows_gone[:, here], moved_gone[:, here] = share, rows, moved
-        share, rows, moved = (m.reshape(len(blocks), width, count, width) for m in (share, rows, moved))
-        own[0] -= np.einsum("tacx,tacy->ctxy", share, rows)
-        change = np.einsum("tacx,tacy->ctxy", share, moved)
-        own[1] -= change + change.swapaxes(2, 3)
-        own[0][unit] = np.eye(width)  # it is out: nothing is left of it that could be inverted
+        for stack in stacks:
+            stack.remove(unit)
         gone.append(unit)
         paid.append(float(costs[unit]))
         alive[unit] = False
     return gone, paid
+
+
+# Not by BLAS, whose threads take longer to meet than such small products take.
+_product = functools.partial(np.einsum, "tkw,tkc->twc")
+
+
+class Downdates:
+    """Precision and Gram matrices of one round's candidates, at the T taps that read a unit at the same width w.
+
+    Of the matrices only the units' own blocks are brought up to date; rows are made up when they are needed.
+
+    Attributes:
+        own: Of precision and Gram matrix each unit's own block, [c, T, w, w].
+    """
+
+    def __init__(self, blocks: Sequence[tuple[Tensor, Tensor]], count: int, most: int):
+        self._count, self._width, self._gone = count, len(blocks[0][0]) // count, 0
+        self._precision, self._gram = (np.stack([b[i].double().numpy() for b in blocks]) for i in (0, 1))
+        shape = (len(blocks), count, self._width, count, self._width)
+        diagonal = np.arange(count)
+        self.own = [m.reshape(shape)[:, diagonal, :, diagonal] for m in (self._precision, self._gram)]
+        self._shares, self._rows, self._moved = np.empty((3, len(blocks), most * self._width, count * self._width))
+
+    def remove(self, unit: int) -> None:
+        """Take one candidate out."""
+        width, taps = self._width, len(self._gram)
+        done, out = slice(self._gone * width), slice(unit * width, (unit + 1) * width)
+        taken, given = self._shares[:, done, out], self._moved[:, done, out]
+        rows = self._precision[:, out] - _product(taken, self._rows[:, done])
+        moved = self._gram[:, out] - _product(taken, self._moved[:, done]) - _product(given, self._shares[:, done])
+        share = (1 / rows[..., out] if width == 1 else np.linalg.inv(rows[..., out])) @ rows  # [T, w, c w]
+        moved -= 0.5 * moved[..., out] @ share
+        here = slice(done.stop, done.stop + width)
+        self._shares[:, here], self._rows[:, here], self._moved[:, here] = share, rows, moved
+        share, rows, moved = (m.reshape(taps, width, self._count, width) for m in (share, rows, moved))
+        self.own[0] -= np.einsum("tacx,tacy->ctxy", share, rows)
+        change = np.einsum("tacx,tacy->ctxy", share, moved)
+        self.own[1] -= change + change.swapaxes(2, 3)
+        self.own[0][unit] = np.eye(width)  # it is out: nothing is left of it that could be inverted
+        self._gone += 1
 
 
 def removal_costs(precision: np.ndarray, gram: np.ndarray) -> np.ndarray:

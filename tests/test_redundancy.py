@@ -38,13 +38,16 @@ def test_elimination_takes_the_cheapest_and_its_costs_add_up_to_the_joint_error(
     assert abs(2 * sum(merges.cost[:2]) / joint - 1) < 0.02  # the ridge is 1e-3
 
 
-@pytest.mark.parametrize(("units", "width", "taps"), [(300, 1, 1), (140, 1, 2), (9, 16, 1)])
-def test_rounds_take_units_in_the_order_of_one_by_one(units, width, taps):
-    """Against the elimination that brings both matrices up to date after every unit, for all units."""
+@pytest.mark.parametrize(("units", "widths"), [(300, [1]), (140, [1, 1]), (9, [16]), (40, [1, 3, 1])])
+def test_rounds_take_units_in_the_order_of_one_by_one(units, widths):
+    """Against the elimination that brings both matrices up to date after every unit, for all units.
+
+    Taps may read a unit at widths of their own, as YOLO's C2f reads the halves of a split alone and together.
+    """
     torch.manual_seed(0)
-    size = units * width
     views = []
-    for _ in range(taps):
+    for width in widths:
+        size = units * width
         rows = (torch.randn(3 * size, size) @ (torch.randn(size, size) * torch.logspace(0, -2, size))).relu().double()
         weight = torch.randn(size // 2, size, dtype=torch.float64)
         views.append(TapView(rows.T @ rows / len(rows), weight))
@@ -56,25 +59,26 @@ def test_rounds_take_units_in_the_order_of_one_by_one(units, width, taps):
 
 def one_by_one(views: list[TapView], units: int) -> tuple[list[int], list[float]]:
     """The units in order and half of what each costs, by Hassibi and Stork's downdate of whole matrices."""
-    width = len(views[0].gram) // units
-    own = [slice(u * width, (u + 1) * width) for u in range(units)]
+    widths = [len(view.gram) // units for view in views]
+    own = [[slice(u * width, (u + 1) * width) for u in range(units)] for width in widths]
     precisions = [torch.linalg.inv(v.second + RIDGE * torch.diag(v.second.diagonal())) for v in views]
     grams = [v.gram.clone() for v in views]
     left, order, cost = list(range(units)), [], []
     while len(left) > 1:
         errors = {
             u: sum(
-                float((torch.linalg.inv(p[own[u], own[u]]) * g[own[u], own[u]].T).sum())
-                for p, g in zip(precisions, grams, strict=True)
+                float((torch.linalg.inv(p[at[u], at[u]]) * g[at[u], at[u]].T).sum())
+                for p, g, at in zip(precisions, grams, own, strict=True)
             )
             for u in left
         }
         unit = min(errors, key=errors.get)
-        for p, g in zip(precisions, grams, strict=True):
-            share = p[:, own[unit]] @ torch.linalg.inv(p[own[unit], own[unit]])
-            p -= share @ p[own[unit]]
-            moved = share @ g[own[unit]]
-            g += share @ g[own[unit], own[unit]] @ share.T - moved - moved.T
+        for p, g, at in zip(precisions, grams, own, strict=True):
+            out = at[unit]
+            share = p[:, out] @ torch.linalg.inv(p[out, out])
+            p -= share @ p[out]
+            moved = share @ g[out]
+            g += share @ g[out, out] @ share.T - moved - moved.T
         left.remove(unit)
         order.append(unit)
         cost.append(max([0.5 * errors[unit], *cost[-1:]]))
