@@ -211,7 +211,7 @@ class Clock:
         """Close the running step and begin another."""
         now = time.perf_counter()
         if self.name:
-            self.seconds[self.name] = round(now - self.started, 2)
+            self.seconds[self.name] = round(self.seconds.get(self.name, 0.0) + now - self.started, 2)
         self.name, self.started = name, now
         if self.bars:
             if self.task is not None:

@@ -1,20 +1,28 @@
-"""The self-check: slim equals dense with the removed units zeroed at their taps, or the group is frozen by name."""
+"""The self-check: slim equals dense with the removed units zeroed at their taps, or the group is frozen by name.
+
+It runs twice. First every group is tried by a random plan, before any image is used. Then the plan that is cut is
+proved: what depends on the width itself, as a shift of an eighth of the channels, may pass a random plan by chance.
+"""
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.batches import read_logits
+from lfrns_hub.batches import flatten_output, read_tensors
 from lfrns_hub.narrow import meta_copy
 from lfrns_hub.surgery import cut, masked
 from lfrns_hub.units import SlimPlan, UnitGroup
 
 TOLERANCE = 1e-8  # of the largest output, in float64
-REMOVED_SHARE = 0.4
+REMOVED_SHARES = (0.3, 0.7)  # of a group's units: drawn between them, for each group another
+
+Fault = Callable[[Sequence[UnitGroup]], str | None]
 
 
 @dataclass
@@ -34,6 +42,122 @@ class CheckReport:
     frozen: dict[str, str] = field(default_factory=dict)
 
 
+class Proof:
+    """A randomised float64 copy of a network on the CPU, on which plans are proved: what is cut equals what is masked.
+
+    Attributes:
+        model: The copy, in eval mode.
+        images: Noise, [2, C, H, W].
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[UnitGroup], example_input: Tensor, seed: int = 0):
+        """Copy a network.
+
+        Args:
+            model: The network; untouched.
+            groups: All of its groups.
+            example_input: Images [N, C, H, W]; only the shape is used, and whether they are floating-point.
+            seed: Of the random values.
+        """
+        self.generator = torch.Generator().manual_seed(seed)
+        self.model, self._groups = randomised(model, self.generator).cpu(), groups
+        shape = (2, *example_input.shape[1:])
+        if example_input.is_floating_point():
+            self.images = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        else:
+            self.images = torch.randint(2, shape, generator=self.generator).to(example_input.dtype)
+        with waking(self.model):
+            self._answer(self.model)
+        self._dense: Tensor | None = None
+        self._passed = 0.0, 0.0  # error and change of the plan that passed last
+
+    def fault(self, plan: SlimPlan) -> str | None:
+        """Return what is wrong with a plan, or None.
+
+        Args:
+            plan: What stays; approximate groups must be whole in it.
+        """
+        try:
+            error, moved = self._compare(plan)
+        except Exception as failure:  # a forward that cannot narrow may fail in any way
+            return f"its forward cannot narrow ({first_line(failure)})"
+        if error <= TOLERANCE:
+            self._passed = error, moved
+            return None
+        return f"slim differs from masked dense by {error:.1e} of the largest output"
+
+    def refuted(self, plan: SlimPlan, report: CheckReport) -> dict[str, str]:
+        """Return the exact groups that a plan cuts and must leave whole, each with the reason.
+
+        Args:
+            plan: What stays; its approximate groups are held whole.
+            report: Takes the errors of what passed.
+        """
+        cutting = [group for group in self._groups if group.exact and plan.removed(group)]
+
+        def fault(some: Sequence[UnitGroup]) -> str | None:
+            return self.fault(SlimPlan({group.name: plan.keep[group.name] for group in some})) if some else None
+
+        refuted = culprits(cutting, fault)
+        if len(refuted) < len(cutting):  # the plan that passed last has all groups that are left
+            error, moved = self._passed
+            report.largest_error, report.moved = max(report.largest_error, error), max(report.moved, moved)
+        return {name: f"the self-check failed: {why}" for name, why in refuted.items()}
+
+    def _compare(self, plan: SlimPlan) -> tuple[float, float]:
+        """Return the error of the cut and the change by the masking, both over the largest output."""
+        if self._dense is None:
+            self._dense = self._answer(self.model)
+        with masked(self.model, self._groups, plan):
+            expected = self._answer(self.model)
+        got = self._answer(cut(self.model, self._groups, plan))
+        largest = float(expected.abs().max().clamp(min=1e-30))
+        if got.shape != expected.shape or not bool(expected.isfinite().all()):
+            return float("inf"), 0.0
+        return float((got - expected).abs().max()) / largest, float((self._dense - expected).abs().max()) / largest
+
+    @torch.no_grad()
+    def _answer(self, model: nn.Module) -> Tensor:
+        """Return all that a network answers; one that draws random numbers draws the same ones every time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return flatten_output(model(self.images))
+
+
+def culprits(groups: Sequence[UnitGroup], fault: Fault) -> dict[str, str]:
+    """Find the groups that must be left out for all others to pass together.
+
+    Groups are added to those that pass, ever more at a time, until something is wrong, and what was added last is
+    bisected: it costs one trial where all pass, and a few for each group that does not.
+
+    Args:
+        groups: Groups to try.
+        fault: Says what is wrong with some of them taken together, or None; nothing is wrong with none.
+    Returns:
+        Group name to what was wrong when it was added.
+    """
+    found: dict[str, str] = {}
+    passing: list[UnitGroup] = []
+    left = list(groups)
+    while left and (why := fault(passing + left)):
+        low, high = 0, len(left)  # the first `low` pass, the first `high` do not
+        step = 1
+        while step < high:
+            if now := fault(passing + left[:step]):
+                high, why = step, now
+            else:
+                low, step = step, 2 * step
+        while high - low > 1:
+            middle = (low + high) // 2
+            if now := fault(passing + left[:middle]):
+                high, why = middle, now
+            else:
+                low = middle
+        found[left[low].name] = why
+        passing, left = passing + left[:low], left[high:]
+    return found
+
+
 def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """Copy a model to float64 with norms, gates and layer scales randomised: fresh ones hide errors."""
     copied = copy.deepcopy(model).double().eval().requires_grad_(True)
@@ -49,28 +173,52 @@ def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
     return copied
 
 
+@contextmanager
+def waking(model: nn.Module) -> Iterator[None]:
+    """Bring the outputs of every layer that runs to mean 0 and variance 1 a channel, by its own weight and bias.
+
+    A unit that is zero on all images, as every fifth is behind a ReLU of random weights, hides what is wrong with it.
+    """
+    seen: set[nn.Module] = set()
+
+    def wake(layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+        if layer in seen or not isinstance(layer._parameters.get("weight"), nn.Parameter):  # a computed one stays
+            return None
+        seen.add(layer)
+        axis = -1 if isinstance(layer, nn.Linear) else 1
+        rows = output.movedim(axis, -1).flatten(0, -2)
+        std, mean = torch.std_mean(rows, 0, correction=0)
+        scale = torch.where(std > 1e-9 * rows.abs().amax(0), 1 / std, 1)
+        layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.ndim - 1)))
+        if layer.bias is None:
+            return (output.movedim(axis, -1) * scale).movedim(-1, axis)
+        layer.bias.sub_(mean).mul_(scale)
+        return ((output.movedim(axis, -1) - mean) * scale).movedim(-1, axis)
+
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    hooks = [m.register_forward_hook(wake) for m in model.modules() if isinstance(m, layers)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def random_plan(groups: Sequence[UnitGroup], generator: torch.Generator) -> SlimPlan:
-    """Remove at least two fifths of every group, always at least one unit and never all."""
+    """Remove units of every group, a share of its own of each, always at least one unit and never all."""
     keep = {}
+    least, most = REMOVED_SHARES
     for group in groups:
-        gone = min(group.size - 1, max(1, -int(-group.size * REMOVED_SHARE // 1)))
+        share = least + (most - least) * float(torch.rand((), generator=generator))
+        gone = min(group.size - 1, max(1, -int(-group.size * share // 1)))
         order = torch.randperm(group.size, generator=generator)[gone:]
         keep[group.name] = sorted(order.tolist())
     return SlimPlan(keep)
 
 
-def compare(
-    model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan, images: Tensor, dense: Tensor
-) -> tuple[float, float]:
-    """Give the error of the cut and the change by the masking, both over the largest output."""
-    with torch.no_grad():
-        with masked(model, groups, plan):
-            expected = read_logits(model(images))
-        slim = cut(model, groups, plan)
-        got = read_logits(slim(images))
-    largest = float(expected.abs().max().clamp(min=1e-30))
-    error = float((got - expected).abs().max()) / largest if got.shape == expected.shape else float("inf")
-    return error, float((dense - expected).abs().max()) / largest
+def first_line(failure: Exception) -> str:
+    """Return the first line of an error, cut, or its class where it says nothing."""
+    return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:160]
 
 
 def runs(model: nn.Module, groups: Sequence[UnitGroup], some: Sequence[UnitGroup], images: Tensor) -> str | None:
@@ -78,9 +226,9 @@ def runs(model: nn.Module, groups: Sequence[UnitGroup], some: Sequence[UnitGroup
     keep = {group.name: list(range(group.size - max(1, group.size // 3))) for group in some}
     try:
         with torch.no_grad():
-            read_logits(cut(model, groups, SlimPlan(keep))(images))
+            flatten_output(cut(model, groups, SlimPlan(keep))(images))
     except Exception as failure:  # a forward that cannot narrow may fail in any way
-        return f"its forward cannot narrow ({(str(failure).splitlines() or [type(failure).__name__])[0][:160]})"
+        return f"its forward cannot narrow ({first_line(failure)})"
     return None
 
 
@@ -166,7 +314,7 @@ def without_numbers(reason: str | None) -> str | None:
 def self_check(
     model: nn.Module, groups: Sequence[UnitGroup], example_input: Tensor, seed: int = 0
 ) -> tuple[list[UnitGroup], CheckReport]:
-    """Cut two fifths of every exact group of a randomised float64 copy and compare with masking.
+    """Cut a random plan of unequal shares from a randomised float64 copy and compare with masking; then train it.
 
     Args:
         model: The network; untouched.
@@ -176,49 +324,47 @@ def self_check(
     Returns:
         The groups, those that failed frozen with the reason, and the report.
     """
-    generator = torch.Generator().manual_seed(seed)
     report = CheckReport()
     narrow = narrowing(model, groups, example_input)
     for before, after in zip(groups, narrow, strict=True):
         if after.frozen_reason != before.frozen_reason:
             report.frozen[after.name] = after.frozen_reason
-    copied = randomised(model, generator).cpu()
-    images = torch.randn(2, *example_input.shape[1:], generator=generator, dtype=torch.float64)
-    open_groups = [g for g in narrow if g.frozen_reason is None and g.exact]
-    with torch.no_grad():
-        dense = read_logits(copied(images)) if open_groups else None
-
-    pending = [open_groups] if open_groups else []
-    while pending:
-        some = pending.pop()
-        plan = random_plan(some, generator)
-        try:
-            error, moved = compare(copied, narrow, plan, images, dense)
-            why = f"slim differs from masked dense by {error:.1e} of the largest output"
-        except Exception as failure:  # a forward that cannot narrow may fail in any way
-            error, moved = float("inf"), 0.0
-            why = f"its forward cannot narrow ({(str(failure).splitlines() or [type(failure).__name__])[0][:160]})"
-        if error <= TOLERANCE:
-            report.largest_error = max(report.largest_error, error)
-            report.moved = max(report.moved, moved)
-            report.checked.extend(g.name for g in some)
-        elif len(some) == 1:
-            report.frozen[some[0].name] = f"the self-check failed: {why}"
-        else:
-            pending += [some[len(some) // 2 :], some[: len(some) // 2]]
-    passed = [replace(g, frozen_reason=report.frozen[g.name]) if g.name in report.frozen else g for g in narrow]
-    alive = [g for g in passed if g.frozen_reason is None and g.exact]
+    alive = [g for g in narrow if g.frozen_reason is None and g.exact and g.size > 1]
     if alive:
-        plan = random_plan(alive, generator)
-        try:  # without memory, where the forward reads no values
-            train_once(meta_copy(model).requires_grad_(True), alive, plan, images.to("meta", example_input.dtype))
-        except Exception:
-            train_once(copied, alive, plan, images)
-    return passed, report
+        proof = Proof(model, narrow, example_input, seed)
+        plan = random_plan(alive, proof.generator)
+        report.frozen |= proof.refuted(plan, report)
+        alive = [group for group in alive if group.name not in report.frozen]
+        report.frozen |= untrainable(proof, alive, plan, example_input)
+        report.checked = [group.name for group in alive if group.name not in report.frozen]
+    return [replace(g, frozen_reason=report.frozen.get(g.name, g.frozen_reason)) for g in narrow], report
 
 
-def train_once(model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan, images: Tensor) -> None:
-    """Run a training-mode forward and backward of the cut copy: training-only branches are not in the graph."""
-    slim = cut(model, groups, plan).train()
-    with torch.enable_grad():
-        read_logits(slim(torch.cat([images, images.flip(0)]))).square().mean().backward()
+def untrainable(proof: Proof, groups: Sequence[UnitGroup], plan: SlimPlan, example_input: Tensor) -> dict[str, str]:
+    """Find the groups without which a training-mode forward and backward runs: some branches are in no graph.
+
+    A network that does not train itself, cut or not, is not held against any group.
+    """
+
+    def fault(network: nn.Module, images: Tensor, some: Sequence[UnitGroup]) -> str | None:
+        try:
+            kept = SlimPlan({group.name: plan.keep[group.name] for group in some})
+            train_once(cut(network, groups, kept), images)
+        except Exception as failure:  # as above
+            return f"its forward in training cannot narrow ({first_line(failure)})"
+        return None
+
+    # Without memory first, where the forward reads no values.
+    on_meta = meta_copy(proof.model).requires_grad_(True), proof.images.to("meta")
+    for network, images in (on_meta, (proof.model, proof.images)):
+        if fault(network, images, []) is None:
+            return culprits(groups, lambda some, network=network, images=images: fault(network, images, some))
+    return {}
+
+
+def train_once(model: nn.Module, images: Tensor) -> None:
+    """Run a training-mode forward and backward of a model that nobody else needs."""
+    model.train()
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        answers = read_tensors(model(torch.cat([images, images.flip(0)])))
+        sum(answer.square().mean() for answer in answers).backward()

@@ -4,7 +4,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from lfrns_hub.report import SlimReport, added_up, clocked, measure_integrity, p
 from lfrns_hub.responses import Moments, collect, held_out
 from lfrns_hub.running import as_input, device_of, dtype_of, memory_format_of, refuse_meta, return_memory, unwrap
 from lfrns_hub.select import Ledger, cluster_down, restore
-from lfrns_hub.self_check import CheckReport, narrowing, self_check
+from lfrns_hub.self_check import CheckReport, Proof, narrowing, self_check
 from lfrns_hub.surgery import cut, recalibrated
 from lfrns_hub.trace import Trace, trace_model
 from lfrns_hub.units import SlimPlan, UnitGroup
@@ -339,11 +339,13 @@ class Analysis:
         """
         budgets = check_budgets(macs, params, latency, contribution, call="Analysis.cut")
         check_cut(fcr_steps, round_to, latency, latency_setup, call="Analysis.cut")
-        dense, chosen, moments, batches = self.dense, self.chosen, self.moments, self.batches
+        dense, moments, batches = self.dense, self.moments, self.batches
         example, accelerator = batches[0][0][:1], self.accelerator
         steps, fold = fcr_steps if restore else 0, fold and self.preset != "paper"
         to, multiple = (CLUSTER_TO, round_to) if restore else (1.0, 1)
         meter, at = None, budgets  # at: as predicted; the measured latency is met by another than the one asked for
+        proof, checked, every, chosen = None, CheckReport(), self.every, self.chosen
+        contributions: dict[str, Tensor] | None = None
         with clocked(self.progress and (accelerator is None or accelerator.is_main_process)) as clock:
             if latency is not None:
                 clock.step("latency")
@@ -357,36 +359,55 @@ class Analysis:
                     channels_last=in_channels_last(self.model),
                     accelerator=accelerator,
                 )
-                first = functools.partial(self.meet_latency, meter, budgets, to, multiple)
-                timed = (budgets, to, multiple, meter.setup.describe())
-                at = budgets | {"latency": self.cache.keep("latency", first, *timed)}
+            while True:  # until the plan is proved; a group that refutes it is frozen, and the units are chosen again
+                timed = (budgets, to, multiple, meter and meter.setup.describe(), sorted(checked.frozen))
+                if meter:
+                    clock.step("latency")
+                    first = functools.partial(self.meet_latency, meter, chosen, budgets, to, multiple)
+                    at = budgets | {"latency": self.cache.keep("latency", first, *timed)}
 
-            clock.step("clusters")
-            model = meter.predicted if meter else None
-            keep, pruning_set, clustered = cluster(chosen, self.merges, self.trace, at, self.widths, to, model)
-
-            clock.step("FCR gates", steps if steps and contribution == "fcr" else 1)
-            contributions = contribute(
-                contribution, dense, chosen, keep, batches, moments, self.merges, steps, fold, accelerator,
-                clock.advance, self.cache,
-            )  # fmt: skip
-
-            clock.step("restore")
-            ledger = clustered
-            restored_by = functools.partial(restored_plan, chosen, keep, pruning_set, contributions, round_to=multiple)
-            if meter:
-                predicted = functools.partial(
-                    search,
-                    lambda fraction: restored_by(ledger=clustered.in_steps(fraction))[0],
-                    meter.ratio,
-                    latency,
-                    start=at["latency"],
+                clock.step("clusters")
+                model = meter.predicted if meter else None
+                keep, pruning_set, clustered = cluster(
+                    chosen, self.merges, self.trace, at, self.widths, to, model, checked.frozen
                 )
-                ledger = clustered.in_steps(self.cache.keep("latency", predicted, *timed, at, keep, contributions))
-            plan, restored = restored_by(ledger=ledger)
+
+                if contributions is None:
+                    clock.step("FCR gates", steps if steps and contribution == "fcr" else 1)
+                    contributions = contribute(
+                        contribution, dense, chosen, keep, batches, moments, self.merges, steps, fold, accelerator,
+                        clock.advance, self.cache,
+                    )  # fmt: skip
+
+                clock.step("restore")
+                ledger = clustered
+                restored_by = functools.partial(
+                    restored_plan, chosen, keep, pruning_set, contributions, round_to=multiple
+                )
+                if meter:
+                    predicted = functools.partial(
+                        search,
+                        lambda fraction, by=restored_by, of=clustered: by(ledger=of.in_steps(fraction))[0],
+                        meter.ratio,
+                        latency,
+                        start=at["latency"],
+                    )
+                    fraction = self.cache.keep("latency", predicted, *timed, at, keep, contributions)
+                    ledger = clustered.in_steps(fraction)
+                plan, restored = restored_by(ledger=ledger)
+
+                clock.step("proof")
+                proof = proof or Proof(dense, self.every, example, self.seed)
+                refuted = proof.refuted(plan, checked)
+                if not refuted:
+                    break
+                checked.frozen |= refuted
+                every, chosen = (frozen_with(groups, refuted) for groups in (every, chosen))
+                chosen = [group for group in chosen if group.frozen_reason is None]
+            del proof
 
             clock.step("cut and fold")
-            result = cut(dense, self.every, plan)
+            result = cut(dense, every, plan)
             finished = self.cache.keep("weights", lambda: self.finish(result, plan, fold), plan.keep, fold)
             result.load_state_dict(finished["state"])
 
@@ -400,8 +421,8 @@ class Analysis:
                 sum(len(r) for r in restored.values()),
                 finished["folded"],
                 finished["recalibrated"],
-                {g.name: g.frozen_reason for g in self.every if g.frozen_reason},
-                {"largest_error": self.checked.largest_error, "moved": self.checked.moved},
+                {g.name: g.frozen_reason for g in every if g.frozen_reason},
+                {"largest_error": checked.largest_error, "moved": checked.moved},
             )
             if meter:
                 report.latency_fraction, report.latency = meter.ratio(plan), meter.tell(plan, chosen)
@@ -412,17 +433,24 @@ class Analysis:
         result.lfrns_provenance = added_up(getattr(self.model, "lfrns_provenance", None), made)
         return SlimResult(carry_config(result), plan, report)
 
-    def meet_latency(self, meter: LatencyMeter, budgets: dict[str, float], to: float, multiple: int | str) -> float:
+    def meet_latency(
+        self,
+        meter: LatencyMeter,
+        chosen: Sequence[UnitGroup],
+        budgets: dict[str, float],
+        to: float,
+        multiple: int | str,
+    ) -> float:
         """Find the predicted fraction of latency at which the measured one is met, units ranked by cost meanwhile."""
-        contributions = merge_costs(self.chosen, self.merges)
+        contributions = merge_costs(chosen, self.merges)
 
         def plan_at(fraction: float) -> SlimPlan:
             at = budgets | {"latency": fraction}
-            keep, gone, ledger = cluster(self.chosen, self.merges, self.trace, at, self.widths, to, meter.predicted)
+            keep, gone, ledger = cluster(chosen, self.merges, self.trace, at, self.widths, to, meter.predicted)
             ledger = ledger.in_steps(fraction)
-            return restored_plan(self.chosen, keep, gone, contributions, ledger, multiple)[0]
+            return restored_plan(chosen, keep, gone, contributions, ledger, multiple)[0]
 
-        every = {name: len(merges.order) for name, merges in self.merges.items()}
+        every = {group.name: len(self.merges[group.name].order) for group in chosen}
         least = meter.predicted.fraction(every) + 1e-9  # a ledger adds up in another order
         return search(plan_at, meter.ratio, budgets["latency"], start=budgets["latency"], least=least)
 
@@ -439,6 +467,11 @@ class Analysis:
         return {
             "state": dict(final.state_dict()), "folded": result is not plain, "recalibrated": final is not result,
         }  # fmt: skip
+
+
+def frozen_with(groups: Sequence[UnitGroup], reasons: dict[str, str]) -> list[UnitGroup]:
+    """Return the groups, those that have a reason here frozen."""
+    return [replace(group, frozen_reason=reasons.get(group.name, group.frozen_reason)) for group in groups]
 
 
 def analysis_copy(model: nn.Module, device: Any) -> nn.Module:
@@ -491,10 +524,19 @@ def cluster(
     widths: str,
     to: float,
     latency: LatencyModel | None = None,
+    refuted: dict[str, str] | None = None,
 ) -> tuple[dict[str, list[int]], dict[str, list[int]], Ledger]:
-    """Cluster below the budgets: representatives and pruning set of each group, and the ledger at those widths."""
+    """Cluster below the budgets: representatives and pruning set of each group, and the ledger at those widths.
+
+    Raises:
+        ValueError: The budgets are out of reach; of the groups `refuted` it says why they stay whole.
+    """
     full = Ledger(trace.cost, budgets, latency=latency)
-    full_taken = cluster_down(chosen, merges, full, widths)  # raises where the budget is out of reach
+    try:
+        full_taken = cluster_down(chosen, merges, full, widths)
+    except ValueError as error:
+        whole = "; ".join(f"{name} stays whole: {why}" for name, why in list((refuted or {}).items())[:3])
+        raise ValueError(f"{error}{f' {whole}.' if whole else ''}") from None
     ledger = Ledger(trace.cost, {name: value * to for name, value in budgets.items()}, latency=latency)
     try:
         taken = cluster_down(chosen, merges, ledger, widths) if to < 1 else full_taken

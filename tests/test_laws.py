@@ -21,7 +21,7 @@ from transformers import (
 
 import lfrns_hub as lfrns
 from lfrns_hub import self_check
-from lfrns_hub.self_check import REMOVED_SHARE, random_plan, randomised
+from lfrns_hub.self_check import REMOVED_SHARES, culprits, random_plan, randomised
 from lfrns_hub.surgery import cut, masked
 
 TRANSFORMER = {
@@ -108,8 +108,29 @@ def test_slim_equals_masked_dense_and_most_units_are_free(name):
         assert sum(made.get(n, 0) for n in hidden) >= 0.9 * total
 
 
-def test_the_self_check_removes_enough_to_mean_something():
-    assert REMOVED_SHARE >= 0.3
+def test_the_self_check_removes_enough_to_mean_something_and_another_share_of_each_group():
+    assert REMOVED_SHARES[0] >= 0.3
+    groups = [lfrns.UnitGroup(f"g{n}", "channel", 100) for n in range(8)]
+    plan = random_plan(groups, torch.Generator().manual_seed(0))
+    assert len({len(plan.removed(group)) for group in groups}) > 4
+
+
+@pytest.mark.parametrize("bad", [[], [0], [9], [2, 3, 7], list(range(10)), [(1, 8)], [(1, 8), 4]])
+def test_culprits_are_found_one_by_one_and_as_pairs_that_pass_alone(bad):
+    groups = [lfrns.UnitGroup(str(n), "channel", 2) for n in range(10)]
+    trials = []
+
+    def fault(some):
+        names = {int(group.name) for group in some}
+        trials.append(names)
+        return next((f"{one}" for one in bad if ({one} if isinstance(one, int) else set(one)) <= names), None)
+
+    found = culprits(groups, fault)
+    assert fault([group for group in groups if group.name not in found]) is None
+    assert len(found) == len(bad) and all(
+        any(int(name) in (one if isinstance(one, tuple) else [one]) for one in bad) for name in found
+    )
+    assert len(trials) <= 2 + 6 * len(bad)
 
 
 @pytest.mark.parametrize("name", ["resnet", "vision_transformer", "mobilenetv3"])
