@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from lfrns_hub.batches import flatten_output, read_tensors
 from lfrns_hub.narrow import meta_copy
 from lfrns_hub.surgery import cut, masked
+from lfrns_hub.trace import Trace, trace_model
+from lfrns_hub.trace.divisions import clusters, ways
 from lfrns_hub.units import SlimPlan, UnitGroup
 
 TOLERANCE = 1e-8  # of the largest output, in float64
@@ -47,6 +49,7 @@ class Proof:
 
     Attributes:
         model: The copy, in eval mode.
+        groups: All groups of the network.
         images: Noise, [2, C, H, W].
     """
 
@@ -60,7 +63,7 @@ class Proof:
             seed: Of the random values.
         """
         self.generator = torch.Generator().manual_seed(seed)
-        self.model, self._groups = randomised(model, self.generator).cpu(), groups
+        self.model, self.groups = randomised(model, self.generator).cpu(), list(groups)
         shape = (2, *example_input.shape[1:])
         if example_input.is_floating_point():
             self.images = torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -93,7 +96,7 @@ class Proof:
             plan: What stays; its approximate groups are held whole.
             report: Takes the errors of what passed.
         """
-        cutting = [group for group in self._groups if group.exact and plan.removed(group)]
+        cutting = [group for group in self.groups if group.exact and plan.removed(group)]
 
         def fault(some: Sequence[UnitGroup]) -> str | None:
             return self.fault(SlimPlan({group.name: plan.keep[group.name] for group in some})) if some else None
@@ -108,9 +111,9 @@ class Proof:
         """Return the error of the cut and the change by the masking, both over the largest output."""
         if self._dense is None:
             self._dense = self._answer(self.model)
-        with masked(self.model, self._groups, plan):
+        with masked(self.model, self.groups, plan):
             expected = self._answer(self.model)
-        got = self._answer(cut(self.model, self._groups, plan))
+        got = self._answer(cut(self.model, self.groups, plan))
         largest = float(expected.abs().max().clamp(min=1e-30))
         if got.shape != expected.shape or not bool(expected.isfinite().all()):
             return float("inf"), 0.0
@@ -219,6 +222,66 @@ def random_plan(groups: Sequence[UnitGroup], generator: torch.Generator) -> Slim
 def first_line(failure: Exception) -> str:
     """Return the first line of an error, cut, or its class where it says nothing."""
     return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:160]
+
+
+def settled_trace(model: nn.Module, example_input: Tensor) -> Trace:
+    """Trace a model, and settle what its forward's own divisions of the channels leave free.
+
+    Args:
+        model: The network; untouched.
+        example_input: Images [N, C, H, W]; only the shape is used.
+    """
+    trace = trace_model(model, example_input)
+    groups = settle(model, trace.groups, trace.divisions, example_input)
+    if groups != trace.groups:
+        trace.regroup(groups)
+    return trace
+
+
+def settle(
+    model: nn.Module, groups: list[UnitGroup], divisions: Sequence[list], example_input: Tensor
+) -> list[UnitGroup]:
+    """Try what the groups that a forward divides may lose: any units; some of every part; those of one part alone.
+
+    Args:
+        model: The network; where its weights have no values nothing is tried.
+        groups: Its groups.
+        divisions: As the trace found them.
+        example_input: Images [N, C, H, W]; only the shape is used.
+    Returns:
+        The groups; where no way is right they are as they were, and the self-check freezes them.
+    """
+    linked = list(clusters(groups, divisions))
+    if not linked or any(tensor.is_meta for tensor in model.parameters()):
+        return groups
+    proof = Proof(model, groups, example_input)
+
+    def right(some: Sequence[UnitGroup], plans: Sequence[SlimPlan]) -> bool:
+        names = {name for part in parts for name, _ in part}
+        proof.groups = [group for group in groups if group.name not in names] + list(some)
+        return all(proof.fault(plan) is None for plan in plans)
+
+    for parts in linked:
+        names = {name for part in parts for name, _ in part}
+        own = [group for group in groups if group.name in names]
+        if right(own, [lopsided(own, part) for part in (parts[0], parts[-1])]):
+            continue
+        for way in ways(own, parts):
+            free = [group for group in way if group.frozen_reason is None]
+            least = SlimPlan({group.name: list(range(1, group.size)) for group in free})
+            if right(way, [least, random_plan(free, proof.generator), random_plan(free, proof.generator)]):
+                place = groups.index(own[0])
+                groups = [group for group in groups if group not in own]
+                groups[place:place] = way
+                break
+    return groups
+
+
+def lopsided(groups: Sequence[UnitGroup], part: Sequence[tuple[str, int]]) -> SlimPlan:
+    """Remove half of the units of one part, at least one, and none of the others; every group keeps one."""
+    gone = set(part[: max(1, len(part) // 2)])
+    keep = {group.name: [u for u in range(group.size) if (group.name, u) not in gone] or [0] for group in groups}
+    return SlimPlan(keep)
 
 
 def runs(model: nn.Module, groups: Sequence[UnitGroup], some: Sequence[UnitGroup], images: Tensor) -> str | None:

@@ -24,9 +24,9 @@ from lfrns_hub.report import SlimReport, added_up, clocked, measure_integrity, p
 from lfrns_hub.responses import Moments, collect, held_out
 from lfrns_hub.running import as_input, device_of, dtype_of, memory_format_of, refuse_meta, return_memory, unwrap
 from lfrns_hub.select import Ledger, cluster_down, restore
-from lfrns_hub.self_check import CheckReport, Proof, narrowing, self_check
+from lfrns_hub.self_check import CheckReport, Proof, narrowing, self_check, settled_trace
 from lfrns_hub.surgery import cut, recalibrated
-from lfrns_hub.trace import Trace, trace_model
+from lfrns_hub.trace import Trace
 from lfrns_hub.units import SlimPlan, UnitGroup
 
 CLUSTER_TO = 0.8  # of the budget; what lies between it and the budget is restored by contribution
@@ -70,7 +70,7 @@ def survey(model: nn.Module, example_input: Tensor) -> tuple[list[UnitGroup], di
     """
     model = unwrap(model, "find_units")
     example = as_input(check_example(example_input, "find_units"), model)
-    trace = trace_model(model, example)
+    trace = settled_trace(model, example)
     dense = trace.cost.macs({})
     shares = {g.name: 1 - trace.cost.macs({g.name: g.size}) / dense if dense else 0.0 for g in trace.groups}
     return narrowing(model, trace.groups, example), shares
@@ -91,7 +91,7 @@ def check(model: nn.Module, example_input: Tensor) -> CheckReport:
     model = unwrap(model, "check")
     refuse_meta(model, "check")
     example = as_input(check_example(example_input, "check"), model)
-    return self_check(model, trace_model(model, example).groups, example)[1]
+    return self_check(model, settled_trace(model, example).groups, example)[1]
 
 
 def slim(
@@ -237,7 +237,7 @@ def analyse(
         example = batches[0][0][:1]
 
         clock.step("trace")
-        trace = trace_model(dense, example)
+        trace = settled_trace(dense, example)
         trace.cost.complete(count_macs(dense, example))
         clock.step("self-check")
         every, checked = self_check(dense, trace.groups, example, seed)

@@ -348,7 +348,12 @@ def draw_step(pick: Any, width: int, side: int) -> Step:
     if name == "branches":
         return Step(name, width, pick(8, 16), {"kind": pick("add", "mul", "cat")})
     if name == "tokens":
-        numbers = {"heads": pick(2, 3), "attention": pick(True, False), "fused": pick(True, False), "inner": pick(8, 16)}
+        numbers = {
+            "heads": pick(2, 3),
+            "attention": pick(True, False),
+            "fused": pick(True, False),
+            "inner": pick(8, 16),
+        }
         return Step(name, width, width, numbers)
     return Step(name, width, width)
 
@@ -377,7 +382,9 @@ def masked_dense(dense: nn.Module, groups: list[Any], keep: dict[str, list[int]]
     return dense
 
 
-def with_dense_statistics(slim: nn.Module, dense: nn.Module, groups: list[Any], keep: dict[str, list[int]]) -> nn.Module:
+def with_dense_statistics(
+    slim: nn.Module, dense: nn.Module, groups: list[Any], keep: dict[str, list[int]]
+) -> nn.Module:
     """The slim network with the dense one's BatchNorm statistics: recalibration is not what is compared."""
     slim = copy.deepcopy(slim)
     stays = {name: torch.ones(len(b), dtype=torch.bool) for name, b in dense.named_buffers() if b.ndim == 1}
@@ -424,7 +431,9 @@ def try_network(spec: Spec, macs: float, seed: int) -> dict[str, Any]:
     removed = {group.name: group.size - len(keep.get(group.name, range(group.size))) for group in groups}
     share = macs_of(result.model, images[:1]) / macs_of(dense, images[:1])
     told_share = analysis.trace.cost.macs(removed) / analysis.trace.cost.macs({})
-    assert abs(share - told_share) < 1e-6 and share <= macs + 1e-9, f"MACs {told_share:.4f} of the ledger, {share:.4f} counted"
+    assert abs(share - told_share) < 1e-6 and share <= macs + 1e-9, (
+        f"MACs {told_share:.4f} of the ledger, {share:.4f} counted"
+    )
     with tempfile.TemporaryDirectory() as folder:
         lfrns.save(result.model, Path(folder) / "slim")
         again = lfrns.load(Path(folder) / "slim", model=Network(spec, seed + 1))

@@ -26,7 +26,7 @@ ALLOWED = {
     "surgery": {"taps", "adapters", "narrow", "responses"},
     "reconstruct": {"taps", "trace", "responses"},
     "judge": {"responses"},
-    "self_check": {"narrow", "surgery"},
+    "self_check": {"narrow", "surgery", "trace"},
     "report": {"taps", "responses", "redundancy"},
     "slim": {
         "trace",
@@ -61,7 +61,7 @@ ALLOWED = {
     "export": set(),
     "bench": {"export", "measure"},
     "index": {"measure", "plots"},
-    "coverage": {"slim", "trace", "checkpoint", "measure", "zoo", "recipe"},
+    "coverage": {"slim", "self_check", "trace", "checkpoint", "measure", "zoo", "recipe"},
     "cli": {
         "recipe",
         "measure",

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from lfrns_hub.checkpoint import load, save
 from lfrns_hub.coverage.cases import Case, build
 from lfrns_hub.measure import count_macs
+from lfrns_hub.self_check import settled_trace
 from lfrns_hub.slim import SlimResult, check, slim
-from lfrns_hub.trace import Trace, trace_model
+from lfrns_hub.trace import Trace
 from lfrns_hub.units import UnitGroup
 
 TARGET = 0.75  # of the MACs
@@ -41,7 +42,7 @@ def measure(case: Case, tell: Tell) -> None:
     enliven(dense)
     tell(params_m=sum(p.numel() for p in dense.parameters()) / 1e6, input_size=list(shape), step="trace")
     batches = [torch.randn(BATCH, *shape) for _ in range(2)]
-    trace = trace_model(dense, batches[0][:1])
+    trace = settled_trace(dense, batches[0][:1])
     trace.cost.complete(count_macs(dense, batches[0][:1]))
     known = describe_groups(trace, trace.groups)
     tell(**known, step="slim")

@@ -11,7 +11,8 @@ from torch.fx import Node
 from lfrns_hub.batches import read_tensors
 from lfrns_hub.narrow import feature_entries, meta_copy
 from lfrns_hub.trace import elementwise, layers, movement, products  # noqa: F401  (they register their rules)
-from lfrns_hub.trace.groups import MacsModel, read_groups
+from lfrns_hub.trace.divisions import read_divisions
+from lfrns_hub.trace.groups import MacsModel, read_groups, unit_places
 from lfrns_hub.trace.ids import NONE, IdTable
 from lfrns_hub.trace.rules import find_rule
 from lfrns_hub.trace.sites import Site, find_sites
@@ -39,11 +40,13 @@ class Trace:
     Attributes:
         groups: Every group, frozen ones too, in the order of the network.
         cost: MACs and parameters as functions of the units kept.
+        divisions: Where the forward divides units itself: those of each part (`trace/divisions.py`).
         sites: Layers of which the output can be compared with that of another network of the same graph.
     """
 
     groups: list[UnitGroup]
     cost: MacsModel
+    divisions: list[list]
     sites: list[Site]
 
     def __init__(self, model: nn.Module, example_input: Tensor):
@@ -69,9 +72,14 @@ class Trace:
         }
         self.weight_nodes = self._weight_nodes(program)
         self._run(program)
-        self.groups = read_groups(self.ids, self.model)
-        self.cost = MacsModel(self.ids, self.groups, self.model)
+        self.regroup(read_groups(self.ids, self.model))
+        labels = self.ids.classes()
+        self.divisions = read_divisions(self.ids.divisions, labels, unit_places(self.ids, labels, self.groups))
         self.sites = find_sites(self, list(program.graph.nodes))
+
+    def regroup(self, groups: list[UnitGroup]) -> None:
+        """Take other groups of the same units; the costs follow."""
+        self.groups, self.cost = groups, MacsModel(self.ids, groups, self.model)
 
     def _name_modules(self) -> None:
         """Name every module and tensor once: the first name of those that have several."""

@@ -1,6 +1,7 @@
 """Read the groups off resolved ids, and how MACs and parameters depend on their widths."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -166,6 +167,19 @@ def in_mlp_role(model: nn.Module, makers: list[str], taps: list[str]) -> bool:
     return all(isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)) for m in layers)
 
 
+def unit_places(ids: IdTable, labels: np.ndarray, groups: Sequence[UnitGroup]) -> dict[int, tuple[str, int]]:
+    """Return group and place of each unit number that lies on an axis of a parameter."""
+    along = {(axis.tensor, axis.dim): resolve(axis.ids, labels) for axis in ids.axes}
+    places: dict[int, tuple[str, int]] = {}
+    for group in groups:
+        for part in group.slices:
+            if (part.tensor, part.dim) in along:
+                numbers = along[part.tensor, part.dim][part.index.numpy()]  # [U, width]
+                for unit, row in enumerate(numbers.tolist()):
+                    places.update((number, (group.name, unit)) for number in row)
+    return places
+
+
 @dataclass
 class MacsModel:
     """MACs and parameters as functions of the units kept, exact and without running the network.
@@ -180,25 +194,19 @@ class MacsModel:
 
     def __init__(self, ids: IdTable, groups: list[UnitGroup], model: nn.Module):
         labels = ids.classes()
-        unit_group: dict[int, str] = {}
+        unit_group = {number: name for number, (name, _) in unit_places(ids, labels, groups).items()}
+        sizes = {group.name: group.size for group in groups}
         by_axis: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
         for group in groups:
             for part in group.slices:
                 by_axis[part.tensor, part.dim].append((group.name, part.index.shape[1]))
-        axis_units = {(a.tensor, a.dim): resolve(a.ids, labels) for a in ids.axes if a.tensor}
-        for group in groups:
-            for part in group.slices:
-                units = axis_units.get((part.tensor, part.dim))
-                if units is not None:
-                    for unit in np.unique(units[part.index.numpy()]).tolist():
-                        unit_group[unit] = group.name
 
         def share(axis: Tensor) -> tuple[dict[str, int], int]:
-            units, counts = np.unique(resolve(axis, labels), return_counts=True)
-            widths = {
-                unit_group[u]: int(c) for u, c in zip(units.tolist(), counts.tolist(), strict=True) if u in unit_group
-            }
-            return widths, int(axis.numel())
+            positions: Counter[str] = Counter()
+            for unit, count in zip(*np.unique(resolve(axis, labels), return_counts=True), strict=True):
+                if unit in unit_group:
+                    positions[unit_group[unit]] += int(count)
+            return {name: count // sizes[name] for name, count in positions.items()}, int(axis.numel())
 
         self.macs_terms = [(term.macs, [share(axis) for axis in term.axes]) for term in ids.macs]
         self.params_terms = []

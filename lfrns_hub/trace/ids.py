@@ -70,6 +70,7 @@ class IdTable:
     consumers: list[Consumer] = field(default_factory=list)
     macs: list[MacsTerm] = field(default_factory=list)
     literals: list[Literal] = field(default_factory=list)
+    divisions: list[list[Tensor]] = field(default_factory=list)  # ids of each part
     tensors: dict[str, Tensor] = field(default_factory=dict)
     by_axis: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 

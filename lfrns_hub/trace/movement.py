@@ -1,16 +1,18 @@
 """Data movement runs on the ids themselves, so it is exact by construction."""
 
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lfrns_hub.trace.divisions import note_division, note_split_axes
 from lfrns_hub.trace.ids import NONE, collapse
 from lfrns_hub.trace.rules import register_op
 from lfrns_hub.trace.widths import note_parts, note_sizes, note_slice
 
 MOVES = (
-    "permute transpose t squeeze unsqueeze select narrow cat unbind roll flip pixel_shuffle pixel_unshuffle "
+    "permute transpose t squeeze unsqueeze select narrow cat unbind flip pixel_shuffle pixel_unshuffle "
     "repeat channel_shuffle movedim alias detach swapaxes expand_as view_as reshape_as tile unfold swapdims moveaxis "
     "rot90 repeat_interleave diagonal hstack vstack atleast_2d broadcast_to numpy_T mT column_stack concat concatenate"
 )
@@ -27,7 +29,16 @@ def resize(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Ten
     """A view: its sizes may state how many units there are."""
     moved = node.target(ids, *args, **kwargs)
     note_sizes(trace, node, moved)
+    note_split_axes(trace, ids, moved)
     return moved
+
+
+@register_op("aten.roll")
+def roll(trace: Any, node: Any, ids: Tensor, shifts: Any, dims: Any = (), **kwargs: Any) -> Tensor:
+    """A roll: among units, its shift divides them."""
+    for shift, dim in zip(*([v] if isinstance(v, int) else v for v in (shifts, dims)), strict=False):
+        note_division(trace, ids, dim, [-shift])
+    return node.target(ids, shifts, dims)
 
 
 @register_op("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split")
@@ -35,6 +46,8 @@ def split(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A split: its sizes may state how many units there are; equal parts stay equal."""
     parts = node.target(ids, *args, **kwargs)
     note_parts(trace, node, parts)
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    note_division(trace, ids, dim, list(accumulate(part.shape[dim] for part in parts[:-1])))
     if isinstance(args[0], int):
         for part in parts[1:]:
             if part.shape == parts[0].shape:
@@ -54,6 +67,8 @@ def stack(trace: Any, node: Any, parts: list[Tensor], *args: Any) -> Tensor:
 def cut_out(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A slice: its ends may state how many units there are."""
     note_slice(trace, node, ids)
+    dim, *ends = (*args, 0, 0)[:1] if not args else args[:3]
+    note_division(trace, ids, dim, ends)
     return node.target(ids, *args, **kwargs)
 
 
