@@ -1,4 +1,4 @@
-"""Random networks come out right or are refused in a known sentence; how many, LFRNS_NETWORKS says (tests/networks.py)."""
+"""Random networks come out right or are refused in a known sentence; LFRNS_NETWORKS says how many."""
 
 import json
 import os
