@@ -12,7 +12,7 @@ from lfrns_hub.coverage import families, main
 from lfrns_hub.coverage.cases import Case, build, list_cases, select_cases
 from lfrns_hub.coverage.command import read_rows
 from lfrns_hub.coverage.processes import run_cases
-from lfrns_hub.coverage.table import cells_of, count_minutes, count_rows, write_tables
+from lfrns_hub.coverage.table import cells_of, count_minutes, count_rows, worse_than, write_tables
 from lfrns_hub.coverage.trial import measure, shorten
 
 TIMM_TABLES = (families.TIMM_CONVNETS, families.TIMM_VITS, families.TIMM_HYBRIDS)
@@ -224,3 +224,20 @@ def test_reasons_name_no_folder_of_this_machine() -> None:
     text = 'File "/home/me/venv/lib/python3/site-packages/timm/layers/pool.py", line 7,\n   in forward'
     assert shorten(text) == 'File "timm/layers/pool.py", line 7, in forward'
     assert len(shorten("x" * 1000)) == 300
+
+
+def test_what_got_worse_than_in_an_earlier_table_and_what_took_long_is_listed(tmp_path: Path) -> None:
+    def row(model: str, reach: float, reason: str = "", seconds: float = 1.0) -> dict[str, Any]:
+        facts = {"family": "f", "model": model, "option": "", "section": "third-party", "seconds": seconds}
+        return facts | {"reach": {"exact": reach, "approximate": reach}, "reason": reason, "slimmed": "exact"}
+
+    before = [row("same", 0.3), row("frozen", 0.3), row("broken", 0.3), row("mended", 0.3, "it failed")]
+    now = [row("same", 0.3, seconds=181.0), row("frozen", 0.5), row("broken", 0.3, "it fails"), row("mended", 0.2)]
+    assert worse_than(before, now) == [
+        "- f, frozen: smallest MACs 0.30 before, 0.50 now",
+        "- f, broken: slimmed before; now it fails (at: start)",
+    ]
+    write_tables(now, {}, tmp_path / "table.md", before)
+    text = (tmp_path / "table.md").read_text()
+    assert "Longer than 3 minutes:\n\n- f, same: 181 s\n" in text
+    assert "Worse than in the table before this one:\n\n- f, frozen" in text

@@ -1,6 +1,7 @@
 """The command: which networks, how long, where the table goes, and what an earlier run has done already."""
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ from rich.console import Console
 from lfrns_hub.coverage.cases import SECTIONS, list_cases, select_cases
 from lfrns_hub.coverage.processes import run_cases
 from lfrns_hub.coverage.table import Row, describe_row, print_tables, write_tables
-from lfrns_hub.coverage.trial import TARGET
+from lfrns_hub.coverage.trial import OPTIONS, TARGET
 from lfrns_hub.measure import cpu_name
 
 Key = tuple[str, str, str, str]  # section, family, model, option
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     console.print(f"{len(todo)} networks to try, {len(rows)} known, {options.workers} at a time.")
     for number, row in enumerate(run_cases(todo, workers=options.workers, time_limit=options.time_limit), 1):
-        row |= {"session": session, "elapsed_s": time.monotonic() - began, "versions": versions}
+        row |= {"session": session, "elapsed_s": time.monotonic() - began, "versions": versions, "options": OPTIONS}
         rows[_key(row)] = row
         console.print(f"{number}/{len(todo)} {describe_row(row)}", markup=False, highlight=False, soft_wrap=True)
         if record:
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "machine": f"{cpu_name()}, {os.cpu_count()} cores, {options.workers} processes of one thread",
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         }
-        write_tables(ordered, facts, output)
+        before = json_lines(Path(options.before)) if options.before else []
+        write_tables(ordered, facts, output, before)
         console.print(f"{output}", soft_wrap=True)
     return int(any(rows[key].get("reason") for key in chosen))
 
@@ -111,6 +113,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="the table; rows go beside it as .jsonl (default: docs/coverage.md, nothing where patterns are given)",
     )
+    add("--before", metavar="FILE", help="rows of an earlier table (.jsonl): what got worse since is listed")
     add("--resume", action="store_true", help="keep the rows that lie beside the table, try the rest")
     add("--again", action="store_true", help="--resume, and try once more what failed")
     options = parser.parse_args(arguments)
@@ -123,15 +126,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def read_rows(path: Path, versions: Mapping[str, str | None]) -> dict[Key, Row]:
-    """Read the rows of an earlier run, without those that were taken with other versions."""
+    """Read the rows of an earlier run, without those that were taken with other versions or options."""
     rows = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the line that an interrupted run was writing
-            continue
-        if row.get("versions") == versions:
+    for row in json_lines(path):
+        if row.get("versions") == versions and row.get("options") == OPTIONS:
             rows[_key(row)] = row
+    return rows
+
+
+def json_lines(path: Path) -> list[Row]:
+    """Read rows, but for a line that an interrupted run was writing."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
     return rows
 
 

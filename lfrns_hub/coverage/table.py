@@ -12,6 +12,7 @@ from lfrns_hub.coverage.cases import SECTIONS
 from lfrns_hub.coverage.families import NOT_IMAGES
 
 Row = dict[str, Any]
+SLOW = 180  # seconds; longer rows are listed
 COLUMNS = (
     "family", "model", "params (M)", "input", "exact", "approximate", "frozen", "smallest MACs", "slimmed", "MACs",
     "self-check", "reloaded", "s",
@@ -19,8 +20,9 @@ COLUMNS = (
 ON_TERMINAL = ("family", "model", "smallest MACs", "slimmed", "MACs", "self-check", "reloaded", "s")
 LEGEND = """\
 Each network is built with random weights, traced, self-checked, slimmed to 0.75 of its MACs, saved, loaded, compared,
-and trained for a step. A row that is not named beneath its table has passed all of that. Units are chosen from random
-images by correlation, the same share of each group, without FCR: what is tried is whether it works, not how well.
+and trained for a step. A row that is not named beneath its table has passed all of that. Units are chosen at the
+defaults of `slim`, from 32 images of noise and with two steps of the gates: what is tried is whether it works, not how
+well.
 
 - **exact, approximate, frozen**: groups / units of each kind. Exact groups are cut and self-checked; approximate ones
   (their width crosses a LayerNorm or the like) are cut with `approximate=True` only; frozen ones never. The classes
@@ -29,7 +31,8 @@ images by correlation, the same share of each group, without FCR: what is tried 
   approximate one as well.
 - **slimmed**: by exact groups alone, or with approximate ones where exact ones do not reach 0.75; **MACs** is the
   fraction kept.
-- **self-check**: largest error over the largest output, float64, norms and gates randomised; 1e-8 is allowed.
+- **self-check**: of the plan that was cut, largest error over the largest output, float64, norms and gates randomised;
+  1e-8 is allowed.
 - **reloaded**: largest difference of the outputs after saving and loading, over the largest output, float32; 1e-5 is
   allowed.
 - **s**: seconds, one thread, all steps.
@@ -108,13 +111,14 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def write_tables(rows: Sequence[Row], facts: Mapping[str, str], path: Path) -> None:
+def write_tables(rows: Sequence[Row], facts: Mapping[str, str], path: Path, before: Sequence[Row] = ()) -> None:
     """Write the tables as Markdown.
 
     Args:
         rows: In the order of the table.
         facts: What the figures were taken with, by name: "command", "machine", "versions".
         path: The file.
+        before: Rows of an earlier table; what got worse since is listed.
     """
     lines = ["# Coverage: what has been tried, and what came of it", ""]
     lines += ["Generated; do not edit.", "", "| | |", "|---|---|"]
@@ -129,6 +133,10 @@ def write_tables(rows: Sequence[Row], facts: Mapping[str, str], path: Path) -> N
     sections = {section: here for section, here in sections.items() if here}
     lines += [f"| {section} | {count_rows(here)} |" for section, here in sections.items()]
     lines += ["", LEGEND]
+    if slow := [f"- {_title(row)}: {row['seconds']:.0f} s" for row in rows if row["seconds"] > SLOW]:
+        lines += ["", f"Longer than {SLOW // 60} minutes:", "", *slow]
+    if before:
+        lines += ["", "Worse than in the table before this one:", "", *(worse_than(before, rows) or ["- nothing"])]
     for section, here in sections.items():
         lines += ["", f"## {section}: {count_rows(here)}", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
@@ -140,6 +148,28 @@ def write_tables(rows: Sequence[Row], facts: Mapping[str, str], path: Path) -> N
             lines += [f"- {name}: {why}" for name, why in NOT_IMAGES.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def worse_than(before: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    """List what worked before and does not now, or has more of its MACs out of reach."""
+    earlier = {(row["section"], _title(row)): row for row in before}
+    worse = []
+    for row in rows:
+        was = earlier.get((row["section"], _title(row)))
+        if was is None:
+            continue
+        if why_not(row) and not why_not(was):
+            worse.append(f"- {_title(row)}: slimmed before; now {_plain(why_not(row))}")
+        elif row.get("reach") and was.get("reach"):
+            now, then = row["reach"]["approximate"], was["reach"]["approximate"]
+            if now > then + 0.005:
+                worse.append(f"- {_title(row)}: smallest MACs {then:.2f} before, {now:.2f} now")
+    return worse
+
+
+def _title(row: Row) -> str:
+    """Name a network."""
+    return f"{row['family']}, {row['model']}{': ' + row['option'] if row['option'] else ''}"
 
 
 def count_minutes(rows: Sequence[Row]) -> float:
@@ -155,7 +185,7 @@ def _reasons(row: Row) -> list[str]:
     """Say why a network does not work, and what most of its frozen units are frozen for."""
     if not (reason := why_not(row)):
         return []
-    lines = [f"- {row['family']}, {row['model']}{': ' + row['option'] if row['option'] else ''}: {reason}"]
+    lines = [f"- {_title(row)}: {reason}"]
     for frozen in row.get("frozen", ())[:3]:
         lines.append(
             f"  - {frozen['units']} {frozen['kind']}s in {frozen['groups']} groups ({frozen['first']} ...): "

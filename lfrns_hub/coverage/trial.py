@@ -20,7 +20,8 @@ from lfrns_hub.trace import Trace
 from lfrns_hub.units import UnitGroup
 
 TARGET = 0.75  # of the MACs
-BATCH = 4
+BATCHES, BATCH = 4, 8  # images in all: 32
+OPTIONS = {"fcr_steps": 2}  # all others are the defaults
 SAME = 1e-5  # of the largest output, float32: what may differ after loading
 OUTPUT_REASON = "network's output"  # classes are never cut; they are not counted as frozen
 
@@ -41,7 +42,7 @@ def measure(case: Case, tell: Tell) -> None:
     dense, shape = build(case)
     enliven(dense)
     tell(params_m=sum(p.numel() for p in dense.parameters()) / 1e6, input_size=list(shape), step="trace")
-    batches = [torch.randn(BATCH, *shape) for _ in range(2)]
+    batches = [torch.randn(BATCH, *shape) for _ in range(BATCHES)]
     trace = settled_trace(dense, batches[0][:1])
     trace.cost.complete(count_macs(dense, batches[0][:1]))
     known = describe_groups(trace, trace.groups)
@@ -126,11 +127,9 @@ def slim_to_target(dense: nn.Module, batches: list[Tensor], reach: dict[str, flo
         raise ValueError(
             f"cannot be cut to {TARGET} of its MACs: without its frozen units it keeps {reach['approximate']:.2f}."
         )
-    # Whether a network slims does not hang on which units go: the cheapest way of choosing is enough.
-    options = {"distance": "correlation", "widths": "uniform", "fcr_steps": 0, "progress": False}
     for approximate in ways:
         try:
-            return slim(dense, batches, macs=TARGET, approximate=approximate, **options), approximate
+            return slim(dense, batches, macs=TARGET, approximate=approximate, progress=False, **OPTIONS), approximate
         except ValueError as error:  # the self-check may have frozen what the trace counted on
             last = error
     raise last
