@@ -47,7 +47,7 @@ ALLOWED = {
         "cache",
         "latency",
     },
-    "retrain": {"measure", "resume", "seeded", "cache", "trace", "surgery", "taps"},
+    "retrain": {"measure", "resume", "seeded", "cache", "self_check", "surgery", "taps"},
     "pictures": {"reach"},
     "stream": {"pictures", "seeded"},
     "lineage": {"reach"},

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.running import evaluating
+from lfrns_hub.self_check import settled_trace
 from lfrns_hub.surgery import removed_at_taps
 from lfrns_hub.taps import channel_count, kept_channels
-from lfrns_hub.trace import trace_model
 from lfrns_hub.units import SlimPlan, UnitGroup
 
 
@@ -94,7 +94,7 @@ def watch_features(model: nn.Module, teacher: nn.Module, plan: SlimPlan, images:
     if ours is None or theirs is None or ours.module != theirs.module or len(ours.shape) != len(theirs.shape):
         return None
     try:
-        groups = trace_model(teacher, few).groups
+        groups = settled_trace(teacher, few).groups
         removed = removed_at_taps(groups, plan)
     except ValueError:  # the plan is of another network, or this one cannot be traced
         return None
