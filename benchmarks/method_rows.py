@@ -71,6 +71,37 @@ def analysis_vit(options: Namespace) -> Turns:
     return analysis_turns(VIT, options)
 
 
+def proof_turns(name: str, options: Namespace) -> Turns:
+    """Time the proof of one plan of all exact groups beside the forward passes that the analysis needs anyway."""
+    import torch
+
+    from lfrns_hub.self_check import CheckReport, Proof, narrowing, random_plan, settled_trace
+
+    model, images = model_and_images(name, options)
+    example = images[0][:1]
+    groups = narrowing(model, settled_trace(model, example).groups, example)
+    free = [group for group in groups if group.exact and group.frozen_reason is None]
+    plan = random_plan(free, torch.Generator().manual_seed(0))
+
+    def prove() -> None:
+        if refuted := Proof(model, groups, example).refuted(plan, CheckReport()):
+            raise RuntimeError(f"the plan was refuted: {refuted}")
+
+    return run_turns({"reference": lambda: forward(model, images), "ours": prove}, options.runs)
+
+
+@row("proof-resnet50", "proof of the plan that is cut, resnet50 / bare forward passes of 256 images", "")
+def proof_resnet50(options: Namespace) -> Turns:
+    """Of a convnet."""
+    return proof_turns(RESNET, options)
+
+
+@row("proof-vit", "proof of the plan that is cut, vit_base_patch16_224 / bare forward passes of 256 images", "")
+def proof_vit(options: Namespace) -> Turns:
+    """Of a transformer."""
+    return proof_turns(VIT, options)
+
+
 def own_process(*words: str) -> float:
     """Run speed.py for one figure in a process of its own, and read what it prints last."""
     command = [sys.executable, str(Path(__file__).with_name("speed.py")), "--one", *words]

@@ -2,7 +2,7 @@
 
 import sys
 
-import networks
+import random_networks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,7 @@ def compare(model, macs, seed):
     result = analysis.cut(macs=macs, fold=False, fcr_steps=2)
     groups = lfrns.find_units(model, IMAGES)
     with torch.no_grad():
-        want = networks.masked_dense(model, groups, result.plan.keep)(IMAGES)
+        want = random_networks.masked_dense(model, groups, result.plan.keep)(IMAGES)
         torch.testing.assert_close(result.model(IMAGES), want, rtol=1e-4, atol=1e-5)
     assert macs - 0.2 < result.report.macs_fraction <= macs
     removed = {g.name: len(result.plan.removed(g)) for g in groups}

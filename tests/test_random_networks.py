@@ -3,7 +3,7 @@
 import json
 import os
 
-import networks
+import random_networks
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -13,21 +13,21 @@ COUNT = WANTED or 100
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", range(-(-COUNT // networks.SHARD)))
+@pytest.mark.parametrize("shard", range(-(-COUNT // random_networks.SHARD)))
 def test_random_networks_come_out_right_or_are_refused_in_a_known_sentence(shard):
-    path = networks.FOUND / f"{shard:04d}.json"
+    path = random_networks.FOUND / f"{shard:04d}.json"
     if WANTED and path.is_file():
         pytest.skip("found by an earlier run")
     tried = {}
 
     @seed(shard)
     @settings(
-        max_examples=networks.SHARD, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        max_examples=random_networks.SHARD, deadline=None, database=None, suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink) if WANTED else (Phase.generate,),
     )  # fmt: skip
-    @given(networks.specs(), st.sampled_from([0.9, 0.7, 0.5]), st.integers(0, 3))
+    @given(random_networks.specs(), st.sampled_from([0.9, 0.7, 0.5]), st.integers(0, 3))
     def try_all(spec, macs, weights):
-        tried[repr((spec, macs, weights))] = networks.try_network(spec, macs, weights)
+        tried[repr((spec, macs, weights))] = random_networks.try_network(spec, macs, weights)
 
     try_all()
     assert tried

@@ -1,7 +1,7 @@
 """Random small networks, and what must hold for each of them when it is slimmed.
 
-    LFRNS_NETWORKS=5000 python -m pytest tests/test_networks.py -n 2    # in shards, gone on with where it stopped
-    python tests/networks.py                                            # what the shards found, as a table
+    LFRNS_NETWORKS=5000 python -m pytest tests/test_random_networks.py -n 2    # in shards, gone on with where it stopped
+    python tests/random_networks.py                                            # what the shards found, as a table
 
 A network is a list of steps on a map [N, C, H, W], then heads. Steps are what people write: convolutions of all kinds,
 norms, gates, chunks, slices by share and by number, rolls, cats, views, shuffles, layers used twice, attention on
