@@ -233,7 +233,7 @@ def settled_trace(model: nn.Module, example_input: Tensor) -> Trace:
     """
     trace = trace_model(model, example_input)
     groups = settle(model, trace.groups, trace.divisions, example_input)
-    if groups != trace.groups:
+    if groups is not trace.groups:
         trace.regroup(groups)
     return trace
 

@@ -1,7 +1,7 @@
 """Random small networks, and what must hold for each of them when it is slimmed.
 
-    LFRNS_NETWORKS=5000 python -m pytest tests/test_random_networks.py -n 2    # in shards, gone on with where it stopped
-    python tests/random_networks.py                                            # what the shards found, as a table
+    LFRNS_NETWORKS=5000 python -m pytest tests/test_random_networks.py -n 2   # in shards, gone on with where it stopped
+    python tests/random_networks.py                                           # what the shards found, as a table
 
 A network is a list of steps on a map [N, C, H, W], then heads. Steps are what people write: convolutions of all kinds,
 norms, gates, chunks, slices by share and by number, rolls, cats, views, shuffles, layers used twice, attention on
@@ -409,19 +409,23 @@ def try_network(spec: Spec, macs: float, seed: int) -> dict[str, Any]:
         AssertionError: It came out wrong.
     """
     dense, images = Network(spec, seed), torch.randn(24, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
-    groups = lfrns.find_units(dense, images[:1])
-    counted = [group for group in groups if group.frozen_reason != OUTPUT]
-    told: dict[str, Any] = {"units": sum(group.size for group in counted)}
-    frozen = {group.name: group.frozen_reason for group in counted if group.frozen_reason}
+    groups, frozen = None, {}
     try:
         analysis = lfrns.analyse(dense, list(images.split(4)), seed=seed, progress=False)
-        frozen |= analysis.checked.frozen
+        groups, frozen = analysis.every, analysis.checked.frozen
         result = analysis.cut(macs=macs, fold=False, fcr_steps=2)
-        frozen |= result.report.frozen
+        frozen = frozen | result.report.frozen
+        outcome = "right"
     except ValueError as error:
         if not any(sentence in str(error) for sentence in REFUSALS):
             raise
-        return told | {"outcome": shorten(str(error)), "frozen": by_reason(counted, frozen)}
+        result, outcome = None, shorten(str(error))
+    groups = groups or lfrns.find_units(dense, images[:1])
+    counted = [group for group in groups if group.frozen_reason != OUTPUT]
+    frozen = {group.name: group.frozen_reason for group in counted if group.frozen_reason} | frozen
+    told = {"outcome": outcome, "units": sum(g.size for g in counted), "frozen": by_reason(counted, frozen)}
+    if result is None:
+        return told
     keep = result.plan.keep
     with torch.no_grad():
         slim = with_dense_statistics(result.model, dense, groups, keep)
@@ -439,7 +443,7 @@ def try_network(spec: Spec, macs: float, seed: int) -> dict[str, Any]:
         again = lfrns.load(Path(folder) / "slim", model=Network(spec, seed + 1))
     with torch.no_grad():
         assert torch.equal(outputs_of(again(images)), outputs_of(result.model(images))), "it came back as another"
-    return told | {"outcome": "right", "frozen": by_reason(counted, frozen)}
+    return told
 
 
 def by_reason(groups: list[Any], frozen: dict[str, str]) -> dict[str, int]:

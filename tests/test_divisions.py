@@ -2,8 +2,8 @@
 
 import sys
 
-import random_networks
 import pytest
+import random_networks
 import torch
 import torch.nn.functional as F
 from torch import nn

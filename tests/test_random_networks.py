@@ -3,8 +3,8 @@
 import json
 import os
 
-import random_networks
 import pytest
+import random_networks
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
