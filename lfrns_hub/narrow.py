@@ -34,6 +34,28 @@ def short(value: Any, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
+def loose_tensors(value: Any) -> list[Tensor]:
+    """List the tensors in an attribute of a module: itself, or what its lists, tuples and dicts hold."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in loose_tensors(part)]
+
+
+def model_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a model as `copy.deepcopy` does, also where a forward or a hook left a computed tensor on a module.
+
+    Args:
+        model: Any module, such as one with `torch.nn.utils.weight_norm`, whose weight torch refuses to copy.
+        memo: What stands for an object in the copy, by its id.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for tensor in (t for value in vars(module).values() for t in loose_tensors(value) if not t.is_leaf):
+            memo.setdefault(id(tensor), tensor.detach().clone())
+    return copy.deepcopy(model, memo)
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """Copy a model's structure to the meta device without copying a weight."""
     memo: dict[int, Any] = {}
@@ -41,7 +63,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+    return model_copy(model, memo)
 
 
 def feature_entries(model: nn.Module) -> list[dict[str, Any]]:

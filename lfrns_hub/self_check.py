@@ -1,6 +1,5 @@
 """The self-check: slim equals dense with the removed units zeroed at their taps, or the group is frozen by name."""
 
-import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.batches import read_logits
-from lfrns_hub.narrow import meta_copy
+from lfrns_hub.narrow import meta_copy, model_copy
 from lfrns_hub.surgery import cut, masked
-from lfrns_hub.units import SlimPlan, UnitGroup
+from lfrns_hub.units import SlimPlan, UnitGroup, forget
 
 TOLERANCE = 1e-8  # of the largest output, in float64
 REMOVED_SHARE = 0.4
@@ -36,7 +35,7 @@ class CheckReport:
 
 def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """Copy a model to float64 with norms, gates and layer scales randomised: fresh ones hide errors."""
-    copied = copy.deepcopy(model).double().eval().requires_grad_(True)
+    copied = model_copy(model).double().eval().requires_grad_(True)
     for name, tensor in list(copied.named_parameters()) + list(copied.named_buffers()):
         if not tensor.is_floating_point():
             continue
@@ -107,7 +106,7 @@ def narrowing(model: nn.Module, groups: Sequence[UnitGroup], example_input: Tens
     if runs(network, groups, [], images) is not None:  # its forward reads values, which the meta device has none of
         if any(parameter.is_meta for parameter in model.parameters()):
             return list(groups)
-        network, images = copy.deepcopy(model).cpu().eval(), torch.zeros(images.shape, dtype=images.dtype)
+        network, images = model_copy(model).cpu().eval(), torch.zeros(images.shape, dtype=images.dtype)
 
     def try_one(group: UnitGroup) -> UnitGroup:
         why = runs(network, groups, [group], images)
@@ -182,7 +181,7 @@ def self_check(
     for before, after in zip(groups, narrow, strict=True):
         if after.frozen_reason != before.frozen_reason:
             report.frozen[after.name] = after.frozen_reason
-    copied = randomised(model, generator).cpu()
+    copied = forget(randomised(model, generator).cpu(), [cache for group in groups for cache in group.caches])
     images = torch.randn(2, *example_input.shape[1:], generator=generator, dtype=torch.float64)
     open_groups = [g for g in narrow if g.frozen_reason is None and g.exact]
     with torch.no_grad():

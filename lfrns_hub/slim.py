@@ -1,6 +1,5 @@
 """The one call: trace, responses, redundancy, contribution, select, surgery, in reading order."""
 
-import copy
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from lfrns_hub.costs import measure_costs
 from lfrns_hub.judge import Judge
 from lfrns_hub.latency import LatencyMeter, LatencyModel, LatencySetup, in_channels_last, search
 from lfrns_hub.measure import count_macs, count_params
+from lfrns_hub.narrow import model_copy
 from lfrns_hub.options import KINDS, check_budgets, check_cut, check_example, check_options, choose_groups, read_loader
 from lfrns_hub.reconstruct import reconstruct
 from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_rows
@@ -446,7 +446,7 @@ def analysis_copy(model: nn.Module, device: Any) -> nn.Module:
 
     A convnet's kernels have their channels last, in which convolutions run up to thrice as fast.
     """
-    dense = copy.deepcopy(model).to(device=device, dtype=torch.promote_types(dtype_of(model), torch.float32))
+    dense = model_copy(model).to(device=device, dtype=torch.promote_types(dtype_of(model), torch.float32))
     dense.to(memory_format=memory_format_of(dense)).zero_grad(set_to_none=True)
     return dense.eval().requires_grad_(False)
 

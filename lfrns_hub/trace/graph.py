@@ -1,6 +1,6 @@
 """Export a model on the meta device and run channel ids through its ATen graph."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from torch.fx import Node
 from lfrns_hub.batches import read_tensors
 from lfrns_hub.narrow import feature_entries, meta_copy
 from lfrns_hub.trace import elementwise, layers, movement, products  # noqa: F401  (they register their rules)
+from lfrns_hub.trace.forward import watch_forward
 from lfrns_hub.trace.groups import MacsModel, read_groups
 from lfrns_hub.trace.ids import NONE, IdTable
 from lfrns_hub.trace.rules import find_rule
 from lfrns_hub.trace.sites import Site, find_sites
 from lfrns_hub.trace.widths import note_features
-from lfrns_hub.units import UnitGroup
+from lfrns_hub.units import UnitGroup, forget
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Where a weight is put together by these alone, each input channel keeps its own part of it.
@@ -47,7 +48,8 @@ class Trace:
     sites: list[Site]
 
     def __init__(self, model: nn.Module, example_input: Tensor):
-        self.model = meta_copy(model).eval()
+        watched = watch_forward(model, example_input)
+        self.model = forget(meta_copy(model), watched.caches).eval()
         # torch.export takes lists and dicts, but no dataclass that it does not know.
         self.model.register_forward_hook(lambda _module, _inputs, output: tuple(read_tensors(output)))
         self._name_modules()
@@ -69,7 +71,7 @@ class Trace:
         }
         self.weight_nodes = self._weight_nodes(program)
         self._run(program)
-        self.groups = read_groups(self.ids, self.model)
+        self.groups = [replace(group, caches=watched.caches) for group in read_groups(self.ids, self.model)]
         self.cost = MacsModel(self.ids, self.groups, self.model)
         self.sites = find_sites(self, list(program.graph.nodes))
 
