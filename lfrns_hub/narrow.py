@@ -118,7 +118,9 @@ def describe(model: nn.Module, base: nn.Module | None) -> tuple[Shapes, Attrs]:
     attrs: Attrs = {}
     for name, module in modules.items():
         dense = read_widths(base_modules[name]) if base is not None else {}
-        here = {k: v for k, v in read_widths(module).items() if (k in dense and v != dense[k]) or base is None}
+        here = read_widths(module)
+        if base is not None:  # what is larger than in the base is no width: the forward wrote it
+            here = {k: v for k, v in here.items() if k in dense and v != dense[k] and is_narrower(v, dense[k])}
         if here:
             attrs[name] = here
     return shapes, attrs
@@ -202,6 +204,22 @@ def _check_shape(model: nn.Module, name: str, shape: Any, old: Tensor | None) ->
         raise ValueError(f"{call()}: sizes must lie from 1 to the base's own {limit}. The file is damaged or hostile.")
 
 
+def is_narrower(value: Any, old: Any) -> bool:
+    """Say whether a width, an int or list of ints, is what a cut can leave of another.
+
+    Example:
+        >>> is_narrower(3, 4), is_narrower([2, 9], [4, 8]), is_narrower(3, None)
+        (True, False, False)
+    """
+    new, most = ([value], [old]) if isinstance(old, int) else (value, old)
+    return (
+        old is not None
+        and _are_sizes(new)
+        and len(new) == len(most)
+        and all(v == m or 0 <= v <= m for v, m in zip(new, most, strict=True))
+    )
+
+
 def _check_width(name: str, value: Any, old: Any) -> None:
     """Refuse an attribute that the module lacks, or a width larger than the module's own."""
 
@@ -210,8 +228,7 @@ def _check_width(name: str, value: Any, old: Any) -> None:
 
     if old is None:
         raise ValueError(f"{call()}: no such width, an int or tuple of ints, in the base model.")
-    new, most = ([value], [old]) if isinstance(old, int) else (value, old)
-    if not _are_sizes(new) or len(new) != len(most) or any(v != m and not 0 <= v <= m for v, m in zip(new, most)):  # noqa: B905
+    if not is_narrower(value, old):
         raise ValueError(f"{call()}: widths must lie from 0 to the base's own {old}. The file is damaged or hostile.")
 
 

@@ -125,7 +125,7 @@ def _watched(model: nn.Module) -> Iterator[tuple[dict[str, set[str]], dict[str, 
         yield reads, writes
     finally:
         for module, cls in modules:
-            module.__class__ = cls
+            object.__setattr__(module, "__class__", cls)  # the module's own would be told as a write
 
 
 def _refilled(model: nn.Module, example: Tensor, places: set[tuple[str, str]]) -> list[Cache]:
