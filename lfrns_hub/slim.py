@@ -27,7 +27,7 @@ from lfrns_hub.select import Ledger, cluster_down, restore
 from lfrns_hub.self_check import CheckReport, narrowing, self_check
 from lfrns_hub.surgery import cut, recalibrated
 from lfrns_hub.trace import Trace, trace_model
-from lfrns_hub.units import SlimPlan, UnitGroup
+from lfrns_hub.units import SlimPlan, UnitGroup, forget
 
 CLUSTER_TO = 0.8  # of the budget; what lies between it and the budget is restored by contribution
 
@@ -388,7 +388,7 @@ class Analysis:
             clock.step("cut and fold")
             result = cut(dense, self.every, plan)
             finished = self.cache.keep("weights", lambda: self.finish(result, plan, fold), plan.keep, fold)
-            result.load_state_dict(finished["state"])
+            forget(result, [cache for group in self.every for cache in group.caches]).load_state_dict(finished["state"])
 
             clock.step("report")
             whole = measure_integrity(dense, chosen, plan, moments)

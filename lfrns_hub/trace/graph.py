@@ -16,7 +16,7 @@ from lfrns_hub.trace.groups import MacsModel, read_groups
 from lfrns_hub.trace.ids import NONE, IdTable
 from lfrns_hub.trace.rules import find_rule
 from lfrns_hub.trace.sites import Site, find_sites
-from lfrns_hub.trace.widths import note_features
+from lfrns_hub.trace.widths import note_features, note_unread
 from lfrns_hub.units import UnitGroup, forget
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -71,6 +71,8 @@ class Trace:
         }
         self.weight_nodes = self._weight_nodes(program)
         self._run(program)
+        if watched.reads is not None:
+            note_unread(self, watched.reads)
         self.groups = [replace(group, caches=watched.caches) for group in read_groups(self.ids, self.model)]
         self.cost = MacsModel(self.ids, self.groups, self.model)
         self.sites = find_sites(self, list(program.graph.nodes))

@@ -43,6 +43,8 @@ class Literal:
     whole: tuple[int, ...] = ()  # the list it is an element of, as in split(x, [a, b])
     place: int = 0
     attribute: str = ""  # where the attribute is known beforehand
+    factor: int = 1  # positions of the axis for each one that the attribute counts, as channels in a conv group
+    all: bool = False  # whether it goes with nothing where the rows differ anywhere
 
 
 @dataclass

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lfrns_hub.narrow import feature_entries
@@ -20,6 +21,9 @@ WIDTH_WORDS = (
 NOT_WIDTHS = ("kernel", "stride", "pad", "window", "img", "image", "feat_size", "grid", "scale", "dilation")
 FEATURES = ("num_features", "head_hidden_size", "embed_dim", "in_features", "hidden_size")
 FACTORS = (2, 3, 4)  # a forward writes `2 * self.dim`
+# Names of a block's own attributes, by the side of its layers that they state. A number of heads is no width of these.
+SIDES = {"in": ("in", "inp", "input", "inplanes"), "out": ("out", "oup", "output", "outplanes"), "groups": ("groups",)}
+NO_SIDE = ("head", "heads", "kernel", "branches", "blocks", "classes")
 
 
 def stated(module: nn.Module, value: int, whole: tuple[int, ...]) -> list[tuple[str, int]]:
@@ -115,6 +119,67 @@ def note_features(trace: Any, outputs: dict[str, Tensor]) -> None:
             trace.ids.literals.append(Literal("", value, rows, place=place, attribute="feature_info"))
 
 
+def note_unread(trace: Any, reads: dict[str, set[str]]) -> None:
+    """Note the widths that a block states and its forward does not read: other methods do, as those that fuse branches.
+
+    Which layers' widths an attribute states is known by its name and value; it follows them where they all agree.
+
+    Args:
+        trace: The trace, all nodes run.
+        reads: Attributes that a forward reads, by the name of the module: those are found by what the graph has.
+    """
+    for name, module in trace.model.named_modules():
+        if isinstance(module, STOCK) or type(module).__module__.startswith("torch.nn."):
+            continue
+        unread = {
+            attribute: value
+            for attribute, value in vars(module).items()
+            if type(value) is int and value > 1 and attribute not in reads.get(name, ()) and attribute not in FEATURES
+        }
+        axes = _axes_inside(trace, name) if any(map(_side, unread)) else []
+        for attribute, value in unread.items():
+            if side := _side(attribute):
+                alike = [axis for axis in axes if axis[1] == value]
+                same = [ids for kind, _, ids in alike if kind == side] or [
+                    (ids, 1) for kind, _, (ids, _) in alike if kind != "groups"
+                ]
+                if same and len({(len(ids), factor) for ids, factor in same}) == 1:
+                    rows, factor = torch.stack([ids for ids, _ in same]), same[0][1]
+                    trace.ids.literals.append(Literal(name, value, rows, attribute=attribute, factor=factor, all=True))
+
+
+def _side(attribute: str) -> str | None:
+    """Tell which side of a block's layers an attribute states by its name: in, out, groups, any, or none."""
+    words = attribute.lower().split("_")
+    if any(word in NO_SIDE for word in words) or any(word in attribute for word in NOT_WIDTHS):
+        return None
+    named = [side for side, names in SIDES.items() if any(word in names for word in words)]
+    return named[0] if named else "any" if any(word in attribute for word in WIDTH_WORDS) else None
+
+
+def _axes_inside(trace: Any, name: str) -> list[tuple[str, int, tuple[Tensor, int]]]:
+    """List the axes of the layers in a module: (side, what a layer states of it, (its ids, positions for each one))."""
+    consumed = {consumer.module: consumer.ids for consumer in trace.ids.consumers}
+    axes = []
+    for inner, layer in trace.model.get_submodule(name).named_modules(prefix=name):
+        made = trace.ids.by_axis.get((f"{inner}.weight", 0))
+        if not isinstance(layer, STOCK) or made is None:
+            continue
+        groups = getattr(layer, "groups", 1)
+        if groups > 1:
+            axes.append(("groups", groups, (made, len(made) // groups)))
+        if groups > 1:  # a conv group's inputs and outputs are one unit
+            read = made.view(groups, -1)[:, 0].repeat_interleave(layer.weight.shape[1])
+        elif isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+            read = consumed.get(inner)
+        else:
+            read = made
+        axes.append(("out", len(made), (made, 1)))
+        if read is not None:
+            axes.append(("in", len(read), (read, 1)))
+    return axes
+
+
 def group_widths(
     literals: list[Literal], labels: np.ndarray, unit_group: dict[int, int], model: nn.Module
 ) -> dict[int, tuple[Width, ...]]:
@@ -129,13 +194,17 @@ def group_widths(
     found: dict[int, dict[tuple[str, str, int | None], int]] = defaultdict(dict)
     for literal in literals:
         units = resolve(literal.rows, labels).reshape(literal.rows.shape)
+        if literal.all and not (units == units[:1]).all():
+            continue
         own = units[0][(units == units[:1]).all(0) & (units[0] != NONE)]
         per_group: dict[int, set[int]] = defaultdict(set)
         for unit, count in Counter(own.tolist()).items():
             if unit in unit_group:
                 per_group[unit_group[unit]].add(count)
         module = model.get_submodule(literal.module)
-        names = [(literal.attribute, 1)] if literal.attribute else stated(module, literal.value, literal.whole)
+        names = (
+            [(literal.attribute, literal.factor)] if literal.attribute else stated(module, literal.value, literal.whole)
+        )
         for name, factor in names:
             entry = None if isinstance(getattr(module, name), int) else literal.place
             for group, counts in per_group.items():
