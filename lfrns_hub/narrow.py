@@ -66,6 +66,17 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return model_copy(model, memo)
 
 
+def carry_facts(model: nn.Module, slim: Any) -> None:
+    """Let a model that a library built from its config tell of its making, as `lfrns_hub.load` lets it.
+
+    Args:
+        model: The model; without facts it stays as it is.
+        slim: What the config says under that name.
+    """
+    if isinstance(slim, dict) and slim:
+        model.lfrns_provenance = {k: v for k, v in slim.items() if k not in ("format_version", "class")}
+
+
 def feature_entries(model: nn.Module) -> list[dict[str, Any]]:
     """Give what a timm model says of its feature maps: num_chs, reduction and module of each; [] for others."""
     info = vars(model).get("feature_info") or []

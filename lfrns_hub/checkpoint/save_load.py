@@ -25,7 +25,7 @@ from lfrns_hub.checkpoint.transformers import (
 )
 from lfrns_hub.hub import fetch
 from lfrns_hub.lineage import base_facts
-from lfrns_hub.narrow import short
+from lfrns_hub.narrow import carry_facts, short
 from lfrns_hub.running import unwrap
 from lfrns_hub.untrusted import refusing
 
@@ -154,7 +154,7 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
                          "Pass the dense model: load(..., model=MyNet()).")  # fmt: skip
     else:
         raise ValueError(f"load({str(source)!r}): config.json names neither {TIMM_NAME} nor a {TYPE_PREFIX}* model.")
-    loaded.lfrns_provenance = {k: v for k, v in facts.items() if k not in ("format_version", "class")}
+    carry_facts(loaded, facts)
     return loaded.eval()
 
 
