@@ -174,7 +174,7 @@ def _strictly(stock: "type[transformers.PreTrainedModel]") -> classmethod:
 def _is_base(model: "transformers.PreTrainedModel") -> bool:
     """Say whether what a classifier was loaded from is, by its config, the model in it alone."""
     inside = type(getattr(model, model.base_model_prefix, None)).__name__
-    names = {CLASS_PREFIX + inside, CLASS_PREFIX + type(model).__name__.replace("ForImageClassification", "Model")}
+    names = {CLASS_PREFIX + inside, type(model).__name__.replace("ForImageClassification", "Model")}
     return bool(names & set(getattr(model.config, "architectures", None) or ()))
 
 

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lfrns_hub.batches import read_tensors
 from lfrns_hub.narrow import feature_entries, meta_copy
@@ -244,13 +247,28 @@ class Trace:
     def why_no_layer(self, node: Node) -> str:
         """Say why a call is no layer that a hook can watch."""
         source = self.weight_of(node.args[1])
-        if source is None:
-            return "its weight is computed"
+        name = self.module_of(node)
+        if source is None or not source.name.endswith(".weight"):
+            return "its weight is computed" + (how_computed(self.model.get_submodule(name)) if name else "")
         if source.name.removesuffix(".weight") in self.shared:
             return "its weight is that of several layers"
         if self.module_of(node) != source.name.removesuffix(".weight"):
             return f"{source.name} is used outside its layer, where no hook sees its input"
         return "units of several heads or parts share its weight"
+
+
+def how_computed(module: nn.Module) -> str:
+    """Say what computes a layer's weight, and how it is made plain, where torch says so."""
+    if parametrize.is_parametrized(module, "weight"):
+        made = ", ".join(type(step).__name__.strip("_") for step in module.parametrizations.weight)
+        return f" by {made}: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') makes it plain"
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            return " from a mask: torch.nn.utils.prune.remove(layer, 'weight') makes it plain"
+        if isinstance(hook, (WeightNorm, SpectralNorm)):
+            remover = "remove_weight_norm" if isinstance(hook, WeightNorm) else "remove_spectral_norm"
+            return f" by {type(hook).__name__}: torch.nn.utils.{remover}(layer) makes it plain"
+    return ""
 
 
 def is_layer_call(node: Node) -> bool:

@@ -74,6 +74,7 @@ class IdTable:
     literals: list[Literal] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     by_axis: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    unmade: dict[str, tuple[int, str]] = field(default_factory=dict)  # layers without ids: how many outputs, and why
 
     def fresh(self, count: int, from_tensor: bool = False) -> Tensor:
         """Give new ids [count], one block."""

@@ -1,7 +1,7 @@
 """Widths that a forward states by itself: numbers in the graph, looked up among the attributes of the module."""
 
 from collections import Counter, defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -122,62 +122,70 @@ def note_features(trace: Any, outputs: dict[str, Tensor]) -> None:
 def note_unread(trace: Any, reads: dict[str, set[str]]) -> None:
     """Note the widths that a block states and its forward does not read: other methods do, as those that fuse branches.
 
-    Which layers' widths an attribute states is known by its name and value; it follows them where they all agree.
+    What an attribute states is known by its name and value: what the block's first layer reads, what its last one
+    makes, or an axis of its layers, where all of that length are the same units.
 
     Args:
         trace: The trace, all nodes run.
         reads: Attributes that a forward reads, by the name of the module: those are found by what the graph has.
     """
+    consumed = {consumer.module: consumer.ids for consumer in trace.ids.consumers}
+    sides: dict[str, list[_Side]] = defaultdict(
+        list
+    )  # of each module all layers inside, in the order in which they run
+    for tensor, dim in trace.ids.by_axis:
+        layer = tensor.removesuffix(".weight")
+        if dim == 0 and layer != tensor and isinstance(trace.model.get_submodule(layer), STOCK):
+            found = _sides_of(trace, layer, consumed.get(layer))
+            while layer:
+                layer = layer.rpartition(".")[0]
+                sides[layer] += found
     for name, module in trace.model.named_modules():
         if isinstance(module, STOCK) or type(module).__module__.startswith("torch.nn."):
             continue
-        unread = {
-            attribute: value
-            for attribute, value in vars(module).items()
-            if type(value) is int and value > 1 and attribute not in reads.get(name, ()) and attribute not in FEATURES
-        }
-        axes = _axes_inside(trace, name) if any(map(_side, unread)) else []
-        for attribute, value in unread.items():
-            if side := _side(attribute):
-                alike = [axis for axis in axes if axis[1] == value]
-                same = [ids for kind, _, ids in alike if kind == side] or [
-                    (ids, 1) for kind, _, (ids, _) in alike if kind != "groups"
-                ]
-                if same and len({(len(ids), factor) for ids, factor in same}) == 1:
-                    rows, factor = torch.stack([ids for ids, _ in same]), same[0][1]
+        for attribute, value in vars(module).items():
+            is_unread = attribute not in reads.get(name, ()) and attribute not in FEATURES
+            if type(value) is int and value > 1 and is_unread and (which := _side_named(attribute)):
+                alike = [side for side in sides[name] if side.stated == value]
+                same = [side for side in alike if side.which == which] if which != "any" else []
+                if which in ("any", "groups") and not same:
+                    same = [side for side in alike if side.which != "groups"]
+                same = same[:1] if which == "in" else same[-1:] if which == "out" else same
+                if len({(len(side.ids), side.factor) for side in same}) == 1:
+                    rows = torch.stack([side.ids for side in same])
+                    factor = same[0].factor
                     trace.ids.literals.append(Literal(name, value, rows, attribute=attribute, factor=factor, all=True))
 
 
-def _side(attribute: str) -> str | None:
+class _Side(NamedTuple):
+    """What a layer states of one of its axes, and the axis: `factor` of its ids for each one that is stated."""
+
+    which: str
+    stated: int
+    ids: Tensor
+    factor: int = 1
+
+
+def _sides_of(trace: Any, name: str, read: Tensor | None) -> list[_Side]:
+    """Give what a layer states: its inputs, whose ids are `read` where it is no grouped one, outputs, groups."""
+    layer, made = trace.model.get_submodule(name), trace.ids.by_axis[f"{name}.weight", 0]
+    groups = getattr(layer, "groups", 1)
+    if groups > 1:  # a conv group's inputs and outputs are one unit
+        read = made.view(groups, -1)[:, 0].repeat_interleave(layer.weight.shape[1])
+    elif not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+        read = made
+    sides = [_Side("groups", groups, made, len(made) // groups)] if groups > 1 else []
+    sides += [_Side("in", len(read), read)] if read is not None else []
+    return [*sides, _Side("out", len(made), made)]
+
+
+def _side_named(attribute: str) -> str | None:
     """Tell which side of a block's layers an attribute states by its name: in, out, groups, any, or none."""
     words = attribute.lower().split("_")
     if any(word in NO_SIDE for word in words) or any(word in attribute for word in NOT_WIDTHS):
         return None
     named = [side for side, names in SIDES.items() if any(word in names for word in words)]
     return named[0] if named else "any" if any(word in attribute for word in WIDTH_WORDS) else None
-
-
-def _axes_inside(trace: Any, name: str) -> list[tuple[str, int, tuple[Tensor, int]]]:
-    """List the axes of the layers in a module: (side, what a layer states of it, (its ids, positions for each one))."""
-    consumed = {consumer.module: consumer.ids for consumer in trace.ids.consumers}
-    axes = []
-    for inner, layer in trace.model.get_submodule(name).named_modules(prefix=name):
-        made = trace.ids.by_axis.get((f"{inner}.weight", 0))
-        if not isinstance(layer, STOCK) or made is None:
-            continue
-        groups = getattr(layer, "groups", 1)
-        if groups > 1:
-            axes.append(("groups", groups, (made, len(made) // groups)))
-        if groups > 1:  # a conv group's inputs and outputs are one unit
-            read = made.view(groups, -1)[:, 0].repeat_interleave(layer.weight.shape[1])
-        elif isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
-            read = consumed.get(inner)
-        else:
-            read = made
-        axes.append(("out", len(made), (made, 1)))
-        if read is not None:
-            axes.append(("in", len(read), (read, 1)))
-    return axes
 
 
 def group_widths(
