@@ -1,6 +1,5 @@
 """A model as one file that runs without its Python: ONNX or a torch.export archive, checked against PyTorch."""
 
-import copy
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.batches import read_logits
+from lfrns_hub.narrow import model_copy
 from lfrns_hub.running import refuse_meta, unwrap
 
 FORMATS = ("onnx", "pt2")
@@ -74,7 +74,7 @@ def export(model: nn.Module, path: str | Path, example_input: Tensor, *, format:
         require("onnx", "onnxscript")
     model = unwrap(model, "export")
     refuse_meta(model, "export")
-    model, path = Logits(copy.deepcopy(model).cpu().float()).eval().requires_grad_(False), Path(path)
+    model, path = Logits(model_copy(model).cpu().float()).eval().requires_grad_(False), Path(path)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(CHECKED_IMAGES, *example_input.shape[1:], generator=generator)
     call = f"export({type(model.model).__name__}, format={format!r})"

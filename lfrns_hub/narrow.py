@@ -34,6 +34,28 @@ def short(value: Any, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
+def loose_tensors(value: Any) -> list[Tensor]:
+    """List the tensors in an attribute of a module: itself, or what its lists, tuples and dicts hold."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in loose_tensors(part)]
+
+
+def model_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a model as `copy.deepcopy` does, also where a forward or a hook left a computed tensor on a module.
+
+    Args:
+        model: Any module, such as one with `torch.nn.utils.weight_norm`, whose weight torch refuses to copy.
+        memo: What stands for an object in the copy, by its id.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for tensor in (t for value in vars(module).values() for t in loose_tensors(value) if not t.is_leaf):
+            memo.setdefault(id(tensor), tensor.detach().clone())
+    return copy.deepcopy(model, memo)
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """Copy a model's structure to the meta device without copying a weight."""
     memo: dict[int, Any] = {}
@@ -41,7 +63,18 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+    return model_copy(model, memo)
+
+
+def carry_facts(model: nn.Module, slim: Any) -> None:
+    """Let a model that a library built from its config tell of its making, as `lfrns_hub.load` lets it.
+
+    Args:
+        model: The model; without facts it stays as it is.
+        slim: What the config says under that name.
+    """
+    if isinstance(slim, dict) and slim:
+        model.lfrns_provenance = {k: v for k, v in slim.items() if k not in ("format_version", "class")}
 
 
 def feature_entries(model: nn.Module) -> list[dict[str, Any]]:
@@ -96,7 +129,9 @@ def describe(model: nn.Module, base: nn.Module | None) -> tuple[Shapes, Attrs]:
     attrs: Attrs = {}
     for name, module in modules.items():
         dense = read_widths(base_modules[name]) if base is not None else {}
-        here = {k: v for k, v in read_widths(module).items() if (k in dense and v != dense[k]) or base is None}
+        here = read_widths(module)
+        if base is not None:  # what is larger than in the base is no width: the forward wrote it
+            here = {k: v for k, v in here.items() if k in dense and v != dense[k] and is_narrower(v, dense[k])}
         if here:
             attrs[name] = here
     return shapes, attrs
@@ -180,6 +215,22 @@ def _check_shape(model: nn.Module, name: str, shape: Any, old: Tensor | None) ->
         raise ValueError(f"{call()}: sizes must lie from 1 to the base's own {limit}. The file is damaged or hostile.")
 
 
+def is_narrower(value: Any, old: Any) -> bool:
+    """Say whether a width, an int or list of ints, is what a cut can leave of another.
+
+    Example:
+        >>> is_narrower(3, 4), is_narrower([2, 9], [4, 8]), is_narrower(3, None)
+        (True, False, False)
+    """
+    new, most = ([value], [old]) if isinstance(old, int) else (value, old)
+    return (
+        old is not None
+        and _are_sizes(new)
+        and len(new) == len(most)
+        and all(v == m or 0 <= v <= m for v, m in zip(new, most, strict=True))
+    )
+
+
 def _check_width(name: str, value: Any, old: Any) -> None:
     """Refuse an attribute that the module lacks, or a width larger than the module's own."""
 
@@ -188,8 +239,7 @@ def _check_width(name: str, value: Any, old: Any) -> None:
 
     if old is None:
         raise ValueError(f"{call()}: no such width, an int or tuple of ints, in the base model.")
-    new, most = ([value], [old]) if isinstance(old, int) else (value, old)
-    if not _are_sizes(new) or len(new) != len(most) or any(v != m and not 0 <= v <= m for v, m in zip(new, most)):  # noqa: B905
+    if not is_narrower(value, old):
         raise ValueError(f"{call()}: widths must lie from 0 to the base's own {old}. The file is damaged or hostile.")
 
 

@@ -4,7 +4,6 @@ N images, r positions sampled of each, C channels, P entries that one output rea
 G conv groups.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lfrns_hub.narrow import model_copy
 from lfrns_hub.responses import HELD_OUT_EVERY, RIDGES, add_products, mirror
 from lfrns_hub.running import device_of
 from lfrns_hub.taps import channels_last
@@ -62,7 +62,7 @@ def reconstruct(
     Source: Least squares on the layers' outputs is He et al. 2017 (channel pruning), on the slim network's own inputs
         Zhang et al. 2016 (asymmetric reconstruction); the sums' compensation and the single pass are ours.
     """
-    slim = copy.deepcopy(slim).eval()
+    slim = model_copy(slim).eval()
     kept = {site.module: kept_outputs(dense, site.module, groups, plan) for site in sites}
     fit_layers(dense, slim, sites, kept, batches, Layer.write, seed=seed, accelerator=accelerator)
     return slim

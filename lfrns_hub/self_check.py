@@ -4,7 +4,6 @@ It runs twice. First every group is tried by a random plan, before any image is 
 proved: what depends on the width itself, as a shift of an eighth of the channels, may pass a random plan by chance.
 """
 
-import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.batches import flatten_output, read_tensors
-from lfrns_hub.narrow import meta_copy
+from lfrns_hub.narrow import meta_copy, model_copy
 from lfrns_hub.surgery import cut, masked
 from lfrns_hub.trace import Trace, trace_model
 from lfrns_hub.trace.divisions import clusters, ways
-from lfrns_hub.units import SlimPlan, UnitGroup
+from lfrns_hub.units import SlimPlan, UnitGroup, forget
 
 TOLERANCE = 1e-8  # of the largest output, in float64
 REMOVED_SHARES = (0.3, 0.7)  # of a group's units: drawn between them, for each group another
@@ -63,7 +62,9 @@ class Proof:
             seed: Of the random values.
         """
         self.generator = torch.Generator().manual_seed(seed)
-        self.model, self.groups = randomised(model, self.generator).cpu(), list(groups)
+        self.groups = list(groups)
+        caches = [cache for group in groups for cache in group.caches]
+        self.model = forget(randomised(model, self.generator).cpu(), caches)
         shape = (2, *example_input.shape[1:])
         if example_input.is_floating_point():
             self.images = torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -71,6 +72,7 @@ class Proof:
             self.images = torch.randint(2, shape, generator=self.generator).to(example_input.dtype)
         with waking(self.model):
             self._answer(self.model)
+        forget(self.model, caches)  # of weights that are other ones now
         self._dense: Tensor | None = None
         self._passed = 0.0, 0.0  # error and change of the plan that passed last
 
@@ -163,7 +165,7 @@ def culprits(groups: Sequence[UnitGroup], fault: Fault) -> dict[str, str]:
 
 def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """Copy a model to float64 with norms, gates and layer scales randomised: fresh ones hide errors."""
-    copied = copy.deepcopy(model).double().eval().requires_grad_(True)
+    copied = model_copy(model).double().eval().requires_grad_(True)
     for name, tensor in list(copied.named_parameters()) + list(copied.named_buffers()):
         if not tensor.is_floating_point():
             continue
@@ -318,7 +320,7 @@ def narrowing(model: nn.Module, groups: Sequence[UnitGroup], example_input: Tens
     if runs(network, groups, [], images) is not None:  # its forward reads values, which the meta device has none of
         if any(parameter.is_meta for parameter in model.parameters()):
             return list(groups)
-        network, images = copy.deepcopy(model).cpu().eval(), torch.zeros(images.shape, dtype=images.dtype)
+        network, images = model_copy(model).cpu().eval(), torch.zeros(images.shape, dtype=images.dtype)
 
     def try_one(group: UnitGroup) -> UnitGroup:
         why = runs(network, groups, [group], images)

@@ -1,6 +1,5 @@
 """The one call: trace, responses, redundancy, contribution, select, surgery, in reading order."""
 
-import copy
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from lfrns_hub.costs import measure_costs
 from lfrns_hub.judge import Judge
 from lfrns_hub.latency import LatencyMeter, LatencyModel, LatencySetup, in_channels_last, search
 from lfrns_hub.measure import count_macs, count_params
+from lfrns_hub.narrow import model_copy
 from lfrns_hub.options import KINDS, check_budgets, check_cut, check_example, check_options, choose_groups, read_loader
 from lfrns_hub.reconstruct import reconstruct
 from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_rows
@@ -27,7 +27,7 @@ from lfrns_hub.select import Ledger, cluster_down, restore
 from lfrns_hub.self_check import CheckReport, Proof, narrowing, self_check, settled_trace
 from lfrns_hub.surgery import cut, recalibrated
 from lfrns_hub.trace import Trace
-from lfrns_hub.units import SlimPlan, UnitGroup
+from lfrns_hub.units import SlimPlan, UnitGroup, forget
 
 CLUSTER_TO = 0.8  # of the budget; what lies between it and the budget is restored by contribution
 
@@ -409,7 +409,7 @@ class Analysis:
             clock.step("cut and fold")
             result = cut(dense, every, plan)
             finished = self.cache.keep("weights", lambda: self.finish(result, plan, fold), plan.keep, fold)
-            result.load_state_dict(finished["state"])
+            forget(result, [cache for group in self.every for cache in group.caches]).load_state_dict(finished["state"])
 
             clock.step("report")
             whole = measure_integrity(dense, chosen, plan, moments)
@@ -479,7 +479,7 @@ def analysis_copy(model: nn.Module, device: Any) -> nn.Module:
 
     A convnet's kernels have their channels last, in which convolutions run up to thrice as fast.
     """
-    dense = copy.deepcopy(model).to(device=device, dtype=torch.promote_types(dtype_of(model), torch.float32))
+    dense = model_copy(model).to(device=device, dtype=torch.promote_types(dtype_of(model), torch.float32))
     dense.to(memory_format=memory_format_of(dense)).zero_grad(set_to_none=True)
     return dense.eval().requires_grad_(False)
 

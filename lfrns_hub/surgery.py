@@ -3,7 +3,6 @@
 The only file that edits weights. The result consists of the stock module classes; no forward is overridden.
 """
 
-import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.batches import read_logits
-from lfrns_hub.narrow import read_widths, set_width
+from lfrns_hub.narrow import model_copy, read_widths, set_width
 from lfrns_hub.responses import Moments, best_fold, fitting, fold_offset
 from lfrns_hub.running import as_input
 from lfrns_hub.taps import channel_count, kept_channels, multiplier, watched
-from lfrns_hub.units import SlimPlan, UnitGroup
+from lfrns_hub.units import SlimPlan, UnitGroup, forget
 
 
 def check_plan(groups: Sequence[UnitGroup], plan: SlimPlan) -> list[UnitGroup]:
@@ -97,7 +96,8 @@ def cut(
     owners = Counter(id(tensor) for _, tensor in tensors)
     copied = {f"{module}.{part}" for module in folding for part in FOLDED}
     narrowed = {name for name, _ in leaving} - copied
-    slim = copy.deepcopy(model, {id(t): t for name, t in tensors if name in narrowed and owners[id(t)] == 1})
+    slim = model_copy(model, {id(t): t for name, t in tensors if name in narrowed and owners[id(t)] == 1})
+    forget(slim, [cache for group in groups for cache in group.caches])
     for module, removed in folding.items():
         fold(slim.get_submodule(module), moments[module], kept_channels(model, module, removed))
     for (name, dim), indices in leaving.items():
@@ -194,10 +194,10 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
         model: A network with BatchNorm.
         batches: Images, each [N, C, H, W]; their statistics are averaged.
     """
-    copied = copy.deepcopy(model).eval()
+    result = model_copy(model).eval()
     norms, befores = (
         [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-        for network in (copied, model)
+        for network in (result, model)
     )
     for norm in norms:
         norm.reset_running_stats()
@@ -205,11 +205,11 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
         norm.train()
     with torch.no_grad():
         for images in batches:
-            read_logits(copied(as_input(images, copied)))
+            read_logits(result(as_input(images, result)))
     for norm, before in zip(norms, befores, strict=True):
         norm.momentum = before.momentum
         norm.num_batches_tracked.copy_(before.num_batches_tracked)
-    return copied.train(model.training)
+    return result.train(model.training)
 
 
 def recalibrated(model: nn.Module, batches: list[Tensor]) -> list[nn.Module]:

@@ -1,9 +1,12 @@
 """Data only: what leaves the network together (`UnitGroup`) and what stays (`SlimPlan`)."""
 
+import copy
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lfrns_hub.untrusted import parse_json, short
 
@@ -54,6 +57,23 @@ class Width:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """An attribute in which a forward keeps what it computed, beside parameters and buffers.
+
+    Attributes:
+        module: Name of the module.
+        attribute: Name of the attribute.
+        value: What it holds before the first forward.
+        absent: Whether it is not there then.
+    """
+
+    module: str
+    attribute: str
+    value: Any = None
+    absent: bool = False
+
+
+@dataclass(frozen=True)
 class UnitGroup:
     """All units of one place in the network, with every slice that must go with each of them.
 
@@ -66,6 +86,7 @@ class UnitGroup:
         slices: The parameter slices of the units.
         taps: Where the units are read.
         widths: Attributes that state how many units there are, beside those of the layers themselves.
+        caches: Attributes that a narrower copy starts without, for the model's forward fills them again.
     """
 
     name: str
@@ -76,6 +97,21 @@ class UnitGroup:
     slices: tuple[Slice, ...] = ()
     taps: tuple[Tap, ...] = ()
     widths: tuple[Width, ...] = ()
+    caches: tuple[Cache, ...] = ()
+
+
+def forget(model: nn.Module, caches: Iterable[Cache]) -> nn.Module:
+    """Take off a model, in place, what its forwards left on it, and give it back.
+
+    A copy with other weights or fewer units would use what was computed of the old ones.
+    """
+    for cache in {(cache.module, cache.attribute): cache for cache in caches}.values():
+        held = vars(model.get_submodule(cache.module))
+        if cache.absent:
+            held.pop(cache.attribute, None)
+        else:
+            held[cache.attribute] = copy.deepcopy(cache.value)
+    return model
 
 
 @dataclass

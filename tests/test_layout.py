@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "lfrns_hub"
 RECIPES = PACKAGE.parent / "recipes"
 
-# What every module may import: data, how a batch and an answer look, how a model comes.
-COMMON = {"units", "batches", "answers", "running", "untrusted"}
+# What every module may import: data, how a batch and an answer look, how a model comes and is copied.
+COMMON = {"units", "batches", "answers", "running", "untrusted", "narrow"}
 # What else each may; a module that is not named here may import COMMON alone.
 ALLOWED = {
     "untrusted": {"narrow"},

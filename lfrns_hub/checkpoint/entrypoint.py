@@ -12,7 +12,7 @@ from timm.models import is_model, load_pretrained, model_entrypoint, register_mo
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from lfrns_hub.narrow import FORMAT_VERSION, Attrs, Shapes, narrow, short
+from lfrns_hub.narrow import FORMAT_VERSION, Attrs, Shapes, carry_facts, narrow, short
 
 TIMM_NAME = "lfrns_slim"  # what timm prints to people who lack the package
 
@@ -90,8 +90,7 @@ def lfrns_slim(
         model.reset_classifier(num_classes)
     model.pretrained_cfg["architecture"] = TIMM_NAME  # so that timm's save_for_hf writes what loads again
     model._model_args = {**vars(model).get("_model_args", {}), "slim": slim or {"format_version": FORMAT_VERSION}}
-    if slim:
-        model.lfrns_provenance = {k: v for k, v in slim.items() if k not in ("format_version", "class")}
+    carry_facts(model, slim)
     if features_only:
         return _as_backbone(model, build, out_indices)
     return model

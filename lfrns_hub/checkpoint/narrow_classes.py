@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from lfrns_hub.narrow import Shapes, narrow
+from lfrns_hub.narrow import Shapes, carry_facts, narrow
 
 TYPE_PREFIX = "lfrns_"
 CLASS_PREFIX = "Lfrns"
@@ -72,8 +72,9 @@ def narrow_class(
         for part in self.modules():  # the narrowed tensors hold no values yet: initialise once more
             part.__dict__.pop("_is_hf_initialized", None)
         self.init_weights()
+        carry_facts(self, getattr(config, "slim", None))
 
-    body = {"__init__": __init__, "config_class": config_class}
+    body = {"__init__": __init__, "config_class": config_class, "save_pretrained": _telling(stock)}
     return _subclass(stock, module, {**body, "from_pretrained": _strictly(stock)})
 
 
@@ -94,6 +95,7 @@ def narrow_base(
             )
         base.__class__ = cls
         base.config.architectures = [cls.__name__]
+        carry_facts(base, getattr(base.config, "slim", None))
         return base
 
     @classmethod
@@ -116,7 +118,7 @@ def narrow_base(
         return taken(cls, classifier._from_config(config, **kwargs))
 
     body = {"config_class": classifier.config_class, "from_pretrained": from_pretrained, "_from_config": _from_config}
-    return _subclass(stock, module, body)
+    return _subclass(stock, module, {**body, "save_pretrained": _telling(stock)})
 
 
 def wrapper_class(
@@ -131,14 +133,26 @@ def wrapper_class(
             heads = [heads] if isinstance(heads, str) else heads
             ignored = {rf"^(timm_model\.)?{re.escape(head)}\." for head in heads}
             self._keys_to_ignore_on_load_unexpected = (self._keys_to_ignore_on_load_unexpected or set()) | ignored
+        carry_facts(self, getattr(config, "slim", None))
 
-    body = {"__init__": __init__, "config_class": config_class}
+    body = {"__init__": __init__, "config_class": config_class, "save_pretrained": _telling(stock)}
     return _subclass(stock, module, {**body, "from_pretrained": _strictly(stock)})
 
 
 def _subclass(stock: type, module: str, body: dict[str, Any]) -> type:
     """Make Lfrns<Stock>, which says that it lies in `module`."""
     return type(CLASS_PREFIX + stock.__name__, (stock,), {**body, "__module__": module, "__doc__": stock.__doc__})
+
+
+def _telling(stock: "type[transformers.PreTrainedModel]") -> Callable[..., None]:
+    """Give a save_pretrained whose config tells what is known of the model's making by now, as after retraining."""
+
+    def save_pretrained(self: "transformers.PreTrainedModel", *args: Any, **kwargs: Any) -> None:
+        if facts := vars(self).get("lfrns_provenance"):
+            self.config.slim = {**(getattr(self.config, "slim", None) or {}), **facts}
+        stock.save_pretrained(self, *args, **kwargs)
+
+    return save_pretrained
 
 
 def _strictly(stock: "type[transformers.PreTrainedModel]") -> classmethod:
@@ -149,10 +163,30 @@ def _strictly(stock: "type[transformers.PreTrainedModel]") -> classmethod:
         cls: "type[transformers.PreTrainedModel]", *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         model, info = stock.from_pretrained.__func__(cls, *args, output_loading_info=True, **kwargs)
-        _refuse(info, cls, args)
+        # A base that was saved alone says so: its new head is drawn, as transformers draws it.
+        new = _head(model) if _is_base(model) else set()
+        _refuse({**info, "missing_keys": set(info["missing_keys"]) - new}, cls, args)
         return (model, info) if output_loading_info else model
 
     return from_pretrained
+
+
+def _is_base(model: "transformers.PreTrainedModel") -> bool:
+    """Say whether what a classifier was loaded from is, by its config, the model in it alone."""
+    inside = type(getattr(model, model.base_model_prefix, None)).__name__
+    names = {CLASS_PREFIX + inside, type(model).__name__.replace("ForImageClassification", "Model")}
+    return bool(names & set(getattr(model.config, "architectures", None) or ()))
+
+
+def _head(model: "transformers.PreTrainedModel") -> set[str]:
+    """Name the tensors of a classifier's head: of a wrapped timm model those that its pretrained_cfg names."""
+    names, body = model.state_dict().keys(), model.base_model_prefix + "."
+    cfg = getattr(getattr(model, "timm_model", None), "pretrained_cfg", None)
+    if cfg is None:
+        return {name for name in names if not name.startswith(body)}
+    heads = cfg.get("classifier") or ()
+    heads = tuple(f"{body}{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    return {name for name in names if name.startswith(heads)}
 
 
 def _refuse(info: dict[str, Any], cls: type, args: tuple[Any, ...]) -> None:

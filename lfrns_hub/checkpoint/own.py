@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lfrns_hub.checkpoint.files import match_dtype, read_tensors, write_config, write_weights
-from lfrns_hub.narrow import describe, narrow
+from lfrns_hub.narrow import describe, is_narrower, narrow
 
 OWN_NAME = "lfrns_own_class"
 
@@ -33,14 +33,22 @@ def write_own(model: nn.Module, draft: Path, skeleton: nn.Module | None, label_n
 def narrow_as_stored(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     """Narrow the user's dense model by the sizes that it does not have already.
 
-    A checkpoint saved without a base states all of them.
+    A checkpoint saved without a base states all of them, and with them the numbers that a forward writes on its
+    modules (the shape of the last images, a counter). No cut made those: they stay as the model has them.
     """
     sizes = (config["lfrns"] if "lfrns" in config else config.get("model_args")) or {}
     have_shapes, have_attrs = describe(model, None)
     stored_shapes, stored_attrs = sizes.get("shapes") or {}, sizes.get("attrs") or {}
     shapes = {n: s for n, s in stored_shapes.items() if have_shapes.get(n) != s}
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def is_stated(name: str, key: str, value: Any) -> bool:
+        have = have_attrs.get(name, {}).get(key)
+        is_layer = name in modules and type(modules[name]).__module__.startswith("torch.nn.")  # writes no numbers
+        return have != value and (is_layer or is_narrower(value, have) or not isinstance(value, (int, list)))
+
     attrs = {
-        name: {key: value for key, value in values.items() if have_attrs.get(name, {}).get(key) != value}
+        name: {key: value for key, value in values.items() if is_stated(name, key, value)}
         for name, values in stored_attrs.items()
     }
     return narrow(model, shapes, {name: values for name, values in attrs.items() if values})

@@ -14,6 +14,14 @@ from torch import nn
 from lfrns_hub.checkpoint.files import FORMAT_VERSION, compare, publish, read_config, state_base, write_card
 from lfrns_hub.checkpoint.own import OWN_NAME, fill_own, narrow_as_stored, own_skeleton, write_own
 from lfrns_hub.checkpoint.timm import TIMM_NAME, carry_timm, load_timm, timm_base, write_timm
+from lfrns_hub.checkpoint.timm_wrapper import (
+    base_of,
+    carry_wrapper,
+    is_wrapped,
+    is_wrapper,
+    load_wrapper,
+    write_wrapper,
+)
 from lfrns_hub.checkpoint.transformers import (
     TYPE_PREFIX,
     carry_transformers,
@@ -25,7 +33,7 @@ from lfrns_hub.checkpoint.transformers import (
 )
 from lfrns_hub.hub import fetch
 from lfrns_hub.lineage import base_facts
-from lfrns_hub.narrow import short
+from lfrns_hub.narrow import carry_facts, short
 from lfrns_hub.running import unwrap
 from lfrns_hub.untrusted import refusing
 
@@ -89,7 +97,12 @@ def save(
         ) from error
     draft.chmod(0o755)  # mkdtemp's 0o700 would stay with the published folder
     try:
-        if is_transformers(model) and (base is None or has_narrow_class(model)):
+        if is_wrapper(model):
+            name = base_of(model, base)
+            write_wrapper(model, draft, name, base_args, label_names)
+            source = {"base": name, "library": "timm"}
+            compare(model, load(draft))
+        elif is_transformers(model) and (base is None or has_narrow_class(model)):
             write_transformers(model, draft, label_names)
             source = {"base": type(model).__name__.removeprefix("Lfrns"), "library": "transformers"}
             compare(model, load(draft))
@@ -145,7 +158,7 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
             narrow_as_stored(model, config)
         loaded = fill(model, folder)
     elif in_timm:
-        loaded = load_timm(folder, config)
+        loaded = load_wrapper(folder, config) if is_wrapped(config) else load_timm(folder, config)
     elif in_transformers:
         loaded = load_transformers(folder)
     elif config.get("architecture") == OWN_NAME:
@@ -154,7 +167,7 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
                          "Pass the dense model: load(..., model=MyNet()).")  # fmt: skip
     else:
         raise ValueError(f"load({str(source)!r}): config.json names neither {TIMM_NAME} nor a {TYPE_PREFIX}* model.")
-    loaded.lfrns_provenance = {k: v for k, v in facts.items() if k not in ("format_version", "class")}
+    carry_facts(loaded, facts)
     return loaded.eval()
 
 
@@ -170,7 +183,9 @@ def carry_config(model: nn.Module) -> nn.Module:
         The same model.
     """
     try:
-        if is_transformers(model):
+        if is_wrapper(model):
+            carry_wrapper(model)
+        elif is_transformers(model):
             if has_narrow_class(model):
                 carry_transformers(model)
         elif hasattr(model, "num_classes") and (name := timm_base(model, None)) is not None:

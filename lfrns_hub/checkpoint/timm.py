@@ -66,7 +66,7 @@ def write_timm(
     write_code(draft, WRAPPER_MAP, own_source(base))
     config |= {
         "architecture": TIMM_NAME,
-        "model_args": _model_args(model, base, base_args or {}),
+        "model_args": model_args(model, base, base_args or {}),
         "model_type": WRAPPER_TYPE,
         "image_processor_type": "TimmWrapperImageProcessor",
         "auto_map": WRAPPER_MAP,
@@ -79,11 +79,11 @@ def write_timm(
 
 def carry_timm(model: nn.Module, base: str) -> None:
     """Let a slim model's own arguments state its widths, so that timm's save_for_hf writes what loads again."""
-    model._model_args = {**_model_args(model, base, {}), "slim": facts_of(model)}
+    model._model_args = {**model_args(model, base, {}), "slim": facts_of(model)}
     model.pretrained_cfg = {**model.pretrained_cfg, "architecture": TIMM_NAME}
 
 
-def _model_args(model: nn.Module, base: str, base_args: dict[str, Any]) -> dict[str, Any]:
+def model_args(model: nn.Module, base: str, base_args: dict[str, Any]) -> dict[str, Any]:
     """Give the entrypoint's arguments for a model: base, what differs from it, and the base's own arguments."""
     args = {k: v for k, v in (get_model_args(model) | base_args).items() if k not in NOT_BASE_ARGS}
     with torch.device("meta"):
@@ -134,17 +134,19 @@ def read_timm(folder: Path, call: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return args, cfg
 
 
-def load_timm(folder: Path, config: dict[str, Any]) -> nn.Module:
+def load_timm(folder: Path, config: dict[str, Any], *, headless: bool = False) -> nn.Module:
     """Build the model without values, twice, and fill it from the file.
 
     The first has everything on the meta device, to be compared with the file's header before anything is allocated.
     The second computes the buffers that no file holds; its parameters have no memory until they have their final size,
     but in the few models whose buffers are computed where their parameters are: those are built whole, within bounds.
-    Neither follows what the config says of where weights lie.
+    Neither follows what the config says of where weights lie. `headless` builds it without a classifier.
     """
     call = f"load({str(folder)!r})"
     headers = read_headers(folder, call)
     args, cfg = read_timm(folder, call)
+    if headless:
+        cfg["num_classes"] = 0
     with refusing(call):
         with bounded(len(headers)) as made, torch.device("meta"):
             skeleton = _create_slim(args, dict(cfg))

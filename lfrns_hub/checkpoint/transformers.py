@@ -47,7 +47,6 @@ from lfrns_hub.untrusted import bounded, read_headers, refuse_large, refusing
 
 # Image classifiers that build what they wrap by name, so that a subclass has nothing to narrow; what to save instead.
 NOT_SAVED = {
-    "timm_wrapper": "Save the timm model in it: save(model.timm_model, ...).",
     "shieldgemma2": "It is a text generator: slim its image tower as a class of your own.",
 }
 # Keys by which a config would have transformers fetch or run what is no part of it, with the harmless values.
@@ -63,7 +62,8 @@ OUTSIDE = {
 }
 DTYPES = (None, "float32", "float16", "bfloat16", "float64")
 WRAPPERS = tuple(CLASS_PREFIX + name for name in ("TimmWrapperForImageClassification", "TimmWrapperModel"))
-TYPES = tuple(name for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES if name not in NOT_SAVED)
+WRAPPER = "timm_wrapper"  # saved in timm's layout, see timm_wrapper.py
+TYPES = tuple(name for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES if name not in (*NOT_SAVED, WRAPPER))
 
 
 def _register(model_type: str) -> None:
@@ -82,7 +82,7 @@ def _register_wrapper() -> None:
     """Register the config under which transformers opens folders in timm's layout."""
 
     def __new__(cls: type[PreTrainedConfig], *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        _wrapper_classes()
+        wrapper_classes()
         return object.__new__(cls)
 
     config_class = _add(narrow_config(TimmWrapperConfig, __name__, _write_code, __new__=__new__))
@@ -105,14 +105,18 @@ def _write_code(config: PreTrainedConfig, folder: str | Path) -> None:
 
 
 @cache
-def _wrapper_classes() -> None:
-    """Generate and register the classes under which transformers opens folders in timm's layout."""
+def wrapper_classes() -> "dict[str, type[transformers.PreTrainedModel]]":
+    """Generate and register the classes under which transformers opens folders in timm's layout: by their names."""
     config_class = CONFIG_MAPPING[TYPE_PREFIX + TimmWrapperConfig.model_type]
+    classes = {}
     for mapping, stock in (
         (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, transformers.TimmWrapperForImageClassification),
         (MODEL_MAPPING, transformers.TimmWrapperModel),
     ):
-        mapping.register(config_class, _add(wrapper_class(stock, config_class, __name__)), exist_ok=True)
+        made = _add(wrapper_class(stock, config_class, __name__))
+        mapping.register(config_class, made, exist_ok=True)
+        classes[made.__name__] = made
+    return classes
 
 
 @cache
@@ -140,7 +144,7 @@ def _stock_base(model_type: str) -> "type[transformers.PreTrainedModel] | None":
 def __getattr__(name: str) -> Any:
     """Make the class that a pickled model or a worker process asks for by its name."""
     if name in WRAPPERS:
-        _wrapper_classes()
+        wrapper_classes()
         return globals()[name]
     for model_type in TYPES if name.startswith(CLASS_PREFIX) else ():
         for names in (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[model_type], MODEL_MAPPING_NAMES.get(model_type)):
@@ -232,7 +236,7 @@ def read_transformers(folder: Path, call: str) -> PreTrainedConfig:
         )
     sizes = {key: value for key, value in fields.items() if key not in ("slim", "lfrns")}
     refuse_large(sizes, f"{call}: config.json")
-    _refuse_outside(sizes, call)
+    refuse_outside(sizes, call)
     with refusing(call):
         return CONFIG_MAPPING[model_type].from_dict({**fields, "name_or_path": str(folder)})
 
@@ -292,7 +296,7 @@ def _assign(
     return True
 
 
-def _refuse_outside(fields: dict[str, Any], call: str) -> None:
+def refuse_outside(fields: dict[str, Any], call: str) -> None:
     """Refuse what would have transformers fetch or run something, at any depth of a config."""
     for key, value in fields.items():
         if key in OUTSIDE and value not in OUTSIDE[key]:
@@ -302,7 +306,7 @@ def _refuse_outside(fields: dict[str, Any], call: str) -> None:
         if key in ("dtype", "torch_dtype") and value not in DTYPES:
             raise ValueError(f"{call}: config.json has {key} = {short(value)}: it must be one of {DTYPES[1:]}.")
         if isinstance(value, dict):
-            _refuse_outside(value, call)
+            refuse_outside(value, call)
 
 
 def fill_transformers(model: nn.Module, folder: Path) -> nn.Module:

@@ -1,6 +1,5 @@
 """One model on one machine: its layers' times, the whole of it dense and slim, the same for all processes."""
 
-import copy
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from lfrns_hub.latency.layer_times import LayerShape, LayerTable
 from lfrns_hub.latency.machine import Machine
 from lfrns_hub.latency.predict import LatencyModel, layer_costs, observe_shapes
 from lfrns_hub.latency.setup import LatencySetup
+from lfrns_hub.narrow import model_copy
 from lfrns_hub.running import as_input
 from lfrns_hub.surgery import cut
 from lfrns_hub.units import SlimPlan, UnitGroup
@@ -61,7 +61,7 @@ class LatencyMeter:
         self.channels_last = channels_last
         self.machine = machine or Machine(setup, self.channels_last)
         self.images = example[:1].expand(setup.batch, *example.shape[1:]).contiguous().to(setup.device)
-        self.dense = self._placed(copy.deepcopy(dense))
+        self.dense = self._placed(model_copy(dense))
         shapes = observe_shapes(self.dense, lambda: self._pass(self.dense))
         family = {n: LayerShape.of(dense.get_submodule(n), calls[0][0]).family for n, calls in shapes.items()}
         half = {group.name: group.size // 2 for group in chosen}

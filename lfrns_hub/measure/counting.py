@@ -1,12 +1,12 @@
 """Parameters and multiply-accumulates of one forward pass, counted without computing it."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from lfrns_hub.narrow import model_copy
 from lfrns_hub.running import as_input, unwrap
 
 # torch counts the fused attention of GPUs; that of CPUs is missing from its table and would count as nothing.
@@ -39,10 +39,10 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
         >>> count_macs(nn.Conv2d(3, 4, 3, padding=1), torch.zeros(1, 3, 8, 8))
         6912
     """
-    twin = copy.deepcopy(unwrap(model, "count_macs")).eval().requires_grad_(False)
+    twin = model_copy(unwrap(model, "count_macs")).eval().requires_grad_(False)
     image = as_input(example_input[:1].detach(), twin)
     try:
-        flops = _count_flops(copy.deepcopy(twin).to("meta"), image.to("meta"))
+        flops = _count_flops(model_copy(twin).to("meta"), image.to("meta"))
     except (RuntimeError, NotImplementedError):
         flops = _count_flops(twin, image)
     return flops // 2  # torch counts a multiplication and an addition as two

@@ -150,4 +150,5 @@ def regrouped(groups: Sequence[UnitGroup], members: Sequence[Sequence[Unit]], na
         slices=tuple(Slice(*key, torch.cat(index, 1)) for key, index in slices.items()),
         taps=tuple(Tap(module, torch.cat(index, 1)) for module, index in taps.items()),
         widths=tuple(Width(*key, per_unit) for key, per_unit in stated.items()),
+        caches=groups[0].caches,
     )

@@ -1,23 +1,27 @@
 """Export a model on the meta device and run channel ids through its ATen graph."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lfrns_hub.batches import read_tensors
 from lfrns_hub.narrow import feature_entries, meta_copy
 from lfrns_hub.trace import elementwise, layers, movement, products  # noqa: F401  (they register their rules)
 from lfrns_hub.trace.divisions import read_divisions
+from lfrns_hub.trace.forward import watch_forward
 from lfrns_hub.trace.groups import MacsModel, read_groups, unit_places
 from lfrns_hub.trace.ids import NONE, IdTable
 from lfrns_hub.trace.rules import find_rule
 from lfrns_hub.trace.sites import Site, find_sites
-from lfrns_hub.trace.widths import note_features
-from lfrns_hub.units import UnitGroup
+from lfrns_hub.trace.widths import note_features, note_unread
+from lfrns_hub.units import UnitGroup, forget
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Where a weight is put together by these alone, each input channel keeps its own part of it.
@@ -50,7 +54,8 @@ class Trace:
     sites: list[Site]
 
     def __init__(self, model: nn.Module, example_input: Tensor):
-        self.model = meta_copy(model).eval()
+        watched = watch_forward(model, example_input)
+        self.model = forget(meta_copy(model), watched.caches).eval()
         # torch.export takes lists and dicts, but no dataclass that it does not know.
         self.model.register_forward_hook(lambda _module, _inputs, output: tuple(read_tensors(output)))
         self._name_modules()
@@ -72,7 +77,9 @@ class Trace:
         }
         self.weight_nodes = self._weight_nodes(program)
         self._run(program)
-        self.regroup(read_groups(self.ids, self.model))
+        if watched.reads is not None:
+            note_unread(self, watched.reads)
+        self.regroup([replace(group, caches=watched.caches) for group in read_groups(self.ids, self.model)])
         labels = self.ids.classes()
         self.divisions = read_divisions(self.ids.divisions, labels, unit_places(self.ids, labels, self.groups))
         self.sites = find_sites(self, list(program.graph.nodes))
@@ -248,13 +255,28 @@ class Trace:
     def why_no_layer(self, node: Node) -> str:
         """Say why a call is no layer that a hook can watch."""
         source = self.weight_of(node.args[1])
-        if source is None:
-            return "its weight is computed"
+        name = self.module_of(node)
+        if source is None or not source.name.endswith(".weight"):
+            return "its weight is computed" + (how_computed(self.model.get_submodule(name)) if name else "")
         if source.name.removesuffix(".weight") in self.shared:
             return "its weight is that of several layers"
         if self.module_of(node) != source.name.removesuffix(".weight"):
             return f"{source.name} is used outside its layer, where no hook sees its input"
         return "units of several heads or parts share its weight"
+
+
+def how_computed(module: nn.Module) -> str:
+    """Say what computes a layer's weight, and how it is made plain, where torch says so."""
+    if parametrize.is_parametrized(module, "weight"):
+        made = ", ".join(type(step).__name__.strip("_") for step in module.parametrizations.weight)
+        return f" by {made}: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') makes it plain"
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            return " from a mask: torch.nn.utils.prune.remove(layer, 'weight') makes it plain"
+        if isinstance(hook, (WeightNorm, SpectralNorm)):
+            remover = "remove_weight_norm" if isinstance(hook, WeightNorm) else "remove_spectral_norm"
+            return f" by {type(hook).__name__}: torch.nn.utils.{remover}(layer) makes it plain"
+    return ""
 
 
 def is_layer_call(node: Node) -> bool:

@@ -141,7 +141,12 @@ def read_groups(ids: IdTable, model: nn.Module) -> list[UnitGroup]:
         read = tuple(Tap(name, consumed.index(units, at)) for at, name in enumerate(tap_names))
         groups.append(UnitGroup(name, kind, len(units), not inexact, reason, slices, read))
     widths = group_widths(ids.literals, labels, unit_group, model)
-    return [replace(g, widths=stated_widths(model, g, widths.get(n, ()))) for n, g in enumerate(groups)]
+    whole = [
+        UnitGroup(name, "channel", size, frozen_reason=why)
+        for name, (size, why) in ids.unmade.items()
+        if name not in names
+    ]
+    return [*(replace(g, widths=stated_widths(model, g, widths.get(n, ()))) for n, g in enumerate(groups)), *whole]
 
 
 def stated_widths(model: nn.Module, group: UnitGroup, found: tuple[Width, ...]) -> tuple[Width, ...]:

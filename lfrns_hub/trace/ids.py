@@ -43,6 +43,8 @@ class Literal:
     whole: tuple[int, ...] = ()  # the list it is an element of, as in split(x, [a, b])
     place: int = 0
     attribute: str = ""  # where the attribute is known beforehand
+    factor: int = 1  # positions of the axis for each one that the attribute counts, as channels in a conv group
+    all: bool = False  # whether it goes with nothing where the rows differ anywhere
 
 
 @dataclass
@@ -73,6 +75,7 @@ class IdTable:
     divisions: list[list[Tensor]] = field(default_factory=list)  # ids of each part
     tensors: dict[str, Tensor] = field(default_factory=dict)
     by_axis: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    unmade: dict[str, tuple[int, str]] = field(default_factory=dict)  # layers without ids: how many outputs, and why
 
     def fresh(self, count: int, from_tensor: bool = False) -> Tensor:
         """Give new ids [count], one block."""

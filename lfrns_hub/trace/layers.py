@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lfrns_hub.trace.ids import NONE, Consumer, MacsTerm, as_rows
 from lfrns_hub.trace.rules import register_op
@@ -39,6 +39,13 @@ def consume(trace: Any, node: Any, name: str, in_ids: Tensor) -> None:
         trace.ids.one_unit_per_row(in_ids.view(1, -1), None)
 
 
+def unmade(trace: Any, node: Any, count: int, why: str) -> None:
+    """Note a layer whose outputs get no ids, so that it is told of as frozen."""
+    name = trace.module_of(node)
+    if name is not None and isinstance(trace.model.get_submodule(name), (nn.Linear, nn.modules.conv._ConvNd)):
+        trace.ids.unmade.setdefault(name, (count, trace.reason(node, why)))
+
+
 @register_op("aten.conv2d", "aten.conv1d", "aten.conv3d")
 def conv(
     trace: Any, node: Any, ids: Tensor, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
@@ -51,6 +58,7 @@ def conv(
     rows = as_rows(ids, [1])
     if name is None or (len(rows) > 1 and trace.ids.other_units(rows)):
         trace.ids.freeze(ids, trace.reason(node, trace.why_no_layer(node)))
+        unmade(trace, node, shape[1], trace.why_no_layer(node))
         trace.ids.macs.append(MacsTerm(math.prod(shape[2:]) * shape[0] * math.prod(weight_shape), ()))
         return trace.none_like(node)
     in_ids, _ = trace.ids.tie_rows(rows)
@@ -77,6 +85,7 @@ def transposed(trace: Any, node: Any, ids: Tensor, weight: Any, *args: Any, **kw
     """A transposed convolution: cut on neither side."""
     value, images = node.args[1].meta["val"], node.args[0].meta["val"]
     trace.ids.freeze(ids, trace.reason(node, "a transposed convolution reads it"))
+    unmade(trace, node, node.meta["val"].shape[1], "a transposed convolution makes it")
     trace.ids.macs.append(MacsTerm(math.prod(images.shape[2:]) * images.shape[0] * value.numel(), ()))
     return trace.none_like(node)
 
@@ -92,6 +101,8 @@ def linear(trace: Any, node: Any, ids: Tensor, weight: Any, bias: Any = None) ->
         name = trace.tensor_name(node.args[1]).removesuffix(".weight")
         known = name and name not in trace.shared
         out_ids = make(trace, node, name, shape[-1], bias) if known else None
+        if out_ids is None:
+            unmade(trace, node, shape[-1], trace.why_no_layer(node))
         trace.ids.macs.append(MacsTerm(math.prod(shape) * ids.shape[-1], () if out_ids is None else (out_ids,)))
         return trace.none_like(node) if out_ids is None else out_ids.expand(shape)
     in_ids, whole = trace.ids.tie_rows(rows)

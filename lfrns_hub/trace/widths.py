@@ -1,9 +1,10 @@
 """Widths that a forward states by itself: numbers in the graph, looked up among the attributes of the module."""
 
 from collections import Counter, defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lfrns_hub.narrow import feature_entries
@@ -20,6 +21,9 @@ WIDTH_WORDS = (
 NOT_WIDTHS = ("kernel", "stride", "pad", "window", "img", "image", "feat_size", "grid", "scale", "dilation")
 FEATURES = ("num_features", "head_hidden_size", "embed_dim", "in_features", "hidden_size")
 FACTORS = (2, 3, 4)  # a forward writes `2 * self.dim`
+# Names of a block's own attributes, by the side of its layers that they state. A number of heads is no width of these.
+SIDES = {"in": ("in", "inp", "input", "inplanes"), "out": ("out", "oup", "output", "outplanes"), "groups": ("groups",)}
+NO_SIDE = ("head", "heads", "kernel", "branches", "blocks", "classes")
 
 
 def stated(module: nn.Module, value: int, whole: tuple[int, ...]) -> list[tuple[str, int]]:
@@ -115,6 +119,75 @@ def note_features(trace: Any, outputs: dict[str, Tensor]) -> None:
             trace.ids.literals.append(Literal("", value, rows, place=place, attribute="feature_info"))
 
 
+def note_unread(trace: Any, reads: dict[str, set[str]]) -> None:
+    """Note the widths that a block states and its forward does not read: other methods do, as those that fuse branches.
+
+    What an attribute states is known by its name and value: what the block's first layer reads, what its last one
+    makes, or an axis of its layers, where all of that length are the same units.
+
+    Args:
+        trace: The trace, all nodes run.
+        reads: Attributes that a forward reads, by the name of the module: those are found by what the graph has.
+    """
+    consumed = {consumer.module: consumer.ids for consumer in trace.ids.consumers}
+    sides: dict[str, list[_Side]] = defaultdict(
+        list
+    )  # of each module all layers inside, in the order in which they run
+    for tensor, dim in trace.ids.by_axis:
+        layer = tensor.removesuffix(".weight")
+        if dim == 0 and layer != tensor and isinstance(trace.model.get_submodule(layer), STOCK):
+            found = _sides_of(trace, layer, consumed.get(layer))
+            while layer:
+                layer = layer.rpartition(".")[0]
+                sides[layer] += found
+    for name, module in trace.model.named_modules():
+        if isinstance(module, STOCK) or type(module).__module__.startswith("torch.nn."):
+            continue
+        for attribute, value in vars(module).items():
+            is_unread = attribute not in reads.get(name, ()) and attribute not in FEATURES
+            if type(value) is int and value > 1 and is_unread and (which := _side_named(attribute)):
+                alike = [side for side in sides[name] if side.stated == value]
+                same = [side for side in alike if side.which == which] if which != "any" else []
+                if which in ("any", "groups") and not same:
+                    same = [side for side in alike if side.which != "groups"]
+                same = same[:1] if which == "in" else same[-1:] if which == "out" else same
+                if len({(len(side.ids), side.factor) for side in same}) == 1:
+                    rows = torch.stack([side.ids for side in same])
+                    factor = same[0].factor
+                    trace.ids.literals.append(Literal(name, value, rows, attribute=attribute, factor=factor, all=True))
+
+
+class _Side(NamedTuple):
+    """What a layer states of one of its axes, and the axis: `factor` of its ids for each one that is stated."""
+
+    which: str
+    stated: int
+    ids: Tensor
+    factor: int = 1
+
+
+def _sides_of(trace: Any, name: str, read: Tensor | None) -> list[_Side]:
+    """Give what a layer states: its inputs, whose ids are `read` where it is no grouped one, outputs, groups."""
+    layer, made = trace.model.get_submodule(name), trace.ids.by_axis[f"{name}.weight", 0]
+    groups = getattr(layer, "groups", 1)
+    if groups > 1:  # a conv group's inputs and outputs are one unit
+        read = made.view(groups, -1)[:, 0].repeat_interleave(layer.weight.shape[1])
+    elif not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+        read = made
+    sides = [_Side("groups", groups, made, len(made) // groups)] if groups > 1 else []
+    sides += [_Side("in", len(read), read)] if read is not None else []
+    return [*sides, _Side("out", len(made), made)]
+
+
+def _side_named(attribute: str) -> str | None:
+    """Tell which side of a block's layers an attribute states by its name: in, out, groups, any, or none."""
+    words = attribute.lower().split("_")
+    if any(word in NO_SIDE for word in words) or any(word in attribute for word in NOT_WIDTHS):
+        return None
+    named = [side for side, names in SIDES.items() if any(word in names for word in words)]
+    return named[0] if named else "any" if any(word in attribute for word in WIDTH_WORDS) else None
+
+
 def group_widths(
     literals: list[Literal], labels: np.ndarray, unit_group: dict[int, int], model: nn.Module
 ) -> dict[int, tuple[Width, ...]]:
@@ -129,13 +202,17 @@ def group_widths(
     found: dict[int, dict[tuple[str, str, int | None], int]] = defaultdict(dict)
     for literal in literals:
         units = resolve(literal.rows, labels).reshape(literal.rows.shape)
+        if literal.all and not (units == units[:1]).all():
+            continue
         own = units[0][(units == units[:1]).all(0) & (units[0] != NONE)]
         per_group: dict[int, set[int]] = defaultdict(set)
         for unit, count in Counter(own.tolist()).items():
             if unit in unit_group:
                 per_group[unit_group[unit]].add(count)
         module = model.get_submodule(literal.module)
-        names = [(literal.attribute, 1)] if literal.attribute else stated(module, literal.value, literal.whole)
+        names = (
+            [(literal.attribute, literal.factor)] if literal.attribute else stated(module, literal.value, literal.whole)
+        )
         for name, factor in names:
             entry = None if isinstance(getattr(module, name), int) else literal.place
             for group, counts in per_group.items():
