@@ -2,10 +2,12 @@
 
 import contextlib
 import ctypes
+import random
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -75,6 +77,31 @@ def evaluating(*models: nn.Module | None, device: torch.device | None = None) ->
         for model, home in homes:
             if device is not None and home != device:
                 model.to(home)
+
+
+@contextlib.contextmanager
+def same_draw(seed: int = 0) -> Iterator[None]:
+    """Draw the same random numbers each time, so that two models of a random forward can be compared.
+
+    A forward may draw from torch, numpy or Python; afterwards each goes on as if nothing had been drawn.
+
+    Example:
+        >>> with same_draw():
+        ...     first = torch.rand(3)
+        >>> with same_draw():
+        ...     print(torch.equal(torch.rand(3), first))
+        True
+    """
+    python, of_numpy = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(of_numpy)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -31,9 +31,10 @@ def make(trace: Any, node: Any, name: str, count: int, bias: Any) -> Tensor:
 
 def consume(trace: Any, node: Any, name: str, in_ids: Tensor) -> None:
     """Say that a layer contracts ids; through a standardised weight every input changes all others' weights."""
-    known = (f"{name}.weight", 1) in trace.ids.by_axis
     trace.ids.axis(f"{name}.weight", 1, in_ids)
-    if not known:
+    if node not in trace.observed:
+        trace.ids.unobserved.append(in_ids)
+    elif all(consumer.module != name for consumer in trace.ids.consumers):
         trace.ids.consumers.append(Consumer(name, in_ids))
     if trace.weight_of(node.args[1]).standardised:
         trace.ids.one_unit_per_row(in_ids.view(1, -1), None)

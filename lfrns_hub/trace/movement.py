@@ -25,7 +25,8 @@ def move(trace: Any, node: Any, *args: Any, **kwargs: Any) -> Any:
 @register_op(*(f"aten.{name}" for name in "view reshape _unsafe_view expand flatten unflatten _reshape_alias".split()))
 def resize(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A view: its sizes may state how many units there are."""
-    moved = node.target(ids, *args, **kwargs)
+    known = str(node.target).split(".")[1] in ("expand", "flatten", "unflatten")
+    moved = node.target(ids, *args, **kwargs) if known else ids.reshape(args[0])  # ids lie otherwise than values
     note_sizes(trace, node, moved)
     return moved
 
