@@ -78,7 +78,10 @@ class Gate:
             if self.offset is not None:  # nothing is padded: every position of the kernel sees it
                 added = (standing @ self.offset.to(rows)).reshape(len(rows), -1).sum(1)
                 changed["bias"] = added if consumer.bias is None else consumer.bias + added
-        return changed | {"weight": gated.movedim(-1, 1)}
+        weight = gated.movedim(-1, 1)
+        if consumer.weight.is_contiguous():  # its outputs lie as its weights do, and a forward may view them
+            weight = weight.contiguous()
+        return changed | {"weight": weight}
 
 
 def is_plain(consumer: nn.Module) -> bool:

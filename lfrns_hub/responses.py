@@ -304,7 +304,7 @@ def add_loss_weights(
         with torch.enable_grad():
             loss = read_answer(model, model(images.detach().requires_grad_())).drawn_loss(generator)
             outputs = {name: out for name, out in outputs.items() if out.requires_grad}  # others see no image
-            gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
+            gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True) if outputs else []
     finally:
         for handle in handles:
             handle.remove()

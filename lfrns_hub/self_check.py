@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.batches import read_logits
 from lfrns_hub.narrow import meta_copy
+from lfrns_hub.running import default_dtype, same_draw
 from lfrns_hub.surgery import cut, masked
 from lfrns_hub.units import SlimPlan, UnitGroup
 
@@ -59,15 +60,21 @@ def random_plan(groups: Sequence[UnitGroup], generator: torch.Generator) -> Slim
     return SlimPlan(keep)
 
 
+def answer(model: nn.Module, images: Tensor) -> Tensor:
+    """Run a float64 model; what it draws is the same each time, and what it makes in forward is float64 too."""
+    with same_draw(), default_dtype(torch.float64):
+        return read_logits(model(images.clone()))  # a forward may write to its input
+
+
 def compare(
     model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan, images: Tensor, dense: Tensor
 ) -> tuple[float, float]:
     """Give the error of the cut and the change by the masking, both over the largest output."""
+    slim = cut(model, groups, plan)
     with torch.no_grad():
         with masked(model, groups, plan):
-            expected = read_logits(model(images))
-        slim = cut(model, groups, plan)
-        got = read_logits(slim(images))
+            expected = answer(model, images)
+        got = answer(slim, images)
     largest = float(expected.abs().max().clamp(min=1e-30))
     error = float((got - expected).abs().max()) / largest if got.shape == expected.shape else float("inf")
     return error, float((dense - expected).abs().max()) / largest
@@ -186,7 +193,7 @@ def self_check(
     images = torch.randn(2, *example_input.shape[1:], generator=generator, dtype=torch.float64)
     open_groups = [g for g in narrow if g.frozen_reason is None and g.exact]
     with torch.no_grad():
-        dense = read_logits(copied(images)) if open_groups else None
+        dense = answer(copied, images) if open_groups else None
 
     pending = [open_groups] if open_groups else []
     while pending:
@@ -208,17 +215,51 @@ def self_check(
             pending += [some[len(some) // 2 :], some[: len(some) // 2]]
     passed = [replace(g, frozen_reason=report.frozen[g.name]) if g.name in report.frozen else g for g in narrow]
     alive = [g for g in passed if g.frozen_reason is None and g.exact]
-    if alive:
-        plan = random_plan(alive, generator)
-        try:  # without memory, where the forward reads no values
-            train_once(meta_copy(model).requires_grad_(True), alive, plan, images.to("meta", example_input.dtype))
-        except Exception:
-            train_once(copied, alive, plan, images)
+    untrainable = training_faults(model, alive, images.to(example_input.dtype), generator)
+    report.frozen.update(untrainable)
+    report.checked = [name for name in report.checked if name not in untrainable]
+    passed = [replace(g, frozen_reason=untrainable.get(g.name, g.frozen_reason)) for g in passed]
     return passed, report
 
 
-def train_once(model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan, images: Tensor) -> None:
-    """Run a training-mode forward and backward of the cut copy: training-only branches are not in the graph."""
-    slim = cut(model, groups, plan).train()
-    with torch.enable_grad():
-        read_logits(slim(torch.cat([images, images.flip(0)]))).square().mean().backward()
+def training_faults(
+    model: nn.Module, groups: Sequence[UnitGroup], images: Tensor, generator: torch.Generator
+) -> dict[str, str]:
+    """Run cut copies forward and backward in training mode, where the dense model itself can be: the groups at fault.
+
+    Args:
+        model: The network; untouched.
+        groups: Those that may be cut.
+        images: [2, C, H, W].
+        generator: Of the random plans.
+    Returns:
+        Group name to the reason, of those whose units a branch of training reads at their full number.
+    """
+    if not groups or not images.is_floating_point():
+        return {}
+    network, images = meta_copy(model).requires_grad_(True), images.to("meta")  # without memory
+    if why_no_training(network, [], SlimPlan(), images):  # a forward that reads values
+        network = copy.deepcopy(model).cpu().requires_grad_(True)
+        images = torch.rand(images.shape, generator=generator).to(images.dtype)
+        if why_no_training(network, [], SlimPlan(), images):
+            return {}
+    faults, pending = {}, [list(groups)]
+    while pending:
+        some = pending.pop()
+        failure = why_no_training(network, groups, random_plan(some, generator), images)
+        if failure and len(some) == 1:
+            faults[some[0].name] = f"its forward in training mode cannot narrow ({failure})"
+        elif failure:
+            pending += [some[len(some) // 2 :], some[: len(some) // 2]]
+    return faults
+
+
+def why_no_training(model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan, images: Tensor) -> str | None:
+    """Run a training-mode forward and backward of a cut copy: why it fails, or None."""
+    try:
+        slim = cut(model, groups, plan).train()
+        with torch.enable_grad(), same_draw():
+            read_logits(slim(torch.cat([images, images.flip(0)]))).square().mean().backward()
+    except Exception as failure:  # a forward that cannot narrow may fail in any way
+        return (str(failure).splitlines() or [type(failure).__name__])[0][:160]
+    return None

@@ -37,9 +37,12 @@ def export(model: nn.Module, images: Tensor) -> tuple[nn.Module, ExportedProgram
         # torch.export takes lists and dicts, but no dataclass that it does not know.
         network.register_forward_hook(lambda _module, _inputs, output: tuple(read_tensors(output)))
         try:
-            return network, _export(network, images)
+            program = _export(network, images)
         except Exception as error:
             failures.append(error)
+        else:
+            check_images_stay(model, program)
+            return network, program
     raise _refusal(model, images, failures[-1]) from failures[-1]
 
 
@@ -105,6 +108,19 @@ def check_forward(model: nn.Module) -> None:
         )
 
 
+def check_images_stay(model: nn.Module, program: ExportedProgram) -> None:
+    """Refuse a model that writes to its images: the next pass would see others."""
+    inputs = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and any(_base(value).name in inputs for value in _written(node)):
+            lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+            raise ValueError(
+                f"{type(model).__name__}: its forward writes to the images that it is given"
+                f"{f', in `{lines[-1].strip()}`' if lines else ''}, so that every pass sees others. Let it make a new "
+                "tensor, as x = x - mean for x -= mean."
+            )
+
+
 def cpu_copy(model: nn.Module) -> nn.Module:
     """Copy a model's structure to the CPU: parameters that are there are shared, those without values become zero."""
 
@@ -135,20 +151,29 @@ def _device_of(network: nn.Module) -> torch.device:
     return next((t.device for t in (*network.parameters(), *network.buffers())), torch.device("cpu"))
 
 
-def _writes_view(node: Node) -> bool:
-    """Whether a node writes to a tensor that other nodes read through a view, or that is a view itself."""
+def _written(node: Node) -> list[Node]:
+    """Return the arguments that an operation writes to."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:
-        return False
-    for argument, value in zip(schema.arguments, node.args, strict=False):
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        if written and isinstance(value, Node) and value.op != "placeholder" and (_is_view(value) or len(value.users) > 1):
-            return True
-    return False
+        return []
+    pairs = zip(schema.arguments, node.args, strict=False)
+    return [v for a, v in pairs if a.alias_info is not None and a.alias_info.is_write and isinstance(v, Node)]
+
+
+def _writes_view(node: Node) -> bool:
+    """Return whether a node writes to a tensor that other nodes read through a view, or that is a view itself."""
+    return any(v.op != "placeholder" and (_is_view(v) or len(v.users) > 1) for v in _written(node))
+
+
+def _base(node: Node) -> Node:
+    """Return the node whose memory a view shares."""
+    while _is_view(node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _is_view(node: Node) -> bool:
-    """Whether a node's value shares the memory of another's, as an element of a split does too."""
+    """Return whether a node's value shares the memory of another's, as an element of a split does too."""
     if str(node.target) == "<built-in function getitem>":
         return _is_view(node.args[0])
     schema = getattr(node.target, "_schema", None)
