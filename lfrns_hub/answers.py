@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfrns_hub.batches import UNREADABLE, find_logits, read_rows
+from lfrns_hub.running import differentiated
 from lfrns_hub.untrusted import short
 
 # Of a feature map a fixed random choice stands for all: a backbone's maps of a few hundred images are gigabytes.
@@ -94,16 +95,19 @@ def check_differentiable(model: nn.Module, images: Tensor, call: str) -> None:
     """
     if not images.is_floating_point():
         return
-    try:
+    images = images.detach().requires_grad_()
+
+    def passes() -> None:
         with torch.enable_grad():
-            images = images.detach().requires_grad_()
-            loss = read_answer(model, model(images)).drawn_loss(torch.Generator())
-            torch.autograd.grad(loss, images)
+            torch.autograd.grad(read_answer(model, model(images)).drawn_loss(torch.Generator()), images)
+
+    try:
+        differentiated(passes)
     except RuntimeError as error:
         raise ValueError(
             f"{call}({type(model).__name__}): no gradient passes through its forward ({short(str(error), 160)}), and "
-            "what a unit is worth is learned from gradients. Leave torch.no_grad() and detach() out of the forward, "
-            "and write in place to no tensor that an activation needs."
+            "what a unit is worth is learned from gradients. Leave torch.no_grad() and detach() out of the forward: "
+            "weights that are not to learn take requires_grad_(False)."
         ) from error
 
 

@@ -14,7 +14,7 @@ from lfrns_hub.answers import Answer, check_labels, read_answer
 from lfrns_hub.batches import split_batch
 from lfrns_hub.cache import Training
 from lfrns_hub.responses import Moments, best_fold, fold_offset
-from lfrns_hub.running import device_of, laid_out, same_draw
+from lfrns_hub.running import device_of, differentiated, laid_out, same_draw
 from lfrns_hub.taps import channel_count, channels_back, channels_last, kept_channels, watched
 from lfrns_hub.units import UnitGroup
 
@@ -199,12 +199,19 @@ class GateTraining:
         if number not in self._dense:
             with torch.no_grad(), same_draw(number):
                 self._dense[number] = answer_to(self.model, ours)
-        with same_draw(number):
-            answer = answer_gated(self.model, self.hooks, ours)
-        loss = gate_loss(answer, self._dense[number], labels, share) / len(images)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.done}. Check the images' scale.")
-        gradients = self._gradients(loss)
+
+        def gradients_of_gates() -> list[Tensor]:
+            with same_draw(number):
+                answer = answer_gated(self.model, self.hooks, ours)
+            loss = gate_loss(answer, self._dense[number], labels, share) / len(images)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at step {self.done}. Check the images' scale."
+                )
+            # Zero where the forward lets no gradient through, as by rounding.
+            return list(torch.autograd.grad(loss, self.gates, materialize_grads=True))
+
+        gradients = differentiated(gradients_of_gates)
         if ranks > 1:
             gradients = [self.accelerator.reduce(gradient, "sum") for gradient in gradients]
         before = [gate.detach().clone() for gate in self.gates]
@@ -215,12 +222,6 @@ class GateTraining:
             gate.data.clamp_(0, 1)
             total -= (gradient * (gate.detach() - old)).double().cpu()
         self.done += 1
-
-    def _gradients(self, loss: Tensor) -> list[Tensor]:
-        """Give the gradient of each gate; zero where the forward lets none through, as by rounding or no_grad."""
-        if not loss.requires_grad:
-            return [torch.zeros_like(gate) for gate in self.gates]
-        return list(torch.autograd.grad(loss, self.gates, materialize_grads=True))
 
     def state(self) -> dict[str, Any]:
         """Give all that the training goes on from; it draws no random numbers."""

@@ -4,13 +4,15 @@ import contextlib
 import ctypes
 import random
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+Result = TypeVar("Result")
 
 # torch.compile keeps the module it wraps under this name; its class lives in torch._dynamo, which is slow to import.
 _COMPILED = "_orig_mod"
@@ -102,6 +104,21 @@ def same_draw(seed: int = 0) -> Iterator[None]:
         finally:
             random.setstate(python)
             numpy.random.set_state(of_numpy)
+
+
+def differentiated(compute: Callable[[], Result]) -> Result:
+    """Run a forward and backward pass; where the forward writes to a tensor that the backward needs, with copies kept.
+
+    Args:
+        compute: Both passes; called again, it starts from the beginning.
+    """
+    try:
+        return compute()
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        return compute()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfrns_hub.trace.ids import NONE, Consumer, MacsTerm, as_rows
+from lfrns_hub.trace.ids import NONE, Consumer, MacsTerm, as_rows, varies
 from lfrns_hub.trace.rules import register_op
 from lfrns_hub.trace.widths import note
 
@@ -17,6 +17,8 @@ def make(trace: Any, node: Any, name: str, count: int, bias: Any) -> Tensor:
     if out_ids is None:
         out_ids = trace.ids.fresh(count)
     trace.ids.axis(f"{name}.weight", 0, out_ids, makes=True)
+    if node not in trace.observed:
+        trace.ids.unobserved.append(out_ids)
     bias_node = node.args[2] if len(node.args) > 2 else None
     if bias_name := trace.tensor_name(bias_node):
         trace.ids.axis(bias_name, 0, out_ids)
@@ -50,8 +52,15 @@ def conv(
     weight_shape = node.args[1].meta["val"].shape
     name = trace.layer_of(node, node.args[1])
     rows = as_rows(ids, [1])
-    if name is None or (len(rows) > 1 and trace.ids.other_units(rows)):
-        trace.ids.freeze(ids, trace.reason(node, trace.why_no_layer(node)))
+    mixed = len(rows) > 1 and trace.ids.other_units(rows)
+    if name is None and not mixed and weight_shape[1] == 1 and shape[1] == groups and per_channel(trace, node, rows):
+        trace.ids.macs.append(MacsTerm(math.prod(shape[2:]) * shape[0] * math.prod(weight_shape), (ids[0].flatten(1)[:, 0],)))
+        note(trace, node, groups, ids, 1)
+        return ids.narrow(2, 0, 1).narrow(-1, 0, 1).expand(shape)
+    if name is None or mixed:
+        slides = any(varies(ids, dim) for dim in range(2, ids.ndim))
+        why = "it slides over the axis on which units lie" if slides else trace.why_no_layer(node)
+        trace.ids.freeze(ids, trace.reason(node, why))
         trace.ids.macs.append(MacsTerm(math.prod(shape[2:]) * shape[0] * math.prod(weight_shape), ()))
         return trace.none_like(node)
     in_ids, _ = trace.ids.tie_rows(rows)
@@ -71,6 +80,26 @@ def conv(
             trace.ids.freeze(out_ids, trace.reason(node, "a grouped convolution reads channels of fixed number"))
         trace.ids.macs.append(MacsTerm(macs, (out_ids,)))
     return out_ids.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+
+
+def per_channel(trace: Any, node: Any, rows: Tensor) -> bool:
+    """Tie the weight and bias of a functional depthwise convolution to its channels, and return whether it can be."""
+    weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+    names = [(part, trace.tensor_name(part)) for part in (weight, bias) if part is not None]
+    if not all(name or repeated(part) for part, name in names):
+        return False
+    channel_ids, whole = trace.ids.tie_rows(rows)
+    for _, name in names if whole else ():
+        if name:
+            trace.ids.axis(name, 0, channel_ids)
+    return whole
+
+
+def repeated(node: Any) -> bool:
+    """Return whether all channels of a computed weight are one kernel, repeated as often as there are channels."""
+    while str(node.target).split(".")[1:2] in (["to"], ["_to_copy"], ["contiguous"], ["clone"]):
+        node = node.args[0]
+    return str(node.target) in ("aten.expand.default", "aten.repeat.default") and node.args[0].meta["val"].shape[0] == 1
 
 
 @register_op("aten.conv_transpose2d", "aten.conv_transpose1d", "aten.conv_transpose3d")

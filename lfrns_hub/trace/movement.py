@@ -1,11 +1,13 @@
 """Data movement runs on the ids themselves, so it is exact by construction."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lfrns_hub.trace.ids import NONE, collapse
+from lfrns_hub.trace.elementwise import tie_operands
+from lfrns_hub.trace.ids import NONE, collapse, varies
 from lfrns_hub.trace.rules import register_op
 from lfrns_hub.trace.widths import note_parts, note_sizes, note_slice
 
@@ -90,9 +92,9 @@ def pad(trace: Any, node: Any, ids: Tensor, amounts: list[int], *args: Any, **kw
     return ids
 
 
-@register_op("aten.index")
+@register_op("aten.index", "aten._unsafe_index")
 def index(trace: Any, node: Any, ids: Tensor, indices: list[Tensor | None]) -> Tensor:
-    """Indexing by a table of positions: units on the indexed axes are tied or frozen, those on others stay."""
+    """Indexing by a table of positions: units on the indexed axes are frozen, those on others stay."""
     at = [d for d, where in enumerate(indices) if where is not None]
     indexed = (
         torch.unique(
@@ -103,7 +105,9 @@ def index(trace: Any, node: Any, ids: Tensor, indices: list[Tensor | None]) -> T
         else ids.reshape(-1)
     )
     first = indexed[0]
-    for other in indexed[1:]:
+    if len(indexed) > 1 and not trace.ids.of_tensors(indexed):
+        trace.ids.freeze(indexed, trace.reason(node, "its units are picked by a table of their places"))
+    for other in indexed[1:]:  # rows of a table of positions: each channel is one
         trace.ids.tie(first, other)
     shape = node.meta["val"].shape
     adjacent = at == list(range(at[0], at[-1] + 1))
@@ -113,10 +117,85 @@ def index(trace: Any, node: Any, ids: Tensor, indices: list[Tensor | None]) -> T
     return first.reshape(view).expand(shape)
 
 
+@register_op("aten.index_select", "aten.gather")
+def pick(trace: Any, node: Any, ids: Tensor, dim: int, places: Tensor, **kwargs: Any) -> Tensor:
+    """Picking positions along one axis: units on it are frozen, those on others stay."""
+    if varies(ids, dim):
+        trace.ids.freeze(ids, trace.reason(node, "its units are picked by a table of their places"))
+        return trace.none_like(node)
+    shape = node.meta["val"].shape
+    for other, size in enumerate(shape):
+        ids = ids.narrow(other, 0, 1 if other == dim % ids.ndim else min(size, ids.shape[other]))
+    return ids.expand(shape)
+
+
+@register_op("aten.embedding")
+def look_up(trace: Any, node: Any, table: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A row of a table for each number: all rows have the same columns."""
+    trace.ids.tie(table[:1].expand_as(table), table)
+    return table[0].expand(node.meta["val"].shape)
+
+
+@register_op("aten.slice_scatter", "aten.select_scatter")
+def write(trace: Any, node: Any, ids: Tensor, part: Tensor, dim: int = 0, *args: Any, **kwargs: Any) -> Tensor:
+    """A write to some positions of a tensor: over positions alone, units stay where they are."""
+    last = dim % ids.ndim
+    spread = part if part.ndim == ids.ndim else part.unsqueeze(last)
+    if not varies(ids, last) and not varies(spread, last):
+        return tie_operands(trace, ids.narrow(last, 0, 1), spread.narrow(last, 0, 1)).expand(ids.shape)
+    return node.target(ids, part, dim, *args, **kwargs)
+
+
+@register_op("aten.index_put")
+def put(trace: Any, node: Any, ids: Tensor, indices: list[Tensor | None], values: Tensor, *args: Any) -> Tensor:
+    """A write to picked positions: of a constant, by a mask or on axes without units, every unit keeps its place."""
+    masks = [n is not None and n.meta["val"].dtype == torch.bool for n in node.args[1]]
+    picked = [d for d, where in enumerate(indices) if where is not None]
+    if not bool((values != NONE).any()):
+        if masks == [True]:
+            mask = indices[0]
+            return tie_operands(trace, ids, mask.view(*mask.shape, *[1] * (ids.ndim - mask.ndim)))
+        if not any(masks) and not any(varies(ids, dim) for dim in picked):
+            return ids
+    trace.ids.freeze(torch.cat([ids.flatten(), values.flatten()]), trace.reason(node, "a table says where it is written"))
+    return trace.none_like(node)
+
+
+@register_op("aten.im2col")
+def unfold(trace: Any, node: Any, ids: Tensor, kernel: list[int], *args: Any) -> Tensor:
+    """Windows of an image: each channel's values of a window follow each other."""
+    if varies(ids, -1) or varies(ids, -2):
+        trace.ids.freeze(ids, trace.reason(node, "units lie along its spatial axes"))
+        return trace.none_like(node)
+    columns = ids[..., 0, 0].repeat_interleave(math.prod(kernel), -1)
+    return columns[..., None].expand(node.meta["val"].shape)
+
+
+@register_op("aten.col2im")
+def fold(trace: Any, node: Any, ids: Tensor, size: list[int], kernel: list[int], *args: Any) -> Tensor:
+    """Windows summed into an image: a channel's values of a window leave together."""
+    if varies(ids, -1):
+        trace.ids.freeze(ids, trace.reason(node, "units lie along its windows"))
+        return trace.none_like(node)
+    columns = ids[..., 0].unflatten(-1, (-1, math.prod(kernel)))
+    trace.ids.tie(columns[..., :1].expand_as(columns), columns)
+    return columns[..., :1, None].expand(node.meta["val"].shape)
+
+
+@register_op("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
+def recurrent(trace: Any, node: Any, *args: Any, **kwargs: Any) -> Any:
+    """A recurrent layer: not cut on either side."""
+    for ids in torch.utils._pytree.tree_leaves((args, kwargs)):
+        if isinstance(ids, Tensor):
+            trace.ids.freeze(ids.flatten(), trace.reason(node, "a recurrent layer reads it"))
+    return trace.none_like(node)
+
+
 @register_op(
     *(f"aten.{name}" for name in (
-        "arange full zeros ones scalar_tensor new_full new_zeros new_ones linspace eye meshgrid zeros_like ones_like "
-        "full_like empty rand randn tensor"
+        "arange full zeros ones scalar_tensor new_full new_zeros new_ones new_empty linspace logspace eye meshgrid empty "
+        "rand randn randint randperm tensor tril_indices triu_indices hann_window empty_strided new_empty_strided "
+        "empty_permuted one_hot"
     ).split())
 )  # fmt: skip
 def constant(trace: Any, node: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lfrns_hub.batches import read_tensors
 from lfrns_hub.narrow import meta_copy
@@ -38,11 +39,14 @@ def export(model: nn.Module, images: Tensor) -> tuple[nn.Module, ExportedProgram
         network.register_forward_hook(lambda _module, _inputs, output: tuple(read_tensors(output)))
         try:
             program = _export(network, images)
+        except GuardOnDataDependentSymNode as error:
+            failures.append(error)
+            break
         except Exception as error:
             failures.append(error)
         else:
             check_images_stay(model, program)
-            return network, program
+            return network, functional(program)
     raise _refusal(model, images, failures[-1]) from failures[-1]
 
 
@@ -70,9 +74,15 @@ def export_training(
             return None
         training = fresh(model).train()
         training.register_forward_hook(lambda _module, _inputs, output: tuple(read_tensors(output)))
-        return _export(training, images)
+        return functional(_export(training, images))
     except Exception:  # one that needs targets too, or that torch.export cannot follow
         return None
+
+
+def functional(program: ExportedProgram) -> ExportedProgram:
+    """Return a program that writes to no view: of a written slice the graph shows it alone, not who reads it later."""
+    with torch.no_grad():
+        return program.run_decompositions({}) if any(map(_writes_view, program.graph.nodes)) else program
 
 
 def answers(program: ExportedProgram) -> list[Node]:
@@ -138,12 +148,10 @@ def cpu_copy(model: nn.Module) -> nn.Module:
 
 
 def _export(network: nn.Module, images: Tensor) -> ExportedProgram:
-    """Export a copy in the mode that it is in, without writes through views."""
+    """Export a copy in the mode that it is in."""
     with torch.no_grad(), same_draw():
         example = torch.empty_like(images, device=_device_of(network))
-        program = torch.export.export(network, (example,), strict=False)
-        # Of a write to a slice the graph shows the slice alone; what is read later does not show it.
-        return program.run_decompositions({}) if any(map(_writes_view, program.graph.nodes)) else program
+        return torch.export.export(network, (example,), strict=False)
 
 
 def _device_of(network: nn.Module) -> torch.device:
@@ -205,9 +213,14 @@ def _refusal(model: nn.Module, images: Tensor, failure: Exception) -> ValueError
             f"and channels alone, and its forward takes ({takes}): where it wants them otherwise, wrap it in a module "
             "that takes images."
         )
+    if isinstance(failure, GuardOnDataDependentSymNode):
+        return ValueError(
+            f"tracing {call} failed: an `if`, a loop or an index of its forward depends on the values of a tensor, which "
+            "torch.export cannot follow. Let the forward take one way for all images, as by torch.where."
+        )
     return ValueError(
-        f"tracing {call} failed: {_first_line(failure)}. The model runs, but torch.export must be able to follow it: an "
-        "`if`, a loop or an index that depends on the values of a tensor cannot be followed."
+        f"tracing {call} failed: the model runs, but torch.export cannot follow it: {_first_line(failure)}. Find the line "
+        "by torch.export.export(model, (images,), strict=False)."
     )
 
 
