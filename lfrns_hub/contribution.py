@@ -205,9 +205,7 @@ class GateTraining:
                 answer = answer_gated(self.model, self.hooks, ours)
             loss = gate_loss(answer, self._dense[number], labels, share) / len(images)
             if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {self.done}. Check the images' scale."
-                )
+                raise FloatingPointError(f"the loss is {loss.item()} at step {self.done}. Check the images' scale.")
             # Zero where the forward lets no gradient through, as by rounding.
             return list(torch.autograd.grad(loss, self.gates, materialize_grads=True))
 

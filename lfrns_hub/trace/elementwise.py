@@ -24,8 +24,8 @@ ACTIVATIONS = (
 )
 BINARY = (
     "add sub mul div maximum minimum rsub where addcmul addcdiv ge gt le lt eq ne logical_and logical_or bitwise_and "
-    "multiply divide true_divide lerp masked_fill fmod remainder pow copy atan2 bitwise_or bitwise_xor logical_xor xlogy "
-    "floor_divide subtract hypot copysign fmax fmin complex polar greater less greater_equal less_equal not_equal"
+    "multiply divide true_divide lerp masked_fill fmod remainder pow copy atan2 bitwise_or bitwise_xor logical_xor "
+    "xlogy floor_divide subtract hypot copysign fmax fmin complex polar greater less greater_equal less_equal not_equal"
 )
 
 

@@ -233,7 +233,7 @@ class Trace:
             if at.op == "placeholder":
                 names.append(self.tensor_name(at))
             else:
-                standardised |= str(at.target).split(".")[1] not in PLAIN_WEIGHT_OPS
+                standardised |= operation(at) not in PLAIN_WEIGHT_OPS
                 todo.extend(at.all_input_nodes)
         whole = [name for name in names if torch.Size(self.shape_of(name)).numel() == numel]
         gains = tuple(name for name in names if name not in whole)
@@ -252,12 +252,19 @@ class Trace:
         """Say why a call is no layer that a hook can watch."""
         source = self.weight_of(node.args[1])
         if source is None:
-            return "its weight is computed"
+            parts = [self.tensor_name(n) for n in needed([node.args[1]]) if self.tensor_name(n)]
+            return f"its weight is computed from {' and '.join(sorted(parts))}" if parts else "its weight is computed"
         if source.name.removesuffix(".weight") in self.shared:
             return "its weight is that of several layers"
         if self.module_of(node) != source.name.removesuffix(".weight"):
             return f"{source.name} is used outside its layer, where no hook sees its input"
         return "units of several heads or parts share its weight"
+
+
+def operation(node: Node) -> str:
+    """Return the name of a node's ATen operation without its overload, "" for anything else."""
+    parts = str(node.target).split(".")
+    return parts[1] if len(parts) > 1 else ""
 
 
 def is_layer_call(node: Node) -> bool:

@@ -54,9 +54,12 @@ def conv(
     rows = as_rows(ids, [1])
     mixed = len(rows) > 1 and trace.ids.other_units(rows)
     if name is None and not mixed and weight_shape[1] == 1 and shape[1] == groups and per_channel(trace, node, rows):
-        trace.ids.macs.append(MacsTerm(math.prod(shape[2:]) * shape[0] * math.prod(weight_shape), (ids[0].flatten(1)[:, 0],)))
         note(trace, node, groups, ids, 1)
-        return ids.narrow(2, 0, 1).narrow(-1, 0, 1).expand(shape)
+        first = ids[(slice(None), slice(None), *[slice(0, 1)] * (ids.ndim - 2))]
+        trace.ids.macs.append(
+            MacsTerm(math.prod(shape[2:]) * shape[0] * math.prod(weight_shape), (first[0].flatten(),))
+        )
+        return first.expand(shape)
     if name is None or mixed:
         slides = any(varies(ids, dim) for dim in range(2, ids.ndim))
         why = "it slides over the axis on which units lie" if slides else trace.why_no_layer(node)
@@ -86,7 +89,7 @@ def per_channel(trace: Any, node: Any, rows: Tensor) -> bool:
     """Tie the weight and bias of a functional depthwise convolution to its channels, and return whether it can be."""
     weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
     names = [(part, trace.tensor_name(part)) for part in (weight, bias) if part is not None]
-    if not all(name or repeated(part) for part, name in names):
+    if not all(name.removesuffix(".weight") not in trace.shared if name else repeated(part) for part, name in names):
         return False
     channel_ids, whole = trace.ids.tie_rows(rows)
     for _, name in names if whole else ():

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from lfrns_hub.trace.elementwise import tie_operands
-from lfrns_hub.trace.ids import NONE, collapse, varies
+from lfrns_hub.trace.ids import NONE, as_rows, collapse, varies
 from lfrns_hub.trace.rules import register_op
 from lfrns_hub.trace.widths import note_parts, note_sizes, note_slice
 
 MOVES = (
-    "permute transpose t squeeze unsqueeze select narrow cat unbind roll flip pixel_shuffle pixel_unshuffle "
+    "permute transpose t squeeze unsqueeze select narrow unbind roll flip pixel_shuffle pixel_unshuffle "
     "repeat channel_shuffle movedim alias detach swapaxes expand_as view_as reshape_as tile unfold swapdims moveaxis "
-    "rot90 repeat_interleave diagonal hstack vstack atleast_2d broadcast_to numpy_T mT column_stack concat concatenate"
+    "rot90 repeat_interleave diagonal hstack vstack atleast_2d broadcast_to numpy_T mT column_stack"
 )
 
 
@@ -43,6 +43,24 @@ def split(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
             if part.shape == parts[0].shape:
                 trace.ids.tie(*collapse(parts[0], part))
     return parts
+
+
+@register_op("aten.cat", "aten.concat", "aten.concatenate")
+def join(trace: Any, node: Any, parts: list[Tensor], dim: int = 0) -> Tensor:
+    """One after another; a parameter without elements, as of no register tokens, has the units of its neighbours."""
+    joined = node.target(parts, dim)
+    for part in node.args[0]:
+        shape, source = part.meta["val"].shape, part
+        while not trace.tensor_name(source) and len(source.all_input_nodes) == 1:
+            source = source.all_input_nodes[0]
+        name = trace.tensor_name(source)
+        own = trace.shape_of(name)
+        if shape.numel() or math.prod(own) or len(shape) != joined.ndim or shape[-len(own) :] != own[-len(shape) :]:
+            continue
+        for back in range(1, len(own) + 1):
+            if own[-back] and joined.ndim - back != dim % joined.ndim and varies(joined, -back):
+                trace.ids.axis(name, len(own) - back, trace.ids.tie_rows(as_rows(joined, [-back]))[0])
+    return joined
 
 
 @register_op("aten.stack")
@@ -94,21 +112,9 @@ def pad(trace: Any, node: Any, ids: Tensor, amounts: list[int], *args: Any, **kw
 
 @register_op("aten.index", "aten._unsafe_index")
 def index(trace: Any, node: Any, ids: Tensor, indices: list[Tensor | None]) -> Tensor:
-    """Indexing by a table of positions: units on the indexed axes are frozen, those on others stay."""
+    """Indexing by a table of places: units on the indexed axes are frozen, those on others stay."""
     at = [d for d, where in enumerate(indices) if where is not None]
-    indexed = (
-        torch.unique(
-            ids.movedim(at, list(range(len(at)))).reshape(-1, *[ids.shape[d] for d in range(ids.ndim) if d not in at]),
-            dim=0,
-        )
-        if len(at) < ids.ndim
-        else ids.reshape(-1)
-    )
-    first = indexed[0]
-    if len(indexed) > 1 and not trace.ids.of_tensors(indexed):
-        trace.ids.freeze(indexed, trace.reason(node, "its units are picked by a table of their places"))
-    for other in indexed[1:]:  # rows of a table of positions: each channel is one
-        trace.ids.tie(first, other)
+    first = any_of(trace, node, ids.movedim(at, list(range(len(at)))).flatten(0, len(at) - 1))
     shape = node.meta["val"].shape
     adjacent = at == list(range(at[0], at[-1] + 1))
     lead = at[0] if adjacent else 0
@@ -119,14 +125,23 @@ def index(trace: Any, node: Any, ids: Tensor, indices: list[Tensor | None]) -> T
 
 @register_op("aten.index_select", "aten.gather")
 def pick(trace: Any, node: Any, ids: Tensor, dim: int, places: Tensor, **kwargs: Any) -> Tensor:
-    """Picking positions along one axis: units on it are frozen, those on others stay."""
-    if varies(ids, dim):
-        trace.ids.freeze(ids, trace.reason(node, "its units are picked by a table of their places"))
-        return trace.none_like(node)
+    """Picking places along one axis: units on it are frozen, those on others stay."""
+    ids = any_of(trace, node, ids.movedim(dim, 0)).unsqueeze(dim)
     shape = node.meta["val"].shape
     for other, size in enumerate(shape):
-        ids = ids.narrow(other, 0, 1 if other == dim % ids.ndim else min(size, ids.shape[other]))
+        if size < ids.shape[other]:
+            ids = ids.narrow(other, 0, size)
     return ids.expand(shape)
+
+
+def any_of(trace: Any, node: Any, ids: Tensor) -> Tensor:
+    """Return the ids of any one place along the first axis: those of tokens are tied, units among others frozen."""
+    rows = torch.unique(ids.reshape(len(ids), -1), dim=0)
+    if trace.ids.other_units(rows):
+        trace.ids.freeze(rows, trace.reason(node, "its units are picked by a table of their places"))
+    for row in rows[1:]:
+        trace.ids.tie(rows[0], row)
+    return rows.max(0).values.view(ids.shape[1:])
 
 
 @register_op("aten.embedding")
@@ -157,7 +172,8 @@ def put(trace: Any, node: Any, ids: Tensor, indices: list[Tensor | None], values
             return tie_operands(trace, ids, mask.view(*mask.shape, *[1] * (ids.ndim - mask.ndim)))
         if not any(masks) and not any(varies(ids, dim) for dim in picked):
             return ids
-    trace.ids.freeze(torch.cat([ids.flatten(), values.flatten()]), trace.reason(node, "a table says where it is written"))
+    for part in (ids, values):
+        trace.ids.freeze(part.flatten(), trace.reason(node, "a table says where it is written"))
     return trace.none_like(node)
 
 
@@ -193,8 +209,8 @@ def recurrent(trace: Any, node: Any, *args: Any, **kwargs: Any) -> Any:
 
 @register_op(
     *(f"aten.{name}" for name in (
-        "arange full zeros ones scalar_tensor new_full new_zeros new_ones new_empty linspace logspace eye meshgrid empty "
-        "rand randn randint randperm tensor tril_indices triu_indices hann_window empty_strided new_empty_strided "
+        "arange full zeros ones scalar_tensor new_full new_zeros new_ones new_empty linspace logspace eye meshgrid "
+        "empty rand randn randint randperm tensor tril_indices triu_indices hann_window empty_strided new_empty_strided "
         "empty_permuted one_hot"
     ).split())
 )  # fmt: skip

@@ -34,9 +34,7 @@ def export(model: nn.Module, images: Tensor) -> tuple[nn.Module, ExportedProgram
     check_forward(model)
     failures = []
     for copied in (meta_copy, cpu_copy):
-        network = copied(model).eval()
-        # torch.export takes lists and dicts, but no dataclass that it does not know.
-        network.register_forward_hook(lambda _module, _inputs, output: tuple(read_tensors(output)))
+        network = _answering_tensors(copied(model).eval())
         try:
             program = _export(network, images)
         except GuardOnDataDependentSymNode as error:
@@ -72,9 +70,7 @@ def export_training(
         shapes = [node.meta["val"].shape[1:] for node in answers(program)]
         if not called and [output.shape[1:] for output in outputs] == shapes:
             return None
-        training = fresh(model).train()
-        training.register_forward_hook(lambda _module, _inputs, output: tuple(read_tensors(output)))
-        return functional(_export(training, images))
+        return functional(_export(_answering_tensors(fresh(model).train()), images))
     except Exception:  # one that needs targets too, or that torch.export cannot follow
         return None
 
@@ -113,8 +109,8 @@ def check_forward(model: nn.Module) -> None:
     if len(required) > 1 or any(p.kind is inspect.Parameter.KEYWORD_ONLY for p in required):
         names = [p.name for p in required]
         raise ValueError(
-            f"{type(model).__name__}.forward({', '.join(names)}): it must run on images alone. Give the other arguments "
-            f"defaults, or wrap the model in a module whose forward takes images and calls it with all {len(names)}."
+            f"{type(model).__name__}.forward({', '.join(names)}): it must run on images alone. Give the other "
+            "arguments defaults, or wrap the model in a module whose forward takes images and calls it with all of them."
         )
 
 
@@ -145,6 +141,12 @@ def cpu_copy(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = placed(buffer).clone()
     return copy.deepcopy(model, memo)
+
+
+def _answering_tensors(network: nn.Module) -> nn.Module:
+    """Let a copy answer with a tuple of tensors: torch.export takes no dataclass that it does not know."""
+    network.register_forward_hook(lambda _module, _inputs, output: tuple(read_tensors(output)))
+    return network
 
 
 def _export(network: nn.Module, images: Tensor) -> ExportedProgram:
@@ -215,12 +217,12 @@ def _refusal(model: nn.Module, images: Tensor, failure: Exception) -> ValueError
         )
     if isinstance(failure, GuardOnDataDependentSymNode):
         return ValueError(
-            f"tracing {call} failed: an `if`, a loop or an index of its forward depends on the values of a tensor, which "
-            "torch.export cannot follow. Let the forward take one way for all images, as by torch.where."
+            f"tracing {call} failed: an `if`, a loop or an index of its forward depends on the values of a tensor, "
+            "which torch.export cannot follow. Let the forward take one way for all images, as by torch.where."
         )
     return ValueError(
-        f"tracing {call} failed: the model runs, but torch.export cannot follow it: {_first_line(failure)}. Find the line "
-        "by torch.export.export(model, (images,), strict=False)."
+        f"tracing {call} failed: the model runs, but torch.export cannot follow it: {_first_line(failure)}. Find the "
+        "line by torch.export.export(model, (images,), strict=False)."
     )
 
 
