@@ -47,8 +47,12 @@ def split(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @register_op("aten.cat", "aten.concat", "aten.concatenate")
 def join(trace: Any, node: Any, parts: list[Tensor], dim: int = 0) -> Tensor:
-    """One after another; a parameter without elements, as of no register tokens, has the units of its neighbours."""
+    """One after another: what lies on the other axes leaves together; a parameter without elements has no ids."""
     joined = node.target(parts, dim)
+    plain = next((part for part in parts if not varies(part, dim) and not trace.ids.of_tensors(part)), None)
+    for part in parts if plain is not None else ():
+        if part.ndim == plain.ndim and (not varies(part, dim) or trace.ids.of_tensors(part)):
+            trace.ids.tie(plain.narrow(dim, 0, 1).expand_as(part), part)
     for part in node.args[0]:
         shape, source = part.meta["val"].shape, part
         while not trace.tensor_name(source) and len(source.all_input_nodes) == 1:
@@ -210,8 +214,8 @@ def recurrent(trace: Any, node: Any, *args: Any, **kwargs: Any) -> Any:
 @register_op(
     *(f"aten.{name}" for name in (
         "arange full zeros ones scalar_tensor new_full new_zeros new_ones new_empty linspace logspace eye meshgrid "
-        "empty rand randn randint randperm tensor tril_indices triu_indices hann_window empty_strided new_empty_strided "
-        "empty_permuted one_hot"
+        "empty rand randn randint randperm tensor tril_indices triu_indices hann_window empty_strided "
+        "new_empty_strided empty_permuted one_hot"
     ).split())
 )  # fmt: skip
 def constant(trace: Any, node: Any, *args: Any, **kwargs: Any) -> Tensor:

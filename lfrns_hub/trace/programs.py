@@ -110,7 +110,7 @@ def check_forward(model: nn.Module) -> None:
         names = [p.name for p in required]
         raise ValueError(
             f"{type(model).__name__}.forward({', '.join(names)}): it must run on images alone. Give the other "
-            "arguments defaults, or wrap the model in a module whose forward takes images and calls it with all of them."
+            "arguments defaults, or wrap the model in a module whose forward takes images and gives it the rest."
         )
 
 
