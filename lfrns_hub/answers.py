@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfrns_hub.batches import UNREADABLE, find_logits, read_rows
+from lfrns_hub.running import differentiated
+from lfrns_hub.untrusted import short
 
 # Of a feature map a fixed random choice stands for all: a backbone's maps of a few hundred images are gigabytes.
 FEATURES_READ = 4096
@@ -81,6 +83,32 @@ def read_answer(model: nn.Module, output: Any) -> Answer:
     if logits is not None and logits.shape[1] > 1 and getattr(model, "num_classes", None) != 0:
         return Answer((_precise(logits),), True)
     return Answer(tuple(_precise(_chosen(rows)) for rows in read_rows(output)), False)
+
+
+def check_differentiable(model: nn.Module, images: Tensor, call: str) -> None:
+    """Refuse a model through which no gradient passes from its answer to the images: what units are worth is unknown.
+
+    Args:
+        model: In eval mode.
+        images: [N, C, H, W]; those that are not floating-point have no gradient, and are not tried.
+        call: The public call, for the error.
+    """
+    if not images.is_floating_point():
+        return
+    images = images.detach().requires_grad_()
+
+    def passes() -> None:
+        with torch.enable_grad():
+            torch.autograd.grad(read_answer(model, model(images)).drawn_loss(torch.Generator()), images)
+
+    try:
+        differentiated(passes)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{call}({type(model).__name__}): no gradient passes through its forward ({short(str(error), 160)}), and "
+            "what a unit is worth is learned from gradients. Leave torch.no_grad() and detach() out of the forward: "
+            "weights that are not to learn take requires_grad_(False)."
+        ) from error
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

@@ -14,7 +14,7 @@ from lfrns_hub.answers import Answer, check_labels, read_answer
 from lfrns_hub.batches import split_batch
 from lfrns_hub.cache import Training
 from lfrns_hub.responses import Moments, best_fold, fold_offset
-from lfrns_hub.running import device_of, laid_out
+from lfrns_hub.running import device_of, differentiated, laid_out, same_draw
 from lfrns_hub.taps import channel_count, channels_back, channels_last, kept_channels, watched
 from lfrns_hub.units import UnitGroup
 
@@ -78,7 +78,10 @@ class Gate:
             if self.offset is not None:  # nothing is padded: every position of the kernel sees it
                 added = (standing @ self.offset.to(rows)).reshape(len(rows), -1).sum(1)
                 changed["bias"] = added if consumer.bias is None else consumer.bias + added
-        return changed | {"weight": gated.movedim(-1, 1)}
+        weight = gated.movedim(-1, 1)
+        if consumer.weight.is_contiguous():  # its outputs lie as its weights do, and a forward may view them
+            weight = weight.contiguous()
+        return changed | {"weight": weight}
 
 
 def is_plain(consumer: nn.Module) -> bool:
@@ -194,13 +197,19 @@ class GateTraining:
         share = slice(rank, None, ranks)
         ours = laid_out(images[share], self.model)
         if number not in self._dense:
-            with torch.no_grad():
+            with torch.no_grad(), same_draw(number):
                 self._dense[number] = answer_to(self.model, ours)
-        answer = answer_gated(self.model, self.hooks, ours)
-        loss = gate_loss(answer, self._dense[number], labels, share) / len(images)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.done}. Check the images' scale.")
-        gradients = torch.autograd.grad(loss, self.gates)
+
+        def gradients_of_gates() -> list[Tensor]:
+            with same_draw(number):
+                answer = answer_gated(self.model, self.hooks, ours)
+            loss = gate_loss(answer, self._dense[number], labels, share) / len(images)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss.item()} at step {self.done}. Check the images' scale.")
+            # Zero where the forward lets no gradient through, as by rounding.
+            return list(torch.autograd.grad(loss, self.gates, materialize_grads=True))
+
+        gradients = differentiated(gradients_of_gates)
         if ranks > 1:
             gradients = [self.accelerator.reduce(gradient, "sum") for gradient in gradients]
         before = [gate.detach().clone() for gate in self.gates]

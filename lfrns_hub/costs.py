@@ -16,7 +16,7 @@ from lfrns_hub.answers import Answer, read_answer
 from lfrns_hub.contribution import Gate, answer_gated, answer_to
 from lfrns_hub.redundancy import RIDGE, Merges
 from lfrns_hub.responses import Moments, backward_share, fold_matrix, fold_offset
-from lfrns_hub.running import device_of
+from lfrns_hub.running import device_of, differentiated
 from lfrns_hub.taps import channel_count, channels_last, kept_channels, watched
 from lfrns_hub.units import UnitGroup
 
@@ -169,17 +169,20 @@ def estimated(
             value.register_hook(partial(add_slopes, slopes, of_tap, module, value.detach()))
         return value
 
-    for number, piece in enumerate(images):
-        if number % ranks != rank:
-            continue
+    def slopes_of(number: int, piece: Tensor) -> Tensor:
         slopes = torch.zeros(*found.shape, len(piece), dtype=torch.float64)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        piece = piece.to(device).detach().requires_grad_()
         hooks = {name: partial(sloped, slopes, of_tap) for name, of_tap in changes.items()}
         with watched(model, hooks), torch.enable_grad():
             loss = read_answer(model, model(piece)).drawn_loss(generator)
             torch.autograd.grad(loss, piece, allow_unused=True)
-        found += 0.5 * slopes.square().sum(2)
+        return slopes
+
+    for number, piece in enumerate(images):
+        if number % ranks != rank:
+            continue
+        piece = piece.to(device).detach().requires_grad_()
+        found += 0.5 * differentiated(partial(slopes_of, number, piece)).square().sum(2)
     if ranks > 1:
         found = accelerator.reduce(found.to(accelerator.device), "sum").cpu()
     return (found / sum(map(len, images))).cummax(1).values

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.answers import read_answer
 from lfrns_hub.responses import held_out
-from lfrns_hub.running import device_of
+from lfrns_hub.running import device_of, same_draw
 
 
 class Judge:
@@ -21,7 +21,7 @@ class Judge:
             batches: Calibration images [N, C, H, W], of which those held out are taken.
         """
         self._held = [batch.to(device_of(dense)) for batch in held_out(batches)]
-        with torch.no_grad():
+        with torch.no_grad(), same_draw():
             self._targets = [read_answer(dense, dense(batch)) for batch in self._held]
         self._known: list[tuple[nn.Module, float]] = []
 
@@ -32,7 +32,8 @@ class Judge:
             if known is model:
                 return value
         pairs = zip(self._held, self._targets, strict=True)
-        total = sum(float(read_answer(model, model(batch)).divergence(target)) for batch, target in pairs)
+        with same_draw():
+            total = sum(float(read_answer(model, model(batch)).divergence(target)) for batch, target in pairs)
         self._known.append((model, total if total == total else float("inf")))
         return self._known[-1][1]
 

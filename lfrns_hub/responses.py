@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.answers import read_answer
 from lfrns_hub.batches import split_batch
-from lfrns_hub.running import as_input, return_memory
+from lfrns_hub.running import as_input, differentiated, return_memory
 from lfrns_hub.taps import channel_count, channels_last, watched
 
 HELD_OUT_EVERY = 5  # every fifth batch chooses the ridge; the others fit
@@ -300,15 +300,20 @@ def add_loss_weights(
         module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
         for name, module in modules.items()
     ]
+
+    def passes() -> dict[str, tuple[Tensor, Tensor | None]]:
+        loss = read_answer(model, model(images.detach().requires_grad_())).drawn_loss(generator)
+        seen = {name: out for name, out in outputs.items() if out.requires_grad}  # others see no image
+        gradients = torch.autograd.grad(loss, list(seen.values()), allow_unused=True) if seen else ()
+        return {name: (out, gradient) for (name, out), gradient in zip(seen.items(), gradients, strict=True)}
+
     try:
         with torch.enable_grad():
-            loss = read_answer(model, model(images.detach().requires_grad_())).drawn_loss(generator)
-            outputs = {name: out for name, out in outputs.items() if out.requires_grad}  # others see no image
-            gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
+            found = differentiated(passes)
     finally:
         for handle in handles:
             handle.remove()
-    for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
+    for name, (output, gradient) in found.items():
         if gradient is not None:
             rows = channels_last(modules[name], gradient)
             channels = output.shape[-1 if rows.shape == output.shape else 1]

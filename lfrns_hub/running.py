@@ -2,13 +2,17 @@
 
 import contextlib
 import ctypes
+import random
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+Result = TypeVar("Result")
 
 # torch.compile keeps the module it wraps under this name; its class lives in torch._dynamo, which is slow to import.
 _COMPILED = "_orig_mod"
@@ -77,6 +81,57 @@ def evaluating(*models: nn.Module | None, device: torch.device | None = None) ->
                 model.to(home)
 
 
+@contextlib.contextmanager
+def same_draw(seed: int = 0) -> Iterator[None]:
+    """Draw the same random numbers each time, so that two models of a random forward can be compared.
+
+    A forward may draw from torch, numpy or Python; afterwards each goes on as if nothing had been drawn.
+
+    Example:
+        >>> with same_draw():
+        ...     first = torch.rand(3)
+        >>> with same_draw():
+        ...     print(torch.equal(torch.rand(3), first))
+        True
+    """
+    python, of_numpy = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(of_numpy)
+
+
+def differentiated(compute: Callable[[], Result]) -> Result:
+    """Run a forward and backward pass; where the forward writes to a tensor that the backward needs, with copies kept.
+
+    Args:
+        compute: Both passes; called again, it starts from the beginning.
+    """
+    try:
+        return compute()
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        return compute()
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Let a forward make its own tensors in another dtype, where it names none: they meet a model of that dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Give the device of a model's first parameter or buffer."""
     for tensor in (*model.parameters(), *model.buffers()):
@@ -105,9 +160,40 @@ def memory_format_of(model: nn.Module) -> torch.memory_format:
     return torch.channels_last if convolves else torch.contiguous_format
 
 
+def in_channels_last(model: nn.Module) -> bool:
+    """Return whether a model's convolutions lie in channels_last."""
+    weights = [p for p in model.parameters() if p.ndim == 4]
+    return any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
+
+
 def laid_out(images: Tensor, model: nn.Module) -> Tensor:
-    """Give images [N, C, H, W] in the layout of `memory_format_of`; any other input as it is."""
-    return images.contiguous(memory_format=memory_format_of(model)) if images.ndim == 4 else images
+    """Return images [N, C, H, W] in the layout that the model lies in; any other input as it is."""
+    if images.ndim != 4:
+        return images
+    return images.contiguous(memory_format=torch.channels_last if in_channels_last(model) else torch.contiguous_format)
+
+
+def settle_layout(images: Tensor, *models: nn.Module | None) -> None:
+    """Lay models out contiguously again whose forward cannot run in channels_last, as where it views a map as a row.
+
+    Args:
+        images: [N, C, H, W]; one of them is tried.
+        models: In any mode; None is left out.
+    """
+
+    def runs(model: nn.Module) -> bool:
+        try:
+            with evaluating(model), torch.no_grad(), same_draw():
+                model(as_input(laid_out(images[:1], model), model))
+        except RuntimeError:
+            return False
+        return True
+
+    for model in models:
+        if model is not None and in_channels_last(model) and not runs(model):
+            model.to(memory_format=torch.contiguous_format)
+            if not runs(model):  # another fault, which the caller meets by itself
+                model.to(memory_format=torch.channels_last)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.batches import flatten_output, read_tensors
 from lfrns_hub.narrow import meta_copy, model_copy
+from lfrns_hub.running import default_dtype, same_draw
 from lfrns_hub.surgery import cut, masked
 from lfrns_hub.trace import Trace, trace_model
 from lfrns_hub.trace.divisions import clusters, ways
@@ -123,10 +124,9 @@ class Proof:
 
     @torch.no_grad()
     def _answer(self, model: nn.Module) -> Tensor:
-        """Return all that a network answers; one that draws random numbers draws the same ones every time."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return flatten_output(model(self.images))
+        """Return all that a network answers: what it draws is the same every time, what it makes is float64 too."""
+        with same_draw(), default_dtype(torch.float64):
+            return flatten_output(model(self.images.clone()))  # a forward may write to its input
 
 
 def culprits(groups: Sequence[UnitGroup], fault: Fault) -> dict[str, str]:
@@ -273,7 +273,7 @@ def settle(
             least = SlimPlan({group.name: list(range(1, group.size)) for group in free})
             if right(way, [least, random_plan(free, proof.generator), random_plan(free, proof.generator)]):
                 place = groups.index(own[0])
-                groups = [group for group in groups if group not in own]
+                groups = [group for group in groups if group.name not in names]
                 groups[place:place] = way
                 break
     return groups
@@ -430,6 +430,6 @@ def untrainable(proof: Proof, groups: Sequence[UnitGroup], plan: SlimPlan, examp
 def train_once(model: nn.Module, images: Tensor) -> None:
     """Run a training-mode forward and backward of a model that nobody else needs."""
     model.train()
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.enable_grad(), same_draw(), default_dtype(torch.float64):
         answers = read_tensors(model(torch.cat([images, images.flip(0)])))
         sum(answer.square().mean() for answer in answers).backward()

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lfrns_hub.answers import check_differentiable
 from lfrns_hub.cache import Cache
 from lfrns_hub.checkpoint import carry_config
 from lfrns_hub.contribution import learn_contributions
 from lfrns_hub.costs import measure_costs
 from lfrns_hub.judge import Judge
-from lfrns_hub.latency import LatencyMeter, LatencyModel, LatencySetup, in_channels_last, search
+from lfrns_hub.latency import LatencyMeter, LatencyModel, LatencySetup, search
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.narrow import model_copy
 from lfrns_hub.options import KINDS, check_budgets, check_cut, check_example, check_options, choose_groups, read_loader
@@ -22,7 +23,17 @@ from lfrns_hub.reconstruct import reconstruct
 from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_rows
 from lfrns_hub.report import SlimReport, added_up, clocked, measure_integrity, provenance, report_group
 from lfrns_hub.responses import Moments, collect, held_out
-from lfrns_hub.running import as_input, device_of, dtype_of, memory_format_of, refuse_meta, return_memory, unwrap
+from lfrns_hub.running import (
+    as_input,
+    device_of,
+    dtype_of,
+    in_channels_last,
+    memory_format_of,
+    refuse_meta,
+    return_memory,
+    settle_layout,
+    unwrap,
+)
 from lfrns_hub.select import Ledger, cluster_down, restore
 from lfrns_hub.self_check import CheckReport, Proof, narrowing, self_check, settled_trace
 from lfrns_hub.surgery import cut, recalibrated
@@ -235,6 +246,8 @@ def analyse(
         dense = analysis_copy(model, accelerator.device if accelerator else device or device_of(model))
         batches = read_loader(loader, dtype_of(dense), call=_call)
         example = batches[0][0][:1]
+        settle_layout(example, dense)
+        check_differentiable(dense, as_input(example, dense), _call)
 
         clock.step("trace")
         trace = settled_trace(dense, example)

@@ -143,9 +143,3 @@ class LatencyMeter:
         found = [measure() if self.accelerator.is_main_process else None]
         torch.distributed.broadcast_object_list(found, src=0)
         return found[0]
-
-
-def in_channels_last(model: nn.Module) -> bool:
-    """Say whether a model's convolutions lie in channels_last."""
-    weights = [p for p in model.parameters() if p.ndim == 4]
-    return any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)

@@ -19,7 +19,7 @@ from lfrns_hub.measure import evaluate, evaluating
 from lfrns_hub.resume import Checkpoints, Position, caught_sigterm, told_anywhere
 from lfrns_hub.retrain.features import Features, watch_features
 from lfrns_hub.retrain.loss import ask_teacher
-from lfrns_hub.running import laid_out
+from lfrns_hub.running import laid_out, settle_layout
 from lfrns_hub.seeded import apart, random_kept, rounds, seeded_loader
 from lfrns_hub.units import SlimPlan
 
@@ -87,6 +87,7 @@ class Run:
     eval_loader: Any
     progress: bool
     _rate: float = 0.0
+    _settled: bool = False
     _features: Features | None = None
 
     def train(self, epochs: int) -> None:
@@ -126,6 +127,9 @@ class Run:
     def step(self, images: Tensor, labels: Any, at: Position) -> tuple[float, float]:
         """Learn from one batch, and give its loss and the rate."""
         with self.accelerator.accumulate(self.trained):
+            if not self._settled:
+                settle_layout(images, self.model, self.teacher)
+                self._settled = True
             images = laid_out(images, self.model)
             self._watch(images)
             with self.accelerator.autocast():

@@ -9,9 +9,14 @@ from lfrns_hub.trace.ids import NONE, as_rows, collapse, distinct, varies
 from lfrns_hub.trace.rules import register_op
 
 UNARY = (
-    "neg abs exp log sqrt rsqrt reciprocal clamp clamp_min clamp_max dropout feature_dropout native_dropout floor "
-    "square sin cos round ceil sign log1p expm1 nan_to_num bernoulli alpha_dropout rand_like randn_like empty_like "
-    "isnan logical_not"
+    "neg abs exp log sqrt rsqrt reciprocal clamp clamp_min clamp_max floor square sin cos round ceil sign log1p expm1 "
+    "nan_to_num empty_like zeros_like ones_like full_like fill zero isnan isinf isfinite logical_not "
+    "bitwise_not tan atan exp2 log2 log10 frac trunc real imag angle conj conj_physical resolve_conj resolve_neg "
+    "view_as_real_copy logit erfinv sgn deg2rad rad2deg positive signbit cosh sinh asinh acosh asin acos heaviside"
+)
+DRAWS = (
+    "dropout feature_dropout native_dropout alpha_dropout feature_alpha_dropout bernoulli rand_like randn_like "
+    "randint_like uniform normal exponential"
 )
 ACTIVATIONS = (
     "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu selu celu mish softplus "
@@ -19,13 +24,23 @@ ACTIVATIONS = (
 )
 BINARY = (
     "add sub mul div maximum minimum rsub where addcmul addcdiv ge gt le lt eq ne logical_and logical_or bitwise_and "
-    "multiply divide true_divide lerp masked_fill fmod remainder pow"
+    "multiply divide true_divide lerp masked_fill fmod remainder pow copy atan2 bitwise_or bitwise_xor logical_xor "
+    "xlogy floor_divide subtract hypot copysign fmax fmin complex polar greater less greater_equal less_equal not_equal"
 )
 
 
 @register_op(*(f"aten.{name}" for name in UNARY.split()))
 def unary(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """One tensor in, the same positions out."""
+    return ids
+
+
+@register_op(*(f"aten.{name}" for name in DRAWS.split()))
+def draw(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A random number for each position: in eval mode a narrower network draws others for the units that stay."""
+    off = argument(node, (ids, *args), kwargs, "train") is False
+    if not trace.training and not off and any(varies(ids, dim) for dim in range(ids.ndim)):
+        trace.ids.freeze(ids, trace.reason(node, "its forward draws a random number for each unit"))
     return ids
 
 
@@ -126,6 +141,39 @@ def softmax(trace: Any, node: Any, ids: Tensor, dim: int, *args: Any, **kwargs: 
     """Softmax mixes one axis: several units on it change each other, as in a norm."""
     trace.ids.one_unit_per_row(as_rows(ids, [dim]), None)
     return ids
+
+
+@register_op("aten.sort", "aten.argsort", "aten.topk", "aten.kthvalue", "aten.msort", "aten.mode")
+def order(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Positions put in order stay among themselves; units put in order have a place that hangs on the others."""
+    dim = argument(node, (ids, *args), kwargs, "dim", 0 if "msort" in str(node.target) else -1)
+    if varies(ids, dim):
+        trace.ids.freeze(ids, trace.reason(node, "its place among others is asked for"))
+        return trace.none_like(node)
+    value = node.meta["val"]
+    many = isinstance(value, (tuple, list))
+    shape = (value[0] if many else value).shape
+    first = ids.narrow(dim, 0, 1) if len(shape) == ids.ndim else ids.select(dim, 0)
+    return [first.expand(shape)] * len(value) if many else first.expand(shape)
+
+
+@register_op(
+    *(f"aten.fft_{name}" for name in (
+        "fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift ifftshift hfft ihfft"
+    ).split())
+)  # fmt: skip
+def transform(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A Fourier transform mixes the positions of its axes: units on others stay apart."""
+    name = str(node.target).split(".")[1]
+    dims = argument(node, (ids, *args), kwargs, "dim", [-2, -1] if name.endswith("2") else None)
+    if dims is None:
+        dims = range(ids.ndim) if name.endswith(("n", "shift")) else [-1]
+    for dim in [dims] if isinstance(dims, int) else dims:
+        if varies(ids, dim):
+            trace.ids.freeze(ids, trace.reason(node, "a Fourier transform runs over its units"))
+            return trace.none_like(node)
+        ids = ids.narrow(dim, 0, 1)
+    return ids.expand(node.meta["val"].shape)
 
 
 @register_op("aten.glu")

@@ -1,4 +1,4 @@
-"""Export a model on the meta device and run channel ids through its ATen graph."""
+"""Run channel ids through the ATen graph of a model."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,17 +11,17 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lfrns_hub.batches import read_tensors
-from lfrns_hub.narrow import feature_entries, meta_copy
+from lfrns_hub.narrow import feature_entries
 from lfrns_hub.trace import elementwise, layers, movement, products  # noqa: F401  (they register their rules)
 from lfrns_hub.trace.divisions import read_divisions
 from lfrns_hub.trace.forward import watch_forward
 from lfrns_hub.trace.groups import MacsModel, read_groups, unit_places
 from lfrns_hub.trace.ids import NONE, IdTable
+from lfrns_hub.trace.programs import answers, export, export_training, needed
 from lfrns_hub.trace.rules import find_rule
 from lfrns_hub.trace.sites import Site, find_sites
 from lfrns_hub.trace.widths import note_features, note_unread
-from lfrns_hub.units import UnitGroup, forget
+from lfrns_hub.units import UnitGroup
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Where a weight is put together by these alone, each input channel keeps its own part of it.
@@ -55,34 +55,36 @@ class Trace:
 
     def __init__(self, model: nn.Module, example_input: Tensor):
         watched = watch_forward(model, example_input)
-        self.model = forget(meta_copy(model), watched.caches).eval()
-        # torch.export takes lists and dicts, but no dataclass that it does not know.
-        self.model.register_forward_hook(lambda _module, _inputs, output: tuple(read_tensors(output)))
+        self.model, program = export(model, example_input[:1], watched.caches)
         self._name_modules()
         self.ids = IdTable()
-        example = torch.empty_like(example_input[:1], device="meta")
-        try:
-            with torch.no_grad():
-                program = torch.export.export(self.model, (example,), strict=False)
-        except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(
-                f"tracing {type(model).__name__} on images {list(example_input.shape)} failed: {first}. "
-                "torch.export must be able to run the model on this input: check its size and channels."
-            ) from error
-        self.sources = {
-            spec.arg.name: self.first_name(spec.target)
-            for spec in program.graph_signature.input_specs
-            if spec.target is not None
-        }
-        self.weight_nodes = self._weight_nodes(program)
+        self.training = False
         self._run(program)
+        training = export_training(model, self.model, program, example_input, watched.caches)
+        if training is not None:
+            counted = len(self.ids.macs)
+            self.training = True
+            self._run(training)
+            self.training = False
+            del self.ids.macs[counted:]
+            self._open(program)
         if watched.reads is not None:
             note_unread(self, watched.reads)
         self.regroup([replace(group, caches=watched.caches) for group in read_groups(self.ids, self.model)])
         labels = self.ids.classes()
         self.divisions = read_divisions(self.ids.divisions, labels, unit_places(self.ids, labels, self.groups))
         self.sites = find_sites(self, list(program.graph.nodes))
+
+    def _open(self, program: torch.export.ExportedProgram) -> None:
+        """Turn to the nodes of a program: which tensor each placeholder is, and what the network's outputs need."""
+        self.sources = {
+            spec.arg.name: self.first_name(spec.target)
+            for spec in program.graph_signature.input_specs
+            if spec.target is not None
+        }
+        self.weight_nodes = self._weight_nodes(program)
+        # No hook sees what only training runs, and what no output needs cannot be seen at one.
+        self.observed = set() if self.training else needed(answers(program))
 
     def regroup(self, groups: list[UnitGroup]) -> None:
         """Take other groups of the same units; the costs follow."""
@@ -123,6 +125,8 @@ class Trace:
 
     def _run(self, program: torch.export.ExportedProgram) -> None:
         """Run the ids through every node."""
+        self._open(program)
+        outputs = answers(program)
         values: dict[Node, Any] = {}
         kinds = {spec.arg.name: spec.kind for spec in program.graph_signature.input_specs}
         features = {entry.get("module", ""): torch.empty(0) for entry in feature_entries(self.model)}
@@ -134,14 +138,14 @@ class Trace:
                 for name, _ in (node.meta.get("nn_module_stack") or {}).values():
                     if name in features and isinstance(values[node], Tensor):
                         features[name] = values[node]
-            elif node.op == "output":
-                for value in torch.utils._pytree.tree_leaves(torch.fx.node.map_arg(node.args, lambda n: values[n])):
-                    if isinstance(value, Tensor):
-                        self.ids.freeze(value.flatten(), "it is the network's output")
             else:
                 values[node] = None
-        note_features(self, features)
-        self._training_norms()
+        for node in outputs:
+            if isinstance(values[node], Tensor):
+                self.ids.freeze(values[node].flatten(), "it is the network's output" + " in training" * self.training)
+        if not self.training:
+            note_features(self, features)
+            self._training_norms()
 
     def _training_norms(self) -> None:
         """Tie norms that only training runs, as those of split batch norm, to the norm that holds them."""
@@ -160,13 +164,16 @@ class Trace:
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return value
-        if kind not in (InputKind.PARAMETER, InputKind.BUFFER) or value.ndim == 0 or node in self.weight_nodes:
+        if kind not in (InputKind.PARAMETER, InputKind.BUFFER) or value.ndim == 0 or value.numel() == 0:
+            return self.none_like(node)
+        if node in self.weight_nodes:
             return self.none_like(node)
         if all(is_layer_call(user) and node in user.args[1:5] for user in node.users):
             return self.none_like(node)
-        ids = self.ids.fresh(value.numel(), from_tensor=True).view(value.shape)
-        self.ids.tensors[self.sources[node.name]] = ids
-        return ids
+        name = self.sources[node.name]
+        if name not in self.ids.tensors:
+            self.ids.tensors[name] = self.ids.fresh(value.numel(), from_tensor=True).view(value.shape)
+        return self.ids.tensors[name]
 
     def _call(self, node: Node, values: dict[Node, Any]) -> Any:
         if node in self.weight_nodes:
@@ -177,7 +184,11 @@ class Trace:
         rule = find_rule(node.target)
         if rule is not None:
             try:
-                return rule(self, node, *args, **kwargs)
+                result = rule(self, node, *args, **kwargs)
+                value = node.meta.get("val")  # a functional form also gives what the rule does not know of
+                if isinstance(result, Tensor) and isinstance(value, (tuple, list)):
+                    return [result, *self.none_like(node)[1:]]
+                return result
             except (TypeError, RuntimeError, IndexError) as error:
                 reason = f"the rule of {node.target} failed ({str(error).splitlines()[0][:80]})"
                 return self._freeze_call(node, args, kwargs, reason)
@@ -237,7 +248,7 @@ class Trace:
             if at.op == "placeholder":
                 names.append(self.tensor_name(at))
             else:
-                standardised |= str(at.target).split(".")[1] not in PLAIN_WEIGHT_OPS
+                standardised |= operation(at) not in PLAIN_WEIGHT_OPS
                 todo.extend(at.all_input_nodes)
         whole = [name for name in names if torch.Size(self.shape_of(name)).numel() == numel]
         gains = tuple(name for name in names if name not in whole)
@@ -255,9 +266,11 @@ class Trace:
     def why_no_layer(self, node: Node) -> str:
         """Say why a call is no layer that a hook can watch."""
         source = self.weight_of(node.args[1])
-        name = self.module_of(node)
         if source is None or not source.name.endswith(".weight"):
-            return "its weight is computed" + (how_computed(self.model.get_submodule(name)) if name else "")
+            if (name := self.module_of(node)) and (how := how_computed(self.model.get_submodule(name))):
+                return f"its weight is computed{how}"
+            parts = [self.tensor_name(n) for n in needed([node.args[1]]) if self.tensor_name(n)]
+            return f"its weight is computed from {' and '.join(sorted(parts))}" if parts else "its weight is computed"
         if source.name.removesuffix(".weight") in self.shared:
             return "its weight is that of several layers"
         if self.module_of(node) != source.name.removesuffix(".weight"):
@@ -277,6 +290,12 @@ def how_computed(module: nn.Module) -> str:
             remover = "remove_weight_norm" if isinstance(hook, WeightNorm) else "remove_spectral_norm"
             return f" by {type(hook).__name__}: torch.nn.utils.{remover}(layer) makes it plain"
     return ""
+
+
+def operation(node: Node) -> str:
+    """Return the name of a node's ATen operation without its overload, "" for anything else."""
+    parts = str(node.target).split(".")
+    return parts[1] if len(parts) > 1 else ""
 
 
 def is_layer_call(node: Node) -> bool:

@@ -14,6 +14,8 @@ from lfrns_hub.trace.ids import NONE, Axis, IdTable, resolve
 from lfrns_hub.trace.widths import group_widths
 from lfrns_hub.units import Slice, Tap, UnitGroup, Width
 
+UNREAD = "no output of the network in eval mode depends on it"
+
 
 def element_axes(ids: IdTable, labels: np.ndarray) -> list[Axis]:
     """Find the axis of each elementwise parameter on which units lie; where there is none its units are frozen."""
@@ -102,6 +104,7 @@ def read_groups(ids: IdTable, model: nn.Module) -> list[UnitGroup]:
     axes = ids.axes + element_axes(ids, labels)
     frozen, approximate, heads, activated = marks(ids, labels)
     normed = {int(u) for n in ids.normed for u in np.unique(resolve(n, labels))}
+    unobserved = {int(u) for n in ids.unobserved for u in np.unique(resolve(n, labels))}
     places = Places([resolve(axis.ids, labels) for axis in axes])
     consumed = Places([resolve(consumer.ids, labels) for consumer in ids.consumers])
     families: dict[Any, list[int]] = defaultdict(list)
@@ -132,7 +135,8 @@ def read_groups(ids: IdTable, model: nn.Module) -> list[UnitGroup]:
             name = f"{stem}#{int(number or 1) + 1}"
         names.add(name)
         reason = reason or ("only one unit" if len(units) == 1 else None)
-        reason = reason or ("no layer reads it" if not taps else None)
+        if not taps:
+            reason = reason or (UNREAD if unobserved.intersection(units) else "no layer reads it")
         if kind == "head" and reason is None:
             adapter = find_adapter(model, tap_names[0])
             reason = adapter.frozen_heads if adapter else None

@@ -70,6 +70,7 @@ class IdTable:
     normed: list[Tensor] = field(default_factory=list)
     axes: list[Axis] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
+    unobserved: list[Tensor] = field(default_factory=list)  # contracted where no output of the network depends on it
     macs: list[MacsTerm] = field(default_factory=list)
     literals: list[Literal] = field(default_factory=list)
     divisions: list[list[Tensor]] = field(default_factory=list)  # ids of each part

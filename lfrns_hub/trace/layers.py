@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.trace.ids import NONE, Consumer, MacsTerm, as_rows
+from lfrns_hub.trace.ids import NONE, Consumer, MacsTerm, as_rows, varies
 from lfrns_hub.trace.rules import register_op
 from lfrns_hub.trace.widths import note
 
@@ -17,6 +17,8 @@ def make(trace: Any, node: Any, name: str, count: int, bias: Any) -> Tensor:
     if out_ids is None:
         out_ids = trace.ids.fresh(count)
     trace.ids.axis(f"{name}.weight", 0, out_ids, makes=True)
+    if node not in trace.observed:
+        trace.ids.unobserved.append(out_ids)
     bias_node = node.args[2] if len(node.args) > 2 else None
     if bias_name := trace.tensor_name(bias_node):
         trace.ids.axis(bias_name, 0, out_ids)
@@ -31,9 +33,10 @@ def make(trace: Any, node: Any, name: str, count: int, bias: Any) -> Tensor:
 
 def consume(trace: Any, node: Any, name: str, in_ids: Tensor) -> None:
     """Say that a layer contracts ids; through a standardised weight every input changes all others' weights."""
-    known = (f"{name}.weight", 1) in trace.ids.by_axis
     trace.ids.axis(f"{name}.weight", 1, in_ids)
-    if not known:
+    if node not in trace.observed:
+        trace.ids.unobserved.append(in_ids)
+    elif all(consumer.module != name for consumer in trace.ids.consumers):
         trace.ids.consumers.append(Consumer(name, in_ids))
     if trace.weight_of(node.args[1]).standardised:
         trace.ids.one_unit_per_row(in_ids.view(1, -1), None)
@@ -56,9 +59,19 @@ def conv(
     weight_shape = node.args[1].meta["val"].shape
     name = trace.layer_of(node, node.args[1])
     rows = as_rows(ids, [1])
-    if name is None or (len(rows) > 1 and trace.ids.other_units(rows)):
-        trace.ids.freeze(ids, trace.reason(node, trace.why_no_layer(node)))
-        unmade(trace, node, shape[1], trace.why_no_layer(node))
+    mixed = len(rows) > 1 and trace.ids.other_units(rows)
+    if name is None and not mixed and weight_shape[1] == 1 and shape[1] == groups and per_channel(trace, node, rows):
+        note(trace, node, groups, ids, 1)
+        first = ids[(slice(None), slice(None), *[slice(0, 1)] * (ids.ndim - 2))]
+        trace.ids.macs.append(
+            MacsTerm(math.prod(shape[2:]) * shape[0] * math.prod(weight_shape), (first[0].flatten(),))
+        )
+        return first.expand(shape)
+    if name is None or mixed:
+        slides = any(varies(ids, dim) for dim in range(2, ids.ndim))
+        why = "it slides over the axis on which units lie" if slides else trace.why_no_layer(node)
+        trace.ids.freeze(ids, trace.reason(node, why))
+        unmade(trace, node, shape[1], why)
         trace.ids.macs.append(MacsTerm(math.prod(shape[2:]) * shape[0] * math.prod(weight_shape), ()))
         return trace.none_like(node)
     in_ids, _ = trace.ids.tie_rows(rows)
@@ -78,6 +91,26 @@ def conv(
             trace.ids.freeze(out_ids, trace.reason(node, "a grouped convolution reads channels of fixed number"))
         trace.ids.macs.append(MacsTerm(macs, (out_ids,)))
     return out_ids.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+
+
+def per_channel(trace: Any, node: Any, rows: Tensor) -> bool:
+    """Tie the weight and bias of a functional depthwise convolution to its channels, and return whether it can be."""
+    weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+    names = [(part, trace.tensor_name(part)) for part in (weight, bias) if part is not None]
+    if not all(name.removesuffix(".weight") not in trace.shared if name else repeated(part) for part, name in names):
+        return False
+    channel_ids, whole = trace.ids.tie_rows(rows)
+    for _, name in names if whole else ():
+        if name:
+            trace.ids.axis(name, 0, channel_ids)
+    return whole
+
+
+def repeated(node: Any) -> bool:
+    """Return whether all channels of a computed weight are one kernel, repeated as often as there are channels."""
+    while str(node.target).split(".")[1:2] in (["to"], ["_to_copy"], ["contiguous"], ["clone"]):
+        node = node.args[0]
+    return str(node.target) in ("aten.expand.default", "aten.repeat.default") and node.args[0].meta["val"].shape[0] == 1
 
 
 @register_op("aten.conv_transpose2d", "aten.conv_transpose1d", "aten.conv_transpose3d")

@@ -1,13 +1,14 @@
 """Products of activations: attention in all its forms. Heads lie on leading axes, channels on the last two."""
 
 import math
+import string
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lfrns_hub.trace.elementwise import tie_operands
-from lfrns_hub.trace.ids import NONE, MacsTerm, varies
+from lfrns_hub.trace.ids import NONE, MacsTerm, as_rows, varies
 from lfrns_hub.trace.rules import register_op
 
 
@@ -62,9 +63,8 @@ def product(trace: Any, node: Any, one: Tensor, other: Tensor, shape: Any) -> Te
     rows, left = varies(one, -2), varies(one, -1)
     right, columns = varies(other, -2), varies(other, -1)
     if (rows and left) or (right and columns) or (rows and columns):
-        trace.ids.tie_all(torch.cat([one.reshape(-1), other.reshape(-1)]))
         trace.ids.macs.append(MacsTerm(macs, ()))
-        return one[..., :1, :1].expand(shape)
+        return refuse(trace, node, one, other, "each of its units is multiplied with every other")
     if left and right:
         tie_operands(trace, one[..., :1, :].transpose(-1, -2), other[..., :1])
     elif left or right:
@@ -122,21 +122,29 @@ def as_batches(ids: Tensor) -> Tensor:
 
 @register_op("aten.einsum")
 def einsum(trace: Any, node: Any, equation: str, operands: list[Tensor], **kwargs: Any) -> Tensor:
-    """Two operands as a matrix product of shared, own and contracted axes; one operand as a transposition."""
-    left, result = equation.replace(" ", "").split("->")
-    terms = left.split(",")
+    """Two operands as a matrix product of shared, own and contracted axes; one operand as a sum and a transposition."""
     shape = node.meta["val"].shape
-    if len(terms) != 2 or any(len(set(t)) != len(t) for t in terms) or "." in equation:
+    spelled = spell(equation, [ids.ndim for ids in operands])
+    if spelled is None or len(operands) > 2:
         return refuse(trace, node, *operands, "an einsum of this form")
+    (terms, result), operands = spelled, list(operands)
+    size = {c: n for term, ids in zip(terms, operands, strict=True) for c, n in zip(term, ids.shape, strict=True)}
+    for place, term in enumerate(terms):  # an axis that one operand alone has is summed first
+        others = result + "".join(terms[:place] + terms[place + 1 :])
+        for axis in [c for c in term if c not in others]:
+            rows = as_rows(operands[place], [term.index(axis)])
+            if bool((rows != rows[:, :1]).any()):
+                return refuse(trace, node, *operands, "an einsum that sums the units of one operand")
+            operands[place], term = operands[place].select(term.index(axis), 0), term.replace(axis, "")
+            terms[place] = term
+    if len(operands) == 1:
+        return operands[0].permute([terms[0].index(c) for c in result]).expand(shape)
     one, other = terms
     batch = [c for c in result if c in one and c in other]
     inner = [c for c in one if c in other and c not in result]
     rows, columns = (
         [c for c in result if c in mine and c not in theirs] for mine, theirs in ((one, other), (other, one))
     )
-    if len(batch) + len(inner) + len(rows) != len(one) or len(batch) + len(inner) + len(columns) != len(other):
-        return refuse(trace, node, *operands, "an einsum that sums one operand alone")
-    size = {c: n for term, ids in zip(terms, operands, strict=True) for c, n in zip(term, ids.shape, strict=True)}
     count = {name: math.prod(size[c] for c in axes) for name, axes in (("r", rows), ("k", inner), ("c", columns))}
     first = operands[0].permute([one.index(c) for c in batch + rows + inner])
     second = operands[1].permute([other.index(c) for c in batch + inner + columns])
@@ -146,3 +154,22 @@ def einsum(trace: Any, node: Any, equation: str, operands: list[Tensor], **kwarg
     got = product(trace, node, first, second, (*lead, count["r"], count["c"]))
     order = batch + rows + columns
     return got.reshape([size[c] for c in order]).permute([order.index(c) for c in result]).expand(shape)
+
+
+def spell(equation: str, ndims: list[int]) -> tuple[list[str], str] | None:
+    """Return the axes of each operand and of the result, an ellipsis spelled out; None for a form without a rule."""
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    free = [c for c in string.ascii_letters if c not in equation]
+    widest = max(ndim - len(term.replace("...", "")) for term, ndim in zip(terms, ndims, strict=True))
+    dots = "".join(free[:widest])
+    spelled = []
+    for term, ndim in zip(terms, ndims, strict=True):
+        own = ndim - len(term.replace("...", ""))
+        spelled.append(term.replace("...", dots[widest - own :]))
+    if not arrow:
+        every = "".join(spelled)
+        result = dots + "".join(sorted(c for c in set(every) - set(dots) if every.count(c) == 1))
+    result = result.replace("...", dots)
+    alike = all(len(set(term)) == len(term) for term in spelled)
+    return (spelled, result) if alike else None

@@ -1,0 +1,473 @@
+"""Forwards as people write them: what is free is cut exactly, what is not says why, what cannot be helped is refused."""
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lfrns_hub as lfrns
+from lfrns_hub.batches import read_logits
+from lfrns_hub.running import default_dtype, in_channels_last, same_draw
+from lfrns_hub.surgery import cut
+from lfrns_hub.units import SlimPlan, UnitGroup
+
+
+class Net(nn.Module):
+    """Three convolutions and a head; between the second and the third the way that a case goes."""
+
+    def __init__(self, way: Callable[..., Tensor], **layers: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 12, 3, 2, 1), nn.Conv2d(12, 16, 3, 1, 1), nn.Conv2d(16, 10, 3, 1, 1)
+        self.head, self.way = nn.Linear(10, 5), way
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.tail(self.way(self, self.b(self.a(images).relu()).relu()))
+
+    def tail(self, x: Tensor) -> Tensor:
+        return self.head(self.c(x).relu().mean((2, 3)))
+
+
+IMAGES = (3, 16, 16)
+KERNEL = torch.tensor([[1.0, 2.0, 1.0], [0.0, 0.0, 0.0], [-1.0, -2.0, -1.0]])[None, None]
+
+
+def write_rows(_: Net, x: Tensor) -> Tensor:
+    x[:, :, 0] = 0
+    x[..., -1] += 1.0
+    x[:, :, torch.tensor([2, 4])] = 0.5
+    return x
+
+
+def write_quadrants(_: Net, x: Tensor) -> Tensor:
+    out = torch.zeros(x.shape, device=x.device)
+    half = x.shape[2] // 2
+    out[:, :, :half] = x[:, :, half:]
+    out[:, :, half:] = 2 * x[:, :, :half]
+    return out
+
+
+def write_by_mask(_: Net, x: Tensor) -> Tensor:
+    x[x < 0.1] = 0.0
+    return torch.where(x > 0.5, x, torch.zeros_like(x)) + x.masked_fill(x > 1, 0.2)
+
+
+def keep_random_positions(net: Net, x: Tensor) -> Tensor:
+    tokens = x.flatten(2).transpose(1, 2)
+    order = torch.rand(tokens.shape[:2]).argsort(1)
+    kept = torch.gather(tokens, 1, order[:, :16, None].expand(-1, -1, tokens.shape[2]))
+    return net.mix(kept).transpose(1, 2).unflatten(2, (4, 4))
+
+
+def add_tokens(net: Net, x: Tensor) -> Tensor:
+    tokens = torch.cat([net.token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+    return tokens[:, net.token.shape[1] :].transpose(1, 2).unflatten(2, (8, 8))
+
+
+def view_after_copy(_: Net, x: Tensor) -> Tensor:
+    n, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).contiguous().view(n, height * width, channels)
+    return rows.transpose(1, 2).clone(memory_format=torch.contiguous_format).view(n, channels, height, width)
+
+
+def windows(_: Net, x: Tensor) -> Tensor:
+    columns = F.unfold(x, 3, padding=1)
+    return F.fold(columns, x.shape[2:], 3, padding=1) + columns.view(*x.shape[:2], 9, *x.shape[2:]).mean(2)
+
+
+def spread_attention(net: Net, x: Tensor) -> Tensor:
+    weight = torch.einsum("bchw,bcij->bhwij", net.q(x), net.k(x)).flatten(3).softmax(-1).view(len(x), 8, 8, 8, 8)
+    return torch.einsum("bhwij,bcij->bchw", weight, x)
+
+
+def sum_by_einsum(_: Net, x: Tensor) -> Tensor:
+    return x + torch.einsum("nchw->nc", x)[..., None, None] / 64 + torch.einsum("...h,...h->...", x, x)[..., None] / 8
+
+
+def sort_positions(_: Net, x: Tensor) -> Tensor:
+    flat = x.flatten(2)
+    return (flat.sort(2).values + flat.topk(4).values.mean(2, keepdim=True)).view(x.shape)
+
+
+def a(channels: int, out: int) -> nn.Module:
+    return nn.Conv2d(channels, out, 1)
+
+
+# The way, what it takes, and why the units that it reads are frozen ("" where they are free).
+WAYS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], str]] = {
+    "rows are written": (write_rows, {}, ""),
+    "a new tensor is written": (write_quadrants, {}, ""),
+    "picked values are written": (write_by_mask, {}, ""),
+    "a literal is a tensor": (lambda _, x: x * torch.tensor([2.0]) + torch.tensor(0.5), {}, ""),
+    "random positions stay": (keep_random_positions, {"mix": nn.Linear(16, 16)}, ""),
+    "noise is of an image": (lambda _, x: x * torch.rand(len(x), 1, 1, 1), {}, ""),
+    "noise is of a unit": (lambda _, x: x + torch.randn_like(x), {}, "draws a random number for each unit"),
+    "dropout is always on": (lambda _, x: F.dropout(x, 0.2), {}, "draws a random number for each unit"),
+    "no tokens": (add_tokens, {"token": nn.Parameter(torch.zeros(1, 0, 16))}, ""),
+    "two tokens": (add_tokens, {"token": nn.Parameter(torch.zeros(1, 2, 16))}, ""),
+    "views after copies": (view_after_copy, {}, ""),
+    "windows of positions": (windows, {}, ""),
+    "an einsum of attention": (spread_attention, {"q": a(16, 4), "k": a(16, 4)}, ""),
+    "an einsum that sums": (sum_by_einsum, {}, ""),
+    "positions in order": (sort_positions, {}, ""),
+    "channels in order": (lambda _, x: x.sort(1).values, {}, "its place among others"),
+    "channels by a table": (lambda _, x: x[:, torch.arange(15, -1, -1)], {}, "picked by a table"),
+    "Fourier": (lambda _, x: torch.fft.irfft2(torch.fft.rfft2(x) * 0.5), {}, ""),
+    "Fourier of channels": (lambda _, x: torch.fft.fft(x, dim=1).real, {}, "Fourier transform runs over"),
+    "one kernel for all": (lambda _, x: F.conv2d(x, KERNEL.to(x).repeat(x.shape[1], 1, 1, 1), None, 1, 1, 1, x.shape[1]), {}, ""),
+    "a kernel that is no layer's": (
+        lambda net, x: F.conv2d(x, net.kernel, padding=1, groups=x.shape[1]),
+        {"kernel": nn.Parameter(torch.randn(16, 1, 3, 3))},
+        "",
+    ),
+    "a weight that is no layer's": (
+        lambda net, x: F.conv2d(x, net.kernel, padding=1),
+        {"kernel": nn.Parameter(torch.randn(16, 16, 3, 3))},
+        "used outside its layer",
+    ),
+    "a kernel along channels": (
+        lambda net, x: x * net.eca(x.mean((2, 3))[:, None])[:, 0, :, None, None],
+        {"eca": nn.Conv1d(1, 1, 3, padding=1)},
+        "slides over the axis on which units lie",
+    ),
+    "channels times channels": (
+        lambda _, x: x * (x.flatten(2) @ x.flatten(2).transpose(1, 2)).mean((1, 2))[:, None, None, None],
+        {},
+        "multiplied with every other",
+    ),
+    "a recurrent layer": (
+        lambda net, x: x + net.lstm(x.flatten(2).transpose(1, 2), (torch.zeros(1, len(x), 16),) * 2)[0].mean((1, 2))[0],
+        {"lstm": nn.LSTM(16, 16, batch_first=True)},
+        "a recurrent layer reads it",
+    ),
+}  # fmt: skip
+
+
+def zeroed(model: nn.Module, groups: list[UnitGroup], plan: SlimPlan) -> nn.Module:
+    """The dense model with the columns of removed units zeroed in every consumer: no hook of the library's own."""
+    model = copy.deepcopy(model)
+    for group in groups:
+        for tap in group.taps:
+            model.get_submodule(tap.module).weight.data[:, tap.index[plan.removed(group)].flatten()] = 0
+    return model
+
+
+def thinned(groups: list[UnitGroup], seed: int = 0) -> SlimPlan:
+    """A random plan that takes one to half of the units of every free group."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = {}
+    for group in groups:
+        if group.frozen_reason is None and group.exact:
+            gone = int(torch.randint(1, group.size // 2 + 1, (), generator=generator))
+            keep[group.name] = sorted(torch.randperm(group.size, generator=generator)[gone:].tolist())
+    return SlimPlan(keep)
+
+
+def cut_error(model: nn.Module, groups: list[UnitGroup], training: bool = False) -> float:
+    """The error of the cut over the largest output, after a look that the cut changes something."""
+    model, images = model.double().train(training), torch.randn(2, *IMAGES, dtype=torch.float64)
+    plan = thinned(groups)
+    with torch.no_grad(), default_dtype(torch.float64):
+        dense, want, got = (
+            read_outputs(m, images) for m in (model, zeroed(model, groups, plan), cut(model, groups, plan))
+        )
+    assert not torch.allclose(dense, want, rtol=1e-4)
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def read_outputs(model: nn.Module, images: Tensor) -> Tensor:
+    with same_draw():
+        return read_logits(model(images.clone()))
+
+
+def reasons(groups: list[UnitGroup]) -> dict[str, str]:
+    frozen = {group.name: group.frozen_reason for group in groups if group.frozen_reason}
+    return {name: reason for name, reason in frozen.items() if reason != "it is the network's output"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_forward_does_with_units_is_followed_or_frozen_with_the_true_reason(way):
+    torch.manual_seed(0)
+    forward, layers, why = WAYS[way]
+    model = Net(forward, **layers).eval()
+    groups = lfrns.find_units(model, torch.zeros(1, *IMAGES))
+    by_name = {group.name: group for group in groups}
+    if why:
+        assert why in by_name["b"].frozen_reason
+    else:
+        assert by_name["b"].frozen_reason is None
+        assert by_name["b"].size == 16
+    assert by_name["a"].frozen_reason is None
+    assert cut_error(model, groups) < 1e-9
+
+
+def test_positions_by_a_table_are_added_and_narrowed():
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.table = nn.Conv2d(3, 16, 4, 4), nn.Embedding(16, 16)
+            self.up, self.down, self.head = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = self.patches(images).flatten(2).transpose(1, 2) + self.table(torch.arange(16))
+            return self.head((tokens + self.down(self.up(tokens).relu())).mean(1))
+
+    model = Positions().eval()
+    groups = lfrns.find_units(model, torch.zeros(1, *IMAGES))
+    assert not reasons(groups)
+    assert cut_error(model, groups) < 1e-9
+
+
+def test_coordinates_made_in_forward_reach_the_first_layer():
+    class Coordinates(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda _, x: x)
+            self.a = nn.Conv2d(5, 12, 3, 2, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            rows, columns = torch.meshgrid(torch.linspace(-1, 1, 16), torch.arange(16) / 16, indexing="ij")
+            grid = torch.stack([rows, columns]).repeat(len(images), 1, 1, 1)
+            return super().forward(torch.cat([images, grid], 1))
+
+    model, images = Coordinates().eval(), torch.randn(1, *IMAGES)
+    names = {group.name: group.slices for group in lfrns.find_units(model, images)}
+    assert {group.name for group in lfrns.find_units(model.to("meta"), images)} == set(names) == {"a", "b", "c", "head"}
+    model = Coordinates().eval()
+    assert cut_error(model, lfrns.find_units(model, images)) < 1e-9
+
+
+# --- outputs that nobody reads, and layers that only training runs
+
+
+class Unread(Net):
+    """Computes features that its answer does not depend on, as the pooling head of a vision tower does."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _, x: x)
+        self.pool, self.project = nn.Conv2d(16, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.b(self.a(images).relu()).relu()
+        self.project(self.pool(x).relu().mean((2, 3)))
+        return self.tail(x)
+
+
+def test_an_output_that_nobody_reads_is_narrowed_but_its_own_units_stay():
+    torch.manual_seed(0)
+    model, images = Unread().eval(), torch.randn(16, *IMAGES)
+    groups = lfrns.find_units(model, images)
+    assert reasons(groups) == dict.fromkeys(("pool", "project"), "no output of the network in eval mode depends on it")
+    b = next(group for group in groups if group.name == "b")
+    assert [tap.module for tap in b.taps] == ["c"]  # nothing of it can be seen at the other
+    result = lfrns.slim(model, [images], macs=0.6, fcr_steps=2, progress=False)
+    assert result.model.pool.in_channels == len(result.plan.keep["b"]) < 16
+
+
+class Auxiliary(Net):
+    """Has a second head in training."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__(lambda _, x: x)
+        self.reduce, self.norm, self.second = nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8), nn.Linear(8 * 16, 5)
+        self.between, self.dropout = forward, nn.Dropout()
+
+    def forward(self, images: Tensor) -> Any:
+        x = self.b(self.a(images).relu()).relu()
+        if not self.training:
+            return self.tail(x)
+        y = self.norm(self.reduce(F.adaptive_avg_pool2d(self.between(x), 4))).relu()
+        return self.tail(x), self.second(self.dropout(y.flatten(1)))
+
+
+def test_a_head_that_only_training_has_is_narrowed_with_what_it_reads():
+    torch.manual_seed(0)
+    model, images = Auxiliary().eval(), torch.randn(16, *IMAGES)
+    groups = lfrns.find_units(model, images)
+    assert reasons(groups).keys() == {"reduce", "second"}
+    assert reasons(groups)["second"].startswith("it is the network's output in training")
+    b = next(group for group in groups if group.name == "b")
+    assert {part.tensor for part in b.slices} == {"b.weight", "b.bias", "c.weight", "reduce.weight"}
+    result = lfrns.slim(model, [images], macs=0.6, fcr_steps=2, progress=False)
+    main, second = result.model.train()(images)
+    (main.sum() + second.sum()).backward()
+    assert result.model.reduce.weight.grad.shape[1] == len(result.plan.keep["b"]) < 16
+    assert all(parameter.grad is not None for parameter in result.model.parameters())
+
+
+def test_macs_of_layers_that_only_training_runs_do_not_count():
+    model, images = Auxiliary().eval(), torch.zeros(1, *IMAGES)
+    plain = Net(lambda _, x: x).eval()
+    macs = [lfrns.trace.trace_model(m, images).cost.macs({}) for m in (model, plain)]
+    assert macs[0] == macs[1]
+
+
+def test_a_training_branch_that_cannot_be_traced_freezes_what_it_reads_by_name():
+    def by_values(x: Tensor) -> Tensor:
+        return 2 * x if x.mean() > 0 else x
+
+    torch.manual_seed(0)
+    model, images = Auxiliary(by_values).eval(), torch.randn(16, *IMAGES)
+    result = lfrns.slim(model, [images], macs=0.65, fcr_steps=0, progress=False)
+    assert "in training mode cannot narrow" in result.report.frozen["b"]
+    assert len(result.plan.keep["a"]) < 12
+    result.model.train()(images)
+
+
+def test_features_that_only_training_gives_keep_their_width():
+    class Features(Net):
+        def forward(self, images: Tensor) -> Any:
+            x = self.b(self.a(images).relu()).relu()
+            return (self.tail(x), x.mean((2, 3))) if self.training else self.tail(x)
+
+    groups = lfrns.find_units(Features(lambda _, x: x).eval(), torch.zeros(1, *IMAGES))
+    assert reasons(groups) == {"b": "it is the network's output in training"}
+
+
+def test_a_forward_that_the_dense_model_cannot_train_either_is_not_blamed_on_the_cut():
+    class Targets(Net):
+        def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor:
+            if self.training and targets is None:
+                raise ValueError("targets are needed")
+            return super().forward(images)
+
+    model = Targets(lambda _, x: x).eval()
+    assert not lfrns.check(model, torch.zeros(1, *IMAGES)).frozen
+
+
+# --- gates and gradients
+
+
+def test_a_group_that_no_gradient_reaches_has_gates_that_learn_nothing():
+    torch.manual_seed(0)
+    model = Net(lambda net, x: x * (net.score(net.hidden(x).relu()) > 0), hidden=a(16, 12), score=a(12, 1)).eval()
+    images = torch.randn(16, *IMAGES)
+    result = lfrns.slim(model, [images], macs=0.6, fcr_steps=2, progress=False)
+    assert result.report.macs_fraction <= 0.6
+
+
+def test_a_forward_that_writes_to_what_an_activation_made_is_slimmed():
+    torch.manual_seed(0)
+    model, images = Net(write_rows).eval(), torch.randn(16, *IMAGES)
+    with pytest.raises(RuntimeError, match="inplace"):
+        model(images).sum().backward()
+    result = lfrns.slim(model, [images], macs=0.6, fcr_steps=2, progress=False)
+    assert len(result.plan.keep["b"]) < 16
+
+
+def test_a_forward_without_gradients_is_refused():
+    class Frozen(Net):
+        @torch.no_grad()
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images)
+
+    with pytest.raises(ValueError, match=r"slim\(Frozen\): no gradient passes through its forward .*requires_grad_"):
+        lfrns.slim(Frozen(lambda _, x: x), [torch.randn(4, *IMAGES)], macs=0.6, progress=False)
+
+
+# --- layouts
+
+
+class Rows(nn.Module):
+    """Views its last map as a row, as many first networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 3, 2, 1), nn.Conv2d(12, 16, 3, 2, 1)
+        self.c, self.head = nn.Linear(256, 24), nn.Linear(24, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.b(self.a(images).relu()).relu()
+        return self.head(self.c(x.view(len(x), -1)).relu())
+
+
+def test_a_map_that_is_viewed_as_a_row_is_slimmed_and_retrained_in_its_own_layout():
+    torch.manual_seed(0)
+    model, images = Rows().eval(), torch.randn(16, *IMAGES)
+    result = lfrns.slim(model, [images], macs=0.6, fcr_steps=2, progress=False)
+    loader = DataLoader(TensorDataset(images, torch.zeros(16, dtype=torch.int64)), 8)
+    lfrns.retrain(result.model, loader, teacher=model, epochs=1, progress=False)
+    assert not in_channels_last(result.model)
+    assert not in_channels_last(model)
+
+
+# --- draws
+
+
+def test_the_same_draw_is_had_from_torch_numpy_and_python_and_nothing_is_used_up():
+    def draw() -> tuple[float, float, float]:
+        return float(torch.rand(())), float(np.random.rand()), random.random()
+
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    expected = draw()
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    with same_draw():
+        first = draw()
+    with same_draw():
+        assert draw() == first
+    with same_draw(1):
+        assert draw() != first
+    assert draw() == expected
+
+
+def test_a_forward_that_masks_at_random_passes_the_check_and_is_slimmed():
+    torch.manual_seed(0)
+    model, images = Net(keep_random_positions, mix=nn.Linear(16, 16)).eval(), torch.randn(16, *IMAGES)
+    report = lfrns.check(model, images)
+    assert not report.frozen
+    assert 0 < report.largest_error < 1e-8 or report.largest_error == 0
+    assert lfrns.slim(model, [images], macs=0.6, fcr_steps=2, progress=False).report.macs_fraction <= 0.6
+
+
+# --- refusals
+
+
+def of_images(forward: Callable[..., Any]) -> nn.Module:
+    return type("Given", (Net,), {"forward": forward})(lambda _, x: x).eval()
+
+
+def subtract(self: Net, images: Tensor) -> Tensor:
+    images -= 0.5
+    return Net.forward(self, images)
+
+
+def write_first(self: Net, images: Tensor) -> Tensor:
+    images[:, 0] = 0
+    return Net.forward(self, images)
+
+
+def by_mean(self: Net, images: Tensor) -> Tensor:
+    return Net.forward(self, images * 2 if images.mean() > 0 else images)
+
+
+REFUSALS = {
+    "a second input": (
+        lambda self, images, times: None,
+        r"Given\.forward\(images, times\): it must run on images alone",
+    ),
+    "a keyword": (lambda self, images, *, size: None, r"forward\(images, size\): it must run on images alone"),
+    "a dict": (lambda self, batch: Net.forward(self, batch["image"]), r"itself raises IndexError.* takes \(batch\)"),
+    "other channels": (lambda self, images: Net.forward(self, images[:, :2]), r"\[1, 3, 16, 16\].*to have 3 channels"),
+    "an if on values": (by_mean, r"depends on the values of a tensor.*torch\.where"),
+    "images are written": (subtract, r"Given: its forward writes to the images .*x = x - mean"),
+    "a part of the images is written": (write_first, r"Given: its forward writes to the images"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_forward_that_cannot_be_helped_is_refused_with_its_cause(case):
+    forward, said = REFUSALS[case]
+    with pytest.raises(ValueError, match=said):
+        lfrns.find_units(of_images(forward), torch.zeros(1, *IMAGES))
+
+
+def test_a_forward_with_defaults_runs_on_images_alone():
+    model = of_images(lambda self, images, scale=2.0, mask=None, **others: Net.forward(self, scale * images))
+    assert cut_error(model, lfrns.find_units(model, torch.zeros(1, *IMAGES))) < 1e-9
