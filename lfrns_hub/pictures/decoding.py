@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from lfrns_hub.untrusted import short
@@ -12,6 +13,7 @@ from lfrns_hub.untrusted import short
 # No format that pillow hands to another program (EPS), and none of documents.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 64_000_000  # of a picture: 0.2 GB decoded, the size of a 64-megapixel camera's
+BITS_PER_SAMPLE = 258  # TIFF's tag
 
 
 class PictureColumn:
@@ -45,7 +47,8 @@ def decode_picture(file: dict[str, Any], root: str) -> Image.Image:
         file: Its `bytes`, or its `path`, as `datasets.Image(decode=False)` gives them.
         root: The data: a folder or a Hub id.
     Raises:
-        ValueError: It is too large, or lies elsewhere. What pillow raises for a file that is damaged.
+        ValueError: It is too large, lies elsewhere, or holds numbers of no known range. What pillow raises for a
+            file that is damaged.
     """
     source: Any = None if file.get("bytes") is None else io.BytesIO(file["bytes"])
     if source is None:
@@ -56,7 +59,40 @@ def decode_picture(file: dict[str, Any], root: str) -> Image.Image:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels, at most {MAX_PIXELS:,} are decoded")
         picture.load()
-        return ImageOps.exif_transpose(picture)
+        return as_bytes(picture)
+
+
+def as_bytes(picture: Image.Image) -> Image.Image:
+    """Return a picture upright and with at most 8 bits a channel: 16 bits are scaled by their range.
+
+    Pillow itself converts 16 bits by clipping them to 255: all but the darkest pixels become white.
+
+    Args:
+        picture: Of any mode. Its EXIF orientation is applied.
+    Raises:
+        ValueError: It holds 32-bit integers or floats, whose range nothing states.
+    """
+    largest = _largest_value(picture)  # first: the turned picture no longer knows its file
+    picture = ImageOps.exif_transpose(picture)
+    if largest is None:
+        return picture
+    pixels = np.asarray(picture).astype(np.float64) * (255 / largest)
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+def _largest_value(picture: Image.Image) -> int | None:
+    """Return the value of white in a picture of more than 8 bits, None where it has no more."""
+    if picture.mode.startswith("I;16"):
+        bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, 16)  # of a camera's or a scanner's TIFF often 12
+        return (1 << min(bits[0] if isinstance(bits, tuple) else bits, 16)) - 1
+    if picture.mode == "I" and picture.format in ("PNG", "PPM"):
+        return 65535  # both formats end at 16 bits
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            f"a picture of mode {picture.mode!r} holds {'floats' if picture.mode == 'F' else '32-bit integers'}, and "
+            "nothing states which of them is white. Save it with 8 or 16 bits a channel."
+        )
+    return None
 
 
 def name_picture(file: dict[str, Any]) -> str | None:
