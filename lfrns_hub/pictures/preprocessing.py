@@ -192,14 +192,28 @@ def _prove_timm(
         square = math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"])
         resizes: list[Any] = [square] if config["crop_mode"] == "squash" else [min(square)]
         geometries = [Geometry(resize, config["interpolation"], as_tensor=False, floored=False) for resize in resizes]
-        own = timm.data.create_transform(**config)
-        _PROVED[key] = prove(own, geometries, mode=mode, what=f"{type(model).__name__}: timm's transform")
+        what = f"{type(model).__name__}: timm's transform"
+        try:
+            own = timm.data.create_transform(**config)
+        except Exception as error:  # as timm refuses it: an interpolation without a name is a KeyError
+            raise ValueError(f"{what} cannot be made of {config} ({error}). Mend pretrained_cfg.") from error
+        _PROVED[key] = prove(own, geometries, mode=mode, what=what)
     return _PROVED[key]
 
 
 def _mode_of(model: nn.Module) -> str:
-    """Name the mode of the pictures that a model takes."""
-    return "L" if input_size_of(model)[0] == 1 else "RGB"
+    """Name the mode of the pictures that a model takes.
+
+    Raises:
+        ValueError: It takes neither one nor three channels.
+    """
+    channels = input_size_of(model)[0]
+    if channels not in (1, 3):
+        raise ValueError(
+            f"make_transform({type(model).__name__}): it takes {channels} channels, a picture has 1 or 3. Prepare its "
+            "images by a transform of your own."
+        )
+    return "L" if channels == 1 else "RGB"
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,9 +135,9 @@ def write_processor(processor: Any, folder: Path) -> None:
     if not (folder / FILE).is_file():  # timm's wrapper states it in config.json
         return
     back = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    own, again = _settings_of(processor), _settings_of(back)
-    if own != again:
-        keys = sorted(key for key in {*own, *again} if own.get(key) != again.get(key))
+    own, again = (json.loads(one.to_json_string()) for one in (processor, back))
+    keys = sorted(key for key in {*own, *again} if own.get(key) != again.get(key))
+    if keys:
         raise ValueError(
             f"save(processor={type(processor).__name__}): it comes back as {type(back).__name__} with other "
             f"{short(', '.join(keys))}. Pass one that AutoImageProcessor opens as it is."
@@ -211,13 +212,6 @@ def _for_channels(processor: Any, model: nn.Module) -> Any:
         return processor
     mean, std = ([sum(values) / 3] for values in stated)
     return changed_processor(processor, image_mean=mean, image_std=std)
-
-
-def _settings_of(processor: Any) -> dict[str, Any]:
-    """Return what a processor says of itself, but for the name of its backend's class."""
-    settings = processor.to_dict()
-    settings["image_processor_type"] = settings["image_processor_type"].removesuffix("Pil").removesuffix("Fast")
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
 def _is_number(value: Any) -> bool:

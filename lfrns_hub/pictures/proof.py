@@ -16,7 +16,8 @@ from torch import Tensor
 from lfrns_hub.pictures.preparation import SMALL, OwnPreparation, Preparation
 from lfrns_hub.untrusted import short
 
-# Width and height of the probes besides the image's own: smaller than any image, far wider than high, odd margins.
+# Width and height of the probes besides the image's own: smaller than any image and larger, twenty times wider than
+# high, with odd margins.
 SIZES = (
     (9, 7),
     (37, 53),
@@ -28,7 +29,11 @@ SIZES = (
     (333, 500),
     (500, 353),
     (640, 197),
+    (1000, 50),
+    (40, 600),
+    (1500, 1100),
 )
+LARGEST = 1024  # pixels: images of a larger side go through the pipeline itself, for probes of them take seconds
 MARGINS = ((0, 0), (1, 0), (0, 3), (6, 0), (0, 7), (9, 5))  # added to the image's own size: uneven crops of each kind
 
 
@@ -173,8 +178,10 @@ def guess_geometries(settings: Any, interpolation: str, as_tensor: bool) -> list
         interpolation: By torchvision's name.
         as_tensor: Whether it works on tensors.
     """
-    size = dict(getattr(settings, "size", None) or {})
-    height, width, edge = size.get("height"), size.get("width"), size.get("shortest_edge")
+    size = {key: value for key, value in dict(getattr(settings, "size", None) or {}).items() if value}
+    height, width, edge = (size.pop(key, None) for key in ("height", "width", "shortest_edge"))
+    if size or max(height or 0, width or 0, edge or 0) > LARGEST:
+        return []  # a longest edge, say, which shows only where pictures are wider than any probe
     share = getattr(settings, "crop_pct", None)
     resizes: list[Any] = []
     if height and width:
