@@ -40,16 +40,19 @@ class PictureColumn:
         return name_picture(self.table[index][self.column]) or f"row {index}"
 
 
-def decode_picture(file: dict[str, Any], root: str) -> Image.Image:
+def decode_picture(file: Any, root: str) -> Image.Image:
     """Decode a picture here, not by datasets: of a known format, of at most 64 megapixels, from the data's own files.
 
     Args:
-        file: Its `bytes`, or its `path`, as `datasets.Image(decode=False)` gives them.
+        file: Its `bytes`, or its `path`, as `datasets.Image(decode=False)` gives them; or an array from 0 to 255,
+            [H, W] or [H, W, C].
         root: The data: a folder or a Hub id.
     Raises:
         ValueError: It is too large, lies elsewhere, or holds numbers of no known range. What pillow raises for a
             file that is damaged.
     """
+    if not isinstance(file, dict):
+        return _from_array(np.asarray(file))
     source: Any = None if file.get("bytes") is None else io.BytesIO(file["bytes"])
     if source is None:
         source = os.path.abspath(str(file.get("path")))
@@ -95,9 +98,20 @@ def _largest_value(picture: Image.Image) -> int | None:
     return None
 
 
-def name_picture(file: dict[str, Any]) -> str | None:
-    """Name the file of a picture; None for bytes without a name."""
-    return short(os.path.basename(file["path"])) if file.get("path") else None
+def name_picture(file: Any) -> str | None:
+    """Name the file of a picture; None for bytes without a name, and for an array."""
+    return short(os.path.basename(file["path"])) if isinstance(file, dict) and file.get("path") else None
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    """Make a picture of whole numbers from 0 to 255."""
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
+        raise ValueError(f"an array of {list(pixels.shape)} is no picture: [H, W] or [H, W, 3] is needed")
+    if pixels.size and not 0 <= pixels.min() <= pixels.max() <= 255:
+        raise ValueError(f"an array from {pixels.min()} to {pixels.max()}: pixels are stored from 0 to 255")
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def _roots(name: str) -> list[str]:

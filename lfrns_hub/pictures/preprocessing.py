@@ -172,7 +172,8 @@ def _prove_processor(processor: Any, model: nn.Module) -> Preparation | OwnPrepa
         as_tensor = getattr(processor, "backend", None) == "torchvision"
         geometries = guess_geometries(processor, name, as_tensor)
         what = f"model {str(getattr(model.config, '_name_or_path', '') or '')!r}: its {type(processor).__name__}"
-        _PROVED[key] = prove(ProcessorCall(processor), geometries, mode=mode, what=what)
+        stated = (getattr(processor, "image_mean", None), getattr(processor, "image_std", None))
+        _PROVED[key] = prove(ProcessorCall(processor), geometries, mode=mode, what=what, stated=stated)
     return _PROVED[key]
 
 
@@ -197,7 +198,7 @@ def _prove_timm(
             own = timm.data.create_transform(**config)
         except Exception as error:  # as timm refuses it: an interpolation without a name is a KeyError
             raise ValueError(f"{what} cannot be made of {config} ({error}). Mend pretrained_cfg.") from error
-        _PROVED[key] = prove(own, geometries, mode=mode, what=what)
+        _PROVED[key] = prove(own, geometries, mode=mode, what=what, stated=(config["mean"], config["std"]))
     return _PROVED[key]
 
 

@@ -74,18 +74,18 @@ def find_processor(model: nn.Module) -> Any:
     if folder is None:
         return None
     call = f"model {source!r}"
-    for name in FILES:
-        if (folder / name).is_file():
-            check_settings(read_json(folder / name, call), f"{call}: {name}")
     from transformers import AutoImageProcessor
 
+    named = _check_files(folder, call)
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, config=_stock(model.config), trust_remote_code=False)
+        # A configuration stands in for a name that no class has: it is given only where the files name none.
+        options = {} if named else {"config": _stock(model.config)}
+        processor = AutoImageProcessor.from_pretrained(folder, **options, trust_remote_code=False)
     except Exception as error:  # a class of another version, code of its own, a value that it refuses
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{call}: its image processor cannot be opened ({short(reason, 200)}). Save one of transformers' own beside "
-            "it, or prepare the images by a transform of your own; code that a folder brings is not run."
+            f"{call}: its image processor cannot be opened ({short(reason, 200)}). Save one of transformers' own "
+            "beside it, or prepare the images by a transform of your own; code that a folder brings is not run."
         ) from error
     return _for_channels(processor, model)
 
@@ -146,8 +146,6 @@ def write_processor(processor: Any, folder: Path) -> None:
 
 def check_settings(settings: dict[str, Any], where: str) -> None:
     """Refuse what of an image processor's settings would make images that no machine holds, or none."""
-    inside = settings.get("image_processor")
-    settings = inside if isinstance(inside, dict) else settings
     for key, value in settings.items():
         if "size" in key or "edge" in key or "resize" in key:
             refuse_large(value, f"{where}: {key}", MAX_SIDE)
@@ -194,6 +192,27 @@ def _folder_of(source: str, config: Any) -> Path | None:
             except errors.EntryNotFoundError:
                 continue
     return None
+
+
+def _check_files(folder: Path, call: str) -> bool:
+    """Check what a folder's files say of its processor, and return whether they name its class."""
+    named = False
+    for name in FILES:
+        if (folder / name).is_file():
+            settings = read_json(folder / name, call)
+            inside = settings.get("image_processor")
+            settings = inside if isinstance(inside, dict) else settings
+            check_settings(settings, f"{call}: {name}")
+            own = any(settings.get(key) for key in ("image_processor_type", "feature_extractor_type"))
+            auto_map = settings.get("auto_map")
+            if not own and isinstance(auto_map, dict) and "AutoImageProcessor" in auto_map:
+                raise ValueError(
+                    f"{call}: its image processor is {short(auto_map['AutoImageProcessor'])}; code that a folder "
+                    "brings is not run. Save one of transformers' own beside it, or prepare the images by a transform of "
+                    "your own."
+                )
+            named = named or own
+    return named
 
 
 def _stock(config: Any) -> Any:

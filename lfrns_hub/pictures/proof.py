@@ -48,7 +48,12 @@ class Geometry:
 
 
 def prove(
-    prepare: Callable[[Image.Image], Tensor], geometries: Iterable[Geometry], *, mode: str, what: str
+    prepare: Callable[[Image.Image], Tensor],
+    geometries: Iterable[Geometry],
+    *,
+    mode: str,
+    what: str,
+    stated: tuple[Any, Any] = (None, None),
 ) -> Preparation | OwnPreparation:
     """Return the fast preparation that equals a model's own pipeline on every probe, else the pipeline itself.
 
@@ -57,6 +62,7 @@ def prove(
         geometries: Guesses, the likely ones first.
         mode: "L" or "RGB".
         what: Names the pipeline in errors.
+        stated: Mean and std by its settings; where they are what was measured, they stand for it to the last digit.
     Returns:
         What prepares pictures to evaluate on; `for_training` makes of it what prepares those to train on.
     Raises:
@@ -65,6 +71,7 @@ def prove(
     try:
         shape = prepare(_probe(mode, 224, 224, 0)).shape
         colours = fit_colours(prepare, mode)
+        colours = colours and _as_stated(colours, *stated)
         size = (int(shape[1]), int(shape[2]))
         candidates = [_fast(geometry, colours, mode, size) for geometry in geometries] if colours else []
         for probe in probes(mode, size) if candidates else ():
@@ -145,6 +152,15 @@ def fit_colours(prepare: Callable[[Image.Image], Tensor], mode: str) -> Colours 
     std, mean = 1 / scale, -offset / scale
     same = order.tolist() == list(range(channels))
     return Colours(tuple(mean.tolist()), tuple(std.tolist()), None if same else tuple(order.tolist()))
+
+
+def _as_stated(colours: Colours, mean: Any, std: Any) -> Colours:
+    """Return measured statistics as settings state them, where they are those."""
+    measured = (colours.mean, colours.std)
+    for values, own in zip((mean, std), measured, strict=True):
+        if not isinstance(values, (tuple, list)) or not np.allclose(values, own, rtol=1e-5, atol=1e-6):
+            return colours
+    return replace(colours, mean=tuple(mean), std=tuple(std))
 
 
 def probes(mode: str, size: Sequence[int]) -> Iterable[Image.Image]:
