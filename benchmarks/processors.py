@@ -398,8 +398,9 @@ def render(content: dict[str, Any]) -> str:
         f"Written by `{content['command']}` from benchmarks/results/processors.json ({content['seconds']} s on one "
         f"core; {versions}).",
         "The transform that a model gets beside what `AutoImageProcessor.from_pretrained` of its folder gives, in",
-        'levels of 255; "fast" where our own resize, crop and normalisation were proved equal, "own" where the processor',
-        "itself runs. Then small networks, each trained under an odd setting: predictions beside those of `pipeline`.",
+        'levels of 255; "fast" where our own resize, crop and normalisation were proved equal, "own" where the',
+        "processor itself runs. Then small networks, each trained under an odd setting: predictions beside those of",
+        "`pipeline`.",
         "",
         *summary(content),
         "",

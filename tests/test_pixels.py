@@ -246,7 +246,7 @@ def test_options_are_stated_in_the_processors_own_terms_and_saved(
 )
 def test_options_that_a_processor_cannot_state_are_refused(name: str, given: dict[str, Any], tmp_path: Path) -> None:
     model = vit(tmp_path, (FAST | OWN)[name])
-    (key, value), *_ = given.items()
+    key = next(iter(given))
     with pytest.raises(ValueError, match=rf"{key}=.*{type(load_processor(model)).__name__} has no settings.*Leave"):
         set_preprocessing(model, **given)
 
@@ -303,6 +303,19 @@ def test_a_timm_model_is_shown_what_timms_transform_gives(cfg: dict[str, Any], w
     for picture in PICTURES:
         torch.testing.assert_close(transform(picture), own(picture))
     assert make_transform(model, train=True)(PICTURES[1]).shape == own(PICTURES[1]).shape
+
+
+@pytest.mark.parametrize("options", [{"img_size": 64}, {"in_chans": 1}, {"img_size": 96, "in_chans": 1}])
+def test_a_timm_checkpoint_states_the_size_and_the_channels_it_was_shown(
+    options: dict[str, int], tmp_path: Path
+) -> None:
+    model = timm.create_model("test_vit", **options)
+    shown, folder = make_transform(model, train=False), lfrns.save(model, tmp_path / "slim")
+    grey = noise(130, 110).convert("L")
+    picture = grey if "in_chans" in options else noise(130, 110)
+    own = AutoImageProcessor.from_pretrained(folder).val_transforms
+    torch.testing.assert_close(own(picture), shown(picture))
+    torch.testing.assert_close(make_transform(lfrns.load(folder), train=False)(picture), shown(picture))
 
 
 def saved(picture: Image.Image, kind: str, **options: Any) -> dict[str, Any]:

@@ -104,6 +104,15 @@ def set_preprocessing(
     model.pretrained_cfg = model.default_cfg = {**cfg, **given}
 
 
+def data_config_of(model: nn.Module) -> dict[str, Any]:
+    """Return timm's data configuration of a model: of its own size and channels, whatever was published."""
+    channels, height, width = input_size_of(model)
+    cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "input_size": (channels, height, width)}
+    stated = {"mean": cfg.pop("mean", None), "std": cfg.pop("std", None)}
+    config = timm.data.resolve_data_config(cfg, pretrained_cfg=stated)
+    return config | {key: tuple(_per_channel(config[key], channels)) for key in ("mean", "std")}
+
+
 def state_in_processor(model: nn.Module, given: dict[str, Any]) -> Any:
     """State options of timm's in the terms of a model's image processor, and prove that it does what they mean.
 
@@ -181,10 +190,8 @@ def _prove_timm(
     model: nn.Module, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> Preparation | OwnPreparation:
     """Find out how to do what timm's transform does for a model; for an own class by timm's defaults."""
-    channels, height, width = input_size_of(model)
-    cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "input_size": (channels, height, width)}
-    stated = {"mean": cfg.pop("mean", None), "std": cfg.pop("std", None)}
-    config = timm.data.resolve_data_config(cfg, pretrained_cfg=stated)
+    config = data_config_of(model)
+    channels, height, width = config["input_size"]
     given = {"mean": mean or config["mean"], "std": std or config["std"]}
     config |= {key: tuple(_per_channel(values, channels)) for key, values in given.items()}
     mode = _mode_of(model)

@@ -208,8 +208,8 @@ def _check_files(folder: Path, call: str) -> bool:
             if not own and isinstance(auto_map, dict) and "AutoImageProcessor" in auto_map:
                 raise ValueError(
                     f"{call}: its image processor is {short(auto_map['AutoImageProcessor'])}; code that a folder "
-                    "brings is not run. Save one of transformers' own beside it, or prepare the images by a transform of "
-                    "your own."
+                    "brings is not run. Save one of transformers' own beside it, or prepare the images by a transform "
+                    "of your own."
                 )
             named = named or own
     return named
