@@ -12,6 +12,7 @@ gives them; its predictions by `lfrns_hub.measure` beside those of transformers'
 import argparse
 import functools
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -95,14 +96,15 @@ def main() -> int:
     parser.add_argument("--render", action="store_true", help="write the page from what was kept, measure nothing")
     options = parser.parse_args()
     if not options.render:
-        started = time.perf_counter()
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         quiet()
         with tempfile.TemporaryDirectory() as folder:
             pixels = compare_types(Path(folder))
             trained = compare_trained(Path(folder))
         content = {
             "command": "python benchmarks/processors.py",
-            "seconds": round(time.perf_counter() - started),
+            "commit": commit.stdout.strip(),
+            "cpu_seconds": round(time.process_time()),
             "versions": {name: metadata.version(name) for name in ("torch", "torchvision", "transformers", "pillow")},
             "pixels": pixels,
             "trained": trained,
@@ -174,7 +176,7 @@ def compare_pixels(model_type: str, config: dict[str, Any], folder: Path) -> dic
         images = [own(images=picture, return_tensors="pt") for picture in pictures()]
         answer = set(images[0])
         wanted = [image["pixel_values"][0].float() for image in images] if answer == {"pixel_values"} else None
-        theirs = "patches or tokens" if wanted is None or wanted[0].ndim != 3 else None
+        theirs = None if wanted and wanted[0].ndim == 3 else f"makes {', '.join(sorted(answer))}: no images"
     except Exception as error:  # every processor refuses its settings in its own way
         theirs = f"refuses too: {first_line(error)}"
     try:
@@ -377,7 +379,7 @@ def summary(content: dict[str, Any]) -> list[str]:
     fast = sum(row["way"] == "fast" for row in made)
     types = len({row["type"] for row in made})
     bad = [f"{row['type']}, {row['setting']}" for row in rows if wrong(row)]
-    worst = max((row["levels"] or 255.0 for row in made), default=0.0)
+    worst = max((row["levels"] for row in made if row["levels"] is not None), default=0.0)
     lines = [
         f"{len(made)} settings of {types} types: {fast} by the fast way, {len(made) - fast} by the processor itself; "
         f"largest difference {worst:.2f} of 255.",
@@ -395,8 +397,8 @@ def render(content: dict[str, Any]) -> str:
     lines = [
         "# Pixels",
         "",
-        f"Written by `{content['command']}` from benchmarks/results/processors.json ({content['seconds']} s on one "
-        f"core; {versions}).",
+        f"Written by `{content['command']}` from benchmarks/results/processors.json ({content['cpu_seconds']} s of CPU "
+        f"time; commit {content['commit']}; {versions}).",
         "The transform that a model gets beside what `AutoImageProcessor.from_pretrained` of its folder gives, in",
         'levels of 255; "fast" where our own resize, crop and normalisation were proved equal, "own" where the',
         "processor itself runs. Then small networks, each trained under an odd setting: predictions beside those of",
@@ -422,7 +424,7 @@ def render(content: dict[str, Any]) -> str:
         worst = f"{max(row['levels'] for row in made):.2f}" if made else ""
         odd = f"{ways.count('fast')} fast, {ways.count('own')} own" if made else ""
         refused = "; ".join(f"{row['setting']}: {row['theirs']}" for row in rows if "refused" in row)
-        refused = refused if made else f"makes {rows[0]['theirs']}, no images"
+        refused = refused if made else rows[0]["theirs"]
         kind = made[0]["processor"] if made else ""
         lines.append(f"| {name} | {kind} | {rows[0].get('way', '')} | {odd} | {worst} | {refused} |")
     lines += ["", "## Trained models", "", "| setting | way | classes predicted | agree | record, % | pipeline, % |"]

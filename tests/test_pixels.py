@@ -318,6 +318,30 @@ def test_a_timm_checkpoint_states_the_size_and_the_channels_it_was_shown(
     torch.testing.assert_close(make_transform(lfrns.load(folder), train=False)(picture), shown(picture))
 
 
+def test_a_class_of_ones_own_comes_back_with_the_preprocessing_that_was_stated(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+    model = build()
+    set_preprocessing(model, mean=(0.5, 0.4, 0.3), crop_pct=0.6, interpolation="bilinear")
+    lfrns.save(model, tmp_path / "slim", base=build)
+    again = lfrns.load(tmp_path / "slim", model=build())
+    torch.testing.assert_close(
+        make_transform(again, train=False)(PICTURES[1]), make_transform(model, False)(PICTURES[1])
+    )
+    again.pretrained_cfg["crop_pct"] = 1e-6
+    with pytest.raises(ValueError, match=r"pretrained_cfg prepares no picture \(crop_pct = 1e-06"):
+        make_transform(again, train=False)
+
+
+def test_weights_in_the_users_own_vit_come_with_their_processor(tmp_path: Path) -> None:
+    model = vit(tmp_path / "dense", FAST["bicubic"])
+    set_preprocessing(model, mean=(0.1, 0.2, 0.3))
+    folder = lfrns.save(model, tmp_path / "slim")
+    again = lfrns.load(folder, model=create_dense(str(tmp_path / "dense")))
+    assert difference(make_transform(again, train=False), folder) < 1e-6
+
+
 def saved(picture: Image.Image, kind: str, **options: Any) -> dict[str, Any]:
     """A picture as a file's bytes."""
     picture.save(buffer := io.BytesIO(), kind, **options)
@@ -422,15 +446,26 @@ def test_a_trained_model_predicts_as_its_pipeline_and_so_says_the_record(
     assert not [row for row in rows if processors.wrong_model(row)] and all(row["images"] == 60 for row in rows)
 
 
-def test_types_and_odd_settings_are_compared_and_laid_out(module: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_types_and_odd_settings_are_compared_and_laid_out(
+    module: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     processors = module("processors")
     odd = ("no normalisation", "crop of less", processors.INSIDE)
     rows = processors.compare_types(tmp_path, ["poolformer", "siglip2", "timm_wrapper"], odd)
     assert len(rows) == 8 and not [row for row in rows if processors.wrong(row)]
     assert [row["type"] for row in rows if "refused" in row] == ["siglip2"]
     assert processors.wrong({**rows[0], "levels": 1.5}) and processors.wrong({"refused": "it", "theirs": None})
-    content = {"command": "it", "seconds": 1, "versions": {}, "pixels": rows, "trained": []}
+    content = {"command": "it", "commit": "it", "cpu_seconds": 1, "versions": {}, "pixels": rows, "trained": []}
     assert "| siglip2 |" in processors.render(content)
+    # The comparison itself can fail: a transform that is two levels darker is seen.
+    real = processors.make_transform
+    monkeypatch.setattr(
+        processors, "make_transform", lambda *given, **more: lambda p: real(*given, **more)(p) - 2 / 255
+    )
+    off = processors.compare_types(tmp_path / "off", ["vit"], odd[:1])
+    assert [processors.wrong(row) for row in off] == [True, True] and off[1]["levels"] == pytest.approx(2, abs=0.01)
 
 
 def test_the_page_of_pixels_is_what_the_results_say(module: Any) -> None:  # noqa: F811

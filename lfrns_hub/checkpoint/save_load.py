@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lfrns_hub.checkpoint.files import FORMAT_VERSION, compare, publish, read_config, state_base, write_card
-from lfrns_hub.checkpoint.own import OWN_NAME, fill_own, narrow_as_stored, own_skeleton, write_own
+from lfrns_hub.checkpoint.own import OWN_NAME, fill_own, narrow_as_stored, own_skeleton, prepare_as_stored, write_own
 from lfrns_hub.checkpoint.timm import TIMM_NAME, carry_timm, load_timm, timm_base, write_timm
 from lfrns_hub.checkpoint.transformers import (
     TYPE_PREFIX,
@@ -150,6 +150,7 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
         with refusing(f"load({str(source)!r}, model={type(model).__name__})"):
             narrow_as_stored(model, config)
         loaded = fill(model, folder)
+        prepare_as_stored(loaded, config)
     elif in_timm:
         loaded = load_timm(folder, config)
     elif in_transformers:

@@ -20,7 +20,9 @@ from lfrns_hub.pictures.processor import (
     is_of_transformers,
 )
 from lfrns_hub.pictures.proof import Geometry, for_training, guess_geometries, prove
+from lfrns_hub.untrusted import short
 
+MIN_CROP_PCT = 0.01  # a smaller share would have pictures enlarged a hundredfold
 # What was proved of a pipeline, by all that its settings say: of each model it is asked for training, test and more.
 _PROVED: dict[str, Preparation | OwnPreparation] = {}
 
@@ -105,12 +107,24 @@ def set_preprocessing(
 
 
 def data_config_of(model: nn.Module) -> dict[str, Any]:
-    """Return timm's data configuration of a model: of its own size and channels, whatever was published."""
+    """Return timm's data configuration of a model: of its own size and channels, whatever was published.
+
+    Raises:
+        ValueError: Its pretrained_cfg states what prepares no picture.
+    """
     channels, height, width = input_size_of(model)
     cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "input_size": (channels, height, width)}
     stated = {"mean": cfg.pop("mean", None), "std": cfg.pop("std", None)}
-    config = timm.data.resolve_data_config(cfg, pretrained_cfg=stated)
-    return config | {key: tuple(_per_channel(config[key], channels)) for key in ("mean", "std")}
+    try:
+        config = timm.data.resolve_data_config(cfg, pretrained_cfg=stated)
+        if not MIN_CROP_PCT <= config["crop_pct"] <= 1:
+            raise ValueError(f"crop_pct = {config['crop_pct']}, it must lie in [{MIN_CROP_PCT}, 1]")
+        return config | {key: tuple(_per_channel(config[key], channels)) for key in ("mean", "std")}
+    except Exception as error:  # timm asserts, and takes apart what it is given
+        reason = short(str(error) or type(error).__name__, 200)
+        raise ValueError(
+            f"{type(model).__name__}: its pretrained_cfg prepares no picture ({reason}). Mend it."
+        ) from error
 
 
 def state_in_processor(model: nn.Module, given: dict[str, Any]) -> Any:
