@@ -104,7 +104,7 @@ def main() -> int:
         content = {
             "command": "python benchmarks/processors.py",
             "commit": commit.stdout.strip(),
-            "cpu_seconds": round(time.process_time()),
+            "took": f"{time.process_time():.0f} s of CPU time",
             "versions": {name: metadata.version(name) for name in ("torch", "torchvision", "transformers", "pillow")},
             "pixels": pixels,
             "trained": trained,
@@ -397,8 +397,8 @@ def render(content: dict[str, Any]) -> str:
     lines = [
         "# Pixels",
         "",
-        f"Written by `{content['command']}` from benchmarks/results/processors.json ({content['cpu_seconds']} s of CPU "
-        f"time; commit {content['commit']}; {versions}).",
+        f"Written by `{content['command']}` from benchmarks/results/processors.json ({content['took']}; "
+        f"commit {content['commit']}; {versions}).",
         "The transform that a model gets beside what `AutoImageProcessor.from_pretrained` of its folder gives, in",
         'levels of 255; "fast" where our own resize, crop and normalisation were proved equal, "own" where the',
         "processor itself runs. Then small networks, each trained under an odd setting: predictions beside those of",
