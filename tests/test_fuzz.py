@@ -25,11 +25,12 @@ from hypothesis import strategies as st
 from memory import GIBIBYTE, limited
 from safetensors.torch import load_file
 from test_checkpoint import cut_pair, slim_transformers
+from transformers import ViTConfig
 
 import lfrns_hub as lfrns
 from lfrns_hub import checkpoint
 from lfrns_hub.measure import Record
-from lfrns_hub.pictures.preprocessing import _processor_settings
+from lfrns_hub.pictures import make_transform
 from lfrns_hub.units import SlimPlan
 from lfrns_hub.untrusted import refusing
 
@@ -255,8 +256,12 @@ def test_settings_of_an_image_processor_of_any_values(data: st.DataObject, tmp_p
     folder = tmp_path_factory.getbasetemp() / "settings"
     folder.mkdir(exist_ok=True)
     good = {"size": {"shortest_edge": 20}, "do_center_crop": True, "image_mean": [0.5], "image_std": [1], "resample": 2}
+    good |= {"crop_size": {"height": 16, "width": 16}, "image_processor_type": "BitImageProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(data.draw(damaged(good))))
-    try_it("preprocessor_config.json", lambda: _processor_settings(str(folder), 16))
+    model = torch.nn.Module()
+    model.config = ViTConfig(image_size=16)
+    model.config._name_or_path = str(folder)
+    try_it("preprocessor_config.json", lambda: make_transform(model, train=False))
 
 
 def test_the_undamaged_files_load(folders: dict[str, Path]) -> None:

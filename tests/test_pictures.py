@@ -306,7 +306,8 @@ def test_train_transform_follows_the_seed_and_takes_any_picture() -> None:
 def test_transformers_processor_beside_the_weights_is_followed(tmp_path: Path) -> None:
     small = {"num_channels": 3, "hidden_sizes": [4, 4], "depths": [1, 1], "num_stages": 2}
     ConvNextForImageClassification(ConvNextConfig(image_size=16, **small)).save_pretrained(tmp_path)
-    settings = {"size": {"shortest_edge": 20}, "do_center_crop": True, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
+    settings = {"size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": {"height": 16, "width": 16}}
+    settings |= {"image_processor_type": "BitImageProcessor", "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     transform = make_transform(zoo.create_dense(str(tmp_path)), train=False)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)

@@ -9,8 +9,13 @@ from torch import nn
 
 from lfrns_hub.checkpoint.files import match_dtype, read_tensors, write_config, write_weights
 from lfrns_hub.narrow import describe, is_narrower, narrow
+from lfrns_hub.pictures import data_config_of
+from lfrns_hub.untrusted import refuse_large
 
 OWN_NAME = "lfrns_own_class"
+
+MAX_PIXELS = 4096  # of a side
+DATA_CONFIG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def own_skeleton(base: Any, base_args: dict[str, Any] | None) -> nn.Module | None:
@@ -24,6 +29,8 @@ def write_own(model: nn.Module, draft: Path, skeleton: nn.Module | None, label_n
     """Write sizes and weights of a class that load() gets as model=."""
     shapes, attrs = describe(model, skeleton)
     config = {"architecture": OWN_NAME, "model_args": {"shapes": shapes, "attrs": attrs}}
+    if isinstance(getattr(model, "pretrained_cfg", None), dict):  # as set_preprocessing states it
+        config["pretrained_cfg"] = data_config_of(model)
     if label_names is not None:
         config["label_names"] = list(label_names)
     write_config(draft, config, model)
@@ -52,6 +59,14 @@ def narrow_as_stored(model: nn.Module, config: dict[str, Any]) -> nn.Module:
         for name, values in stored_attrs.items()
     }
     return narrow(model, shapes, {name: values for name, values in attrs.items() if values})
+
+
+def prepare_as_stored(model: nn.Module, config: dict[str, Any]) -> None:
+    """Let the user's model state, as the checkpoint does, how its pictures are prepared."""
+    stored = {key: value for key, value in (config.get("pretrained_cfg") or {}).items() if key in DATA_CONFIG}
+    if stored:
+        refuse_large(stored, "pretrained_cfg", MAX_PIXELS)
+        model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **stored}
 
 
 def fill_own(model: nn.Module, folder: Path) -> nn.Module:

@@ -3,6 +3,7 @@
 Neither layout overrides a forward: the stock model is built as its config says, then narrowed by the stored sizes.
 """
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lfrns_hub.checkpoint.files import FORMAT_VERSION, compare, publish, read_config, state_base, write_card
-from lfrns_hub.checkpoint.own import OWN_NAME, fill_own, narrow_as_stored, own_skeleton, write_own
+from lfrns_hub.checkpoint.own import OWN_NAME, fill_own, narrow_as_stored, own_skeleton, prepare_as_stored, write_own
 from lfrns_hub.checkpoint.timm import TIMM_NAME, carry_timm, load_timm, timm_base, write_timm
 from lfrns_hub.checkpoint.timm_wrapper import (
     base_of,
@@ -34,8 +35,11 @@ from lfrns_hub.checkpoint.transformers import (
 from lfrns_hub.hub import fetch
 from lfrns_hub.lineage import base_facts
 from lfrns_hub.narrow import carry_facts, short
+from lfrns_hub.pictures import find_processor, write_processor
 from lfrns_hub.running import unwrap
 from lfrns_hub.untrusted import refusing
+
+logger = logging.getLogger(__name__)
 
 
 def save(
@@ -66,7 +70,8 @@ def save(
         base_model: Whose weights the dense model had, for the card: a timm name with weights, a Hub id or a folder.
             Its licence is looked up, for seconds at most. None: as `zoo.create_dense` loaded it, or an earlier
             save said; otherwise the card says "unknown".
-        processor: A transformers image processor, saved beside the model.
+        processor: A transformers image processor, saved beside the model. None: the one that a model of transformers
+            came with, as `set_preprocessing` changed it.
         label_names: Name of each class, in the order of the logits.
         overwrite: Replace a checkpoint that is there.
     Returns:
@@ -116,8 +121,9 @@ def save(
             source = {"base": type(model).__name__, "library": "pytorch"}
             if skeleton is not None:
                 compare(model, load(draft, model=skeleton))
+        processor = _own_processor(model) if processor is None else processor
         if processor is not None:
-            processor.save_pretrained(draft)
+            write_processor(processor, draft)
         if stated is not None:
             state_base(draft, stated)
         write_card(draft, record, directory, **source)
@@ -157,6 +163,7 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
         with refusing(f"load({str(source)!r}, model={type(model).__name__})"):
             narrow_as_stored(model, config)
         loaded = fill(model, folder)
+        prepare_as_stored(loaded, config)
     elif in_timm:
         loaded = load_wrapper(folder, config) if is_wrapped(config) else load_timm(folder, config)
     elif in_transformers:
@@ -193,6 +200,15 @@ def carry_config(model: nn.Module) -> nn.Module:
     except (ValueError, TypeError, RuntimeError):
         pass  # its base is not what its config says: save() tells, and takes another by base=
     return model
+
+
+def _own_processor(model: nn.Module) -> Any:
+    """Find the image processor that a model came with; where it cannot be opened, say so and go without."""
+    try:
+        return find_processor(model)
+    except (ValueError, ConnectionError) as error:
+        logger.warning("The checkpoint has no image processor: %s", error)
+        return None
 
 
 def _num_classes(model: nn.Module) -> int | None:

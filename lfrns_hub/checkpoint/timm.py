@@ -21,6 +21,7 @@ from lfrns_hub.checkpoint.entrypoint import TIMM_NAME, lfrns_slim
 from lfrns_hub.checkpoint.files import facts_of, match_dtype, read_tensors, write_config, write_weights
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
 from lfrns_hub.narrow import describe, short
+from lfrns_hub.pictures import data_config_of
 from lfrns_hub.untrusted import bounded, read_headers, refuse_large, refusing
 
 # Of a picture's side, of which position tables have the square; other numbers build parameters, which a file must fill.
@@ -63,6 +64,7 @@ def write_timm(
         model.pretrained_cfg = {**get_pretrained_cfg(base).to_dict(), "architecture": base}
     save_config_for_hf(model, str(draft / "config.json"), model_config={})
     config = json.loads((draft / "config.json").read_text())
+    config["pretrained_cfg"] |= _shown(model)
     write_code(draft, WRAPPER_MAP, own_source(base))
     config |= {
         "architecture": TIMM_NAME,
@@ -80,7 +82,13 @@ def write_timm(
 def carry_timm(model: nn.Module, base: str) -> None:
     """Let a slim model's own arguments state its widths, so that timm's save_for_hf writes what loads again."""
     model._model_args = {**model_args(model, base, {}), "slim": facts_of(model)}
-    model.pretrained_cfg = {**model.pretrained_cfg, "architecture": TIMM_NAME}
+    model.pretrained_cfg = {**model.pretrained_cfg, **_shown(model), "architecture": TIMM_NAME}
+
+
+def _shown(model: nn.Module) -> dict[str, Any]:
+    """Return the size and the statistics by which pictures are prepared: img_size and in_chans change the published."""
+    config = data_config_of(model)
+    return {key: config[key] for key in ("input_size", "mean", "std")}
 
 
 def model_args(model: nn.Module, base: str, base_args: dict[str, Any]) -> dict[str, Any]:

@@ -315,6 +315,8 @@ def fill_transformers(model: nn.Module, folder: Path) -> nn.Module:
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     check_shapes(expected, {name: list(tensor.shape) for name, tensor in state.items()}, folder)
     model.load_state_dict(state, strict=True)
+    if (folder / "preprocessor_config.json").is_file():  # it, not the dense model's, says how pictures are prepared
+        model.name_or_path = model.config.name_or_path = str(folder)
     return match_dtype(model, state)
 
 

@@ -5,8 +5,9 @@ from lfrns_hub.pictures.fit import check_images, guard_against_chance
 from lfrns_hub.pictures.image_data import MAX_UNREADABLE, ImageData
 from lfrns_hub.pictures.load import load_data
 from lfrns_hub.pictures.model_input import example_input, input_size_of, num_classes_of
-from lfrns_hub.pictures.preparation import Preparation
-from lfrns_hub.pictures.preprocessing import load_processor, make_transform, set_preprocessing
+from lfrns_hub.pictures.preparation import OwnPreparation, Preparation
+from lfrns_hub.pictures.preprocessing import data_config_of, make_transform, set_preprocessing
+from lfrns_hub.pictures.processor import find_processor, load_processor, write_processor
 from lfrns_hub.pictures.tables import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
@@ -23,12 +24,15 @@ __all__ = [
     "MAX_UNREADABLE",
     "SPLIT_FILES",
     "ImageData",
+    "OwnPreparation",
     "Preparation",
     "as_files",
     "check_images",
+    "data_config_of",
     "decode_picture",
     "example_input",
     "find_column",
+    "find_processor",
     "guard_against_chance",
     "input_size_of",
     "load_data",
@@ -39,4 +43,5 @@ __all__ = [
     "parquet_files",
     "read_table",
     "set_preprocessing",
+    "write_processor",
 ]

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from lfrns_hub.untrusted import short
@@ -12,6 +13,7 @@ from lfrns_hub.untrusted import short
 # No format that pillow hands to another program (EPS), and none of documents.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 64_000_000  # of a picture: 0.2 GB decoded, the size of a 64-megapixel camera's
+BITS_PER_SAMPLE = 258  # TIFF's tag
 
 
 class PictureColumn:
@@ -38,15 +40,19 @@ class PictureColumn:
         return name_picture(self.table[index][self.column]) or f"row {index}"
 
 
-def decode_picture(file: dict[str, Any], root: str) -> Image.Image:
+def decode_picture(file: Any, root: str) -> Image.Image:
     """Decode a picture here, not by datasets: of a known format, of at most 64 megapixels, from the data's own files.
 
     Args:
-        file: Its `bytes`, or its `path`, as `datasets.Image(decode=False)` gives them.
+        file: Its `bytes`, or its `path`, as `datasets.Image(decode=False)` gives them; or an array from 0 to 255,
+            [H, W] or [H, W, C].
         root: The data: a folder or a Hub id.
     Raises:
-        ValueError: It is too large, or lies elsewhere. What pillow raises for a file that is damaged.
+        ValueError: It is too large, lies elsewhere, or holds numbers of no known range. What pillow raises for a
+            file that is damaged.
     """
+    if not isinstance(file, dict):
+        return _from_array(np.asarray(file))
     source: Any = None if file.get("bytes") is None else io.BytesIO(file["bytes"])
     if source is None:
         source = os.path.abspath(str(file.get("path")))
@@ -56,12 +62,56 @@ def decode_picture(file: dict[str, Any], root: str) -> Image.Image:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels, at most {MAX_PIXELS:,} are decoded")
         picture.load()
-        return ImageOps.exif_transpose(picture)
+        return as_bytes(picture)
 
 
-def name_picture(file: dict[str, Any]) -> str | None:
-    """Name the file of a picture; None for bytes without a name."""
-    return short(os.path.basename(file["path"])) if file.get("path") else None
+def as_bytes(picture: Image.Image) -> Image.Image:
+    """Return a picture upright and with at most 8 bits a channel: 16 bits are scaled by their range.
+
+    Pillow itself converts 16 bits by clipping them to 255: all but the darkest pixels become white.
+
+    Args:
+        picture: Of any mode. Its EXIF orientation is applied.
+    Raises:
+        ValueError: It holds 32-bit integers or floats, whose range nothing states.
+    """
+    largest = _largest_value(picture)  # first: the turned picture no longer knows its file
+    picture = ImageOps.exif_transpose(picture)
+    if largest is None:
+        return picture
+    pixels = np.asarray(picture).astype(np.float64) * (255 / largest)
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+def _largest_value(picture: Image.Image) -> int | None:
+    """Return the value of white in a picture of more than 8 bits, None where it has no more."""
+    if picture.mode.startswith("I;16"):
+        bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, 16)  # of a camera's or a scanner's TIFF often 12
+        return (1 << min(bits[0] if isinstance(bits, tuple) else bits, 16)) - 1
+    if picture.mode == "I" and picture.format in ("PNG", "PPM"):
+        return 65535  # both formats end at 16 bits
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            f"a picture of mode {picture.mode!r} holds {'floats' if picture.mode == 'F' else '32-bit integers'}, and "
+            "nothing states which of them is white. Save it with 8 or 16 bits a channel."
+        )
+    return None
+
+
+def name_picture(file: Any) -> str | None:
+    """Name the file of a picture; None for bytes without a name, and for an array."""
+    return short(os.path.basename(file["path"])) if isinstance(file, dict) and file.get("path") else None
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    """Make a picture of whole numbers from 0 to 255."""
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
+        raise ValueError(f"an array of {list(pixels.shape)} is no picture: [H, W] or [H, W, 3] is needed")
+    if pixels.size and not 0 <= pixels.min() <= pixels.max() <= 255:
+        raise ValueError(f"an array from {pixels.min()} to {pixels.max()}: pixels are stored from 0 to 255")
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def _roots(name: str) -> list[str]:

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lfrns_hub.batches import UNREADABLE
-from lfrns_hub.pictures.preparation import Preparation
+from lfrns_hub.pictures.decoding import as_bytes
+from lfrns_hub.pictures.preparation import OwnPreparation, Preparation
 from lfrns_hub.untrusted import short
 
 # Decoded pictures are kept up to this many bytes a dataset; CIFAR's 50,000 need 0.15 GB.
 MAX_CACHE_BYTES = 1 << 30
+IN_PARTS = (Preparation, OwnPreparation)  # transforms that say what of a picture is the same every time
 MAX_UNREADABLE = 50  # as many as timm's ImageDataset forgives
 logger = logging.getLogger(__name__)
 
@@ -77,14 +79,14 @@ class ImageData(Dataset):
         label = None
         if self.labels is not None:
             label = self.labels[index] if index == asked or self.training else UNREADABLE
-        if isinstance(self.transform, Preparation):
+        if isinstance(self.transform, IN_PARTS):
             return pixels, self.transform.draw(pixels), label
         return self.transform(Image.fromarray(pixels)), None, label
 
     def finish(self, drawn: list[tuple[Tensor, Any, int | None]]) -> list[tuple[Tensor, int] | Tensor]:
         """Give the samples of what `draw` gave."""
         images, draws, labels = zip(*drawn, strict=True)
-        if isinstance(self.transform, Preparation):
+        if isinstance(self.transform, IN_PARTS):
             images = self.transform.finish(images, draws).unbind()
         return list(images) if self.labels is None else list(zip(images, labels, strict=True))
 
@@ -109,9 +111,10 @@ class ImageData(Dataset):
         if pixels is None:
             try:
                 picture = self.pictures[index]
-                if isinstance(self.transform, Preparation):
+                if isinstance(self.transform, IN_PARTS):
                     pixels = self.transform.fix(picture)
                 else:
+                    picture = as_bytes(picture)
                     pixels = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
             except Exception as error:  # pillow raises a dozen types for a file that is damaged
                 self._note(index, error)

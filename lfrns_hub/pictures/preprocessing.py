@@ -1,19 +1,30 @@
-"""How a model's pictures are prepared: read from its own configuration, stated, carried along."""
+"""How a model's pictures are prepared: as its own processor or configuration says, stated, carried along."""
 
-import contextlib
-from pathlib import Path
+import json
+import math
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from lfrns_hub.pictures.model_input import input_size_of
-from lfrns_hub.pictures.preparation import Preparation
-from lfrns_hub.reach import CONNECT_TIMEOUT_S, cached
-from lfrns_hub.untrusted import read_json, short
+from lfrns_hub.pictures.preparation import OwnPreparation, Preparation
+from lfrns_hub.pictures.processor import (
+    FILE,
+    INTERPOLATIONS,
+    ProcessorCall,
+    changed_processor,
+    find_processor,
+    guess_processor,
+    is_of_transformers,
+)
+from lfrns_hub.pictures.proof import Geometry, for_training, guess_geometries, prove
+from lfrns_hub.untrusted import short
 
-# By the numbers that pillow and transformers give them.
-INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+MIN_CROP_PCT = 0.01  # a smaller share would have pictures enlarged a hundredfold
+# What was proved of a pipeline, by all that its settings say: of each model it is asked for training, test and more.
+_PROVED: dict[str, Preparation | OwnPreparation] = {}
 
 
 def make_transform(
@@ -23,36 +34,32 @@ def make_transform(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     flip: bool = True,
-) -> Preparation:
+) -> Preparation | OwnPreparation:
     """Make what turns a picture into the model's input, one at a time or, in `load_data`'s datasets, by batches.
 
+    What the model came with decides: a transformers image processor of any class, by all of its settings, or timm's
+    data configuration. It is run on probes of many sizes and shapes; a faster way is taken only where it makes the
+    same images of all of them, to one level of 255, and else every picture goes through the model's own pipeline.
+
     Args:
-        model: Its pretrained_cfg (timm) or image processor (transformers) says size, mean and std.
+        model: Its image processor (transformers) or pretrained_cfg (timm) says how.
         train: Adds pad-and-crop by 4 where images are 32 pixels or less, random resized crops above.
         mean: Of each channel, in place of the model's.
         std: Likewise.
         flip: Whether training mirrors half of the pictures; not for digits or letters.
     Returns:
         Callable: picture of any mode and size -> float32 [C, H, W]. Randomness comes from torch's generator.
+    Raises:
+        ValueError: The model's own processor prepares no images, or cannot state `mean` or `std`.
+        ConnectionError: The Hub is needed to know how, and cannot be reached.
     """
-    channels, height, width = input_size_of(model)
-    prepare = _preprocessing(model)
-    mean, std = (_per_channel(given, channels) for given in (mean or prepare["mean"], std or prepare["std"]))
-    resize: tuple[int, int] | int | None = (height, width)
-    if train and max(height, width) > 32:
-        resize = None
-    elif not train and prepare["crop_pct"] is not None:
-        resize = int(min(height, width) / prepare["crop_pct"])
-    return Preparation(
-        mode="L" if channels == 1 else "RGB",
-        size=(height, width),
-        resize=resize,
-        training=train,
-        flip=flip,
-        mean=tuple(mean),
-        std=tuple(std),
-        interpolation=prepare["interpolation"],
-    )
+    if is_of_transformers(model):
+        given = {key: value for key, value in {"mean": mean, "std": std}.items() if value is not None}
+        processor = state_in_processor(model, given) if given else find_processor(model) or guess_processor(model)
+        preparation = _prove_processor(processor, model)
+    else:
+        preparation = _prove_timm(model, mean, std)
+    return for_training(preparation, flip) if train else preparation
 
 
 def set_preprocessing(
@@ -65,15 +72,16 @@ def set_preprocessing(
 ) -> None:
     """State, by timm's options, how a model's images are prepared; what is None stays as it is.
 
-    It is written into the model's pretrained_cfg: `make_transform` reads it there, and a checkpoint carries it along.
+    It is written into the model's pretrained_cfg, or into the settings of its transformers image processor:
+    `make_transform` reads it there, and a checkpoint carries it along.
 
     Args:
-        model: Of timm, or a class of your own.
+        model: Of timm, of transformers with an image processor, or a class of your own.
         mean, std: Of each channel, of pixels from 0 to 1.
         crop_pct: Share of the picture's shorter side that the central crop takes, in (0, 1].
         interpolation: "nearest", "bilinear", "bicubic", "lanczos", "box" or "hamming".
     Raises:
-        ValueError: A value is out of its range, or the model is transformers', whose image processor says all this.
+        ValueError: A value is out of its range, or the model's image processor has no settings that do this.
 
     Example:
         >>> model = timm.create_model("cifar_resnet20")
@@ -85,97 +93,149 @@ def set_preprocessing(
     given = {key: value for key, value in given.items() if value is not None}
     if not given:
         return
-    if hasattr(getattr(model, "config", None), "model_type"):
-        told = ", ".join(f"{key}={value}" for key, value in given.items())
-        raise ValueError(
-            f"{told}: a transformers model's images are prepared as its image processor says. Change "
-            "preprocessor_config.json beside it."
-        )
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct={crop_pct}: the share of the shorter side must be in (0, 1]. ImageNet's is 0.875.")
     if std is not None and min(std) <= 0:
         raise ValueError(f"std={std}: each must be above 0. ImageNet's are 0.229, 0.224, 0.225.")
     if interpolation is not None and interpolation not in INTERPOLATIONS.values():
         raise ValueError(f"interpolation={interpolation!r}: it must be one of {', '.join(INTERPOLATIONS.values())}.")
+    if is_of_transformers(model):
+        model.lfrns_processor = state_in_processor(model, given)
+        return
     cfg = getattr(model, "pretrained_cfg", None) or {"input_size": input_size_of(model)}
     model.pretrained_cfg = model.default_cfg = {**cfg, **given}
 
 
-def load_processor(model: nn.Module) -> Any:
-    """Load the image processor that a transformers model came with, to be saved beside its slim one.
+def data_config_of(model: nn.Module) -> dict[str, Any]:
+    """Return timm's data configuration of a model: of its own size and channels, whatever was published.
 
-    Returns:
-        The processor; None for a timm model, whose own configuration says the same, and where there is none.
+    Raises:
+        ValueError: Its pretrained_cfg states what prepares no picture.
     """
-    source = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if source:
-        from transformers import AutoImageProcessor
-
-        with contextlib.suppress(OSError, ValueError):  # what transformers raises for a folder without one
-            return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-    return None
-
-
-def _preprocessing(model: nn.Module) -> dict[str, Any]:
-    """Read mean, std, interpolation and crop_pct (None: no crop) from a model's configuration."""
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "model_type"):
-        return _processor_settings(getattr(config, "_name_or_path", ""), input_size_of(model)[1])
-    cfg = timm.data.resolve_data_config(getattr(model, "pretrained_cfg", None) or {"input_size": input_size_of(model)})
-    return {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    channels, height, width = input_size_of(model)
+    cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "input_size": (channels, height, width)}
+    stated = {"mean": cfg.pop("mean", None), "std": cfg.pop("std", None)}
+    try:
+        config = timm.data.resolve_data_config(cfg, pretrained_cfg=stated)
+        if not MIN_CROP_PCT <= config["crop_pct"] <= 1:
+            raise ValueError(f"crop_pct = {config['crop_pct']}, it must lie in [{MIN_CROP_PCT}, 1]")
+        return config | {key: tuple(_per_channel(config[key], channels)) for key in ("mean", "std")}
+    except Exception as error:  # timm asserts, and takes apart what it is given
+        reason = short(str(error) or type(error).__name__, 200)
+        raise ValueError(
+            f"{type(model).__name__}: its pretrained_cfg prepares no picture ({reason}). Mend it."
+        ) from error
 
 
-def _processor_settings(source: str, size: int) -> dict[str, Any]:
-    """Read a transformers image processor's settings; ViT's own where a model has none."""
-    folder = Path(source) / "preprocessor_config.json" if source else None
-    path = folder if folder and folder.is_file() else cached(source, "preprocessor_config.json")
+def state_in_processor(model: nn.Module, given: dict[str, Any]) -> Any:
+    """State options of timm's in the terms of a model's image processor, and prove that it does what they mean.
+
+    Args:
+        model: Of transformers.
+        given: Some of mean, std, crop_pct and interpolation.
+    Returns:
+        A changed copy of the processor.
+    Raises:
+        ValueError: The model has no processor, or one that has no settings for them.
+    """
+    processor = find_processor(model)
+    told = ", ".join(f"{key}={value}" for key, value in given.items())
+    if processor is None:
+        raise ValueError(
+            f"{told}: a transformers model's images are prepared as its image processor says, and this one came with "
+            f"none. Save one beside it, as {FILE}."
+        )
     settings: dict[str, Any] = {}
-    if path is None and source and not Path(source).is_dir() and cached(source):
-        from huggingface_hub import hf_hub_download
-
-        with contextlib.suppress(Exception):  # a model without a processor is no error
-            path = Path(hf_hub_download(source, "preprocessor_config.json", etag_timeout=CONNECT_TIMEOUT_S))
-    if path is not None:
-        settings = read_json(path, f"model {source!r}")
-    _check_settings(settings, f"model {source!r}: preprocessor_config.json")
-    resize = settings.get("size")
-    shortest = resize.get("shortest_edge") if isinstance(resize, dict) else None
-    crop_pct = settings.get("crop_pct")
-    if crop_pct is None and shortest and settings.get("do_center_crop"):
-        crop_pct = size / shortest
-    return {
-        "mean": tuple(settings.get("image_mean") or (0.5, 0.5, 0.5)),
-        "std": tuple(settings.get("image_std") or (0.5, 0.5, 0.5)),
-        "interpolation": INTERPOLATIONS[2 if settings.get("resample") is None else settings["resample"]],
-        "crop_pct": crop_pct,
-    }
-
-
-def _check_settings(settings: dict[str, Any], where: str) -> None:
-    """Refuse what of an image processor's settings cannot prepare a picture."""
-
-    def are_numbers(values: Any, above: float) -> bool:
-        return isinstance(values, list) and 0 < len(values) <= 64 and all(_is_number(v) and v > above for v in values)
-
-    rules = {
-        "image_mean": lambda value: are_numbers(value, -1e6),
-        "image_std": lambda value: are_numbers(value, 0),
-        "resample": lambda value: type(value) is int and value in INTERPOLATIONS,
-        "crop_pct": lambda value: _is_number(value) and 0.01 <= value <= 1,
-        "size": lambda value: (
-            not isinstance(value, dict)
-            or value.get("shortest_edge") is None
-            or (_is_number(value["shortest_edge"]) and 1 <= value["shortest_edge"] <= 4096)
-        ),
-    }
-    for key, fits in rules.items():
-        if settings.get(key) is not None and not fits(settings[key]):
-            raise ValueError(f"{where} has {key} = {short(settings[key])}, which prepares no picture. Mend it.")
+    if "mean" in given or "std" in given:
+        settings |= {"do_normalize": True}
+        settings |= {f"image_{key}": [float(v) for v in given[key]] for key in ("mean", "std") if key in given}
+    if "interpolation" in given:
+        settings["resample"] = next(number for number, name in INTERPOLATIONS.items() if name == given["interpolation"])
+    ways: list[dict[str, Any]] = [{}]
+    if "crop_pct" in given:
+        height, width = _prove_processor(processor, model).size
+        edge = {"shortest_edge": int(min(height, width) / given["crop_pct"])}
+        crop = {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
+        ways = [{"crop_pct": given["crop_pct"]}, {"size": edge, **crop}]
+    for way in ways:
+        try:
+            changed = changed_processor(processor, **settings, **way)
+            proved = _prove_processor(changed, model)
+        except (TypeError, ValueError):  # a setting that this class does not take
+            continue
+        if _does(proved, given, way and (edge["shortest_edge"], (height, width))):
+            return changed
+    raise ValueError(
+        f"{told}: the model's {type(processor).__name__} has no settings that prepare images so. Leave the option out, "
+        f"or save another processor as {FILE} beside the model."
+    )
 
 
-def _is_number(value: Any) -> bool:
-    """Say whether a value of JSON is a number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _does(proved: Preparation | OwnPreparation, given: dict[str, Any], crop: Any) -> bool:
+    """Say whether what was proved of a processor is what the options ask for."""
+    if not isinstance(proved, Preparation):
+        return False
+    for key in ("mean", "std"):
+        if key in given:
+            wanted, stated = torch.tensor(given[key]), torch.tensor(getattr(proved, key))
+            if wanted.shape != stated.shape or not torch.allclose(wanted, stated, rtol=1e-3, atol=1e-4):
+                return False
+    if "interpolation" in given and proved.interpolation != given["interpolation"]:
+        return False
+    return not crop or (proved.resize, proved.size) == crop
+
+
+def _prove_processor(processor: Any, model: nn.Module) -> Preparation | OwnPreparation:
+    """Find out how to do what a transformers image processor does."""
+    mode = _mode_of(model)
+    key = f"{type(processor)} {mode} {json.dumps(processor.to_dict(), default=str, sort_keys=True)}"
+    if key not in _PROVED:
+        resample = getattr(processor, "resample", None)
+        name = INTERPOLATIONS.get(2 if resample is None else resample, "bilinear")
+        as_tensor = getattr(processor, "backend", None) == "torchvision"
+        geometries = guess_geometries(processor, name, as_tensor)
+        what = f"model {str(getattr(model.config, '_name_or_path', '') or '')!r}: its {type(processor).__name__}"
+        stated = (getattr(processor, "image_mean", None), getattr(processor, "image_std", None))
+        _PROVED[key] = prove(ProcessorCall(processor), geometries, mode=mode, what=what, stated=stated)
+    return _PROVED[key]
+
+
+def _prove_timm(
+    model: nn.Module, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> Preparation | OwnPreparation:
+    """Find out how to do what timm's transform does for a model; for an own class by timm's defaults."""
+    config = data_config_of(model)
+    channels, height, width = config["input_size"]
+    given = {"mean": mean or config["mean"], "std": std or config["std"]}
+    config |= {key: tuple(_per_channel(values, channels)) for key, values in given.items()}
+    mode = _mode_of(model)
+    key = f"timm {mode} {sorted(config.items())}"
+    if key not in _PROVED:
+        square = math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"])
+        resizes: list[Any] = [square] if config["crop_mode"] == "squash" else [min(square)]
+        geometries = [Geometry(resize, config["interpolation"], as_tensor=False, floored=False) for resize in resizes]
+        what = f"{type(model).__name__}: timm's transform"
+        try:
+            own = timm.data.create_transform(**config)
+        except Exception as error:  # as timm refuses it: an interpolation without a name is a KeyError
+            raise ValueError(f"{what} cannot be made of {config} ({error}). Mend pretrained_cfg.") from error
+        _PROVED[key] = prove(own, geometries, mode=mode, what=what, stated=(config["mean"], config["std"]))
+    return _PROVED[key]
+
+
+def _mode_of(model: nn.Module) -> str:
+    """Name the mode of the pictures that a model takes.
+
+    Raises:
+        ValueError: It takes neither one nor three channels.
+    """
+    channels = input_size_of(model)[0]
+    if channels not in (1, 3):
+        raise ValueError(
+            f"make_transform({type(model).__name__}): it takes {channels} channels, a picture has 1 or 3. Prepare its "
+            "images by a transform of your own."
+        )
+    return "L" if channels == 1 else "RGB"
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> list[float]:

@@ -13,6 +13,7 @@ SPLIT_FILES = {
     "validation": ("validation", "valid", "val", "dev", "test"),
     "test": ("test", "validation", "valid", "val"),
 }
+ARRAYS = ("uint8", "int32", "int64")  # of pictures from 0 to 255; as lists of Python come into a table
 IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image", "pixel_values"), ("label", "fine_label", "labels")
 
 
@@ -97,13 +98,22 @@ def find_column(
 
 
 def as_files(table: Any, column: str) -> Any:
-    """Read a column of pictures as encoded files: their bytes, or their paths."""
+    """Read a column of pictures as encoded files, their bytes or paths; arrays of whole numbers stay as they are."""
     import datasets
 
+    kind = leaf = table.features[column]
+    while hasattr(leaf, "feature"):
+        leaf = leaf.feature
+    if leaf is not kind or type(kind).__name__.startswith("Array"):  # datasets would lose what the numbers' range is
+        if getattr(leaf, "dtype", None) in ARRAYS:
+            return table
+        raise ValueError(
+            f"the column {column!r} holds arrays of {short(str(getattr(leaf, 'dtype', leaf)))}, and nothing states "
+            "which number is white. Store them as uint8, or encode them as PNG or JPEG."
+        )
     try:
         return table.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # what arrow raises depends on what the column holds
         raise ValueError(
-            f"the column {column!r} holds {short(str(table.features[column]))}, no pictures. Encode them as PNG or "
-            "JPEG."
+            f"the column {column!r} holds {short(str(kind))}, no pictures. Encode them as PNG or JPEG."
         ) from error

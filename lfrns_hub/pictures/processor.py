@@ -1,0 +1,238 @@
+"""A transformers image processor: the truth of what a model is shown. Found beside the model, run, changed, saved."""
+
+import contextlib
+import copy
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from lfrns_hub.pictures.model_input import input_size_of
+from lfrns_hub.reach import CONNECT_TIMEOUT_S, cached, hub_errors, reach_hub
+from lfrns_hub.untrusted import read_json, refuse_large, short
+
+logger = logging.getLogger(__name__)
+FILE = "preprocessor_config.json"
+FILES = ("processor_config.json", FILE)  # transformers reads an image processor from either
+MAX_SIDE = 4096  # pixels, of a size in a stranger's file
+# By the numbers that pillow and transformers give them.
+INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+
+
+@dataclass(frozen=True)
+class ProcessorCall:
+    """A processor as a function of one picture, as transformers' pipeline calls it.
+
+    Attributes:
+        processor: Of any class and backend.
+    """
+
+    processor: Any
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """Return the image [C, H, W], float32, of a picture.
+
+        Raises:
+            ValueError: The processor answers otherwise: tokens, patches, several crops.
+        """
+        answer = dict(self.processor(images=picture, return_tensors="pt"))
+        image = answer.get("pixel_values")
+        if set(answer) != {"pixel_values"} or image.ndim != 4 or len(image) != 1:
+            shapes = ", ".join(f"{key} {list(getattr(value, 'shape', []))}" for key, value in answer.items())
+            raise ValueError(
+                f"{type(self.processor).__name__} makes {shapes} of a picture, where images [1, C, H, W] are needed"
+            )
+        return image[0].float()
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Say whether a model's configuration is one of transformers'."""
+    return hasattr(getattr(model, "config", None), "model_type")
+
+
+def find_processor(model: nn.Module) -> Any:
+    """Find the image processor that a transformers model came with, or that `set_preprocessing` made of it.
+
+    Args:
+        model: Its config names the folder or the Hub id it was loaded from.
+    Returns:
+        The processor, as AutoImageProcessor opens it; None for other models, and where none came with it.
+    Raises:
+        ValueError: There is one that cannot be opened: damaged, or code of its own, which is not run.
+        ConnectionError: The Hub is needed to know, and cannot be reached.
+    """
+    if not is_of_transformers(model):
+        return None
+    if (stated := getattr(model, "lfrns_processor", None)) is not None:
+        return stated
+    source = str(getattr(model.config, "_name_or_path", "") or "")
+    folder = _folder_of(source, model.config) if source else None
+    if folder is None:
+        return None
+    call = f"model {source!r}"
+    from transformers import AutoImageProcessor
+
+    named = _check_files(folder, call)
+    try:
+        # A configuration stands in for a name that no class has: it is given only where the files name none.
+        options = {} if named else {"config": _stock(model.config)}
+        processor = AutoImageProcessor.from_pretrained(folder, **options, trust_remote_code=False)
+    except Exception as error:  # a class of another version, code of its own, a value that it refuses
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{call}: its image processor cannot be opened ({short(reason, 200)}). Save one of transformers' own "
+            "beside it, or prepare the images by a transform of your own; code that a folder brings is not run."
+        ) from error
+    return _for_channels(processor, model)
+
+
+def load_processor(model: nn.Module) -> Any:
+    """Return the image processor that a transformers model's pictures are prepared by, to be saved beside its slim one.
+
+    Returns:
+        The processor: the model's own, or, where none came with it, one that resizes to the size its config says and
+        scales pixels to [-1, 1], as ViT's does: a guess, with a warning. None for a model of timm or a class of your
+        own, whose own configuration says the same, and where the processor cannot be opened.
+    """
+    with contextlib.suppress(ValueError):  # make_transform refuses it; a checkpoint goes without
+        return find_processor(model) or guess_processor(model)
+    return None
+
+
+def guess_processor(model: nn.Module) -> Any:
+    """Make a processor for a transformers model that came with none; None for other models."""
+    if not is_of_transformers(model):
+        return None
+    from transformers import ViTImageProcessor
+
+    channels, height, width = input_size_of(model)
+    source = str(getattr(model.config, "_name_or_path", "") or "") or type(model).__name__
+    logger.warning(
+        "%s came without an image processor (%s): pictures are resized to %d x %d and scaled to [-1, 1], as for ViT. "
+        "Save the processor it was trained with beside it.",
+        source,
+        FILE,
+        height,
+        width,
+    )
+    half = [0.5] * channels
+    return ViTImageProcessor(size={"height": height, "width": width}, image_mean=half, image_std=half)
+
+
+def write_processor(processor: Any, folder: Path) -> None:
+    """Write a processor into a folder, from where it comes back as it is.
+
+    Raises:
+        ValueError: What AutoImageProcessor would open there prepares pictures otherwise.
+    """
+    from transformers import AutoImageProcessor
+
+    processor.save_pretrained(folder)
+    if not (folder / FILE).is_file():  # timm's wrapper states it in config.json
+        return
+    back = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    own, again = (json.loads(one.to_json_string()) for one in (processor, back))
+    keys = sorted(key for key in {*own, *again} if own.get(key) != again.get(key))
+    if keys:
+        raise ValueError(
+            f"save(processor={type(processor).__name__}): it comes back as {type(back).__name__} with other "
+            f"{short(', '.join(keys))}. Pass one that AutoImageProcessor opens as it is."
+        )
+
+
+def check_settings(settings: dict[str, Any], where: str) -> None:
+    """Refuse what of an image processor's settings would make images that no machine holds, or none."""
+    for key, value in settings.items():
+        if "size" in key or "edge" in key or "resize" in key:
+            refuse_large(value, f"{where}: {key}", MAX_SIDE)
+    share = settings.get("crop_pct")
+    if share is not None and not (_is_number(share) and 0.01 <= share <= 1):
+        raise ValueError(f"{where} has crop_pct = {short(share)}, which prepares no picture. Mend it.")
+    for key, above in (("image_mean", -1e6), ("image_std", 0)):
+        values = settings.get(key)
+        values = [values] if _is_number(values) else values
+        fits = isinstance(values, list) and 0 < len(values) <= 64 and all(_is_number(v) and v > above for v in values)
+        if values is not None and not fits:
+            raise ValueError(f"{where} has {key} = {short(values)}, which prepares no picture. Mend it.")
+
+
+def changed_processor(processor: Any, **settings: Any) -> Any:
+    """Return a copy of a processor with other settings."""
+    changed = copy.deepcopy(processor).to_dict() | settings
+    changed.pop("image_processor_type", None)
+    return type(processor)(**changed)
+
+
+def _folder_of(source: str, config: Any) -> Path | None:
+    """Find the folder that holds a model's processor: its own, or in the Hub's cache; None where there is none."""
+    if Path(source).is_dir():
+        names = (*FILES, "config.json") if config.model_type.endswith("timm_wrapper") else FILES
+        return Path(source) if any((Path(source) / name).is_file() for name in names) else None
+    for name in FILES[::-1]:
+        if path := cached(source, name):
+            return path.parent
+    if not cached(source):
+        return None
+    from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
+
+    if all(try_to_load_from_cache(source, name) is _CACHED_NO_EXIST for name in FILES):
+        return None
+    what = f"the image processor of {source}"
+    reach_hub(what)
+    for name in FILES[::-1]:
+        with hub_errors(what):
+            try:
+                return Path(hf_hub_download(source, name, etag_timeout=CONNECT_TIMEOUT_S)).parent
+            except errors.LocalEntryNotFoundError:
+                raise
+            except errors.EntryNotFoundError:
+                continue
+    return None
+
+
+def _check_files(folder: Path, call: str) -> bool:
+    """Check what a folder's files say of its processor, and return whether they name its class."""
+    named = False
+    for name in FILES:
+        if (folder / name).is_file():
+            settings = read_json(folder / name, call)
+            inside = settings.get("image_processor")
+            settings = inside if isinstance(inside, dict) else settings
+            check_settings(settings, f"{call}: {name}")
+            own = any(settings.get(key) for key in ("image_processor_type", "feature_extractor_type"))
+            auto_map = settings.get("auto_map")
+            if not own and isinstance(auto_map, dict) and "AutoImageProcessor" in auto_map:
+                raise ValueError(
+                    f"{call}: its image processor is {short(auto_map['AutoImageProcessor'])}; code that a folder "
+                    "brings is not run. Save one of transformers' own beside it, or prepare the images by a transform "
+                    "of your own."
+                )
+            named = named or own
+    return named
+
+
+def _stock(config: Any) -> Any:
+    """Return a configuration of the type that transformers has a processor for; ours are subclasses of it."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    stock = next((kind for kind in type(config).__mro__ if kind in IMAGE_PROCESSOR_MAPPING), None)
+    return config if stock is None or type(config) is stock else stock()
+
+
+def _for_channels(processor: Any, model: nn.Module) -> Any:
+    """Give a processor the statistics of as many channels as the model takes, where it states them for colours."""
+    channels = input_size_of(model)[0]
+    stated = [getattr(processor, key, None) for key in ("image_mean", "image_std")]
+    if channels != 1 or not all(isinstance(values, (list, tuple)) and len(values) == 3 for values in stated):
+        return processor
+    mean, std = ([sum(values) / 3] for values in stated)
+    return changed_processor(processor, image_mean=mean, image_std=std)
+
+
+def _is_number(value: Any) -> bool:
+    """Say whether a value of JSON is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
