@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lfrns_hub"
 RECIPES = PACKAGE.parent / "recipes"
 
 # What every module may import: data, how a batch and an answer look, how a model comes.
-COMMON = {"units", "batches", "answers", "running", "untrusted"}
+COMMON = {"units", "batches", "answers", "model_io", "running", "untrusted"}
 # What else each may; a module that is not named here may import COMMON alone.
 ALLOWED = {
     "untrusted": {"narrow"},
