@@ -70,8 +70,8 @@ class Outputs:
         missing = [name for name in self.heads if name not in rows]
         if missing:
             raise ValueError(
-                f"the model answers with {', '.join(map(repr, rows))}, without {missing[0]!r}: answer alike in training "
-                "and in evaluation."
+                f"the model answers with {', '.join(map(repr, rows))}, without {missing[0]!r}: answer with the same "
+                "heads in training and in evaluation."
             )
         return tuple(rows[name] for name in self.heads)
 
@@ -256,10 +256,9 @@ def state_meaning(slim: nn.Module) -> Outputs:
     transformers' configurations have a place for it: a pipeline then answers by softmax, by sigmoid, or as it is.
     """
     outputs: Outputs = slim.__dict__.pop("lfrns_outputs")
-    config = getattr(slim, "config", None)
-    words = {meaning.name: word for word, meaning in PROBLEMS.items() if isinstance(meaning, Labelled)}
-    if outputs.sure and getattr(config, "problem_type", "") is None and isinstance(outputs.word, str) and outputs.word in words:
-        config.problem_type = words[outputs.word]
+    config, meaning = getattr(slim, "config", None), outputs.heads.get("")
+    if outputs.sure and isinstance(meaning, Labelled) and getattr(config, "problem_type", "") is None:
+        config.problem_type = next(word for word, other in PROBLEMS.items() if other.name == meaning.name)
     return outputs
 
 
@@ -298,17 +297,18 @@ def share_out(labels: Any, names: Sequence[str]) -> dict[str, Tensor | None]:
 
 def _agreed(models: Sequence[nn.Module], call: str) -> Mapping[str, Meaning] | Meaning | None:
     """Return what models say of their outputs, the first that says anything."""
-    said = {type(model).__name__: meaning for model in models if (meaning := said_meaning(model)) is not None}
+    said = [meaning for model in models if (meaning := said_meaning(model)) is not None]
     words = {
         str({name: m.name for name, m in meaning.items()} if isinstance(meaning, Mapping) else meaning.name)
-        for meaning in said.values()
+        for meaning in said
     }
     if len(words) > 1:
+        names = ", ".join(type(model).__name__ for model in models)
         raise ValueError(
-            f"{call}({', '.join(said)}): their outputs mean different things, {' and '.join(sorted(words))}, and cannot "
-            f"be compared. {SAY_IT}"
+            f"{call}({names}): the outputs of one model mean {' and those of another '.join(sorted(words))}, "
+            f"which cannot be compared. {SAY_IT}"
         )
-    return next(iter(said.values()), None)
+    return said[0] if said else None
 
 
 def _by_labels(

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lfrns_hub.model_io.meaning import Classes, Features, Labels, Meaning, Quantities

@@ -134,7 +134,7 @@ class Run:
             self._watch(images)
             with self.accelerator.autocast():
                 output = self.trained(images)
-                outputs = self._settled(output, labels)
+                outputs = self._meaning(output, labels)
                 answer = read_answer(self.model, output, outputs, every_feature=True)
                 taught = ask_teacher(self.teacher, images, outputs)
             loss = self.mix(answer, outputs.read_labels(labels, len(images), "retrain(loader)"), taught)
@@ -150,7 +150,7 @@ class Run:
         self._rate = rate
         return value, rate
 
-    def _settled(self, output: Any, labels: Any) -> Outputs:
+    def _meaning(self, output: Any, labels: Any) -> Outputs:
         """Say what the outputs mean, once: the same after the run was gone on with, and on every process."""
         if self._outputs is None:
             models = [self.whole, *filter(None, [self.teacher])]
