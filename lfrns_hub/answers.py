@@ -15,7 +15,6 @@ from torch.utils.data import IterableDataset
 from lfrns_hub.batches import find_logits, named_tensors, read_rows, split_batch
 from lfrns_hub.model_io.meaning import (
     CALIBRATED_BY,
-    PROBLEMS,
     SAY_IT,
     Classes,
     Features,
@@ -248,18 +247,6 @@ def understand(dense: nn.Module, batches: Sequence[tuple[Tensor, Any]], call: st
         return list(batches)
     read = [(images, outputs.read_labels(labels, len(images), f"{call}(loader)")) for images, labels in batches]
     return [(images, labels[""] if list(labels) == [""] else labels) for images, labels in read]
-
-
-def state_meaning(slim: nn.Module) -> Outputs:
-    """Take from a copy of the analysed model what `understand` left on it, and state it where others look.
-
-    transformers' configurations have a place for it: a pipeline then answers by softmax, by sigmoid, or as it is.
-    """
-    outputs: Outputs = slim.__dict__.pop("lfrns_outputs")
-    config, meaning = getattr(slim, "config", None), outputs.heads.get("")
-    if outputs.sure and isinstance(meaning, Labelled) and getattr(config, "problem_type", "") is None:
-        config.problem_type = next(word for word, other in PROBLEMS.items() if other.name == meaning.name)
-    return outputs
 
 
 def _calibrated(outputs: Outputs, dense: nn.Module, batches: Sequence[Tensor]) -> Outputs:

@@ -53,8 +53,8 @@ def render_card(
     setup = record.get("setup") or {}
     provenance = provenance or setup.get("provenance") or {}
     slim, dense = record.get("slim") or {}, record.get("dense") or {}
-    if provenance.get("output") in OUTPUTS:  # said where nothing was measured, too
-        slim = {"output": provenance["output"]} | slim
+    if isinstance(word := provenance.get("output"), str) and word in OUTPUTS:  # said where nothing was measured, too
+        slim = {"output": word} | slim
     known = {key: setup.get(key) or provenance.get(key) for key in (*KEYS, "dataset", "dataset_id")}
     if known["license"] != "other":  # the Hub knows the others by their identifier
         known["license_name"] = known["license_link"] = None
@@ -124,10 +124,9 @@ def _summary(
     where = f" on {known['dataset']}" if known["dataset"] else ""
     for head, figure, value in main_figures(slim):
         title = figure.title[:1].lower() + figure.title[1:] if figure.title[1:2].islower() else figure.title
+        what = f"{'an' if title.startswith('R') else 'a'} {title}{f' of {head}' if head else ''}"
         before = _figure(heads_of(dense).get(head, {}).get(figure.key), figure)
-        told.append(
-            f"{'an' if title.startswith('R') else 'a'} {title}{f' of {head}' if head else ''} of {_figure(value, figure)}{where} (dense: {before})"
-        )
+        told.append(f"{what} of {_figure(value, figure)}{where} (dense: {before})")
     return (
         f"{base} with fewer {units} than its dense model{': ' if told else ''}{_list(told)}. LFRNS (Fang and Yin 2025) "
         "removed the units that others can stand in for; the layers are the stock ones, only narrower."

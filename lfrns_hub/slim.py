@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.answers import state_meaning, understand
+from lfrns_hub.answers import understand
 from lfrns_hub.cache import Cache
 from lfrns_hub.checkpoint import carry_config
 from lfrns_hub.contribution import learn_contributions
@@ -412,7 +412,7 @@ class Analysis:
                 report.latency_fraction, report.latency = meter.ratio(plan), meter.tell(plan, chosen)
         report.seconds = self.seconds | clock.seconds
         result = typed_as(result, self.model).eval()
-        outputs = state_meaning(result)
+        outputs = result.__dict__.pop("lfrns_outputs")
         made = provenance(report, plan, chosen, self.preset, self.seed, fcr_steps, batches)
         made |= getattr(self.model, "lfrns_base", {}) | ({"output": outputs.word} if outputs.sure else {})
         result.lfrns_provenance = added_up(getattr(self.model, "lfrns_provenance", None), made)

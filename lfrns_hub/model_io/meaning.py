@@ -358,11 +358,20 @@ def said_meaning(model: nn.Module) -> Mapping[str, Meaning] | Meaning | None:
     return MEANINGS.get(noted) if isinstance(noted, str) else None
 
 
+def problem_type_of(model: nn.Module) -> str | None:
+    """Return transformers' word for what a model says of its one head, for its configuration; None where it has none.
+
+    A pipeline answers by it: by softmax, by sigmoid, or the numbers as they are.
+    """
+    said = said_meaning(model)
+    words = {meaning.name: word for word, meaning in PROBLEMS.items() if isinstance(meaning, Labelled)}
+    return words.get(said.name) if isinstance(said, Meaning) else None
+
+
 def _read_distributions(labels: Tensor, width: int) -> Tensor:
     """Read rows [N, K] that say how likely each class is: class numbers where each row has but one."""
-    labels = labels if labels.dtype == torch.float64 else labels.float()
     unread = (labels == UNREADABLE).all(1)
-    rows = labels.masked_fill(unread[:, None], 0)
+    rows = _as_float(labels).masked_fill(unread[:, None], 0)
     likely = ((rows >= 0).all(1) & ((rows.sum(1) - 1).abs() < 1e-3)) | (rows == 0).all(1) & unread
     if not likely.all():
         raise ValueError(
@@ -380,6 +389,11 @@ def _as_rows(labels: Tensor, width: int, wanted: str) -> Tensor:
         labels = labels[:, None]
     if labels.shape[1:] != (width,):
         raise ValueError(f"labels are {_kind(labels)} {wanted} needed, [N, {width}]. {SAY_IT}")
+    return _as_float(labels)
+
+
+def _as_float(labels: Tensor) -> Tensor:
+    """Return labels in single precision, or in the double that they have."""
     return labels if labels.dtype == torch.float64 else labels.float()
 
 
