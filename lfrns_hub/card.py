@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lfrns_hub.lineage import KEYS
 from lfrns_hub.measure import KINDS as OUTPUTS
-from lfrns_hub.measure import heads_of, main_figures, word_of
+from lfrns_hub.measure import heads_of, main_figure, main_figures, word_of
 
 NOT_MEASURED = "not measured"
 UNKNOWN = "unknown"
@@ -60,6 +60,7 @@ def render_card(
         known["license_name"] = known["license_link"] = None
     tasks = {OUTPUTS[word_of(of_head)].task for of_head in heads_of(slim).values()}
     task = tasks.pop() if len(tasks) == 1 else None  # the Hub has no word for quantities, nor for several at once
+    shown = main_figure(slim)
     data = ModelCardData(
         model_name=model_name,
         library_name=library,
@@ -91,8 +92,9 @@ def render_card(
             latency=_latency(setup),
             controls=_cells([row["name"], _percent(row.get("top1_pct")), _count(row.get("images"))]
                             for row in setup.get("controls") or []),
-            budgets=[[_number(row["macs_fraction"], "", 3), _percent(row.get("top1_pct")), _ms(row.get("latency_ms"))]
-                     for row in setup.get("budgets") or []],
+            budgets=[[_number(row["macs_fraction"], "", 3), _figure(row.get(shown.key), shown),
+                      _ms(row.get("latency_ms"))] for row in setup.get("budgets") or []],
+            shown=shown.title.lower() if shown.title[1:2].islower() else shown.title,
             removed=_removed(provenance),
             plot=plot,
             gallery=gallery,

@@ -52,7 +52,7 @@ ALLOWED = {
     "stream": {"pictures", "seeded"},
     "lineage": {"reach"},
     "zoo": {"models", "pictures", "reach", "checkpoint", "lineage"},
-    "checkpoint": {"zoo", "adapters", "surgery", "narrow", "models", "card", "hub", "plots", "lineage"},
+    "checkpoint": {"zoo", "adapters", "surgery", "narrow", "models", "card", "hub", "plots", "lineage", "measure"},
     "hub": {"reach", "handwritten"},
     "card": {"measure", "plots", "lineage"},
     "plots": {"measure"},

@@ -2,7 +2,7 @@
 
 from lfrns_hub.measure.compare import measure, measure_each
 from lfrns_hub.measure.counting import count_macs, count_params
-from lfrns_hub.measure.figures import KINDS, heads_of, main_figures, word_of
+from lfrns_hub.measure.figures import KINDS, heads_of, main_figure, main_figures, nearness, word_of
 from lfrns_hub.measure.latency import cpu_name, describe_setup, forward_passes, measure_latency, take_turns, wait_for
 from lfrns_hub.measure.record import Record, format_table
 from lfrns_hub.measure.score import evaluate, prepare_loader
@@ -20,10 +20,12 @@ __all__ = [
     "format_table",
     "forward_passes",
     "heads_of",
+    "main_figure",
     "main_figures",
     "measure",
     "measure_each",
     "measure_latency",
+    "nearness",
     "prepare_loader",
     "take_turns",
     "wait_for",

@@ -215,6 +215,16 @@ def word_of(scores: dict[str, Any]) -> str:
     return word if isinstance(word, str) and word in KINDS else "features" if "explained_pct" in scores else "classes"
 
 
+def main_figure(scores: dict[str, Any]) -> Figure:
+    """Return the figure that stands for all in a table or plot of several models."""
+    return KINDS[word_of(scores)].figures[0]
+
+
+def nearness(scores: dict[str, Any]) -> Figure:
+    """Return the figure that tells how near a slim model is to its dense one."""
+    return KINDS[word_of(scores)].figures[-1]
+
+
 def heads_of(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the scores of each head by its name, "" for the only one."""
     return scores["heads"] if isinstance(scores.get("heads"), dict) else {"": scores}
