@@ -134,12 +134,6 @@ class Answer:
             for (_, meaning, got), share in zip(self.heads, self._shares(), strict=True)
         )
 
-    def relative_error(self, dense: "Answer") -> Tensor:
-        """Return each image's squared error over the variance of the dense model's features, [N], their mean."""
-        pairs = zip(self.heads, dense.parts, strict=True)
-        errors = [m.relative_error(got, target) for (_, m, got), target in pairs if isinstance(m, Features)]
-        return torch.stack(errors).mean(0)
-
     def _shares(self) -> list[float]:
         """Return what each head counts."""
         features = sum(isinstance(meaning, Features) for meaning in self.outputs.heads.values())
@@ -181,7 +175,7 @@ def settle(models: Sequence[nn.Module], output: Any, labels: Sequence[Any], call
     said = _agreed(models, call)
     rows, logits = read_rows(output), find_logits(output)
     widths = {name: part.shape[1] for name, part in rows.items()}
-    flat = {name for name, part in named_tensors(output).items() if part.ndim == 2}  # of a map no label speaks
+    flat = {name for name, part in named_tensors(output).items() if part.ndim in (1, 2)}  # of a map no label speaks
     labelled = any(value is not None for value in share_out(labels[0] if labels else None, list(rows)).values())
     if isinstance(said, Features):
         return Outputs(dict.fromkeys(rows, said), widths)
@@ -190,6 +184,11 @@ def settle(models: Sequence[nn.Module], output: Any, labels: Sequence[Any], call
     if logits is not None and not (len(rows) > 1 and labelled):
         width = logits.shape[1]
         meaning = said or _by_labels(models[0], labels, "", [""], width, call)
+        if isinstance(meaning, Classes) and width == 1:
+            raise ValueError(
+                f"{call}({type(models[0]).__name__}): it says 'single_label_classification' and has one output, which "
+                "no softmax tells anything by. Say 'multi_label_classification' of a yes or no, else 'regression'."
+            )
         default = Classes() if width > 1 else Quantities()
         return Outputs({"": meaning or default}, {"": width}, meaning is not None)
     found = {
@@ -199,7 +198,9 @@ def settle(models: Sequence[nn.Module], output: Any, labels: Sequence[Any], call
     return Outputs({name: meaning or Features() for name, meaning in found.items()}, widths, any(found.values()))
 
 
-def settle_by_loader(models: Sequence[nn.Module], output: Any, labels: Any, loader: Any, call: str) -> Outputs:
+def settle_by_loader(
+    models: Sequence[nn.Module], output: Any, labels: Any, loader: Any, call: str, *, accelerator: Any = None
+) -> Outputs:
     """Settle what outputs mean at the first batch of a loader, the same on every process and whatever batch it is.
 
     Rows [N, K] of one batch may look like classes by chance. Where they decide, images from all over the dataset are
@@ -209,6 +210,7 @@ def settle_by_loader(models: Sequence[nn.Module], output: Any, labels: Any, load
         models, output, call: As for `settle`.
         labels: Of the batch.
         loader: What gives it.
+        accelerator: Given, every process calls this at the same time.
     """
     logits = find_logits(output)
     plain = logits is not None and logits.shape[1] > 1 and getattr(labels, "ndim", 0) == 1
@@ -219,8 +221,8 @@ def settle_by_loader(models: Sequence[nn.Module], output: Any, labels: Any, load
         places = torch.linspace(0, len(dataset) - 1, min(len(dataset), IMAGES_SEEN)).long().unique().tolist()
         return settle(models, output, [split_batch(collate([dataset[place] for place in places]))[1]], call)
     seen = [labels]
-    if torch.distributed.is_initialized():
-        seen = [None] * torch.distributed.get_world_size()
+    if accelerator is not None and accelerator.num_processes > 1:
+        seen = [None] * accelerator.num_processes
         torch.distributed.all_gather_object(seen, labels)
     return settle(models, output, seen, call)
 
@@ -238,7 +240,7 @@ def understand(dense: nn.Module, batches: Sequence[tuple[Tensor, Any]], call: st
         ValueError: The labels are none of such outputs.
     """
     with torch.no_grad():
-        output = dense(as_input(batches[0][0][:1], dense))
+        output = dense(as_input(batches[0][0][:2], dense))  # of one image, `squeeze()` leaves no row
         outputs = settle([dense], output, [labels for _, labels in batches], call)
         if any(isinstance(meaning, Quantities) for meaning in outputs.heads.values()):
             outputs = _calibrated(outputs, dense, [images for images, _ in batches])

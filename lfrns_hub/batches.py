@@ -99,13 +99,14 @@ def find_logits(output: Any) -> Tensor | None:
 
     Logits are what the output calls so (transformers), its only tensor if that is [N, K] (timm), or the first of a list
     or tuple whose tensors are all [N, K] alike: those of auxiliary heads come after it. Heads with names are several.
+    Outputs [N] are one an image, [N, 1].
     """
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(named, Tensor):
-        return named if named.ndim == 2 else None
-    tensors = read_tensors(output)
-    alike = bool(tensors) and tensors[0].ndim == 2 and all(t.shape == tensors[0].shape for t in tensors)
-    return tensors[0] if alike and (len(tensors) == 1 or not isinstance(output, Mapping)) else None
+    tensors = [named] if isinstance(named, Tensor) else read_tensors(output)
+    alike = bool(tensors) and tensors[0].ndim in (1, 2) and all(t.shape == tensors[0].shape for t in tensors)
+    if not alike or (len(tensors) > 1 and isinstance(output, Mapping)):
+        return None
+    return tensors[0] if tensors[0].ndim == 2 else tensors[0][:, None]
 
 
 def read_rows(output: Any) -> dict[str, Tensor]:

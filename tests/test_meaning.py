@@ -323,6 +323,19 @@ def test_models_of_other_widths_or_labels_of_other_form_are_not_compared() -> No
         lfrns.measure(Given(), loader, dense=wide, progress=False)
 
 
+def test_an_answer_without_an_axis_of_outputs_is_one_output_an_image() -> None:
+    squeezed = nn.Sequential(nn.Flatten(0))
+    outputs = settle([squeezed], torch.zeros(4), [torch.tensor([0, 1, 1, 0])], "slim")
+    assert outputs.word == "labels" and outputs.widths == {"": 1}
+    scores = evaluate(squeezed, given(torch.tensor([[-1.0], [2.0]]), torch.tensor([0, 1])), progress=False)
+    assert scores["label_accuracy_pct"] == 100 and scores["map_pct"] == 100
+
+
+def test_one_output_that_says_it_is_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"slim\(Identity\): it says 'single_label_classification' and has one output"):
+        settle([saying(problem_type="single_label_classification")], torch.zeros(2, 1), [], "slim")
+
+
 # --- slim and retrain follow
 def test_one_output_is_a_quantity_and_learns_from_the_teacher() -> None:
     dense = lively(Net(1))

@@ -170,7 +170,9 @@ def answer(models: dict[str, nn.Module], loader: Any, accelerator: Any, progress
             given = {name: model(as_input(images, model)) for name, model in models.items()}
             if outputs is None:
                 first = next(iter(given.values()))
-                outputs = settle_by_loader(list(models.values()), first, labels, loader, "evaluate")
+                outputs = settle_by_loader(
+                    list(models.values()), first, labels, loader, "evaluate", accelerator=accelerator
+                )
             answers = {name: read_answer(model, given[name], outputs) for name, model in models.items()}
             batch = _keep(answers, labels, len(images), device)
             if accelerator is not None:

@@ -155,7 +155,9 @@ class Run:
         if self._outputs is None:
             models = [self.whole, *filter(None, [self.teacher])]
             with random_kept():
-                self._outputs = settle_by_loader(models, output, labels, self.data.given, "retrain")
+                self._outputs = settle_by_loader(
+                    models, output, labels, self.data.given, "retrain", accelerator=self.accelerator
+                )
             if self._outputs.are_features and self.eval_loader is not None:
                 raise ValueError(
                     "retrain(eval_loader): the model answers with features, which no label scores. Leave it out, and "

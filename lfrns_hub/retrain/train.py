@@ -52,8 +52,8 @@ def retrain(
 ) -> nn.Module:
     """Train a model in place, from its labels, from a teacher, or from both.
 
-    What the outputs mean, and so the loss, is said as for `slim`: cross-entropy of classes, binary cross-entropy of labels
-    that hold together, squared error of quantities; the teacher's share likewise, and of features as well.
+    What the outputs mean, and so the loss, is said as for `slim`: cross-entropy of classes, binary cross-entropy of
+    labels that hold together, squared error of quantities; the teacher's share likewise, and of features as well.
 
     Args:
         model: Trained in place; it ends on the accelerator's device, in the training mode and the memory format in
@@ -94,7 +94,8 @@ def retrain(
         The model that came in.
     Raises:
         ValueError: A value is out of its range, the loader is empty, labels are missing or do not fit the outputs, the
-            teacher's outputs mean something else, features are asked for and cannot be compared, or the checkpoint is of another run.
+            teacher's outputs mean something else, features are asked for and cannot be compared, or the checkpoint is
+            of another run.
         FloatingPointError: The loss or a weight is no longer finite; the message names the last good checkpoint.
         OSError: A checkpoint cannot be written or read; what was there before is there still.
     Source: Fang and Yin 2025 retrain plainly; the teacher's share is Hinton et al. 2015, section 2, that of
