@@ -123,7 +123,7 @@ class Answer:
         that every tensor weighs alike whatever its scale.
         """
         return sum(
-            share * meaning.divergence(got, target).sum()
+            share * meaning.divergence(got, target)
             for (_, meaning, got), target, share in zip(self.heads, dense.parts, self._shares(), strict=True)
         )
 

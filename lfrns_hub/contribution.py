@@ -284,7 +284,7 @@ def gate_loss(answer: Answer, dense: Answer, labels: Any, share: slice) -> Tenso
     read = answer.outputs.read_labels(_part(labels, share), images, "slim(loader)")
     for name, meaning, part in answer.heads:
         if read[name] is not None:
-            loss = loss + meaning.surprise(part, read[name]).sum()
+            loss = loss + meaning.surprise(part, read[name])
     return loss
 
 

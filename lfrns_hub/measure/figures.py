@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from lfrns_hub.model_io.meaning import Classes, Features, Labels, Meaning, Quantities
@@ -90,7 +91,7 @@ class ClassFigures(Kind):
     def of_batch(self, meaning: Classes, part: Tensor, dense: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """Keep the class that each image is taken for, and the cross-entropy."""
         logits = part.float()
-        return {"predicted": logits.argmax(1), "loss": meaning.surprise(logits, labels)}
+        return {"predicted": logits.argmax(1), "loss": F.cross_entropy(logits, labels, reduction="none")}
 
     def labels_of_batch(self, labels: Tensor) -> Tensor:
         """Take the most likely class of probabilities."""

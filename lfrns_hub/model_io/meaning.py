@@ -30,7 +30,7 @@ class Meaning(ABC):
 
     @abstractmethod
     def divergence(self, got: Tensor, dense: Tensor) -> Tensor:
-        """Return how far outputs are from the dense model's, of each image, [N]."""
+        """Return how far outputs are from the dense model's, summed over the images."""
 
     @abstractmethod
     def drawn_loss(self, got: Tensor, generator: torch.Generator) -> Tensor:
@@ -61,7 +61,7 @@ class Labelled(Meaning):
 
     @abstractmethod
     def surprise(self, got: Tensor, labels: Tensor) -> Tensor:
-        """Return minus the log-likelihood of labels, in the unit of `divergence`, of each image, [N]."""
+        """Return minus the log-likelihood of labels, in the unit of `divergence`, summed over the images."""
 
     @abstractmethod
     def task_loss(self, got: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -76,7 +76,7 @@ class Classes(Labelled):
 
     def divergence(self, got: Tensor, dense: Tensor) -> Tensor:
         """Return the Kullback-Leibler divergence, in nats."""
-        return F.kl_div(got.log_softmax(-1), dense.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        return F.kl_div(got.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True)
 
     def drawn_loss(self, got: Tensor, generator: torch.Generator) -> Tensor:
         """Return the cross-entropy to labels drawn from the model's own distribution: Fisher information."""
@@ -110,7 +110,7 @@ class Classes(Labelled):
 
     def surprise(self, got: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy, in nats."""
-        return F.cross_entropy(got, _like(labels, got), reduction="none")
+        return F.cross_entropy(got, _like(labels, got), reduction="sum")
 
     def task_loss(self, got: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return the mean cross-entropy."""
@@ -131,7 +131,7 @@ class Labels(Labelled):
 
     def divergence(self, got: Tensor, dense: Tensor) -> Tensor:
         """Return the Kullback-Leibler divergence, in nats, the sum over independent labels."""
-        return _bernoulli_divergence(got, dense).sum(-1)
+        return _bernoulli_divergence(got, dense).sum()
 
     def drawn_loss(self, got: Tensor, generator: torch.Generator) -> Tensor:
         """Return the cross-entropy to labels drawn from the model's own distribution: Fisher information."""
@@ -140,7 +140,7 @@ class Labels(Labelled):
 
     def read_labels(self, labels: Tensor, width: int) -> Tensor:
         """Return for each label its probability, mostly 0 or 1, UNREADABLE where it is not known: [N, K], float."""
-        labels = _as_rows(labels, width, f"of a model with {width} labels that hold together: 0 or 1 for each is")
+        labels = _as_rows(labels, width, f"with {width} labels that hold together: 0 or 1 for each is")
         known = labels[labels != UNREADABLE]
         if not ((known >= 0) & (known <= 1)).all():
             raise ValueError(
@@ -155,7 +155,7 @@ class Labels(Labelled):
 
     def surprise(self, got: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy, in nats, the sum over the labels."""
-        return self._cross_entropy(got, labels).sum(-1)
+        return self._cross_entropy(got, labels).sum()
 
     def task_loss(self, got: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return the mean cross-entropy over images and labels; smoothing draws each label towards 1/2."""
@@ -189,7 +189,7 @@ class Quantities(Labelled):
 
     def divergence(self, got: Tensor, dense: Tensor) -> Tensor:
         """Return half the squared error over the dense model's variance, the sum over the quantities."""
-        return 0.5 * ((got - dense).square() / self._scale(dense)).sum(-1)
+        return 0.5 * ((got - dense).square() / self._scale(dense)).sum()
 
     def drawn_loss(self, got: Tensor, generator: torch.Generator) -> Tensor:
         """Return the outputs' product with normal noise, on the scale of their errors: Gauss-Newton."""
@@ -199,7 +199,7 @@ class Quantities(Labelled):
     def read_labels(self, labels: Tensor, width: int) -> Tensor:
         """Return the quantities [N, K], float, NaN where one is not known."""
         unread = labels == UNREADABLE if not labels.is_floating_point() else torch.zeros_like(labels, dtype=torch.bool)
-        rows = _as_rows(labels, width, f"of a model with {width} quantities: a number for each is")
+        rows = _as_rows(labels, width, f"with {width} quantities: a number for each is")
         rows = rows.masked_fill(unread.reshape(rows.shape), float("nan"))
         if rows.isinf().any():
             raise ValueError(
@@ -213,7 +213,7 @@ class Quantities(Labelled):
 
     def surprise(self, got: Tensor, labels: Tensor) -> Tensor:
         """Return half the squared error over the dense model's variance, the sum over the quantities."""
-        return 0.5 * (self._squares(got, labels) / self._scale(got.detach())).sum(-1)
+        return 0.5 * (self._squares(got, labels) / self._scale(got.detach())).sum()
 
     def task_loss(self, got: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return the mean squared error.
@@ -253,7 +253,7 @@ class Features(Meaning):
 
     def divergence(self, got: Tensor, dense: Tensor) -> Tensor:
         """Return half the relative error."""
-        return 0.5 * self.relative_error(got, dense)
+        return 0.5 * self.relative_error(got, dense).sum()
 
     def drawn_loss(self, got: Tensor, generator: torch.Generator) -> Tensor:
         """Return the features' product with normal noise, on the scale of their errors: Gauss-Newton."""
@@ -388,7 +388,7 @@ def _as_rows(labels: Tensor, width: int, wanted: str) -> Tensor:
     if width == 1 and labels.ndim == 1:
         labels = labels[:, None]
     if labels.shape[1:] != (width,):
-        raise ValueError(f"labels are {_kind(labels)} {wanted} needed, [N, {width}]. {SAY_IT}")
+        raise ValueError(f"labels are {_kind(labels)} for a model {wanted} needed, [N, {width}]. {SAY_IT}")
     return _as_float(labels)
 
 
