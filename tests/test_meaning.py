@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from faulty_run import end, start
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,6 +23,7 @@ from lfrns_hub.batches import split_batch
 from lfrns_hub.card import render_card
 from lfrns_hub.measure import Record, evaluate, format_table
 from lfrns_hub.model_io.meaning import Classes, Features, Labels, Quantities
+from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.retrain.loss import mixed_loss
 from lfrns_hub.zoo import guard_against_chance
 
@@ -512,3 +514,45 @@ def test_chance_is_asked_of_classes_alone() -> None:
     regression = Net(1)
     regression.problem_type = "regression"
     assert guard_against_chance(regression, DataLoader(TensorDataset(BRIGHT, SUM[:, 0]), 16), "DIR") is None
+
+
+# --- several processes
+class Rows(torch.utils.data.IterableDataset):
+    """Rows of outputs and labels as a stream, of which the first four alone look like one-hot classes."""
+
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        outputs = torch.randn(16, 3, generator=generator)
+        labels = torch.cat(
+            [F.one_hot(torch.tensor([0, 1, 2, 0]), 3), torch.randint(0, 2, (12, 3), generator=generator)]
+        )
+        return zip(outputs[:, :, None, None], labels, strict=True)
+
+
+def scored(processes: int) -> list[dict[str, Any]]:
+    accelerator = make_accelerator() if processes > 1 else None
+    labels, numbers = (
+        torch.stack(rows) for rows in zip(*((label, output.flatten()) for output, label in Rows()), strict=True)
+    )
+    loaders = [given(numbers, labels, 4 // processes)]
+    loaders.append(given(numbers[:15, :1], numbers[:15, 1], 4 // processes))
+    loaders += [DataLoader(Rows(), 4)] if processes > 1 else []
+    return [
+        evaluate(Given(), loader, teacher=Given(0.3), accelerator=accelerator, progress=False) for loader in loaders
+    ]
+
+
+def score_in_a_process(rank: int, folder: Path) -> None:
+    """In each of two processes: score, and leave the figures."""
+    (folder / f"{rank}.json").write_text(json.dumps(scored(2)))
+
+
+def test_two_processes_score_what_one_does(tmp_path: Path, free_port: str) -> None:
+    assert end(start(score_in_a_process, tmp_path, processes=2, port=free_port), seconds=120) == [0, 0]
+    alone = scored(1)
+    assert [one["output"] for one in alone[:2]] == ["labels", "quantities"]
+    for rank in (0, 1):
+        together = json.loads((tmp_path / f"{rank}.json").read_text())
+        for one, other in zip(alone[:2], together[:2], strict=True):
+            assert one == {key: pytest.approx(value) if key != "output" else value for key, value in other.items()}
+        assert together[2]["output"] == "labels"  # one process begins with the rows that look like classes
