@@ -20,8 +20,10 @@ from lfrns_hub.model_io.meaning import (
     Features,
     LabelForm,
     Labelled,
+    Labels,
     Meaning,
     Quantities,
+    activation_of,
     said_meaning,
 )
 from lfrns_hub.running import as_input
@@ -152,9 +154,10 @@ def read_answer(
         every_feature: Read all of a feature map.
     """
     outputs = outputs or getattr(model, "lfrns_outputs", None) or settle([model], output, [], "read_answer")
+    meanings = outputs.heads.values()
     parts = [part if part.dtype == torch.float64 else part.float() for part in outputs.parts(output)]
+    parts = [meaning.read_outputs(part) for meaning, part in zip(meanings, parts, strict=True)]
     if not every_feature:
-        meanings = outputs.heads.values()
         parts = [_chosen(p) if isinstance(m, Features) else p for m, p in zip(meanings, parts, strict=True)]
     return Answer(tuple(parts), outputs)
 
@@ -162,11 +165,12 @@ def read_answer(
 def settle(models: Sequence[nn.Module], output: Any, labels: Sequence[Any], call: str) -> Outputs:
     """Say what the outputs of models mean: by their own word, else by the labels, else by the outputs' shape.
 
-    By shape alone, [N, K] are classes, [N, 1] a quantity, and all else is features.
+    By shape alone, [N, K] are classes, [N, 1] a quantity, and all else is features. A model that ends with a softmax or
+    a sigmoid says so by its graph, and its outputs are read as probabilities.
 
     Args:
         models: That answer alike, such as a slim and its dense one, without wrappers.
-        output: What the first answers to some images.
+        output: What the first answers to some images, with its graph for gradients (see `probe`).
         labels: Of batches, as the loader has them; None among them, or none at all, where there are none.
         call: For the error.
     Raises:
@@ -180,7 +184,7 @@ def settle(models: Sequence[nn.Module], output: Any, labels: Sequence[Any], call
     if isinstance(said, Features):
         return Outputs(dict.fromkeys(rows, said), widths)
     if isinstance(said, Mapping):
-        return Outputs({name: said.get(name, Features()) for name in rows}, widths)
+        return Outputs({name: _activated(said.get(name, Features()), rows[name]) for name in rows}, widths)
     if logits is not None and not (len(rows) > 1 and labelled):
         width = logits.shape[1]
         meaning = said or _by_labels(models[0], labels, "", [""], width, call)
@@ -189,13 +193,28 @@ def settle(models: Sequence[nn.Module], output: Any, labels: Sequence[Any], call
                 f"{call}({type(models[0]).__name__}): it says 'single_label_classification' and has one output, which "
                 "no softmax tells anything by. Say 'multi_label_classification' of a yes or no, else 'regression'."
             )
-        default = Classes() if width > 1 else Quantities()
-        return Outputs({"": meaning or default}, {"": width}, meaning is not None)
+        default = Labels() if activation_of(logits) == "sigmoid" else Classes() if width > 1 else Quantities()
+        return Outputs({"": _activated(meaning or default, logits)}, {"": width}, meaning is not None)
     found = {
         name: _by_labels(models[0], labels, name, list(rows), widths[name], call) if name in flat else None
         for name in rows
     }
-    return Outputs({name: meaning or Features() for name, meaning in found.items()}, widths, any(found.values()))
+    heads = {name: _activated(meaning or Features(), rows[name]) for name, meaning in found.items()}
+    return Outputs(heads, widths, any(found.values()))
+
+
+def probe(model: nn.Module, images: Tensor) -> Any:
+    """Return what a model answers to two images (of one, `squeeze()` leaves no row), with its graph for gradients.
+
+    A forward that has no gradients answers without.
+    """
+    images = as_input(images[:2], model).detach().clone()  # which a forward may write to
+    try:
+        with torch.enable_grad():
+            return model(images.clone().requires_grad_().clone() if images.is_floating_point() else images)
+    except RuntimeError:
+        with torch.no_grad():
+            return model(images)
 
 
 def settle_by_loader(
@@ -239,9 +258,8 @@ def understand(dense: nn.Module, batches: Sequence[tuple[Tensor, Any]], call: st
     Raises:
         ValueError: The labels are none of such outputs.
     """
+    outputs = settle([dense], probe(dense, batches[0][0]), [labels for _, labels in batches], call)
     with torch.no_grad():
-        output = dense(as_input(batches[0][0][:2], dense))  # of one image, `squeeze()` leaves no row
-        outputs = settle([dense], output, [labels for _, labels in batches], call)
         if any(isinstance(meaning, Quantities) for meaning in outputs.heads.values()):
             outputs = _calibrated(outputs, dense, [images for images, _ in batches])
     dense.lfrns_outputs = outputs
@@ -282,6 +300,12 @@ def share_out(labels: Any, names: Sequence[str]) -> dict[str, Tensor | None]:
         shared = dict(zip(names, labels, strict=True)) if by_place else dict.fromkeys(names)
         shared = {name: value if getattr(value, "ndim", 0) else None for name, value in shared.items()}
     return {name: _as_tensor(value) for name, value in shared.items()}
+
+
+def _activated(meaning: Meaning, outputs: Tensor) -> Meaning:
+    """Return the meaning of outputs that are probabilities already, where they are."""
+    ends_with = {"softmax": Classes, "sigmoid": Labels}.get(activation_of(outputs))
+    return replace(meaning, probabilities=True) if ends_with and isinstance(meaning, ends_with) else meaning
 
 
 def _agreed(models: Sequence[nn.Module], call: str) -> Mapping[str, Meaning] | Meaning | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lfrns_hub as lfrns
-from lfrns_hub.answers import Outputs, read_answer, settle, settle_by_loader
+from lfrns_hub.answers import Outputs, probe, read_answer, settle, settle_by_loader
 from lfrns_hub.batches import split_batch
 from lfrns_hub.card import render_card
 from lfrns_hub.measure import Record, evaluate, format_table
@@ -336,6 +336,21 @@ def test_an_answer_without_an_axis_of_outputs_is_one_output_an_image() -> None:
 def test_one_output_that_says_it_is_classes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"slim\(Identity\): it says 'single_label_classification' and has one output"):
         settle([saying(problem_type="single_label_classification")], torch.zeros(2, 1), [], "slim")
+
+
+def test_outputs_that_are_probabilities_already_are_read_as_such() -> None:
+    images, classes, labels = torch.randn(6, 3, 1, 1), torch.tensor([0, 1, 2, 0, 1, 2]), torch.eye(6)[:, :3] + 0
+    labels[0, 1] = 1
+    for activation, wanted in ((nn.Softmax(1), classes), (nn.Sigmoid(), labels)):
+        loader = DataLoader(TensorDataset(images, wanted), 3)
+        plain, ended = Given(), nn.Sequential(nn.Flatten(), activation)
+        scores = [evaluate(model, loader, progress=False) for model in (plain, ended)]
+        assert scores[1]["loss"] == pytest.approx(scores[0]["loss"], rel=1e-4)
+        accuracy = "top1_pct" if wanted is classes else "label_accuracy_pct"
+        assert scores[1][accuracy] == scores[0][accuracy]
+    hidden = nn.Sequential(nn.Flatten(), nn.Sigmoid(), nn.Unflatten(1, (3, 1)), nn.Flatten())
+    assert settle([hidden], probe(hidden, images), [], "slim").word == "labels"
+    assert not settle([plain], probe(plain, images), [], "slim").heads[""].probabilities
 
 
 # --- slim and retrain follow

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lfrns_hub.answers import Answer, Outputs, read_answer, settle_by_loader
+from lfrns_hub.answers import Answer, Outputs, probe, read_answer, settle_by_loader
 from lfrns_hub.batches import LABEL_KEYS, UNREADABLE, check_finite, iterate
 from lfrns_hub.measure.figures import kind_of, worst
 from lfrns_hub.model_io.meaning import Classes, Labels
@@ -169,7 +169,7 @@ def answer(models: dict[str, nn.Module], loader: Any, accelerator: Any, progress
             check_finite(images, "evaluate(loader)")
             given = {name: model(as_input(images, model)) for name, model in models.items()}
             if outputs is None:
-                first = next(iter(given.values()))
+                first = probe(next(iter(models.values())), images)
                 outputs = settle_by_loader(
                     list(models.values()), first, labels, loader, "evaluate", accelerator=accelerator
                 )

@@ -5,6 +5,7 @@ What compares, teaches or scores outputs asks a `Meaning`: the calibration loss,
 N images, K outputs of one head.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ class Meaning(ABC):
     """
 
     name: ClassVar[str]
+
+    def read_outputs(self, outputs: Tensor) -> Tensor:
+        """Return outputs in the form that everything here takes: logits, or the numbers themselves."""
+        return outputs
 
     @abstractmethod
     def divergence(self, got: Tensor, dense: Tensor) -> Tensor:
@@ -70,9 +75,18 @@ class Labelled(Meaning):
 
 @dataclass(frozen=True)
 class Classes(Labelled):
-    """Logits of classes of which one holds: softmax."""
+    """Logits of classes of which one holds: softmax.
+
+    Attributes:
+        probabilities: Whether the model ends with the softmax itself.
+    """
 
     name: ClassVar[str] = "classes"
+    probabilities: bool = False
+
+    def read_outputs(self, outputs: Tensor) -> Tensor:
+        """Return logits: of probabilities their logarithms."""
+        return outputs.clamp(min=torch.finfo(outputs.dtype).tiny).log() if self.probabilities else outputs
 
     def divergence(self, got: Tensor, dense: Tensor) -> Tensor:
         """Return the Kullback-Leibler divergence, in nats."""
@@ -125,9 +139,18 @@ class Classes(Labelled):
 
 @dataclass(frozen=True)
 class Labels(Labelled):
-    """Logits of labels that hold together, each by itself: sigmoid. One output is a yes or no."""
+    """Logits of labels that hold together, each by itself: sigmoid. One output is a yes or no.
+
+    Attributes:
+        probabilities: Whether the model ends with the sigmoid itself.
+    """
 
     name: ClassVar[str] = "labels"
+    probabilities: bool = False
+
+    def read_outputs(self, outputs: Tensor) -> Tensor:
+        """Return logits, also of probabilities."""
+        return outputs.logit(eps=1e-6) if self.probabilities else outputs
 
     def divergence(self, got: Tensor, dense: Tensor) -> Tensor:
         """Return the Kullback-Leibler divergence, in nats, the sum over independent labels."""
@@ -356,6 +379,19 @@ def said_meaning(model: nn.Module) -> Mapping[str, Meaning] | Meaning | None:
     if isinstance(noted, Mapping):
         return {str(name): MEANINGS[word] for name, word in noted.items() if word in MEANINGS} or None
     return MEANINGS.get(noted) if isinstance(noted, str) else None
+
+
+# What leaves the numbers as they are between an activation and the output, in the names of autograd's nodes.
+_PASSED = re.compile(r"_?(View|UnsafeView|ReshapeAlias|Squeeze|Unsqueeze|ToCopy|Alias|Clone|Slice|DDPSink)Backward\d?")
+
+
+def activation_of(outputs: Tensor) -> str | None:
+    """Return "softmax" or "sigmoid" where a model ends with it, by the outputs' own graph; None without either."""
+    node = outputs.grad_fn
+    while node is not None and _PASSED.fullmatch(node.name()) and node.next_functions:
+        node = node.next_functions[0][0]
+    name = "" if node is None else node.name()
+    return next((word for word in ("softmax", "sigmoid") if name.lower().startswith(f"{word}backward")), None)
 
 
 def problem_type_of(model: nn.Module) -> str | None:
