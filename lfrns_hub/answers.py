@@ -208,13 +208,13 @@ def probe(model: nn.Module, images: Tensor) -> Any:
 
     A forward that has no gradients answers without.
     """
-    images = as_input(images[:2], model).detach().clone()  # which a forward may write to
+    images = as_input(images[:2], model).detach()
     try:
-        with torch.enable_grad():
-            return model(images.clone().requires_grad_().clone() if images.is_floating_point() else images)
+        with torch.enable_grad():  # a copy: a forward may write to its input, which a leaf forbids
+            return model(images.requires_grad_().clone() if images.is_floating_point() else images)
     except RuntimeError:
         with torch.no_grad():
-            return model(images)
+            return model(images.detach().clone())
 
 
 def settle_by_loader(

@@ -92,7 +92,7 @@ def measure_each(
     dense_scores = scores.get("dense")
     if dense_scores is not None:
         for name in slims:
-            scores[name] = dict.fromkeys(("agreement_pct", "worst_class")) | scores[name]
+            scores[name] |= dict.fromkeys(("agreement_pct", "worst_class"))
             if answers is not None:
                 scores[name] = merged(scores[name], answers.compared(name, "dense"))
     return {
