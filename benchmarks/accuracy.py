@@ -34,7 +34,6 @@ from torch.utils.data import DataLoader, Dataset
 import lfrns_hub as lfrns
 from lfrns_hub.measure import count_macs, count_params, evaluate
 from lfrns_hub.measure.latency import describe_setup, measure_latency
-from lfrns_hub.measure.score import worst_class
 from lfrns_hub.recipe import describe_run
 from lfrns_hub.reconstruct import explained
 from lfrns_hub.surgery import recalibrate
@@ -264,7 +263,7 @@ class Bench:
         return {
             "top1_pct": scores["top1_pct"],
             "agreement_pct": scores["agreement_pct"],
-            "worst_class": worst_class(self.dense_scores, scores),
+            "worst_class": scores["worst_class"],
             "images": scores["images"],
         }
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 # Label of a picture that could not be read: `F.cross_entropy` ignores it, and evaluation leaves the picture out.
 UNREADABLE = -100
+# Where the labels of a dict may stand: as transformers' collators, datasets and torch's own examples name them.
+LABEL_KEYS = ("labels", "label", "label_ids", "targets", "target")
 
 
 def split_batch(batch: Any) -> tuple[Tensor, Any]:
@@ -20,15 +22,17 @@ def split_batch(batch: Any) -> tuple[Tensor, Any]:
     Args:
         batch: `(images, labels)`, a dict with `pixel_values` and perhaps `labels`, or bare images [N, C, H, W].
     Returns:
-        Images [N, C, H, W] and labels: [N] int64 of a classifier, whatever the loader has for another model, None
-        where the batch has none.
+        Images [N, C, H, W] and labels as the loader has them, None where the batch has none. Of a dict without any of
+        LABEL_KEYS all else that it holds, by name: it may be of several heads.
     """
     if isinstance(batch, Tensor):
         return batch, None
     if isinstance(batch, dict) or hasattr(batch, "keys"):
         if "pixel_values" not in batch:
             raise ValueError(f"a batch has the keys {sorted(batch.keys())}: images must come as 'pixel_values'.")
-        return batch["pixel_values"], batch.get("labels", batch.get("label"))
+        keys = [key for key in LABEL_KEYS if batch.get(key) is not None]
+        others = {key: value for key, value in batch.items() if key != "pixel_values" and value is not None}
+        return batch["pixel_values"], batch[keys[0]] if keys else others or None
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         return batch[0], batch[1] if len(batch) > 1 else None
     raise ValueError(f"a batch is a {type(batch).__name__}: yield (images, labels), a dict, or bare images.")
@@ -58,62 +62,73 @@ def iterate(loader: Any) -> Iterator[tuple[Tensor, Any]]:
         yield split_batch(batch)
 
 
-def read_tensors(output: Any) -> list[Tensor]:
-    """Give every floating-point tensor of a model's output, in its own order.
+def named_tensors(output: Any, name: str = "") -> dict[str, Tensor]:
+    """Return every floating-point tensor of a model's output by its name, in its own order.
 
     Args:
         output: A tensor; a mapping, list, tuple or dataclass of such, nested as it may be; an object with `.logits`.
+        name: Of the whole; of a part of it: its key, field or place, after its owner's name and a dot.
 
     Example:
-        >>> [len(t) for t in read_tensors({"out": torch.zeros(2), "levels": [torch.zeros(3), None]})]
-        [2, 3]
+        >>> list(named_tensors({"out": torch.zeros(2), "levels": [torch.zeros(3), None]}))
+        ['out', 'levels.0']
     """
     if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
+        return {name: output} if output.is_floating_point() else {}
     if isinstance(output, Mapping):
-        parts = list(output.values())
+        parts = dict(output)
     elif isinstance(output, (tuple, list)):
-        parts = list(output)
+        parts = dict(enumerate(output))
     elif is_dataclass(output):
-        parts = [getattr(output, field.name) for field in fields(output)]
+        parts = {field.name: getattr(output, field.name) for field in fields(output)}
     else:
-        parts = [output.logits] if hasattr(output, "logits") else []
-    return [tensor for part in parts for tensor in read_tensors(part)]
+        parts = {"logits": output.logits} if hasattr(output, "logits") else {}
+    named: dict[str, Tensor] = {}
+    for key, part in parts.items():
+        named |= named_tensors(part, f"{name}.{key}" if name else str(key))
+    return named
+
+
+def read_tensors(output: Any) -> list[Tensor]:
+    """Return every floating-point tensor of a model's output, in its own order."""
+    return list(named_tensors(output).values())
 
 
 def find_logits(output: Any) -> Tensor | None:
     """Give the logits [N, K] of a model's output, or None where it has none.
 
-    Logits are what the output calls so (transformers), or its first tensor where all of its tensors are [N, K] alike:
-    one (timm), or those of auxiliary heads after it.
+    Logits are what the output calls so (transformers), its only tensor if that is [N, K] (timm), or the first of a list
+    or tuple whose tensors are all [N, K] alike: those of auxiliary heads come after it. Heads with names are several.
+    Outputs [N] are one an image, [N, 1].
     """
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(named, Tensor):
-        return named if named.ndim == 2 else None
-    tensors = read_tensors(output)
-    alike = bool(tensors) and tensors[0].ndim == 2 and all(t.shape == tensors[0].shape for t in tensors)
-    return tensors[0] if alike else None
+    tensors = [named] if isinstance(named, Tensor) else read_tensors(output)
+    alike = bool(tensors) and tensors[0].ndim in (1, 2) and all(t.shape == tensors[0].shape for t in tensors)
+    if not alike or (len(tensors) > 1 and isinstance(output, Mapping)):
+        return None
+    return tensors[0] if tensors[0].ndim == 2 else tensors[0][:, None]
 
 
-def read_rows(output: Any) -> list[Tensor]:
-    """Give every floating-point tensor of a model's output with a row an image, [N, f] each.
+def read_rows(output: Any) -> dict[str, Tensor]:
+    """Give every floating-point tensor of a model's output with a row an image, [N, f] each, by name.
 
     The first tensor says how many images; one that has not as many rows (anchors, a constant) stands beside each.
 
     Raises:
         ValueError: The output holds no floating-point tensor.
     """
-    tensors = read_tensors(output)
+    tensors = named_tensors(output)
     if not tensors:
         raise ValueError(
             f"the model answers with {type(output).__name__} without a floating-point tensor: answer with a tensor, "
             "or a list, tuple, dict or dataclass of tensors."
         )
-    images = tensors[0].shape[0] if tensors[0].ndim else 1
-    return [
-        t.reshape(images, -1) if t.ndim and t.shape[0] == images else t.reshape(1, -1).expand(images, -1)
-        for t in tensors
-    ]
+    first = next(iter(tensors.values()))
+    images = first.shape[0] if first.ndim else 1
+    return {
+        name: t.reshape(images, -1) if t.ndim and t.shape[0] == images else t.reshape(1, -1).expand(images, -1)
+        for name, t in tensors.items()
+    }
 
 
 def flatten_output(output: Any) -> Tensor:
@@ -123,7 +138,7 @@ def flatten_output(output: Any) -> Tensor:
         >>> flatten_output([torch.zeros(2, 3), torch.zeros(2, 4, 5, 5)]).shape
         torch.Size([2, 103])
     """
-    rows = read_rows(output)
+    rows = list(read_rows(output).values())
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 

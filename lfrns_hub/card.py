@@ -8,6 +8,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lfrns_hub.lineage import KEYS
+from lfrns_hub.measure import KINDS as OUTPUTS
+from lfrns_hub.measure import heads_of, main_figure, main_figures, word_of
 
 NOT_MEASURED = "not measured"
 UNKNOWN = "unknown"
@@ -51,22 +53,26 @@ def render_card(
     setup = record.get("setup") or {}
     provenance = provenance or setup.get("provenance") or {}
     slim, dense = record.get("slim") or {}, record.get("dense") or {}
+    if isinstance(word := provenance.get("output"), str) and word in OUTPUTS:  # said where nothing was measured, too
+        slim = {"output": word} | slim
     known = {key: setup.get(key) or provenance.get(key) for key in (*KEYS, "dataset", "dataset_id")}
     if known["license"] != "other":  # the Hub knows the others by their identifier
         known["license_name"] = known["license_link"] = None
-    task = "image-classification" if slim.get("explained_pct") is None else "image-feature-extraction"
+    tasks = {OUTPUTS[word_of(of_head)].task for of_head in heads_of(slim).values()}
+    task = tasks.pop() if len(tasks) == 1 else None  # the Hub has no word for quantities, nor for several at once
+    shown = main_figure(slim)
     data = ModelCardData(
         model_name=model_name,
         library_name=library,
         pipeline_tag=task,
-        tags=[task, *TAGS],
+        tags=[*filter(None, [task]), *TAGS],
         license=known["license"] or UNKNOWN,
         license_name=known["license_name"],
         license_link=known["license_link"],
         base_model=known["base_model"],
         base_model_relation="finetune" if known["base_model"] else None,
         datasets=[known["dataset_id"]] if known["dataset_id"] else None,
-        metrics=["accuracy"] if task == "image-classification" else None,
+        metrics=_metrics(slim) or None,
         eval_results=_eval_results(slim, known),
         ignore_metadata_errors=False,
     )
@@ -86,8 +92,9 @@ def render_card(
             latency=_latency(setup),
             controls=_cells([row["name"], _percent(row.get("top1_pct")), _count(row.get("images"))]
                             for row in setup.get("controls") or []),
-            budgets=[[_number(row["macs_fraction"], "", 3), _percent(row.get("top1_pct")), _ms(row.get("latency_ms"))]
-                     for row in setup.get("budgets") or []],
+            budgets=[[_number(row["macs_fraction"], "", 3), _figure(row.get(shown.key), shown),
+                      _ms(row.get("latency_ms"))] for row in setup.get("budgets") or []],
+            shown=shown.title.lower() if shown.title[1:2].islower() else shown.title,
             removed=_removed(provenance),
             plot=plot,
             gallery=gallery,
@@ -116,9 +123,12 @@ def _summary(
         for key, name in (("macs_g", "MACs"), ("params_m", "parameters"))
         if dense.get(key) and slim.get(key) is not None
     ]
-    if slim.get("top1_pct") is not None:
-        where = f" on {known['dataset']}" if known["dataset"] else ""
-        told.append(f"a top-1 of {_percent(slim['top1_pct'])}{where} (dense: {_percent(dense.get('top1_pct'))})")
+    where = f" on {known['dataset']}" if known["dataset"] else ""
+    for head, figure, value in main_figures(slim):
+        title = figure.title[:1].lower() + figure.title[1:] if figure.title[1:2].islower() else figure.title
+        what = f"{'an' if title.startswith('R') else 'a'} {title}{f' of {head}' if head else ''}"
+        before = _figure(heads_of(dense).get(head, {}).get(figure.key), figure)
+        told.append(f"{what} of {_figure(value, figure)}{where} (dense: {before})")
     return (
         f"{base} with fewer {units} than its dense model{': ' if told else ''}{_list(told)}. LFRNS (Fang and Yin 2025) "
         "removed the units that others can stand in for; the layers are the stock ones, only narrower."
@@ -127,15 +137,15 @@ def _summary(
 
 def _rows(dense: dict[str, Any], slim: dict[str, Any], names: list[str] | None) -> list[list[str]]:
     """Lay the figures out as rows of name, dense, slim, and what is left."""
-    worst = slim.get("worst_class") or {}
-    which = f": {names[worst['class']] if names else worst['class']}" if worst else ""
-    rows = [
-        ["Top-1", *_points(dense.get("top1_pct"), slim.get("top1_pct"))],
-        [f"Class that lost most{which}", *_points(worst.get("dense_pct"), worst.get("slim_pct"))],
-        ["Agreement with dense", "", _percent(slim.get("agreement_pct")), ""],
-    ]
-    if slim.get("explained_pct") is not None:
-        rows = [["Variance of the dense features explained", "", _percent(slim["explained_pct"]), ""]]
+    rows = []
+    for head, of_head in heads_of(slim).items():
+        kind, of_dense = OUTPUTS[word_of(of_head)], heads_of(dense).get(head, {})
+        for figure in kind.figures:
+            before, after = of_dense.get(figure.key), of_head.get(figure.key)
+            sides = _change(before, after, figure) if figure.change else ["", _figure(after, figure), ""]
+            rows.append([f"{head}: {figure.title}" if head else figure.title, *sides])
+            if figure is kind.figures[0] and kind.worst:
+                rows.append(_worst_row(head, of_head, None if head else names))
     rows.append(["Images tested", _count(dense.get("images")), _count(slim.get("images")), ""])
     for name, key, show in (
         ("Parameters", "params_m", lambda value: _with_prefix(value, 1e6)),
@@ -150,10 +160,24 @@ def _rows(dense: dict[str, Any], slim: dict[str, Any], names: list[str] | None) 
     return rows
 
 
-def _points(before: float | None, after: float | None) -> list[str]:
-    """Show two accuracies and the points between them."""
-    change = "" if before is None or after is None else f"{after - before:+.2f} points"
-    return [_percent(before), _percent(after), change]
+def _worst_row(head: str, scores: dict[str, Any], names: list[str] | None) -> list[str]:
+    """Show the class or label that lost most."""
+    worst, word = scores.get("worst_class") or {}, "Label" if word_of(scores) == "labels" else "Class"
+    which = f": {names[worst['class']] if names else worst['class']}" if worst else ""
+    sides = _change(worst.get("dense_pct"), worst.get("slim_pct"), OUTPUTS["classes"].figures[0])
+    return [f"{head}: {word} that lost most{which}" if head else f"{word} that lost most{which}", *sides]
+
+
+def _change(before: float | None, after: float | None, figure: Any) -> list[str]:
+    """Show a figure of both models and what is between them."""
+    points = " points" if figure.change == "points" else ""
+    change = "" if before is None or after is None else f"{after - before:+{figure.form}}{points}"
+    return [_figure(before, figure), _figure(after, figure), change]
+
+
+def _figure(value: float | None, figure: Any) -> str:
+    """Show a figure of the outputs."""
+    return NOT_MEASURED if value is None else f"{value:{figure.form}}{figure.unit}"
 
 
 def _latency(setup: dict[str, Any]) -> str:
@@ -242,13 +266,20 @@ def _limits(
 ) -> list[str]:
     """Say what the figures do not."""
     limits = []
-    if slim.get("top1_pct") is not None:
+    scored = main_figures(slim)
+    if scored:
         data = known["dataset"] or "one set of images"
-        limits += [
+        limits.append(
             f"Accuracy is of {data} and of one run; other data, other seeds, robustness and calibration were not "
-            "measured.",
-            "A mean hides classes that lost more: the table names the one that lost most, `record.json` has all.",
-        ]
+            "measured."
+        )
+        worst = {word_of(of_head) for of_head in heads_of(slim).values() if of_head.get("worst_class")}
+        what = {"classes": "classes", "labels": "labels"}.get(next(iter(worst)) if len(worst) == 1 else "", "parts")
+        limits.append(
+            f"A mean hides {what} that lost more: the table names the one that lost most, `record.json` has all."
+            if worst or word_of(slim) == "classes"
+            else "A mean hides images with larger errors."
+        )
     else:
         limits.append("Its accuracy was not measured: measure it on your data before you use it.")
     if slim.get("images_skipped"):
@@ -264,19 +295,27 @@ def _limits(
 
 def _eval_results(slim: dict[str, Any], known: dict[str, Any]) -> list[EvalResult] | None:
     """Make the Hub's model-index, where accuracy was measured on data that has a name."""
-    if slim.get("top1_pct") is None or not known["dataset"]:
+    scored = main_figures(slim)
+    if not scored or not known["dataset"]:
         return None
     dataset = str(known["dataset"])
     return [
         EvalResult(
-            task_type="image-classification",
+            task_type=OUTPUTS[word_of(heads_of(slim)[head])].task or "image-regression",
             dataset_type=known["dataset_id"] or dataset,
             dataset_name=dataset,
-            metric_type="accuracy",
-            metric_name="top-1, %",
-            metric_value=round(float(slim["top1_pct"]), 2),
+            metric_type=figure.metric,
+            metric_name=f"{head}: {figure.label}" if head else figure.label,
+            metric_value=round(float(value), 2) if figure.unit else float(f"{value:{figure.form}}"),
         )
+        for head, figure, value in scored
     ]
+
+
+def _metrics(slim: dict[str, Any]) -> list[str]:
+    """List the Hub's words for what is measured of such outputs."""
+    kinds = [OUTPUTS[word_of(of_head)] for of_head in heads_of(slim).values()]
+    return list(dict.fromkeys(figure.metric for kind in kinds for figure in kind.figures if figure.metric))
 
 
 def _cells(rows: Any) -> list[list[str]]:

@@ -3,14 +3,14 @@
 D input channels of a consumer, K kept and R cut of them; O its outputs; U units of a group.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lfrns_hub.answers import Answer, check_labels, read_answer
+from lfrns_hub.answers import Answer, read_answer
 from lfrns_hub.batches import split_batch
 from lfrns_hub.cache import Training
 from lfrns_hub.responses import Moments, best_fold, fold_offset
@@ -244,8 +244,7 @@ def small_batches(batches: Sequence[Any]) -> list[tuple[Tensor, Any]]:
         images, labels = split_batch(batch)
         at = 0
         for some in images.chunk(-(-len(images) // STEP_IMAGES)):
-            part = slice(at, at + len(some))
-            parts.append((some, labels[part] if isinstance(labels, (Tensor, list, tuple)) else labels))
+            parts.append((some, _part(labels, slice(at, at + len(some)))))
             at += len(some)
     return parts
 
@@ -280,11 +279,26 @@ def answer_to(model: nn.Module, images: Tensor) -> Answer:
 
 
 def gate_loss(answer: Answer, dense: Answer, labels: Any, share: slice) -> Tensor:
-    """Give the divergence from the dense model, and for a classifier with labels the task's loss too, both summed."""
+    """Return the divergence from the dense model, plus minus the log-likelihood of labels, summed over the images.
+
+    Args:
+        answer, dense: Of the gated and the dense model.
+        labels: Of the whole batch; None without labels.
+        share: The images that were run.
+    """
     loss = answer.divergence(dense)
-    if labels is None or not answer.is_logits:
+    if labels is None or answer.outputs.are_features:
         return loss
-    logits = answer.parts[0]
-    labels = torch.as_tensor(labels)[share]
-    check_labels(labels, logits.shape[1])
-    return loss + nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+    images = len(answer.parts[0])
+    read = answer.outputs.read_labels(_part(labels, share), images, "slim(loader)")
+    for name, meaning, part in answer.heads:
+        if read[name] is not None:
+            loss = loss + meaning.surprise(part, read[name])
+    return loss
+
+
+def _part(labels: Any, part: slice) -> Any:
+    """Return the labels of some images; several heads have theirs by name."""
+    if isinstance(labels, Mapping):
+        return {name: _part(value, part) for name, value in labels.items()}
+    return labels[part] if isinstance(labels, (Tensor, list, tuple)) else labels

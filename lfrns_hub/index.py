@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lfrns_hub.measure import Record
+from lfrns_hub.measure import Record, main_figure, nearness
 
 PICTURE = "accuracy.png"
 START = "<!-- lfrns_hub writes this table; what stands above and below it stays -->"
 END = "<!-- end of the table -->"
-COLUMNS = ("MACs kept", "top-1, %", "agreement, %", "params, M", "GMACs", "latency, ms", "dense, ms", "size, MB")
 
 
 def checkpoint_name(model: str, data: str, macs: float) -> str:
@@ -86,8 +85,9 @@ def _around(readme: Path) -> tuple[str, str] | None:
 
 def _table(records: dict[str, Record], picture: Path) -> list[str]:
     """Lay out the table and its footnotes, and draw the picture where every accuracy is known."""
-    lines = ["| checkpoint | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
     first, dense = next(iter(records)), next(iter(records.values())).dense
+    headings = columns(records[first].slim)
+    lines = ["| checkpoint | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(headings)]
     if dense:
         lines.append("| dense | " + " | ".join(cells(dense, dense)) + " |")
     lines += [f"| [{name}]({name}) | " + " | ".join(cells(r.slim, r.dense)) + " |" for name, r in records.items()]
@@ -100,22 +100,30 @@ def _table(records: dict[str, Record], picture: Path) -> list[str]:
         lines += ["", *(f"- {', '.join(named)}: {note}" for note, named in notes.items())]
         lines += [f"- The dense row is that of {first}."] if dense else []
     picture.unlink(missing_ok=True)
-    if dense and all(side.get("top1_pct") is not None for side in [dense, *(r.slim for r in records.values())]):
+    key = main_figure(records[first].slim).key
+    if dense and all(side.get(key) is not None for side in [dense, *(r.slim for r in records.values())]):
         from lfrns_hub.plots import plot_ladder  # here: matplotlib is slow to import
 
         plot_ladder([record.slim for record in records.values()], dense, picture)
-        lines += ["", f"![Top-1 accuracy against MACs and latency, dense and slim]({PICTURE})"]
+        lines += ["", f"![Accuracy against MACs and latency, dense and slim]({PICTURE})"]
     return lines
 
 
+def columns(side: dict[str, Any]) -> Sequence[str]:
+    """Return the headings of the figures of one model, which its outputs decide."""
+    near = nearness(side).label.replace("agreement with dense", "agreement")
+    accuracy = main_figure(side).label
+    return ("MACs kept", accuracy, near, "params, M", "GMACs", "latency, ms", "dense, ms", "size, MB")
+
+
 def cells(side: dict[str, Any], dense: dict[str, Any] | None) -> Sequence[str]:
-    """Give the figures of one model under COLUMNS."""
+    """Give the figures of one model under `columns`."""
     kept = side["macs_g"] / dense["macs_g"] if dense and dense.get("macs_g") else None
     before = dense.get("latency_ms") if dense and side is not dense else side.get("latency_ms")
     figures = [
         (kept, ".3f"),
-        (side.get("top1_pct"), ".2f"),
-        (100.0 if side is dense else side.get("agreement_pct"), ".2f"),
+        (side.get(main_figure(side).key), main_figure(side).form),
+        (100.0 if side is dense else side.get(nearness(side).key), ".2f"),
         (side.get("params_m"), ".3f"),
         (side.get("macs_g"), ".4f"),
         (side.get("latency_ms"), ".2f"),

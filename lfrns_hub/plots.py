@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
+from lfrns_hub.measure import main_figure
+
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = {"channel": "#0072B2", "head": "#D55E00", "neuron": "#009E73"}
 DENSE = "#E3E3E3"
@@ -87,7 +89,8 @@ def plot_ladder(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: s
     Each slim model is labelled with the share of the dense MACs that it keeps.
 
     Args:
-        points: Of each slim model top1_pct, macs_g and perhaps latency_ms, as in the `slim` of a Record.
+        points: Of each slim model top1_pct (or the first figure that fits its outputs), macs_g and perhaps latency_ms,
+            as in the `slim` of a Record.
         dense: The same of the dense model.
         path: The PNG to write.
     Returns:
@@ -95,9 +98,10 @@ def plot_ladder(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: s
     Raises:
         ValueError: There is no point, or one without accuracy.
     """
-    if not points or any(one.get("top1_pct") is None for one in [*points, dense]):
+    shown = main_figure(dense)
+    if not points or any(one.get(shown.key) is None for one in [*points, dense]):
         raise ValueError(
-            "plot_ladder(): each point and the dense model need a top1_pct. Measure them on labelled images."
+            f"plot_ladder(): each point and the dense model need a {shown.key}. Measure them on labelled images."
         )
     timed = all(one.get("latency_ms") is not None for one in [*points, dense])
     sides = [("macs_g", "GMACs"), ("latency_ms", "latency, ms, batch 1")][: 1 + timed]
@@ -105,15 +109,15 @@ def plot_ladder(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: s
     FigureCanvasAgg(figure)
     for axes, (key, label) in zip(figure.subplots(1, len(sides), squeeze=False, sharey=True)[0], sides, strict=True):
         line = sorted(points, key=lambda one: one[key])
-        axes.axhline(dense["top1_pct"], color=OTHER, linewidth=0.8, linestyle=":")
+        axes.axhline(dense[shown.key], color=OTHER, linewidth=0.8, linestyle=":")
         axes.plot(
-            [p[key] for p in line], [p["top1_pct"] for p in line], marker="o", color=COLOURS["channel"], label="slim"
+            [p[key] for p in line], [p[shown.key] for p in line], marker="o", color=COLOURS["channel"], label="slim"
         )
-        axes.plot([dense[key]], [dense["top1_pct"]], marker="s", linestyle="", color=OTHER, label="dense")
+        axes.plot([dense[key]], [dense[shown.key]], marker="s", linestyle="", color=OTHER, label="dense")
         for one in line:
             axes.annotate(
                 f"{one['macs_g'] / dense['macs_g']:.0%}" if dense["macs_g"] else "",
-                (one[key], one["top1_pct"]),
+                (one[key], one[shown.key]),
                 textcoords="offset points",
                 xytext=(6, -9),
                 fontsize=7,
@@ -124,7 +128,7 @@ def plot_ladder(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: s
         axes.margins(y=0.2)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("top-1, %", fontsize=9)
+    figure.axes[0].set_ylabel(shown.label, fontsize=9)
     figure.axes[0].legend(fontsize=8, frameon=False, loc="lower right")
     figure.savefig(path, format="png")
     return Path(path)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.answers import check_differentiable
+from lfrns_hub.answers import check_differentiable, understand
 from lfrns_hub.cache import Cache
 from lfrns_hub.checkpoint import carry_config
 from lfrns_hub.contribution import learn_contributions
@@ -139,7 +139,9 @@ def slim(
             (lists, dicts, dataclasses of tensors too). Untouched, on any device but meta, of any floating-point type:
             half precision is analysed in float32. Wrappers of torch.compile and DDP come off.
         loader: Calibration batches: `(images, labels)`, dicts, or bare images; it is read once and kept in memory.
-            Labels are used for classifiers alone.
+            Labels are class numbers [N], rows [N, K] of labels that hold together, or quantities; of several heads
+            they come by name or in order; those of features are not read. What the outputs mean is said by
+            `model.problem_type` (transformers' words), by the model's configuration or by the labels, else by shape.
         macs, params: Fraction of the dense cost to keep, in (0, 1]; what is given together holds together.
         latency: Fraction of the dense model's time of a forward pass to keep, in (0, 1], measured here and now. What
             layers take by width is measured once and kept in LFRNS_CACHE, else in the user's cache.
@@ -172,7 +174,8 @@ def slim(
         of it loads again; a slim model may be slimmed further, and its provenance then tells of both rounds.
     Raises:
         TypeError: The model is no module.
-        ValueError: A budget, name or option does not fit, the loader is empty, the budget is not reachable.
+        ValueError: A budget, name or option does not fit, the loader is empty, labels are none of such outputs, the
+            budget is not reachable.
         OSError: checkpoint_dir cannot be written to.
     Source: Fang and Yin 2025; each step's docstring says what is ours.
     """
@@ -252,6 +255,7 @@ def analyse(
         clock.step("trace")
         trace = settled_trace(dense, example)
         trace.cost.complete(count_macs(dense, example))
+        batches = understand(dense, batches, _call)
         clock.step("self-check")
         every, checked = self_check(dense, trace.groups, example, seed)
         return_memory()
@@ -259,7 +263,7 @@ def analyse(
 
         clock.step("responses")
         images, names = [images for images, _ in batches], [group.name for group in chosen]
-        cache = Cache(checkpoint_dir, accelerator, dense, images, names, seed, call=_call)
+        cache = Cache(checkpoint_dir, accelerator, dense, images, [names, repr(dense.lfrns_outputs)], seed, call=_call)
         macs = trace.cost.macs({})
         kept = cache.keep("moments", lambda: as_data(observe(dense, chosen, batches, macs, seed, accelerator)))
         moments = {name: Moments(**fields) for name, fields in kept.items()}
@@ -441,8 +445,9 @@ class Analysis:
                 report.latency_fraction, report.latency = meter.ratio(plan), meter.tell(plan, chosen)
         report.seconds = self.seconds | clock.seconds
         result = typed_as(result, self.model).eval()
+        outputs = result.__dict__.pop("lfrns_outputs")
         made = provenance(report, plan, chosen, self.preset, self.seed, fcr_steps, batches)
-        made |= getattr(self.model, "lfrns_base", {})
+        made |= getattr(self.model, "lfrns_base", {}) | ({"output": outputs.word} if outputs.sure else {})
         result.lfrns_provenance = added_up(getattr(self.model, "lfrns_provenance", None), made)
         return SlimResult(carry_config(result), plan, report)
 

@@ -212,7 +212,7 @@ API = {
         slim(macs=0.5, batches=[(IMAGES, LABELS[:3])]), V, "8 images and 3 labels", "one label", "Give",
     ),
     "labels that are fractions": (
-        slim(macs=0.8, fcr_steps=1, batches=[(IMAGES, LABELS / 2)]), V, "float32", "class numbers", r"labels\.long",
+        slim(macs=0.8, fcr_steps=1, batches=[(IMAGES, LABELS / 2)]), V, "float32", "class numbers", "problem_type",
     ),
     "a name for a model": (
         lambda at: lfrns.slim("resnet50", loader(), macs=0.5), T, r"slim\(str\)", "Module is needed", "create_model",

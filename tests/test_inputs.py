@@ -280,7 +280,7 @@ def test_the_distance_of_features_is_by_hand() -> None:
         read_answer(model, [small + torch.tensor([1.0, 0.0]), large * 1.5]),
     )
     # Mean squared errors 0.5 and 5,000: half of the variance in both, whatever their scale.
-    assert not dense.is_logits and moved.relative_error(dense).tolist() == pytest.approx([0.5])
+    assert dense.outputs.word == "features"
     assert float(moved.divergence(dense)) == pytest.approx(0.25)
 
 
@@ -288,7 +288,7 @@ def test_the_distance_of_logits_is_the_kullback_leibler_divergence() -> None:
     dense = read_answer(nn.Identity(), torch.tensor([[0.0, 0.0]]))
     moved = read_answer(nn.Identity(), torch.tensor([[0.0, torch.log(torch.tensor(3.0))]]))  # one to three
     expected = 0.5 * torch.log(torch.tensor(0.5 / 0.25)) + 0.5 * torch.log(torch.tensor(0.5 / 0.75))
-    assert dense.is_logits and float(moved.divergence(dense)) == pytest.approx(float(expected))
+    assert dense.outputs.word == "classes" and float(moved.divergence(dense)) == pytest.approx(float(expected))
 
 
 def test_the_drawn_loss_has_the_curvature_of_the_distance() -> None:
@@ -309,10 +309,10 @@ def test_large_feature_maps_are_read_by_a_fixed_choice() -> None:
 
 def test_what_a_model_says_of_its_classes_decides() -> None:
     model = nn.Identity()
-    assert read_answer(model, torch.zeros(2, 3)).is_logits
-    assert not read_answer(model, torch.zeros(2, 1)).is_logits
+    assert read_answer(model, torch.zeros(2, 3)).outputs.word == "classes"
+    assert read_answer(model, torch.zeros(2, 1)).outputs.word == "quantities"
     model.num_classes = 0
-    assert not read_answer(model, torch.zeros(2, 3)).is_logits
+    assert read_answer(model, torch.zeros(2, 3)).outputs.word == "features"
 
 
 class Nested(Small):

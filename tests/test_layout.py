@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lfrns_hub"
 RECIPES = PACKAGE.parent / "recipes"
 
 # What every module may import: data, how a batch and an answer look, how a model comes and is copied.
-COMMON = {"units", "batches", "answers", "running", "untrusted", "narrow"}
+COMMON = {"units", "batches", "answers", "model_io", "running", "untrusted", "narrow"}
 # What else each may; a module that is not named here may import COMMON alone.
 ALLOWED = {
     "untrusted": {"narrow"},
@@ -52,7 +52,19 @@ ALLOWED = {
     "stream": {"pictures", "seeded"},
     "lineage": {"reach"},
     "zoo": {"models", "pictures", "reach", "checkpoint", "lineage"},
-    "checkpoint": {"zoo", "pictures", "adapters", "surgery", "narrow", "models", "card", "hub", "plots", "lineage"},
+    "checkpoint": {
+        "zoo",
+        "pictures",
+        "adapters",
+        "surgery",
+        "narrow",
+        "models",
+        "card",
+        "hub",
+        "plots",
+        "lineage",
+        "measure",
+    },
     "hub": {"reach", "handwritten"},
     "card": {"measure", "plots", "lineage"},
     "plots": {"measure"},

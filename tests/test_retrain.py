@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lfrns_hub.answers import read_answer
 from lfrns_hub.measure import evaluate
 from lfrns_hub.retrain import make_accelerator, retrain
 from lfrns_hub.retrain.choices import choose_optimizer, make_optimizer, rate_at
@@ -119,11 +120,12 @@ def test_distillation_is_the_divergence_of_softened_logits():
     logits, taught = torch.randn(4, 3), torch.randn(4, 3)
     labels = torch.tensor([0, 1, 2, 0])
     student, target = (logits / 2).softmax(1), (taught / 2).softmax(1)
+    of = [read_answer(nn.Identity(), part) for part in (logits, taught)]
     soft = 4 * (target * (target / student).log()).sum(1).mean()
     hard = F.cross_entropy(logits, labels)
-    torch.testing.assert_close(mixed_loss(logits, None, taught, 0.0, 0.5, 2.0), soft)
-    torch.testing.assert_close(mixed_loss(logits, labels, taught, 0.0, 0.25, 2.0), 0.75 * hard + 0.25 * soft)
-    torch.testing.assert_close(mixed_loss(logits, labels, None, 0.0, 0.5, 2.0), hard)
+    torch.testing.assert_close(mixed_loss(of[0], {"": None}, of[1], 0.0, 0.5, 2.0), soft)
+    torch.testing.assert_close(mixed_loss(of[0], {"": labels}, of[1], 0.0, 0.25, 2.0), 0.75 * hard + 0.25 * soft)
+    torch.testing.assert_close(mixed_loss(of[0], {"": labels}, None, 0.0, 0.5, 2.0), hard)
 
 
 def test_a_teacher_needs_no_labels_and_is_left_alone():

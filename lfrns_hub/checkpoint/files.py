@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lfrns_hub.card import read_record, render_card
 from lfrns_hub.checkpoint.remote_code import MODELING_FILE
 from lfrns_hub.lineage import KEYS
+from lfrns_hub.measure import main_figure
 from lfrns_hub.narrow import FORMAT_VERSION, computed_buffers, grown, short
 from lfrns_hub.untrusted import AGAIN, read_headers, read_json
 
@@ -208,7 +209,8 @@ def write_card(draft: Path, record: Any, directory: Path, *, base: str, library:
     if has_gallery:
         shutil.copyfile(gallery, draft / gallery.name)
     budgets, dense = setup.get("budgets") or [], (record or {}).get("dense") or {}
-    has_curve = len(budgets) > 1 and all(one.get("top1_pct") is not None for one in [*budgets, dense])
+    key = main_figure(dense).key
+    has_curve = len(budgets) > 1 and all(one.get(key) is not None for one in [*budgets, dense])
     if has_curve:
         points = [{**one, "macs_g": one["macs_fraction"] * dense["macs_g"]} for one in budgets]
         plot_ladder(points, dense, draft / "curve.png")

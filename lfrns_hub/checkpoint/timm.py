@@ -20,6 +20,7 @@ import lfrns_hub.models  # the CIFAR networks, so that timm can build them as a 
 from lfrns_hub.checkpoint.entrypoint import TIMM_NAME, lfrns_slim
 from lfrns_hub.checkpoint.files import facts_of, match_dtype, read_tensors, write_config, write_weights
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
+from lfrns_hub.model_io.meaning import problem_type_of
 from lfrns_hub.narrow import describe, short
 from lfrns_hub.pictures import data_config_of
 from lfrns_hub.untrusted import bounded, read_headers, refuse_large, refusing
@@ -75,6 +76,8 @@ def write_timm(
     }
     if label_names is not None:
         config["label_names"] = list(label_names)
+    if problem := problem_type_of(model):
+        config["problem_type"] = problem
     write_config(draft, config, model)
     write_weights(model, draft)
 

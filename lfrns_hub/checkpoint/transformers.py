@@ -42,6 +42,7 @@ from lfrns_hub.checkpoint.narrow_classes import (
 )
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
 from lfrns_hub.checkpoint.timm import own_source
+from lfrns_hub.model_io.meaning import problem_type_of
 from lfrns_hub.narrow import describe, short
 from lfrns_hub.untrusted import bounded, read_headers, refuse_large, refusing
 
@@ -184,6 +185,7 @@ def carry_transformers(model: "transformers.PreTrainedModel") -> None:
     generated, config = _narrow_class_of(model), _narrow_config_of(model)
     model.__class__, model.config.__class__ = generated, generated.config_class
     model.config.lfrns, model.config.auto_map, model.config.slim = config.lfrns, config.auto_map, facts_of(model)
+    model.config.problem_type = config.problem_type
 
 
 def _narrow_config_of(model: "transformers.PreTrainedModel") -> PreTrainedConfig:
@@ -197,6 +199,7 @@ def _narrow_config_of(model: "transformers.PreTrainedModel") -> PreTrainedConfig
         skeleton = generated(config)
     shapes, attrs = describe(model, skeleton)
     config.lfrns = {"shapes": shapes, "attrs": attrs, "num_labels": config.num_labels}
+    config.problem_type = config.problem_type or problem_type_of(model)
     ours = auto_map(generated.config_class.__base__.__name__, generated.__base__.__name__, _exported_base(model))
     config.auto_map = {**(fields.get("auto_map") or {}), **ours}
     return config

@@ -33,7 +33,7 @@ from lfrns_hub.cli.terminal import (
     read_budgets,
     show,
 )
-from lfrns_hub.index import COLUMNS, cells
+from lfrns_hub.index import cells, columns
 from lfrns_hub.measure import measure_each
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.slim import survey
@@ -152,7 +152,7 @@ def curve(
 def _ladder(title: str, dense: dict[str, Any], points: list[dict[str, Any]]) -> Table:
     """Lay out one row for the dense model and one for each budget."""
     table = Table(title=title)
-    for heading in ("budget", *COLUMNS):
+    for heading in ("budget", *columns(dense)):
         table.add_column(heading, justify="right")
     table.add_row("dense", *cells(dense, dense))
     for point in points:

@@ -43,7 +43,7 @@ from lfrns_hub.cli.terminal import (
     show,
 )
 from lfrns_hub.index import checkpoint_name, write_index
-from lfrns_hub.measure import Record, format_table
+from lfrns_hub.measure import Record, format_table, main_figure
 from lfrns_hub.pictures import load_processor
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.zoo import check_images, create_dense, set_preprocessing
@@ -207,7 +207,8 @@ def _compare(made: list[tuple[Path, nn.Module, Record]], directory: Path, title:
     budgets = [
         {
             "macs_fraction": record.slim["macs_g"] / record.dense["macs_g"],
-            "top1_pct": record.slim["top1_pct"],
+            "output": record.slim.get("output"),
+            (figure := main_figure(record.slim)).key: record.slim[figure.key],
             "latency_ms": record.slim["latency_ms"],
         }
         for _, _, record in made

@@ -1,16 +1,16 @@
 """What a model scores and what it costs: accuracy, parameters, MACs, latency, and the Record that keeps them."""
 
-from lfrns_hub.answers import check_labels
 from lfrns_hub.measure.compare import measure, measure_each
 from lfrns_hub.measure.counting import count_macs, count_params
+from lfrns_hub.measure.figures import KINDS, heads_of, main_figure, main_figures, nearness, word_of
 from lfrns_hub.measure.latency import cpu_name, describe_setup, forward_passes, measure_latency, take_turns, wait_for
 from lfrns_hub.measure.record import Record, format_table
 from lfrns_hub.measure.score import evaluate, prepare_loader
 from lfrns_hub.running import evaluating
 
 __all__ = [
+    "KINDS",
     "Record",
-    "check_labels",
     "count_macs",
     "count_params",
     "cpu_name",
@@ -19,10 +19,15 @@ __all__ = [
     "evaluating",
     "format_table",
     "forward_passes",
+    "heads_of",
+    "main_figure",
+    "main_figures",
     "measure",
     "measure_each",
     "measure_latency",
+    "nearness",
     "prepare_loader",
     "take_turns",
     "wait_for",
+    "word_of",
 ]

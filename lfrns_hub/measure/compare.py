@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lfrns_hub.measure.counting import count_macs, count_params
 from lfrns_hub.measure.latency import describe_setup, latency_on_main
 from lfrns_hub.measure.record import Record
-from lfrns_hub.measure.score import answer, percent, score, worst_class
+from lfrns_hub.measure.score import answer, merged
 from lfrns_hub.running import device_of, evaluating, unwrap
 
 
@@ -29,14 +29,16 @@ def measure(
         model: The slim model (or any model, if there is no dense one). Wrappers of torch.compile and DDP come off:
             the figures are the plain module's.
         loader: Labelled images, without labels for a model that answers with features; None leaves every accuracy
-            unmeasured. Images take each model's own dtype.
+            unmeasured. Images take each model's own dtype. What the outputs mean, and so what is measured, is said as
+            for `slim`.
         dense: The model it came from.
         accelerator: Shares the images out; latency is taken on the main process alone while the others wait.
         example_input: Images [N, C, H, W] of which the first sets the input size of MACs and latency. Without it: the
             size of the loader's images, else the input size that the model's timm or transformers configuration names.
         progress: Show a bar on the main process.
     Returns:
-        The record, the same on every process. For features explained_pct stands in it in place of the accuracies.
+        The record, the same on every process, with the figures that fit the outputs; see `evaluate`. For features it
+        has explained_pct alone.
     Raises:
         ValueError: No input size is known, or as `evaluate`.
     """
@@ -69,12 +71,12 @@ def measure_each(
     scores: dict[str, dict[str, Any]] = {
         name: dict.fromkeys(("top1_pct", "images", "per_class_pct")) for name in models
     }
-    input_size, answers = None, {}
+    answers = None
     if loader is not None:
-        answers, input_size, skipped = answer(models, loader, accelerator, progress)
-        scores = {name: score(answers, name, input_size, skipped) for name in models}
+        answers = answer(models, loader, accelerator, progress)
+        scores = {name: scores[name] | answers.score(name) for name in models}
     if example_input is None:
-        example_input = torch.zeros(1, *input_size) if input_size else _configured_image(first)
+        example_input = torch.zeros(1, *answers.input_size) if answers else _configured_image(first)
     device = device_of(first) if accelerator is None else accelerator.device
     with evaluating(*models.values(), device=device):
         latency = latency_on_main(models, example_input[:1], accelerator)
@@ -90,11 +92,9 @@ def measure_each(
     dense_scores = scores.get("dense")
     if dense_scores is not None:
         for name in slims:
-            classes = "labels" in answers
-            scores[name]["agreement_pct"] = percent(answers[name] == answers["dense"]) if classes else None
-            scores[name]["worst_class"] = worst_class(dense_scores, scores[name]) if classes else None
-            if loader is not None and not classes:
-                scores[name]["explained_pct"] = 100 * (1 - answers[f"{name} error"].double().mean().item())
+            scores[name] |= dict.fromkeys(("agreement_pct", "worst_class"))
+            if answers is not None:
+                scores[name] = merged(scores[name], answers.compared(name, "dense"))
     return {
         name: Record(copy.copy(dense_scores), scores[name], describe_setup(one, example_input, device))
         for name, one in slims.items()

@@ -8,13 +8,12 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from lfrns_hub.measure.figures import KINDS, Figure, heads_of, word_of
 from lfrns_hub.untrusted import parse_json, read_json, short
 
 # What is told as a number, or as nothing where it was not measured.
 FIGURES = (
-    "top1_pct",
-    "agreement_pct",
-    "explained_pct",
+    *dict.fromkeys(figure.key for kind in KINDS.values() for figure in kind.figures),
     "images",
     "params_m",
     "macs_g",
@@ -31,10 +30,12 @@ class Record:
     """The measured figures of a slim model and, where given, of its dense one; None means not measured.
 
     Attributes:
-        dense: top1_pct, images, per_class_pct, params_m, macs_g, flops_g, latency_ms, size_mb of the dense model.
-        slim: The same of the slim model, plus agreement_pct and worst_class where the dense model was given; of models
-            that answer with features explained_pct, the share of the dense features' variance that the slim model's
-            reproduce, in percent.
+        dense: output (what the outputs mean: classes, labels, quantities or features; of several heads one word each),
+            the figures that fit them (see `evaluate`), such as top1_pct, images, per_class_pct; and params_m, macs_g,
+            flops_g, latency_ms, size_mb of the dense model.
+        slim: The same of the slim model, plus agreement_pct and worst_class (of labels: the label that lost most)
+            where the dense model was given; of quantities and features explained_pct, the share of the variance of
+            the dense model's answers that the slim model's reproduce, in percent.
         setup: Machine, dtype, batch and input size of the latency, versions, the slim model's provenance.
     """
 
@@ -97,29 +98,34 @@ def format_table(record: Record) -> Table:
     for heading, justify in (("", "left"), ("dense", "right"), ("slim", "right"), ("slim / dense", "right")):
         table.add_column(heading, justify=justify)
     dense, slim = record.dense or {}, record.slim
+    for head, of_slim in heads_of(slim).items():
+        kind = KINDS[word_of(of_slim)]
+        of_dense = heads_of(dense).get(head, {})
+        for figure in kind.figures:
+            table.add_row(*_figure_row(figure, head, of_dense.get(figure.key), of_slim.get(figure.key)))
+        if kind.worst:
+            names = None if head else record.setup.get("label_names")
+            table.add_row(*_worst_row(word_of(of_slim), head, of_slim.get("worst_class"), names))
     for label, key, form in (
-        ("top-1, %", "top1_pct", ".2f"),
-        ("dense features explained, %", "explained_pct", ".2f")
-        if "explained_pct" in slim
-        else ("agreement with dense, %", "agreement_pct", ".2f"),
-        ("worst class, %", "worst_class", ""),
         ("params, M", "params_m", ".3f"),
         ("FLOPs, G", "flops_g", ".4f"),
         ("MACs, G", "macs_g", ".4f"),
         ("latency, ms", "latency_ms", ".2f"),
     ):
         before, after = dense.get(key), slim.get(key)
-        if key == "worst_class":
-            table.add_row(*_worst_class_row(label, after, record.setup.get("label_names")))
-        elif key in ("agreement_pct", "explained_pct"):
-            table.add_row(label, "", _text(after, form), "")
-        elif None in (before, after):
-            table.add_row(label, _text(before, form), _text(after, form), "")
-        elif key == "top1_pct":
-            table.add_row(label, _text(before, form), _text(after, form), f"{after - before:+.2f} points")
-        else:
-            table.add_row(label, _text(before, form), _text(after, form), f"{after / before:.3f}" if before else "")
+        ratio = f"{after / before:.3f}" if before and after is not None else ""
+        table.add_row(label, _text(before, form), _text(after, form), ratio)
     return table
+
+
+def _figure_row(figure: Figure, head: str, before: float | None, after: float | None) -> tuple[str, ...]:
+    """Lay out a figure of one head."""
+    label, shown = f"{escape(head)} {figure.label}".strip(), _text(after, figure.form)
+    if not figure.change:
+        return label, "", shown, ""
+    points = " points" if figure.change == "points" else ""
+    change = "" if None in (before, after) else f"{after - before:+{figure.form}}{points}"
+    return label, _text(before, figure.form), shown, change
 
 
 def _title(record: Record) -> str:
@@ -136,13 +142,14 @@ def _text(value: float | None, form: str) -> str:
     return "not measured" if value is None else format(value, form)
 
 
-def _worst_class_row(label: str, worst: dict[str, Any] | None, names: Any) -> tuple[str, ...]:
-    """Lay out the class that lost most."""
+def _worst_row(word: str, head: str, worst: dict[str, Any] | None, names: Any) -> tuple[str, ...]:
+    """Lay out the class or label that lost most."""
+    label = f"{escape(head)} worst {'label' if word == 'labels' else 'class'}".strip()
     if worst is None:
-        return label, "not measured", "not measured", ""
+        return f"{label}, %", "not measured", "not measured", ""
     name = escape(short(str(names[worst["class"]] if names else worst["class"])))  # a data set's own word
     return (
-        f"worst class ({name}), %",
+        f"{label} ({name}), %",
         f"{worst['dense_pct']:.2f}",
         f"{worst['slim_pct']:.2f}",
         f"{-worst['drop_points']:+.2f} points",

@@ -1,17 +1,80 @@
 """Run models over images, each counted once on however many processes, and sum their answers up."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lfrns_hub.answers import Answer, check_labels, read_answer
-from lfrns_hub.batches import UNREADABLE, check_finite, iterate
+from lfrns_hub.answers import Answer, Outputs, probe, read_answer, settle_by_loader
+from lfrns_hub.batches import LABEL_KEYS, UNREADABLE, check_finite, iterate
+from lfrns_hub.measure.figures import kind_of, worst
+from lfrns_hub.model_io.meaning import Classes, Labels
 from lfrns_hub.running import as_input, device_of, evaluating, unwrap
+
+NO_LABELS = (
+    "evaluate(loader) got a batch without labels: accuracy needs them. Yield (images, labels), or dicts with one of "
+    f"{', '.join(LABEL_KEYS)}."
+)
+
+
+@dataclass
+class Answers:
+    """What models answered to the images, gathered from all processes.
+
+    Attributes:
+        outputs: What they mean.
+        kept: By model and head, what its `Kind` kept of the images that count, [images, ...] each.
+        labels: Of each head, None where there are none.
+        images, skipped: How many count, and how many could not be read.
+        input_size: [C, H, W].
+    """
+
+    outputs: Outputs
+    kept: dict[tuple[str, str], dict[str, Tensor]]
+    labels: dict[str, Tensor | None]
+    images: int
+    skipped: int
+    input_size: list[int]
+
+    def score(self, name: str) -> dict[str, Any]:
+        """Return the figures of one model; see `evaluate`."""
+        heads = {
+            head: kind_of(meaning).scores(meaning, self.kept[name, head], self.labels[head], self.outputs.widths[head])
+            for head, meaning in self.outputs.heads.items()
+        }
+        return self._joined(heads) | {
+            "images": self.images,
+            "images_skipped": self.skipped,
+            "input_size": self.input_size,
+        }
+
+    def compared(self, slim: str, dense: str) -> dict[str, Any]:
+        """Return the figures of one model that another is needed for: agreement, and the class that lost most."""
+        heads = {}
+        for head, meaning in self.outputs.heads.items():
+            kind, sides = kind_of(meaning), (self.kept[slim, head], self.kept[dense, head])
+            heads[head] = kind.compared(*sides)
+            if kind.worst:
+                before, after = (
+                    kind.scores(meaning, side, self.labels[head], self.outputs.widths[head])[kind.worst]
+                    for side in reversed(sides)
+                )
+                heads[head]["worst_class"] = worst(before, after)
+        return self._joined(heads)
+
+    def _joined(self, heads: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Put the figures of several heads side by side; those of feature tensors are one."""
+        word = self.outputs.word
+        if isinstance(word, dict):
+            return {"output": word, "heads": {name: {"output": word[name]} | one for name, one in heads.items()}}
+        figures = list(heads.values())
+        joined = {key: sum(one[key] for one in figures) / len(figures) if len(figures) > 1 else figures[0][key]
+                  for key in figures[0]}  # fmt: skip
+        return {"output": word} | joined
 
 
 def evaluate(
@@ -31,25 +94,43 @@ def evaluate(
         accelerator: Shares the images out among its processes; without it, one process on the model's device.
         progress: Show a bar on the main process.
     Returns:
-        top1_pct, loss (mean cross-entropy), images, images_skipped (those that could not be read, of label -100: they
-        count in no other figure), per_class_pct (None for a class without images), class_counts,
-        input_size [C, H, W], and agreement_pct, the share of images on which the teacher predicts the same class.
+        output (what the outputs mean), loss (what training lowers, the mean), images, images_skipped (those that could
+        not be read, of label -100: they count in no other figure), input_size [C, H, W], and
+
+        - of classes: top1_pct, per_class_pct (None for a class without images), class_counts; of labels that are
+          probabilities the most likely class is the label. With a teacher agreement_pct, the share of images on which
+          it predicts the same class;
+        - of labels that hold together: map_pct (mean average precision, the mean over labels that an image has),
+          per_label_ap_pct, label_accuracy_pct (single labels that are right at a probability of 1/2), label_counts.
+          With a teacher agreement_pct, the share of single labels on which both decide alike;
+        - of quantities: r2 and mae (mean absolute error), the mean over the quantities, per_quantity_r2,
+          per_quantity_mae. With a teacher explained_pct, the share of its answers' variance that is reproduced;
+        - of several heads: these by name, in heads.
+
+        With a teacher worst_class too, the class or label that lost most, but of quantities.
     Raises:
-        ValueError: The loader is empty or has no labels, a label is no class of the model, or it has no classes.
+        ValueError: The loader is empty or has no labels, a label does not fit, or the model answers with features.
     """
     models = {"model": unwrap(model, "evaluate")}
     if teacher is not None:
         models["teacher"] = unwrap(teacher, "evaluate")
-    answers, input_size, skipped = answer(models, loader, accelerator, progress)
-    if "labels" not in answers:
+    answers = answer(models, loader, accelerator, progress)
+    if answers.outputs.are_features:
         raise ValueError(
             f"evaluate({type(models['model']).__name__}): it answers with features, and accuracy needs logits [N, "
             "classes]. measure(model, loader, dense=dense) tells how near two feature extractors are."
         )
-    scores = score(answers, "model", input_size, skipped)
-    if teacher is not None:
-        scores["agreement_pct"] = percent(answers["model"] == answers["teacher"])
-    return scores
+    if all(labels is None for labels in answers.labels.values()):
+        raise ValueError(NO_LABELS)
+    scores = answers.score("model")
+    return scores if teacher is None else merged(scores, answers.compared("model", "teacher"))
+
+
+def merged(scores: dict[str, Any], compared: dict[str, Any]) -> dict[str, Any]:
+    """Put what `Answers.compared` tells beside the scores, head by head."""
+    if "heads" not in scores:
+        return scores | compared
+    return scores | {"heads": {name: one | compared["heads"][name] for name, one in scores["heads"].items()}}
 
 
 def prepare_loader(loader: Any, accelerator: Any) -> Any:
@@ -66,117 +147,97 @@ def prepare_loader(loader: Any, accelerator: Any) -> Any:
     )
 
 
-def answer(
-    models: dict[str, nn.Module], loader: Any, accelerator: Any, progress: bool
-) -> tuple[dict[str, Tensor], list[int], int]:
+def answer(models: dict[str, nn.Module], loader: Any, accelerator: Any, progress: bool) -> Answers:
     """Run all models over the images.
 
     Args:
         models: By name, without wrappers; the last is the one that others are compared with.
-        loader: Batches; their labels are read only where the models answer with logits.
+        loader: Batches; their labels are not read where the models answer with features.
         accelerator: Shares the images out.
         progress: Show a bar on the main process.
-    Returns:
-        Tensors [images], the input size [C, H, W], and how many images were left out as unreadable. For logits:
-        predictions by name, losses by "name loss", the number of classes by "name classes", "labels". For features: by
-        "name error" the relative error of each image.
     Raises:
-        ValueError: There is no image, one has values that are not finite, or as `_classify`.
+        ValueError: There is no image, one has values that are not finite, classes come without labels, labels do not
+            fit, or the models do not answer alike.
     """
     device = device_of(next(iter(models.values()))) if accelerator is None else accelerator.device
     loader = prepare_loader(loader, accelerator)
     quiet = not progress or (accelerator is not None and not accelerator.is_main_process)
-    gathered: dict[str, list[Tensor]] = {}
-    input_size: list[int] = []
+    gathered: dict[tuple[str, ...], list[Tensor]] = {}
+    outputs, input_size = None, []
     with evaluating(*models.values(), device=device), torch.no_grad():
         for images, labels in tqdm(iterate(loader), total=_length(loader), desc="evaluate", disable=quiet, leave=False):
             check_finite(images, "evaluate(loader)")
-            answers = {name: read_answer(model, model(as_input(images, model))) for name, model in models.items()}
-            if all(one.is_logits for one in answers.values()):
-                batch = _classify(answers, labels, device)
-            else:
-                *_, dense = answers.values()
-                batch = {f"{name} error": one.relative_error(dense) for name, one in answers.items()}
-            batch["counted"] = _counted(labels, len(images)).to(device)
+            given = {name: model(as_input(images, model)) for name, model in models.items()}
+            if outputs is None:
+                first = probe(next(iter(models.values())), images)
+                outputs = settle_by_loader(
+                    list(models.values()), first, labels, loader, "evaluate", accelerator=accelerator
+                )
+            answers = {name: read_answer(model, given[name], outputs) for name, model in models.items()}
+            batch = _keep(answers, labels, len(images), device)
             if accelerator is not None:
                 batch = accelerator.gather_for_metrics(batch)
             for key, value in batch.items():
                 gathered.setdefault(key, []).append(value.cpu())
             input_size = list(images.shape[1:])
     whole = {key: torch.cat(parts) for key, parts in gathered.items()}
-    counted = whole.pop("counted", torch.zeros(0, dtype=torch.bool))
-    if not counted.any():
+    counted = whole.pop(("counted",), torch.zeros(0, dtype=torch.bool))
+    if outputs is None or not counted.any():
         raise ValueError(
             "evaluate(loader) got no image: the loader is empty, or none could be read. Check the folder, the split "
             "and the limit."
         )
-    return {key: part[counted] for key, part in whole.items()}, input_size, int((~counted).sum())
+    kept: dict[tuple[str, str], dict[str, Tensor]] = {(name, head): {} for name in models for head in outputs.heads}
+    labels = dict.fromkeys(outputs.heads)
+    for key, value in whole.items():
+        if key[0] == "labels":
+            labels[key[1]] = value[counted]
+        else:
+            kept[key[1:3]][key[3]] = value[counted]
+    return Answers(outputs, kept, labels, int(counted.sum()), int((~counted).sum()), input_size)
 
 
-def _counted(labels: Any, images: int) -> Tensor:
-    """Tell which images of a batch count: all but those that could not be read, [N], bool."""
-    if isinstance(labels, Tensor) and labels.shape == (images,):
-        return labels != UNREADABLE
-    return torch.ones(images, dtype=torch.bool)
-
-
-def _classify(answers: dict[str, Answer], labels: Any, device: torch.device) -> dict[str, Tensor]:
-    """Give each image's predictions and losses.
+def _keep(answers: dict[str, Answer], labels: Any, images: int, device: torch.device) -> dict[tuple[str, ...], Tensor]:
+    """Return what is kept of one batch, each [N, ...], by what it is of: of models, of labels, or which images count.
 
     Raises:
-        ValueError: There are no labels, or one is no class of a model.
+        ValueError: Classes or labels that hold together come without labels, labels do not fit, or one model has
+            another number of outputs.
     """
-    if labels is None:
-        raise ValueError("evaluate(loader) got a batch without labels: accuracy needs them. Yield (images, labels).")
-    labels = labels.to(device)
-    batch: dict[str, Tensor] = {"labels": labels}
-    for name, one in answers.items():
-        logits = one.parts[0].float()
-        check_labels(labels, logits.shape[1])
-        batch[name] = logits.argmax(dim=1)
-        batch[f"{name} loss"] = F.cross_entropy(logits, labels, reduction="none")
-        batch[f"{name} classes"] = torch.full_like(labels, logits.shape[1])
+    *_, dense = answers.values()
+    outputs = dense.outputs
+    read = outputs.read_labels(labels, images, "evaluate(loader)")
+    counted = torch.zeros(images, dtype=torch.bool)
+    batch: dict[tuple[str, ...], Tensor] = {}
+    for place, (head, meaning) in enumerate(outputs.heads.items()):
+        kind, of_head = kind_of(meaning), read[head]
+        if of_head is None and isinstance(meaning, (Classes, Labels)):
+            raise ValueError(NO_LABELS)
+        if of_head is not None:
+            known = meaning.known(of_head)
+            counted |= (known if known.ndim == 1 else known.any(1)).cpu()
+            of_head = kind.labels_of_batch(of_head).to(device)
+            batch["labels", head] = of_head
+        for name, one in answers.items():
+            part, target = one.parts[place], dense.parts[place]
+            if part.shape != target.shape:
+                raise ValueError(
+                    f"evaluate(loader): one model answers with {part.shape[1]} {meaning.name}, another with "
+                    f"{target.shape[1]}. Compare a slim model with the dense one that it came from."
+                )
+            for key, value in kind.of_batch(meaning, part, target, of_head).items():
+                batch["model", name, head, key] = value
+    if all(value is None for value in read.values()):
+        counted = _readable(labels, images)
+    batch["counted",] = counted.to(device)
     return batch
 
 
-def score(answers: dict[str, Tensor], name: str, input_size: list[int], skipped: int) -> dict[str, Any]:
-    """Sum the answers of one model up; features leave all but images and input size unmeasured."""
-    if "labels" not in answers:
-        unmeasured = dict.fromkeys(("top1_pct", "loss", "per_class_pct", "class_counts"))
-        images = len(answers[f"{name} error"])
-        return {**unmeasured, "images": images, "images_skipped": skipped, "input_size": input_size}
-    labels, right = answers["labels"], answers[name] == answers["labels"]
-    num_classes = int(answers[f"{name} classes"][0])
-    counts = labels.bincount(minlength=num_classes).tolist()
-    hits = labels[right].bincount(minlength=num_classes).tolist()
-    return {
-        "top1_pct": percent(right),
-        "loss": answers[f"{name} loss"].double().mean().item(),
-        "images": len(labels),
-        "images_skipped": skipped,
-        "per_class_pct": [100 * hit / count if count else None for hit, count in zip(hits, counts, strict=True)],
-        "class_counts": counts,
-        "input_size": input_size,
-    }
-
-
-def percent(right: Tensor) -> float:
-    """Give the share of true entries in percent."""
-    return 100 * int(right.sum()) / len(right)
-
-
-def worst_class(dense: dict[str, Any], slim: dict[str, Any]) -> dict[str, Any]:
-    """Find the class that lost most; of equals, the first."""
-    pairs = zip(dense["per_class_pct"], slim["per_class_pct"], strict=True)
-    drops = [(before - after, -index) for index, (before, after) in enumerate(pairs) if before is not None]
-    drop, negative_index = max(drops)
-    index = -negative_index
-    return {
-        "class": index,
-        "dense_pct": dense["per_class_pct"][index],
-        "slim_pct": slim["per_class_pct"][index],
-        "drop_points": drop,
-    }
+def _readable(labels: Any, images: int) -> Tensor:
+    """Tell which images of a batch could be read, by labels that are used for nothing else, [N], bool."""
+    if isinstance(labels, Tensor) and labels.shape == (images,) and not labels.is_floating_point():
+        return labels.cpu() != UNREADABLE
+    return torch.ones(images, dtype=torch.bool)
 
 
 def _length(loader: Any) -> int | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.batches import UNREADABLE, check_finite, iterate, read_logits, split_batch
+from lfrns_hub.model_io.meaning import Classes, said_meaning
 from lfrns_hub.pictures.model_input import input_size_of, num_classes_of
 from lfrns_hub.untrusted import short
 
@@ -28,7 +29,7 @@ def check_images(model: nn.Module, loader: Any) -> None:
         raise ValueError("check_images(loader): the loader is empty. Give it at least one batch.")
     images, _ = split_batch(first)
     classes, names = num_classes_of(model), getattr(getattr(loader, "dataset", None), "class_names", None) or []
-    if 0 < classes < len(names):
+    if 0 < classes < len(names) and not (classes == 1 and len(names) == 2):  # one logit says yes or no
         raise ValueError(
             f"{type(model).__name__} answers {classes} classes, the data has {len(names)} ({short(', '.join(names))}): "
             "the head does not fit the data. Fine-tune it first (--dense-epochs)."
@@ -56,13 +57,16 @@ def guard_against_chance(model: nn.Module, loader: Any, where: str | os.PathLike
         loader: Of labelled images, at most 2,000 are run.
         where: The data, for the message.
     Returns:
-        Top-1 in percent; None where there are no labels.
+        Top-1 in percent; None where there are no class numbers, or the outputs mean something else.
     Raises:
         ValueError: Labels beyond the head, or top-1 at most 1.5 times chance (with few classes: a tenth above it).
     """
     classes, hits, total = num_classes_of(model), 0, 0
+    said = said_meaning(model)
+    if classes == 1 or not isinstance(said, Classes | None):
+        return None
     for images, labels in iterate(loader):
-        if labels is None:
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
             return None
         if int(labels.max()) >= classes:
             raise ValueError(

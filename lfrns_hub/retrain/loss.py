@@ -1,47 +1,57 @@
-"""What a step learns from: labels, the teacher's answers, or both."""
+"""What a step learns from: labels, the teacher's answers, or both, by what the outputs mean."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lfrns_hub.batches import read_logits
-from lfrns_hub.measure import check_labels
+from lfrns_hub.answers import Answer, Outputs, read_answer
 
 
-def ask_teacher(teacher: nn.Module | None, images: Tensor) -> Tensor | None:
-    """Give the teacher's logits [N, classes], without gradient."""
+def ask_teacher(teacher: nn.Module | None, images: Tensor, outputs: Outputs) -> Answer | None:
+    """Return the teacher's answer, without gradient, read as the student's is."""
     if teacher is None:
         return None
     with torch.no_grad():
-        return read_logits(teacher(images)).float()
+        return read_answer(teacher, teacher(images), outputs, every_feature=True)
 
 
 def mixed_loss(
-    logits: Tensor,
-    labels: Tensor | None,
-    soft_targets: Tensor | None,
+    answer: Answer,
+    labels: dict[str, Tensor | None],
+    taught: Answer | None,
     label_smoothing: float,
     distill_weight: float,
     temperature: float,
 ) -> Tensor:
-    """Mix cross-entropy to the labels with the divergence from the teacher's softened classes."""
-    if labels is None and soft_targets is None:
+    """Mix the loss of the task with the teacher's, the sum over the heads; a head without labels has the teacher alone.
+
+    Args:
+        answer: The student's.
+        labels: Of each head, as `Outputs.read_labels` gives them; None where there are none.
+        taught: The teacher's answer, if there is a teacher.
+        label_smoothing, distill_weight, temperature: As for `retrain`.
+    """
+    if taught is None and all(value is None for value in labels.values()):
+        if answer.outputs.are_features:
+            raise ValueError(
+                "retrain(teacher=None): the model answers with features, of which no label speaks. Pass the dense "
+                "model as teacher."
+            )
         raise ValueError(
             "retrain(loader, teacher=None) got a batch without labels. Yield (images, labels), or pass the dense model "
             "as teacher."
         )
-    if soft_targets is not None and soft_targets.shape != logits.shape:
-        raise ValueError(
-            f"retrain(teacher): it has {soft_targets.shape[1]} classes, the model has {logits.shape[1]}. Teach with "
-            "the model that the slim one came from."
-        )
-    if labels is not None:
-        check_labels(labels, logits.shape[1])
-        hard = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        if soft_targets is None:
-            return hard
-    student = F.log_softmax(logits / temperature, dim=1)
-    target = F.log_softmax(soft_targets / temperature, dim=1)
-    # The gradients of softened logits shrink with the temperature squared.
-    soft = temperature**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
-    return soft if labels is None else (1 - distill_weight) * hard + distill_weight * soft
+    losses = []
+    targets = [None] * len(answer.parts) if taught is None else taught.parts
+    for (name, meaning, part), target in zip(answer.heads, targets, strict=True):
+        if target is not None and target.shape != part.shape:
+            raise ValueError(
+                f"retrain(teacher): it has {target.shape[1]} {meaning.name}, the model has {part.shape[1]}. Teach with "
+                "the model that the slim one came from."
+            )
+        hard = None if labels[name] is None else meaning.task_loss(part, labels[name], label_smoothing)
+        soft = None if target is None else meaning.distillation_loss(part, target, temperature)
+        if hard is not None and soft is not None:
+            losses.append((1 - distill_weight) * hard + distill_weight * soft)
+        elif (loss := soft if hard is None else hard) is not None:
+            losses.append(loss)
+    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]

@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lfrns_hub.batches import read_logits, split_batch
-from lfrns_hub.measure import evaluate, evaluating
+from lfrns_hub.answers import Answer, Outputs, read_answer, settle_by_loader
+from lfrns_hub.batches import split_batch
+from lfrns_hub.measure import evaluate, evaluating, main_figures
 from lfrns_hub.resume import Checkpoints, Position, caught_sigterm, told_anywhere
 from lfrns_hub.retrain.features import Features, watch_features
 from lfrns_hub.retrain.loss import ask_teacher
@@ -28,12 +29,14 @@ class Epochs:
     """The batches of a run, the same ones at the same places of the same epochs however often it is begun.
 
     Attributes:
+        given: The loader, as it came.
         images, batches: Of an epoch: images over all processes, batches of this one.
         batch_size: Of one process.
         order_seed: Of the order.
     """
 
     def __init__(self, loader: DataLoader, accelerator: Accelerator, seed: int, images_per_epoch: int | None):
+        self.given = loader
         self._accelerator, self._seed, self._streamed = accelerator, seed, images_per_epoch is not None
         self.images = images_per_epoch or len(loader.dataset)
         given = accelerator.dataloader_config.data_seed
@@ -76,7 +79,7 @@ class Run:
     teacher: nn.Module | None
     optimizer: Any
     scheduler: LambdaLR
-    mix: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    mix: Callable[[Answer, dict[str, Tensor | None], Answer | None], Tensor]
     feature_weight: float
     plan: SlimPlan | None  # of the model; features need it
     steps: int
@@ -89,6 +92,7 @@ class Run:
     _rate: float = 0.0
     _settled: bool = False
     _features: Features | None = None
+    _outputs: Outputs | None = None
 
     def train(self, epochs: int) -> None:
         """Take the epochs that are left."""
@@ -133,9 +137,11 @@ class Run:
             images = laid_out(images, self.model)
             self._watch(images)
             with self.accelerator.autocast():
-                logits = read_logits(self.trained(images)).float()
-                soft_targets = ask_teacher(self.teacher, images)
-            loss = self.mix(logits, labels, soft_targets)
+                output = self.trained(images)
+                outputs = self._meaning(output, labels)
+                answer = read_answer(self.model, output, outputs, every_feature=True)
+                taught = ask_teacher(self.teacher, images, outputs)
+            loss = self.mix(answer, outputs.read_labels(labels, len(images), "retrain(loader)"), taught)
             if self._features:
                 loss = loss + self.feature_weight * self._features.loss()
             rate, value = self.scheduler.get_last_lr()[0], loss.item()
@@ -147,6 +153,21 @@ class Run:
             self.optimizer.zero_grad()
         self._rate = rate
         return value, rate
+
+    def _meaning(self, output: Any, labels: Any) -> Outputs:
+        """Say what the outputs mean, once: the same after the run was gone on with, and on every process."""
+        if self._outputs is None:
+            models = [self.whole, *filter(None, [self.teacher])]
+            with random_kept():
+                self._outputs = settle_by_loader(
+                    models, output, labels, self.data.given, "retrain", accelerator=self.accelerator
+                )
+            if self._outputs.are_features and self.eval_loader is not None:
+                raise ValueError(
+                    "retrain(eval_loader): the model answers with features, which no label scores. Leave it out, and "
+                    "pass the dense model to measure(model, loader, dense=dense)."
+                )
+        return self._outputs
 
     def _watch(self, images: Tensor) -> None:
         """Find the feature map that the teacher teaches as well, on the first images."""
@@ -182,10 +203,12 @@ class Run:
         """Evaluate for the reader; the next epoch is the same, whether this has run or not."""
         with random_kept():
             scores = evaluate(self.whole, self.eval_loader, accelerator=self.accelerator, progress=self.progress)
+        figures = main_figures(scores)
         if not bar.disable:
-            top1 = f"top-1 {scores['top1_pct']:.2f} % of {scores['images']} images"
-            bar.write(f"epoch {at.epoch} of {epochs}: {top1}")
-        values = {"eval_top1_pct": scores["top1_pct"], "eval_loss": scores["loss"]}
+            words = [f"{head} {f.label} {value:{f.form}}".strip() for head, f, value in figures]
+            bar.write(f"epoch {at.epoch} of {epochs}: {', '.join(words)}; {scores['images']} images")
+        values = {"_".join(filter(None, ["eval", head, f.key])): value for head, f, value in figures}
+        values |= {"eval_loss": scores["loss"]} if "loss" in scores else {}
         _track(self.tracker, self.accelerator, values, at.step)
 
     def check_weights(self, model: nn.Module, at: Position) -> None:

@@ -52,6 +52,9 @@ def retrain(
 ) -> nn.Module:
     """Train a model in place, from its labels, from a teacher, or from both.
 
+    What the outputs mean, and so the loss, is said as for `slim`: cross-entropy of classes, binary cross-entropy of
+    labels that hold together, squared error of quantities; the teacher's share likewise, and of features as well.
+
     Args:
         model: Trained in place; it ends on the accelerator's device, in the training mode and the memory format in
             which it came. Convolutional networks are trained in channels_last.
@@ -67,9 +70,10 @@ def retrain(
         weight_decay: On matrices and kernels, not on norms, biases and tokens. Default 5e-4 (sgd) or 0.05 (adamw).
         max_grad_norm: Gradients are clipped to it; math.inf never clips. Default inf (sgd) or 1.0 (adamw).
         warmup_fraction: Share of the steps in which the rate rises, in [0, 1); then it falls as a cosine.
-        label_smoothing: In [0, 1).
+        label_smoothing: In [0, 1): of classes towards all alike, of labels that hold together towards 1/2; quantities
+            have none.
         distill_weight: Share of the teacher in the loss, in [0, 1]; 1 where there are no labels.
-        temperature: Softens both sides' logits for the teacher's share.
+        temperature: Softens both sides' logits for the teacher's share, of classes and of labels that hold together.
         feature_weight: Of the features, added to the loss: the squared error of the last feature map over the square
             of the teacher's, at the channels that the model kept; 100 is what the benchmarks take. Above 0 the
             teacher must be the dense model that `slim` made the model of. Under sgd, layers without a norm may need
@@ -89,8 +93,9 @@ def retrain(
     Returns:
         The model that came in.
     Raises:
-        ValueError: A value is out of its range, the loader is empty, labels are missing or are no class of the model,
-            features are asked for and cannot be compared, or the checkpoint is of another run.
+        ValueError: A value is out of its range, the loader is empty, labels are missing or do not fit the outputs, the
+            teacher's outputs mean something else, features are asked for and cannot be compared, or the checkpoint is
+            of another run.
         FloatingPointError: The loss or a weight is no longer finite; the message names the last good checkpoint.
         OSError: A checkpoint cannot be written or read; what was there before is there still.
     Source: Fang and Yin 2025 retrain plainly; the teacher's share is Hinton et al. 2015, section 2, that of
