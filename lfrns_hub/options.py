@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfrns_hub.batches import check_finite, iterate
+from lfrns_hub.batches import check_finite, iterate, shuffle_images
 from lfrns_hub.latency import LatencySetup
+from lfrns_hub.responses import HELD_OUT_EVERY
 from lfrns_hub.units import UnitGroup
 from lfrns_hub.untrusted import short
 
@@ -106,8 +107,11 @@ def check_example(example_input: Any, call: str) -> Tensor:
     return example_input
 
 
-def read_loader(loader: Any, dtype: torch.dtype, *, call: str) -> list[tuple[Tensor, Any]]:
+def read_loader(loader: Any, dtype: torch.dtype, seed: int, *, call: str) -> list[tuple[Tensor, Any]]:
     """Read all calibration batches as (images, labels), floating-point images in the dtype of the analysis.
+
+    The images are shuffled (see `shuffle_images`), so that it is images that are held out, of every class, and not the
+    batches of a loader that may come sorted.
 
     Raises:
         ValueError: There is none, or one has values that are not finite.
@@ -123,7 +127,7 @@ def read_loader(loader: Any, dtype: torch.dtype, *, call: str) -> list[tuple[Ten
             raise ValueError(
                 f"{call}(loader): a batch has {len(images)} images and {len(labels)} labels. Give one label an image."
             )
-    return batches
+    return shuffle_images(batches, held_out_every=HELD_OUT_EVERY, seed=seed)
 
 
 def choose_groups(
