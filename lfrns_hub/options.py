@@ -9,11 +9,13 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lfrns_hub.answers import check_labels, read_answer
 from lfrns_hub.batches import check_finite, iterate, shuffle_images
 from lfrns_hub.latency import LatencySetup
 from lfrns_hub.responses import HELD_OUT_EVERY
+from lfrns_hub.running import as_input, dtype_of
 from lfrns_hub.units import UnitGroup
 from lfrns_hub.untrusted import short
 
@@ -107,15 +109,16 @@ def check_example(example_input: Any, call: str) -> Tensor:
     return example_input
 
 
-def read_loader(loader: Any, dtype: torch.dtype, seed: int, *, call: str) -> list[tuple[Tensor, Any]]:
-    """Read all calibration batches as (images, labels), floating-point images in the dtype of the analysis.
+def read_loader(loader: Any, dense: nn.Module, seed: int, *, call: str) -> list[tuple[Tensor, Any]]:
+    """Read all calibration batches as (images, labels), floating-point images in the dtype of the dense model.
 
     The images are shuffled (see `shuffle_images`), so that it is images that are held out, of every class, and not the
     batches of a loader that may come sorted.
 
     Raises:
-        ValueError: There is none, or one has values that are not finite.
+        ValueError: There is none, one has values that are not finite, or a label is no class of the model.
     """
+    dtype = dtype_of(dense)
     batches = [
         (images.to(dtype) if images.is_floating_point() else images, labels) for images, labels in iterate(loader)
     ]
@@ -127,7 +130,23 @@ def read_loader(loader: Any, dtype: torch.dtype, seed: int, *, call: str) -> lis
             raise ValueError(
                 f"{call}(loader): a batch has {len(images)} images and {len(labels)} labels. Give one label an image."
             )
+    _check_classes(dense, batches)
     return shuffle_images(batches, held_out_every=HELD_OUT_EVERY, seed=seed)
+
+
+def _check_classes(dense: nn.Module, batches: Sequence[tuple[Tensor, Any]]) -> None:
+    """Refuse labels that are no class of a classifier, before hours of analysis, by what it answers to one image."""
+    labels = [part for _, part in batches if isinstance(part, Tensor) and part.ndim == 1]
+    if not labels:
+        return
+    try:
+        with torch.no_grad():
+            answer = read_answer(dense, dense(as_input(batches[0][0][:1], dense)))
+    except Exception:  # the trace runs the model next, and says what it does not take
+        return
+    if answer.is_logits:
+        for part in labels:
+            check_labels(part, answer.parts[0].shape[1])
 
 
 def choose_groups(

@@ -233,7 +233,7 @@ def analyse(
     refuse_meta(model, _call)
     with clocked(progress and (accelerator is None or accelerator.is_main_process)) as clock:
         dense = analysis_copy(model, accelerator.device if accelerator else device or device_of(model))
-        batches = read_loader(loader, dtype_of(dense), seed, call=_call)
+        batches = read_loader(loader, dense, seed, call=_call)
         example = batches[0][0][:1]
 
         clock.step("trace")

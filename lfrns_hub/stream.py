@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .pictures import (
     IMAGE_COLUMNS,
-    LABEL_COLUMNS,
     MAX_UNREADABLE,
-    SPLIT_FILES,
     ImageData,
     as_files,
     decode_picture,
     find_column,
+    find_labels,
+    list_classes,
     name_picture,
     parquet_files,
+    read_classes,
     read_table,
+    split_folder,
 )
 from .seeded import OwnGroup
 from .untrusted import short
@@ -42,12 +44,13 @@ class ImageStream:
     Attributes:
         table: The rows, a `datasets.IterableDataset`.
         image_column, label_column: Where pictures and labels stand.
-        class_names: By label; none where the data only numbers them.
+        class_names: By label; none where neither the data nor the model names them.
         images: How many the split holds.
         transform: Picture to tensor.
         seed: Of the order.
         name: The data: a folder or a Hub id.
         max_unreadable: Of how many unreadable pictures in a row more than this is an error.
+        number: The class of a label as the data has it.
     """
 
     table: Any
@@ -59,6 +62,7 @@ class ImageStream:
     seed: int
     name: str
     max_unreadable: int = MAX_UNREADABLE
+    number: Callable[[Any], int] = int
     _errors: list[str] = field(default_factory=list, repr=False)  # of this process, since the last readable picture
 
     def loader(self, batch_size: int, *, workers: int = 0) -> DataLoader:
@@ -118,7 +122,7 @@ class ImageStream:
             logger.warning("%s: %s cannot be read (%s): it is left out.", self.name, which, reason)
             return None
         self._errors.clear()
-        return picture, row[self.label_column]
+        return picture, self.number(row[self.label_column])
 
 
 def stream_data(
@@ -126,6 +130,7 @@ def stream_data(
     split: str,
     *,
     transform: Callable[[Image.Image], Tensor],
+    model: nn.Module | None = None,
     label_column: str | None = None,
     images: int | None = None,
     seed: int = 0,
@@ -137,6 +142,7 @@ def stream_data(
         name_or_dir: As for `load_data`: a folder of parquet files or of pictures, or a Hub id.
         split: "train", "validation" or "test".
         transform: Picture to tensor, from `make_transform`.
+        model: The model that is to answer, as for `load_data`.
         label_column: Where it has another name.
         images: How many pictures the split holds; None: as the files or the Hub say.
         seed: Of the order.
@@ -151,16 +157,14 @@ def stream_data(
     call = f"stream_data({name!r}, {split!r})"
     table = read_table(name, split, streaming=True)
     image_column = find_column(table, None, IMAGE_COLUMNS, call, required="pictures")
-    label_column = find_column(table, label_column, LABEL_COLUMNS, call)
-    if label_column is None:
-        raise ValueError(f"{call}: no column of labels: {', '.join(LABEL_COLUMNS)}. Give label_column.")
-    class_names = getattr(table.features[label_column], "names", None) or []
+    label_column = find_labels(table, label_column, call, required=True)
+    classes = read_classes(table, label_column, name, split, model=model, class_map=None, streaming=True)
     table = as_files(table, image_column)
     images = images or count_images(table, Path(name), split)
     if not images:
         raise ValueError(f"{call}: nothing says how many pictures there are. Pass images, their number.")
     return ImageStream(
-        table, image_column, label_column, list(class_names), images, transform, seed, name, max_unreadable
+        table, image_column, label_column, classes.names, images, transform, seed, name, max_unreadable, classes.number
     )
 
 
@@ -172,7 +176,6 @@ def count_images(table: Any, folder: Path, split: str) -> int:
     if files:
         return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
     if folder.is_dir():
-        found = next((folder / stem for stem in SPLIT_FILES[split] if (folder / stem).is_dir()), folder)
-        return sum(path.is_file() for path in found.glob("*/*"))
+        return sum(map(len, list_classes(split_folder(folder, split) or folder).values()))
     said = (table.info.splits or {}).get(table.split)
     return said.num_examples if said else 0

@@ -42,9 +42,14 @@ def main() -> None:
     data = args.data_dir or "ILSVRC/imagenet-1k"
     test_transform = make_transform(dense, train=False)
     stream = stream_data(
-        data, "train", transform=make_transform(dense, train=True), images=args.train_images, seed=args.seed
+        data,
+        "train",
+        transform=make_transform(dense, train=True),
+        model=dense,
+        images=args.train_images,
+        seed=args.seed,
     )
-    test_set = load_data(data, "validation", transform=test_transform, limit=limit, seed=args.seed)
+    test_set = load_data(data, "validation", transform=test_transform, model=dense, limit=limit, seed=args.seed)
     calibration_set = stream.front(min(limit or CALIBRATION_IMAGES, CALIBRATION_IMAGES), test_transform)
     batch_size = max(1, args.batch_size // accelerator.num_processes)
     train_loader = stream.loader(batch_size, workers=args.workers)

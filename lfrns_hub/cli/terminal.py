@@ -98,11 +98,11 @@ class Pictures:
     def load(
         self, model: nn.Module, split: str, *, augment: bool = False, limit: int | None = None, seed: int = 0
     ) -> ImageData:
-        """Load a split, prepared as a model wants its images."""
+        """Load a split, prepared as a model wants its images and labelled as it numbers its classes."""
         transform = make_transform(model, train=augment, flip=self.flip)
         options = {"label_column": self.label_column, "val_split": self.val_split, "class_map": self.class_map}
         options["max_unreadable"] = self.max_unreadable
-        return load_data(self.data, split, transform=transform, limit=limit, seed=seed, **options)
+        return load_data(self.data, split, transform=transform, model=model, limit=limit, seed=seed, **options)
 
 
 def analyse_pictures(
