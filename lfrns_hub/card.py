@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lfrns_hub.lineage import KEYS
+from lfrns_hub.measure import comparable_budgets, comparable_controls, comparable_dense, why_no_dense
 
 NOT_MEASURED = "not measured"
 UNKNOWN = "unknown"
@@ -50,7 +51,7 @@ def render_card(
     record = read_record(record) or {}
     setup = record.get("setup") or {}
     provenance = provenance or setup.get("provenance") or {}
-    slim, dense = record.get("slim") or {}, record.get("dense") or {}
+    slim, dense = record.get("slim") or {}, comparable_dense(record)
     known = {key: setup.get(key) or provenance.get(key) for key in (*KEYS, "dataset", "dataset_id")}
     if known["license"] != "other":  # the Hub knows the others by their identifier
         known["license_name"] = known["license_link"] = None
@@ -83,11 +84,12 @@ def render_card(
             summary=_summary(base, dense, slim, provenance, known),
             smoke=setup.get("smoke"),
             rows=_cells(_rows(dense, slim, setup.get("label_names"))),
-            latency=_latency(setup),
+            no_dense=_line(why_no_dense(record) or ""),
+            latency=_latency(setup, dense),
             controls=_cells([row["name"], _percent(row.get("top1_pct")), _count(row.get("images"))]
-                            for row in setup.get("controls") or []),
+                            for row in comparable_controls(record)),
             budgets=[[_number(row["macs_fraction"], "", 3), _percent(row.get("top1_pct")), _ms(row.get("latency_ms"))]
-                     for row in setup.get("budgets") or []],
+                     for row in comparable_budgets(record)],
             removed=_removed(provenance),
             plot=plot,
             gallery=gallery,
@@ -156,7 +158,7 @@ def _points(before: float | None, after: float | None) -> list[str]:
     return [_percent(before), _percent(after), change]
 
 
-def _latency(setup: dict[str, Any]) -> str:
+def _latency(setup: dict[str, Any], dense: dict[str, Any]) -> str:
     """Say what the latency was measured on."""
     machine = setup.get("machine") or {}
     if not machine:
@@ -169,8 +171,9 @@ def _latency(setup: dict[str, Any]) -> str:
         setup.get("dtype"),
         f"input {_plain(setup['input_size'])}" if setup.get("input_size") else None,
     ]
+    models = "the slim model alone" if dense.get("latency_ms") is None else "the two models in turns"
     return (
-        "Latency: the median of a forward pass of one image, the two models in turns, on "
+        f"Latency: the median of a forward pass of one image, {models}, on "
         f"{', '.join(str(part) for part in where if part)}."
     )
 

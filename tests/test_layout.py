@@ -52,7 +52,7 @@ ALLOWED = {
     "stream": {"pictures", "seeded"},
     "lineage": {"reach"},
     "zoo": {"models", "pictures", "reach", "checkpoint", "lineage"},
-    "checkpoint": {"zoo", "adapters", "surgery", "narrow", "models", "card", "hub", "plots", "lineage"},
+    "checkpoint": {"zoo", "adapters", "measure", "surgery", "narrow", "models", "card", "hub", "plots", "lineage"},
     "hub": {"reach", "handwritten"},
     "card": {"measure", "plots", "lineage"},
     "plots": {"measure"},
@@ -65,6 +65,8 @@ ALLOWED = {
     "cli": {
         "recipe",
         "measure",
+        "latency",
+        "resume",
         "retrain",
         "pictures",
         "zoo",

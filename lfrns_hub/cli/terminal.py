@@ -95,6 +95,16 @@ class Pictures:
     flip: bool = True
     max_unreadable: int = MAX_UNREADABLE
 
+    def arguments(self) -> list[str]:
+        """Give the options that say the same to another command."""
+        given = {
+            "--label-column": self.label_column,
+            "--val-split": self.val_split,
+            "--class-map": self.class_map,
+            "--max-unreadable": self.max_unreadable if self.max_unreadable != MAX_UNREADABLE else None,
+        }
+        return [word for option, value in given.items() if value is not None for word in (option, str(value))]
+
     def load(
         self, model: nn.Module, split: str, *, augment: bool = False, limit: int | None = None, seed: int = 0
     ) -> ImageData:

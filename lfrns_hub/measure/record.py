@@ -8,6 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from lfrns_hub.measure.occasion import comparable_dense, why_no_dense
 from lfrns_hub.untrusted import parse_json, read_json, short
 
 # What is told as a number, or as nothing where it was not measured.
@@ -23,7 +24,15 @@ FIGURES = (
     "size_mb",
 )
 # What of a setup is read again, and as what.
-SETUP = {"machine": dict, "provenance": dict, "label_names": list, "controls": list, "budgets": list, "epochs": int}
+SETUP = {
+    **dict.fromkeys(("dense_id", "dense_missing"), str),
+    "machine": dict,
+    "provenance": dict,
+    "label_names": list,
+    "controls": list,
+    "budgets": list,
+    "epochs": int,
+}
 
 
 @dataclass
@@ -35,7 +44,10 @@ class Record:
         slim: The same of the slim model, plus agreement_pct and worst_class where the dense model was given; of models
             that answer with features explained_pct, the share of the dense features' variance that the slim model's
             reproduce, in percent.
-        setup: Machine, dtype, batch and input size of the latency, versions, the slim model's provenance.
+            Each side says by `occasion` in which call it was measured and by `images_id` on which images: only what was
+            measured side by side is ever compared.
+        setup: Machine, dtype, batch and input size of the latency, versions, the slim model's provenance; `dense_id`
+            of the dense model's weights, or `dense_missing`, why it was not measured.
     """
 
     dense: dict[str, Any] | None
@@ -73,6 +85,9 @@ class Record:
                         f"Record.from_json({side}.{key}={short(figures[key])}): a number or null is needed. Measure it "
                         "again by lfrns evaluate."
                     )
+            for key in ("occasion", "images_id") if side != "setup" else ():
+                if not isinstance(figures.get(key), (str, type(None))):
+                    raise ValueError(f"Record.from_json({side}.{key}={short(figures[key])}): text or null is needed.")
         for key, kind in SETUP.items():
             if setup.get(key) is not None and not isinstance(setup[key], kind):
                 raise ValueError(
@@ -92,11 +107,13 @@ class Record:
 
 
 def format_table(record: Record) -> Table:
-    """Lay a record out as a table: dense against slim, and what is left of the dense figure."""
-    table = Table(title=_title(record))
+    """Lay a record out as a table: dense against slim, and what is left of a dense figure of the same occasion."""
+    fields = asdict(record)
+    why = why_no_dense(fields)
+    table = Table(title=_title(record), caption=why and f"Dense not measured: {escape(short(why, 300))}.")
     for heading, justify in (("", "left"), ("dense", "right"), ("slim", "right"), ("slim / dense", "right")):
         table.add_column(heading, justify=justify)
-    dense, slim = record.dense or {}, record.slim
+    dense, slim = comparable_dense(fields), record.slim
     for label, key, form in (
         ("top-1, %", "top1_pct", ".2f"),
         ("dense features explained, %", "explained_pct", ".2f")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lfrns_hub.answers import Answer, check_labels, read_answer
 from lfrns_hub.batches import UNREADABLE, check_finite, iterate
+from lfrns_hub.measure.occasion import image_keys, images_id
 from lfrns_hub.running import as_input, device_of, evaluating, unwrap
 
 
@@ -32,8 +33,9 @@ def evaluate(
         progress: Show a bar on the main process.
     Returns:
         top1_pct, loss (mean cross-entropy), images, images_skipped (those that could not be read, of label -100: they
-        count in no other figure), per_class_pct (None for a class without images), class_counts,
-        input_size [C, H, W], and agreement_pct, the share of images on which the teacher predicts the same class.
+        count in no other figure), images_id (which images these are), per_class_pct (None for a class without images),
+        class_counts, input_size [C, H, W], and agreement_pct, the share of images on which the teacher predicts the
+        same class.
     Raises:
         ValueError: The loader is empty or has no labels, a label is no class of the model, or it has no classes.
     """
@@ -79,7 +81,7 @@ def answer(
     Returns:
         Tensors [images], the input size [C, H, W], and how many images were left out as unreadable. For logits:
         predictions by name, losses by "name loss", the number of classes by "name classes", "labels". For features: by
-        "name error" the relative error of each image.
+        "name error" the relative error of each image. For both "image keys", which say what images these are.
     Raises:
         ValueError: There is no image, one has values that are not finite, or as `_classify`.
     """
@@ -97,6 +99,7 @@ def answer(
             else:
                 *_, dense = answers.values()
                 batch = {f"{name} error": one.relative_error(dense) for name, one in answers.items()}
+            batch["image keys"] = image_keys(images, labels).to(device)
             batch["counted"] = _counted(labels, len(images)).to(device)
             if accelerator is not None:
                 batch = accelerator.gather_for_metrics(batch)
@@ -144,7 +147,8 @@ def score(answers: dict[str, Tensor], name: str, input_size: list[int], skipped:
     if "labels" not in answers:
         unmeasured = dict.fromkeys(("top1_pct", "loss", "per_class_pct", "class_counts"))
         images = len(answers[f"{name} error"])
-        return {**unmeasured, "images": images, "images_skipped": skipped, "input_size": input_size}
+        shown = {"images": images, "images_id": images_id(answers["image keys"]), "images_skipped": skipped}
+        return {**unmeasured, **shown, "input_size": input_size}
     labels, right = answers["labels"], answers[name] == answers["labels"]
     num_classes = int(answers[f"{name} classes"][0])
     counts = labels.bincount(minlength=num_classes).tolist()
@@ -153,6 +157,7 @@ def score(answers: dict[str, Tensor], name: str, input_size: list[int], skipped:
         "top1_pct": percent(right),
         "loss": answers[f"{name} loss"].double().mean().item(),
         "images": len(labels),
+        "images_id": images_id(answers["image keys"]),
         "images_skipped": skipped,
         "per_class_pct": [100 * hit / count if count else None for hit, count in zip(hits, counts, strict=True)],
         "class_counts": counts,
