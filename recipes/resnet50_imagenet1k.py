@@ -84,6 +84,9 @@ def main() -> None:
         seed=args.seed,
         checkpoint_dir=work / "retrain",
     )
+    saving = {"label_names": test_set.class_names, "overwrite": True}
+    if accelerator.is_main_process:  # the weights at once; what is said of them comes last
+        lfrns.save(result.model, out, **saving)
 
     # Evaluate: the last epoch, on images that nothing was chosen by.
     record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
@@ -102,7 +105,7 @@ def main() -> None:
     # Save, show and push.
     if accelerator.is_main_process:
         recipe.draw_clusters(dense, result, calibration_loader, out)
-        lfrns.save(result.model, out, record=record, label_names=test_set.class_names, overwrite=True)
+        lfrns.save(result.model, out, record=record, **saving)
     recipe.finish(out, accelerator, args.push_to_hub)
 
 

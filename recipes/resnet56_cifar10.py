@@ -96,6 +96,9 @@ def main() -> None:
         "seed": args.seed,
     }
     lfrns.retrain(result.model, train_loader, checkpoint_dir=work / "retrain", **retraining)
+    saving = {"label_names": test_set.class_names, "overwrite": True}
+    if accelerator.is_main_process:  # the weights at once; what is said of them comes last
+        lfrns.save(result.model, out, **saving)
 
     # Beside it, equally trained: as many units drawn at random, and the dense model.
     rows = [recipe.control_row("slim, not retrained", before)]
@@ -122,7 +125,7 @@ def main() -> None:
     # Save, show and push.
     if accelerator.is_main_process:
         recipe.draw_clusters(dense, result, calibration_loader, out)
-        lfrns.save(result.model, out, record=record, label_names=test_set.class_names, overwrite=True)
+        lfrns.save(result.model, out, record=record, **saving)
     recipe.finish(out, accelerator, args.push_to_hub)
 
 

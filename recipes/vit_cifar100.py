@@ -106,6 +106,9 @@ def main() -> None:
         checkpoint_dir=work / "slim",
     )
     lfrns.retrain(result.model, train_loader, teacher=dense, epochs=epochs, checkpoint_dir=work / "retrain", **training)
+    saving = {"processor": load_processor(dense), "label_names": label_names, "overwrite": True}
+    if accelerator.is_main_process:  # the weights at once; what is said of them comes last
+        lfrns.save(result.model, out, **saving)
 
     # Beside it, equally trained: as many units drawn at random, and the dense model.
     rows = []
@@ -132,9 +135,8 @@ def main() -> None:
 
     # Save, show and push.
     if accelerator.is_main_process:
-        processor = load_processor(dense)
         recipe.draw_clusters(dense, result, calibration_loader, out)
-        lfrns.save(result.model, out, record=record, processor=processor, label_names=label_names, overwrite=True)
+        lfrns.save(result.model, out, record=record, **saving)
     recipe.finish(out, accelerator, args.push_to_hub)
 
 
