@@ -112,15 +112,17 @@ def choose_images(loader: Any) -> Tensor:
         [0.0, 2.0, 1.0, 3.0]
     """
     by_class: dict[Any, list[Tensor]] = {}
+    shape = None
     for images, labels in iterate(loader):
+        shape = shape or images.shape[1:]
         has_classes = isinstance(labels, Tensor) and labels.shape == (len(images),)
-        for image, label in zip(images, labels.tolist() if has_classes else [None] * len(images), strict=True):
-            same, shape = by_class.setdefault(label, []), next(iter(by_class.values()), [])
-            if len(same) < MAX_IMAGES and label != UNREADABLE and (not shape or image.shape == shape[0].shape):
-                same.append(image)
+        classes = labels.tolist() if has_classes else [None] * len(images)
+        for image, label in zip(images, classes, strict=True):
+            if label != UNREADABLE and image.shape == shape and len(by_class.get(label, [])) < MAX_IMAGES:
+                by_class.setdefault(label, []).append(image)
         if len(by_class) >= MAX_IMAGES or not has_classes:
             break
-    turns = zip_longest(*(images for images in by_class.values()))  # the first of each class, then the second
+    turns = zip_longest(*by_class.values())  # the first of each class, then the second
     return torch.stack([image for turn in turns for image in turn if image is not None][:MAX_IMAGES])
 
 

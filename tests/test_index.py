@@ -81,6 +81,11 @@ def test_figures_of_another_occasion_never_stand_beside_a_checkpoints(tmp_path: 
     assert ".png" not in text
 
 
+def test_a_plot_of_two_occasions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"plot_ladder.*different times"):
+        plot_ladder([{**DENSE, "macs_g": 0.5, "occasion": "another"}], DENSE, tmp_path / "curve.png")
+
+
 def test_a_readme_that_is_no_index_stays_as_it_is(tmp_path: Path) -> None:
     write(tmp_path, "net.lfrns75_flowers", 0.75)
     (tmp_path / "README.md").write_text("# My project\n")
