@@ -31,6 +31,7 @@ from .seeded import OwnGroup
 from .untrusted import short
 
 logger = logging.getLogger(__name__)
+FRONT_SHARDS = 32  # read in turn for the front
 SHUFFLE_BUFFER = 2048  # encoded pictures that wait in memory, of each worker
 
 
@@ -83,13 +84,20 @@ class ImageStream:
     def front(self, count: int, transform: Callable[[Image.Image], Tensor]) -> ImageData:
         """Keep the first pictures of the shuffled stream in memory, to calibrate on: the same ones on every process.
 
+        They come from many files in turn, as files may be sorted by class. Where few classes are seen all the same, a
+        warning says so: within a file a stream is shuffled no further than its buffer.
+
         Args:
             count: How many, at most.
             transform: Picture to tensor.
         Raises:
             ValueError: There is none that can be read, or more than `max_unreadable` in a row cannot be.
         """
-        rows = self.table.shuffle(seed=self.seed, buffer_size=max(SHUFFLE_BUFFER, 2 * count))
+        shards = min(self.table.num_shards, FRONT_SHARDS)
+        buffer = max(SHUFFLE_BUFFER, 2 * count) // shards + 1
+        parts = (self.table.shard(shards, number) for number in range(shards))
+        turns = itertools.zip_longest(*(part.shuffle(seed=self.seed, buffer_size=buffer) for part in parts))
+        rows = (row for turn in turns for row in turn if row is not None)
         self._errors.clear()
         readable = (found for row in rows if (found := self._read(row)) is not None)
         found = list(itertools.islice(readable, count))
@@ -97,6 +105,13 @@ class ImageStream:
             why = f", {len(self._errors)} that cannot be read: {self._errors[0]}" if self._errors else ""
             raise ValueError(f"{self.name}: the stream holds no pictures{why}. Check the folder and the split.")
         pictures, labels = zip(*found, strict=True)
+        seen, classes = len(set(labels)), len(self.class_names)
+        if 2 * seen < min(classes, len(labels)):
+            logger.warning(
+                "%s: the %d pictures that calibrate show %d of %d classes: the files are sorted by class. Write them "
+                "in random order, or draw the pictures by load_data(limit=%d).",
+                self.name, len(labels), seen, classes, count,
+            )  # fmt: skip
         return ImageData(pictures, list(labels), class_names=self.class_names, transform=transform)
 
     def _prepare(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
