@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 import lfrns_hub as lfrns
 from lfrns_hub import cli
 from lfrns_hub.cli.dense_again import find_dense, remember_dense
+from lfrns_hub.cli.judge import dense_beside
 from lfrns_hub.cli.make import prove_saving
 from lfrns_hub.measure import Record, measure
 from lfrns_hub.recipe import random_cut
@@ -122,6 +123,13 @@ def test_other_weights_under_the_same_name_are_not_the_dense_model(at: Path, mad
     assert dense is None and "not found again" in why
     dense, why = find_dense(str(at), {})
     assert dense is None and "does not say which weights" in why
+
+
+def test_a_named_dense_model_of_other_weights_is_told_of(at: Path, made: Path, capsys) -> None:
+    dense_beside(str(at), "cifar_resnet20", str(made / "dense.safetensors"))
+    assert not capsys.readouterr().err
+    dense_beside(str(at), "cifar_resnet20", None)
+    assert "Warning: cifar_resnet20 has other weights than the dense model" in capsys.readouterr().err
 
 
 def test_what_was_trained_is_saved_though_it_cannot_be_measured(

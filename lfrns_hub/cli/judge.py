@@ -1,6 +1,7 @@
 """Commands that measure a checkpoint: evaluate, bench."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +42,7 @@ from lfrns_hub.measure import (
     count_macs,
     describe_setup,
     format_table,
+    weights_id,
 )
 from lfrns_hub.pictures import load_processor
 from lfrns_hub.retrain import make_accelerator
@@ -70,11 +72,11 @@ def evaluate(
     Its dense model is measured beside it where it is named, or found again by what the record says of its weights.
     """
     model = load_slim(directory, dense)
-    beside, missing = dense_beside(directory, dense, weights)
     pictures = Pictures(data, label_column, val_split, class_map, max_unreadable=max_unreadable)
     images = pictures.load(model, "validation")
     loader = DataLoader(images, batch_size)
     check_images(model, loader)
+    beside, missing = dense_beside(directory, dense, weights)
     accelerator = make_accelerator()
     record = lfrns.measure(model, loader, dense=beside, accelerator=accelerator, progress=not as_json)
     if accelerator.is_main_process:
@@ -85,11 +87,18 @@ def evaluate(
 
 def dense_beside(directory: str, dense: str | None, weights: str | None) -> tuple[nn.Module | None, str]:
     """Give the dense model to measure a checkpoint beside, the one that is named or that of then, or None and why."""
-    if dense:
-        model = create_dense(dense, weights=weights)
-        remember_dense(model, dense, weights)
-        return model, ""
-    return find_dense(directory, earlier_record(directory).setup)
+    setup = earlier_record(directory).setup
+    if not dense:
+        return find_dense(directory, setup)
+    model = create_dense(dense, weights=weights)
+    remember_dense(model, dense, weights)
+    if setup.get("dense_id") not in (None, weights_id(model)):
+        print(
+            f"Warning: {dense}{f' with {weights}' if weights else ''} has other weights than the dense model that "
+            f"{directory} was measured beside before.",
+            file=sys.stderr,
+        )
+    return model, ""
 
 
 def earlier_record(directory: str) -> Record:
