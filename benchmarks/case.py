@@ -44,7 +44,7 @@ class Case:
         return self.images[:1]
 
     def part(self, images: int) -> "Case":
-        """Give the same case with fewer calibration images, in smaller batches: some are held out by batch."""
+        """Give the same case with fewer calibration images, in smaller batches."""
         few = self.images[:images], self.labels[:images]
         return replace(self, images=few[0], labels=few[1], batch_size=max(1, images // 10))
 

@@ -3,10 +3,12 @@
 N images, K classes, F features.
 """
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +62,112 @@ def iterate(loader: Any) -> Iterator[tuple[Tensor, Any]]:
         )
     for batch in loader:
         yield split_batch(batch)
+
+
+def shuffle_images(
+    batches: list[tuple[Tensor, Any]], *, held_out_every: int, seed: int = 0
+) -> list[tuple[Tensor, Any]]:
+    """Deal the images of a loader into batches again, in an order that depends on the images and the seed alone.
+
+    A loader that yields one class after another would otherwise have the batches that are held out show other classes
+    than those that are fitted to. Which images are held out depends on neither the loader's order nor its batch size,
+    and is the same on every process, also where each of them reads the loader in an order of its own.
+
+    Args:
+        batches: Images [N, C, H, W] and labels as the loader has them; the list is emptied, so that the images do not
+            lie in memory twice.
+        held_out_every: Of so many batches in a row the last one is held out: it gets one image of as many.
+        seed: Of the order.
+    Returns:
+        Batches of images of one size each, the most frequent size first, none larger than the loader's largest. Where
+        there are fewer images of a size than `held_out_every`, none of them is held out. Labels come in the form that
+        they had, each with its image.
+    Raises:
+        ValueError: Only some batches have labels.
+    """
+    images = [image.clone() for batch, _ in batches for image in batch]
+    places = [(number, row) for number, (batch, _) in enumerate(batches) for row in range(len(batch))]
+    labels, sizes = [labels for _, labels in batches], [len(batch) for batch, _ in batches]
+    batches.clear()
+    if 0 < sum(part is None for part in labels) < len(labels):
+        raise ValueError("loader: some batches have labels and others have none. Give labels with all or with none.")
+    keys = [_content_key(image, seed) for image in images]
+    same_size = {(image.shape, image.dtype): [] for image in images}
+    for index in sorted(range(len(images)), key=keys.__getitem__):
+        same_size[images[index].shape, images[index].dtype].append(index)
+    dealt, rest = [], []
+    for indices in sorted(same_size.values(), key=len, reverse=True):
+        rounds, left = _deal(indices, max(sizes), held_out_every)
+        dealt += rounds
+        rest += left
+
+    def batch_of(indices: list[int]) -> tuple[Tensor, Any]:
+        stacked = torch.stack([images[index] for index in indices])
+        for index in indices:
+            images[index] = None
+        return stacked, take_labels(labels, sizes, [places[index] for index in indices])
+
+    return [batch_of(indices) for indices in dealt + rest]
+
+
+def _deal(indices: list[int], batch_size: int, every: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Deal indices into rounds of `every` batches, the last of each held out; also give what fills no round."""
+    held, fit = indices[: len(indices) // every], indices[len(indices) // every :]
+    rounds = min(len(held), -(-len(fit) // ((every - 1) * batch_size)))
+    inside = min(len(fit), rounds * (every - 1) * batch_size)
+    held, fitted, left = _split_evenly(held, rounds), _split_evenly(fit[:inside], rounds * (every - 1)), fit[inside:]
+    dealt = []
+    for number, last in enumerate(held):
+        dealt += [*fitted[number * (every - 1) : (number + 1) * (every - 1)], last]
+    return dealt, [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
+
+
+def _split_evenly(indices: list[int], parts: int) -> list[list[int]]:
+    """Cut a list into parts whose lengths differ by at most one."""
+    return [indices[len(indices) * n // parts : len(indices) * (n + 1) // parts] for n in range(parts)]
+
+
+def _content_key(image: Tensor, seed: int) -> bytes:
+    """Return a number drawn for an image by its content."""
+    values = image.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(values, digest_size=8, salt=(seed % 2**64).to_bytes(8, "little")).digest()
+
+
+def take_labels(labels: Sequence[Any], sizes: Sequence[int], places: Sequence[tuple[int, int]]) -> Any:
+    """Collect the labels of some images into one batch, in the form that the loader has them in.
+
+    Args:
+        labels: Of each batch: a tensor or array [N, ...], a list or tuple of N, a dict or tuple of such, or None.
+        sizes: N of each batch.
+        places: Batch and row of each image.
+    Returns:
+        As one batch of the loader has them, what came in a list in a list; a list too where tensors of several shapes
+        come together, or where a batch has one label for all of its images.
+
+    Example:
+        >>> take_labels([{"a": torch.tensor([1, 2])}, {"a": torch.tensor([3])}], [2, 1], [(1, 0), (0, 1)])
+        {'a': tensor([3, 2])}
+    """
+    first = labels[0]
+    if first is None:
+        return None
+    if isinstance(first, Mapping):
+        return {name: take_labels([part[name] for part in labels], sizes, places) for name in first}
+    if all(_has_rows(part, size) for part, size in zip(labels, sizes, strict=True)):
+        rows = [labels[batch][row] for batch, row in places]
+        if isinstance(first, Tensor):
+            return torch.stack(rows) if len({(row.shape, row.dtype) for row in rows}) == 1 else rows
+        return np.stack(rows) if isinstance(first, np.ndarray) else rows
+    if isinstance(first, (list, tuple)):  # one entry a task, each with a row an image
+        return tuple(take_labels([part[task] for part in labels], sizes, places) for task in range(len(first)))
+    return [labels[batch] for batch, _ in places]
+
+
+def _has_rows(labels: Any, size: int) -> bool:
+    """Return whether a batch's labels have one row an image."""
+    if isinstance(labels, (Tensor, np.ndarray)):
+        return labels.ndim > 0 and len(labels) == size
+    return isinstance(labels, (list, tuple)) and len(labels) == size
 
 
 def named_tensors(output: Any, name: str = "") -> dict[str, Tensor]:

@@ -9,7 +9,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lfrns_hub.lineage import KEYS
 from lfrns_hub.measure import KINDS as OUTPUTS
-from lfrns_hub.measure import heads_of, main_figure, main_figures, word_of
+from lfrns_hub.measure import (
+    comparable_budgets,
+    comparable_controls,
+    comparable_dense,
+    heads_of,
+    main_figure,
+    main_figures,
+    why_no_dense,
+    word_of,
+)
 
 NOT_MEASURED = "not measured"
 UNKNOWN = "unknown"
@@ -52,7 +61,7 @@ def render_card(
     record = read_record(record) or {}
     setup = record.get("setup") or {}
     provenance = provenance or setup.get("provenance") or {}
-    slim, dense = record.get("slim") or {}, record.get("dense") or {}
+    slim, dense = record.get("slim") or {}, comparable_dense(record)
     if isinstance(word := provenance.get("output"), str) and word in OUTPUTS:  # said where nothing was measured, too
         slim = {"output": word} | slim
     known = {key: setup.get(key) or provenance.get(key) for key in (*KEYS, "dataset", "dataset_id")}
@@ -89,12 +98,13 @@ def render_card(
             summary=_summary(base, dense, slim, provenance, known),
             smoke=setup.get("smoke"),
             rows=_cells(_rows(dense, slim, setup.get("label_names"))),
-            latency=_latency(setup),
+            no_dense=_line(why_no_dense(record) or ""),
+            latency=_latency(setup, dense),
             controls=_cells([row["name"], _percent(row.get("top1_pct")), _count(row.get("images"))]
-                            for row in setup.get("controls") or []),
-            budgets=[[_number(row["macs_fraction"], "", 3), _figure(row.get(shown.key), shown),
-                      _ms(row.get("latency_ms"))] for row in setup.get("budgets") or []],
-            shown=shown.title.lower() if shown.title[1:2].islower() else shown.title,
+                            for row in comparable_controls(record)),
+             budgets=[[_number(row["macs_fraction"], "", 3), _figure(row.get(shown.key), shown),
+                       _ms(row.get("latency_ms"))] for row in comparable_budgets(record)],
+             shown=shown.title.lower() if shown.title[1:2].islower() else shown.title,
             removed=_removed(provenance),
             plot=plot,
             gallery=gallery,
@@ -180,7 +190,7 @@ def _figure(value: float | None, figure: Any) -> str:
     return NOT_MEASURED if value is None else f"{value:{figure.form}}{figure.unit}"
 
 
-def _latency(setup: dict[str, Any]) -> str:
+def _latency(setup: dict[str, Any], dense: dict[str, Any]) -> str:
     """Say what the latency was measured on."""
     machine = setup.get("machine") or {}
     if not machine:
@@ -193,8 +203,9 @@ def _latency(setup: dict[str, Any]) -> str:
         setup.get("dtype"),
         f"input {_plain(setup['input_size'])}" if setup.get("input_size") else None,
     ]
+    models = "the slim model alone" if dense.get("latency_ms") is None else "the two models in turns"
     return (
-        "Latency: the median of a forward pass of one image, the two models in turns, on "
+        f"Latency: the median of a forward pass of one image, {models}, on "
         f"{', '.join(str(part) for part in where if part)}."
     )
 

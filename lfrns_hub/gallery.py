@@ -7,6 +7,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
+from lfrns_hub.batches import UNREADABLE, iterate
 from lfrns_hub.plots import COLOURS, OTHER, mark_of
 from lfrns_hub.redundancy import MIN_R2
 from lfrns_hub.report import GroupReport
@@ -97,6 +99,31 @@ def plot_clusters(
     figure = draw(best, found[best.name], clusters[best.name], maps[best.name], images, model_name(dense))
     figure.savefig(path, format="png", metadata={"Comment": mark_of(result.plan.keep)})
     return Path(path)
+
+
+def choose_images(loader: Any) -> Tensor:
+    """Choose images to show, one of each class as far as there are classes, [N, C, H, W], N at most MAX_IMAGES.
+
+    Args:
+        loader: Batches; read until enough classes have been seen. Without labels of classes its first images serve.
+    Example:
+        >>> images, labels = torch.arange(4.0).reshape(4, 1, 1, 1), torch.tensor([7, 7, 3, 3])
+        >>> choose_images([(images, labels)]).flatten().tolist()
+        [0.0, 2.0, 1.0, 3.0]
+    """
+    by_class: dict[Any, list[Tensor]] = {}
+    shape = None
+    for images, labels in iterate(loader):
+        shape = shape or images.shape[1:]
+        has_classes = isinstance(labels, Tensor) and labels.shape == (len(images),)
+        classes = labels.tolist() if has_classes else [None] * len(images)
+        for image, label in zip(images, classes, strict=True):
+            if label != UNREADABLE and image.shape == shape and len(by_class.get(label, [])) < MAX_IMAGES:
+                by_class.setdefault(label, []).append(image)
+        if len(by_class) >= MAX_IMAGES or not has_classes:
+            break
+    turns = zip_longest(*by_class.values())  # the first of each class, then the second
+    return torch.stack([image for turn in turns for image in turn if image is not None][:MAX_IMAGES])
 
 
 def candidates(rows: Sequence[GroupReport], group: str | None) -> list[GroupReport]:

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lfrns_hub.measure import Record, main_figure, nearness
+from lfrns_hub.measure import Record, comparable_dense, main_figure, nearness, why_no_dense
 
 PICTURE = "accuracy.png"
 START = "<!-- lfrns_hub writes this table; what stands above and below it stays -->"
@@ -84,27 +85,38 @@ def _around(readme: Path) -> tuple[str, str] | None:
 
 
 def _table(records: dict[str, Record], picture: Path) -> list[str]:
-    """Lay out the table and its footnotes, and draw the picture where every accuracy is known."""
-    first, dense = next(iter(records)), next(iter(records.values())).dense
-    headings = columns(records[first].slim)
+    """Lay out the table and its footnotes, and draw the picture where all figures are of one occasion.
+
+    What was measured at another time or on other images stands under a dense row of its own.
+    """
+    fields = {name: asdict(record) for name, record in records.items()}
+    dense = {name: comparable_dense(record) for name, record in fields.items()}
+    together: dict[str, list[str]] = {}
+    for name, record in records.items():
+        together.setdefault(record.slim.get("occasion") or name, []).append(name)
+    first_slim = next(iter(records.values())).slim
+    headings = columns(first_slim)
     lines = ["| checkpoint | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(headings)]
-    if dense:
-        lines.append("| dense | " + " | ".join(cells(dense, dense)) + " |")
-    lines += [f"| [{name}]({name}) | " + " | ".join(cells(r.slim, r.dense)) + " |" for name, r in records.items()]
+    for names in together.values():
+        first = dense[names[0]]
+        if first:
+            label = "dense" if len(together) == 1 else f"dense, beside {', '.join(names)}"
+            lines.append(f"| {label} | " + " | ".join(cells(first, first)) + " |")
+        lines += [
+            f"| [{name}]({name}) | " + " | ".join(cells(records[name].slim, dense[name])) + " |" for name in names
+        ]
     notes: dict[str, list[str]] = {}
     for name, record in records.items():
-        notes.setdefault(_footnote(record), []).append(name)
-    if len(notes) == 1:
-        lines += ["", *notes]
-    else:  # one was measured again, on other data or another machine
-        lines += ["", *(f"- {', '.join(named)}: {note}" for note, named in notes.items())]
-        lines += [f"- The dense row is that of {first}."] if dense else []
+        notes.setdefault(_footnote(record, dense[name], why_no_dense(fields[name])), []).append(name)
+    lines += ["", *(notes if len(notes) == 1 else (f"- {', '.join(named)}: {note}" for note, named in notes.items()))]
     picture.unlink(missing_ok=True)
-    key = main_figure(records[first].slim).key
-    if dense and all(side.get(key) is not None for side in [dense, *(r.slim for r in records.values())]):
+    first, key = dense[next(iter(records))], main_figure(first_slim).key
+    if len(together) > 1:
+        lines += ["", "No picture: the checkpoints were measured at different times, and such figures do not compare."]
+    elif first and all(side.get(key) is not None for side in [first, *(r.slim for r in records.values())]):
         from lfrns_hub.plots import plot_ladder  # here: matplotlib is slow to import
 
-        plot_ladder([record.slim for record in records.values()], dense, picture)
+        plot_ladder([record.slim for record in records.values()], first, picture)
         lines += ["", f"![Accuracy against MACs and latency, dense and slim]({PICTURE})"]
     return lines
 
@@ -119,11 +131,14 @@ def columns(side: dict[str, Any]) -> Sequence[str]:
 def cells(side: dict[str, Any], dense: dict[str, Any] | None) -> Sequence[str]:
     """Give the figures of one model under `columns`."""
     kept = side["macs_g"] / dense["macs_g"] if dense and dense.get("macs_g") else None
-    before = dense.get("latency_ms") if dense and side is not dense else side.get("latency_ms")
+    before = (dense or {}).get("latency_ms")
     figures = [
         (kept, ".3f"),
         (side.get(main_figure(side).key), main_figure(side).form),
-        (100.0 if side is dense else side.get(nearness(side).key), ".2f"),
+        (
+            100.0 if side is dense and side.get(main_figure(side).key) is not None else side.get(nearness(side).key),
+            ".2f",
+        ),
         (side.get("params_m"), ".3f"),
         (side.get("macs_g"), ".4f"),
         (side.get("latency_ms"), ".2f"),
@@ -133,14 +148,17 @@ def cells(side: dict[str, Any], dense: dict[str, Any] | None) -> Sequence[str]:
     return ["not measured" if value is None else format(value, form) for value, form in figures]
 
 
-def _footnote(record: Record) -> str:
-    """Say what the figures were taken on."""
+def _footnote(record: Record, dense: dict[str, Any], why: str | None) -> str:
+    """Say what the figures were taken on, and why the dense model's are missing where they are."""
     setup, images = record.setup, record.slim.get("images")
     machine = setup.get("machine") or {}
+    beside = (
+        "each beside the dense model in turns" if dense.get("latency_ms") is not None else "without the dense model"
+    )
     return (
         f"Accuracy on {images or 'no'} images of {setup.get('dataset') or 'unknown data'}. Latency: batch 1, "
-        f"{setup.get('dtype')}, {machine.get('device')} ({machine.get('cpu')}), {machine.get('threads')} threads, each "
-        "beside the dense model in turns. One MAC is two FLOPs."
+        f"{setup.get('dtype')}, {machine.get('device')} ({machine.get('cpu')}), {machine.get('threads')} threads, "
+        f"{beside}{f' ({why})' if why else ''}. One MAC is two FLOPs."
     )
 
 

@@ -8,11 +8,12 @@ from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lfrns_hub.batches import check_finite, iterate
+from lfrns_hub.batches import check_finite, iterate, shuffle_images
 from lfrns_hub.latency import LatencySetup
+from lfrns_hub.responses import HELD_OUT_EVERY
+from lfrns_hub.running import dtype_of
 from lfrns_hub.units import UnitGroup
 from lfrns_hub.untrusted import short
 
@@ -106,12 +107,16 @@ def check_example(example_input: Any, call: str) -> Tensor:
     return example_input
 
 
-def read_loader(loader: Any, dtype: torch.dtype, *, call: str) -> list[tuple[Tensor, Any]]:
-    """Read all calibration batches as (images, labels), floating-point images in the dtype of the analysis.
+def read_loader(loader: Any, dense: nn.Module, seed: int, *, call: str) -> list[tuple[Tensor, Any]]:
+    """Read all calibration batches as (images, labels), floating-point images in the dtype of the dense model.
+
+    The images are shuffled (see `shuffle_images`), so that it is images that are held out, of every class, and not the
+    batches of a loader that may come sorted.
 
     Raises:
-        ValueError: There is none, or one has values that are not finite.
+        ValueError: There is none, one has values that are not finite, or a label is no class of the model.
     """
+    dtype = dtype_of(dense)
     batches = [
         (images.to(dtype) if images.is_floating_point() else images, labels) for images, labels in iterate(loader)
     ]
@@ -123,7 +128,7 @@ def read_loader(loader: Any, dtype: torch.dtype, *, call: str) -> list[tuple[Ten
             raise ValueError(
                 f"{call}(loader): a batch has {len(images)} images and {len(labels)} labels. Give one label an image."
             )
-    return batches
+    return shuffle_images(batches, held_out_every=HELD_OUT_EVERY, seed=seed)
 
 
 def choose_groups(

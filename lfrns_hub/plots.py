@@ -89,19 +89,24 @@ def plot_ladder(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: s
     Each slim model is labelled with the share of the dense MACs that it keeps.
 
     Args:
-        points: Of each slim model top1_pct (or the first figure that fits its outputs), macs_g and perhaps latency_ms,
-            as in the `slim` of a Record.
+        points: Of each slim model top1_pct (or the first figure that fits its outputs), macs_g, and perhaps latency_ms
+            and occasion, as in the `slim` of a Record.
         dense: The same of the dense model.
         path: The PNG to write.
     Returns:
         The path.
     Raises:
-        ValueError: There is no point, or one without accuracy.
+        ValueError: There is no point, one without accuracy, or one of another occasion.
     """
     shown = main_figure(dense)
     if not points or any(one.get(shown.key) is None for one in [*points, dense]):
         raise ValueError(
             f"plot_ladder(): each point and the dense model need a {shown.key}. Measure them on labelled images."
+        )
+    if len({one.get("occasion") for one in [*points, dense]}) > 1:
+        raise ValueError(
+            "plot_ladder(): the points were measured at different times, and such figures do not compare. Measure them "
+            "and the dense model in one call of measure_each."
         )
     timed = all(one.get("latency_ms") is not None for one in [*points, dense])
     sides = [("macs_g", "GMACs"), ("latency_ms", "latency, ms, batch 1")][: 1 + timed]

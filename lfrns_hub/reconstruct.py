@@ -242,7 +242,8 @@ def fit_layers(
     """Run the dense network for the targets, then the narrow one; hand on each layer's fit just before it runs."""
     device = device_of(dense)
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    batches = [batch for batch in batches if batch.shape[1:] == batches[0].shape[1:]]
+    numbers = [number for number, batch in enumerate(batches) if batch.shape[1:] == batches[0].shape[1:]]
+    batches = [batches[number] for number in numbers]
     every_image = torch.cat(batches)
     places = count_places(dense, sites, every_image[:2].to(device))
     sites = [s for s in sites if s.module in places and fittable(slim.get_submodule(s.module))]
@@ -250,7 +251,8 @@ def fit_layers(
         return
     largest = max(places[s.module] * len(dense.get_submodule(s.module).weight) for s in sites)
     most = max(1, MAX_BYTES // (4 * largest))
-    held = torch.cat([torch.full((len(b),), i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) for i, b in enumerate(batches)])
+    is_held = [number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for number in numbers]
+    held = torch.cat([torch.full((len(batch),), is_last) for batch, is_last in zip(batches, is_held, strict=True)])
     if not held.any():  # fewer than five batches
         held = torch.arange(len(held)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     chosen = torch.arange(len(held))[:: -(-len(held) // (most * ranks))][rank::ranks]
@@ -271,8 +273,9 @@ def fit_layers(
     def total(tensor: Tensor) -> Tensor:
         return accelerator.reduce(tensor.to(device), "sum").cpu() if ranks > 1 else tensor
 
-    for at in range(0, len(images), len(batches[0])):
-        part = slice(at, at + len(batches[0]))
+    step = max(map(len, batches))
+    for at in range(0, len(images), step):
+        part = slice(at, at + step)
 
         def add(layer: Layer, value: Tensor, part: slice = part) -> None:
             layer.targets[part] += layer.take(value, part)[..., layer.kept]

@@ -18,7 +18,7 @@ from lfrns_hub.batches import split_batch
 from lfrns_hub.running import as_input, differentiated, return_memory
 from lfrns_hub.taps import channel_count, channels_last, watched
 
-HELD_OUT_EVERY = 5  # every fifth batch chooses the ridge; the others fit
+HELD_OUT_EVERY = 5  # every fifth batch chooses the ridge; the others fit (their images: shuffle_images)
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 ROWS_PER_CHANNEL = 4  # at least: what a covariance needs that is to be inverted
 MOMENTS_SHARE = 0.05  # of the forward passes' MACs, for the products of rows

@@ -138,10 +138,11 @@ def slim(
         model: The dense network, any that torch.export runs: a classifier, or a network that answers with features
             (lists, dicts, dataclasses of tensors too). Untouched, on any device but meta, of any floating-point type:
             half precision is analysed in float32. Wrappers of torch.compile and DDP come off.
-        loader: Calibration batches: `(images, labels)`, dicts, or bare images; it is read once and kept in memory.
-            Labels are class numbers [N], rows [N, K] of labels that hold together, or quantities; of several heads
-            they come by name or in order; those of features are not read. What the outputs mean is said by
-            `model.problem_type` (transformers' words), by the model's configuration or by the labels, else by shape.
+        loader: Calibration batches: `(images, labels)`, dicts, or bare images; it is read once, shuffled and kept in
+            memory. Its order does not matter. Labels are class numbers [N], rows [N, K] of labels that hold together,
+            or quantities; of several heads they come by name or in order; those of features are not read. What the
+            outputs mean is said by `model.problem_type` (transformers' words), by the model's configuration or by the
+            labels, else by shape.
         macs, params: Fraction of the dense cost to keep, in (0, 1]; what is given together holds together.
         latency: Fraction of the dense model's time of a forward pass to keep, in (0, 1], measured here and now. What
             layers take by width is measured once and kept in LFRNS_CACHE, else in the user's cache.
@@ -247,7 +248,7 @@ def analyse(
     refuse_meta(model, _call)
     with clocked(progress and (accelerator is None or accelerator.is_main_process)) as clock:
         dense = analysis_copy(model, accelerator.device if accelerator else device or device_of(model))
-        batches = read_loader(loader, dtype_of(dense), call=_call)
+        batches = read_loader(loader, dense, seed, call=_call)
         example = batches[0][0][:1]
         settle_layout(example, dense)
         check_differentiable(dense, as_input(example, dense), _call)

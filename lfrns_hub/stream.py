@@ -9,26 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .pictures import (
     IMAGE_COLUMNS,
-    LABEL_COLUMNS,
     MAX_UNREADABLE,
-    SPLIT_FILES,
     ImageData,
     as_files,
     decode_picture,
     find_column,
+    find_labels,
+    list_classes,
     name_picture,
     parquet_files,
+    read_classes,
     read_table,
+    split_folder,
 )
 from .seeded import OwnGroup
 from .untrusted import short
 
 logger = logging.getLogger(__name__)
+FRONT_SHARDS = 32  # read in turn for the front
 SHUFFLE_BUFFER = 2048  # encoded pictures that wait in memory, of each worker
 
 
@@ -42,12 +45,13 @@ class ImageStream:
     Attributes:
         table: The rows, a `datasets.IterableDataset`.
         image_column, label_column: Where pictures and labels stand.
-        class_names: By label; none where the data only numbers them.
+        class_names: By label; none where neither the data nor the model names them.
         images: How many the split holds.
         transform: Picture to tensor.
         seed: Of the order.
         name: The data: a folder or a Hub id.
         max_unreadable: Of how many unreadable pictures in a row more than this is an error.
+        number: The class of a label as the data has it.
     """
 
     table: Any
@@ -59,6 +63,7 @@ class ImageStream:
     seed: int
     name: str
     max_unreadable: int = MAX_UNREADABLE
+    number: Callable[[Any], int] = int
     _errors: list[str] = field(default_factory=list, repr=False)  # of this process, since the last readable picture
 
     def loader(self, batch_size: int, *, workers: int = 0) -> DataLoader:
@@ -79,13 +84,20 @@ class ImageStream:
     def front(self, count: int, transform: Callable[[Image.Image], Tensor]) -> ImageData:
         """Keep the first pictures of the shuffled stream in memory, to calibrate on: the same ones on every process.
 
+        They come from many files in turn, as files may be sorted by class. Where few classes are seen all the same, a
+        warning says so: within a file a stream is shuffled no further than its buffer.
+
         Args:
             count: How many, at most.
             transform: Picture to tensor.
         Raises:
             ValueError: There is none that can be read, or more than `max_unreadable` in a row cannot be.
         """
-        rows = self.table.shuffle(seed=self.seed, buffer_size=max(SHUFFLE_BUFFER, 2 * count))
+        shards = min(self.table.num_shards, FRONT_SHARDS)
+        buffer = max(SHUFFLE_BUFFER, 2 * count) // shards + 1
+        parts = (self.table.shard(shards, number) for number in range(shards))
+        turns = itertools.zip_longest(*(part.shuffle(seed=self.seed, buffer_size=buffer) for part in parts))
+        rows = (row for turn in turns for row in turn if row is not None)
         self._errors.clear()
         readable = (found for row in rows if (found := self._read(row)) is not None)
         found = list(itertools.islice(readable, count))
@@ -93,6 +105,13 @@ class ImageStream:
             why = f", {len(self._errors)} that cannot be read: {self._errors[0]}" if self._errors else ""
             raise ValueError(f"{self.name}: the stream holds no pictures{why}. Check the folder and the split.")
         pictures, labels = zip(*found, strict=True)
+        seen, classes = len(set(labels)), len(self.class_names)
+        if 2 * seen < min(classes, len(labels)):
+            logger.warning(
+                "%s: the %d pictures that calibrate show %d of %d classes: the files are sorted by class. Write them "
+                "in random order, or draw the pictures by load_data(limit=%d).",
+                self.name, len(labels), seen, classes, count,
+            )  # fmt: skip
         return ImageData(pictures, list(labels), class_names=self.class_names, transform=transform)
 
     def _prepare(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -118,7 +137,7 @@ class ImageStream:
             logger.warning("%s: %s cannot be read (%s): it is left out.", self.name, which, reason)
             return None
         self._errors.clear()
-        return picture, row[self.label_column]
+        return picture, self.number(row[self.label_column])
 
 
 def stream_data(
@@ -126,6 +145,7 @@ def stream_data(
     split: str,
     *,
     transform: Callable[[Image.Image], Tensor],
+    model: nn.Module | None = None,
     label_column: str | None = None,
     images: int | None = None,
     seed: int = 0,
@@ -137,6 +157,7 @@ def stream_data(
         name_or_dir: As for `load_data`: a folder of parquet files or of pictures, or a Hub id.
         split: "train", "validation" or "test".
         transform: Picture to tensor, from `make_transform`.
+        model: The model that is to answer, as for `load_data`.
         label_column: Where it has another name.
         images: How many pictures the split holds; None: as the files or the Hub say.
         seed: Of the order.
@@ -151,16 +172,14 @@ def stream_data(
     call = f"stream_data({name!r}, {split!r})"
     table = read_table(name, split, streaming=True)
     image_column = find_column(table, None, IMAGE_COLUMNS, call, required="pictures")
-    label_column = find_column(table, label_column, LABEL_COLUMNS, call)
-    if label_column is None:
-        raise ValueError(f"{call}: no column of labels: {', '.join(LABEL_COLUMNS)}. Give label_column.")
-    class_names = getattr(table.features[label_column], "names", None) or []
+    label_column = find_labels(table, label_column, call, required=True)
+    classes = read_classes(table, label_column, name, split, model=model, class_map=None, streaming=True)
     table = as_files(table, image_column)
     images = images or count_images(table, Path(name), split)
     if not images:
         raise ValueError(f"{call}: nothing says how many pictures there are. Pass images, their number.")
     return ImageStream(
-        table, image_column, label_column, list(class_names), images, transform, seed, name, max_unreadable
+        table, image_column, label_column, classes.names, images, transform, seed, name, max_unreadable, classes.number
     )
 
 
@@ -172,7 +191,6 @@ def count_images(table: Any, folder: Path, split: str) -> int:
     if files:
         return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
     if folder.is_dir():
-        found = next((folder / stem for stem in SPLIT_FILES[split] if (folder / stem).is_dir()), folder)
-        return sum(path.is_file() for path in found.glob("*/*"))
+        return sum(map(len, list_classes(split_folder(folder, split) or folder).values()))
     said = (table.info.splits or {}).get(table.split)
     return said.num_examples if said else 0

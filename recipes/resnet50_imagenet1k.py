@@ -42,9 +42,14 @@ def main() -> None:
     data = args.data_dir or "ILSVRC/imagenet-1k"
     test_transform = make_transform(dense, train=False)
     stream = stream_data(
-        data, "train", transform=make_transform(dense, train=True), images=args.train_images, seed=args.seed
+        data,
+        "train",
+        transform=make_transform(dense, train=True),
+        model=dense,
+        images=args.train_images,
+        seed=args.seed,
     )
-    test_set = load_data(data, "validation", transform=test_transform, limit=limit, seed=args.seed)
+    test_set = load_data(data, "validation", transform=test_transform, model=dense, limit=limit, seed=args.seed)
     calibration_set = stream.front(min(limit or CALIBRATION_IMAGES, CALIBRATION_IMAGES), test_transform)
     batch_size = max(1, args.batch_size // accelerator.num_processes)
     train_loader = stream.loader(batch_size, workers=args.workers)
@@ -79,6 +84,9 @@ def main() -> None:
         seed=args.seed,
         checkpoint_dir=work / "retrain",
     )
+    saving = {"label_names": test_set.class_names, "overwrite": True}
+    if accelerator.is_main_process:  # the weights at once; what is said of them comes last
+        lfrns.save(result.model, out, **saving)
 
     # Evaluate: the last epoch, on images that nothing was chosen by.
     record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
@@ -97,7 +105,7 @@ def main() -> None:
     # Save, show and push.
     if accelerator.is_main_process:
         recipe.draw_clusters(dense, result, calibration_loader, out)
-        lfrns.save(result.model, out, record=record, label_names=test_set.class_names, overwrite=True)
+        lfrns.save(result.model, out, record=record, **saving)
     recipe.finish(out, accelerator, args.push_to_hub)
 
 

@@ -43,10 +43,12 @@ def main() -> None:
     dense = create_dense(args.model, num_classes=None if args.weights else 10, weights=args.weights)
     data = args.data_dir or "uoft-cs/cifar10"
     train_transform, test_transform = make_transform(dense, train=True), make_transform(dense, train=False)
-    train_set = load_data(data, "train", transform=train_transform, limit=limit, seed=args.seed)
+    train_set = load_data(data, "train", transform=train_transform, model=dense, limit=limit, seed=args.seed)
     calibration_images = min(limit or CALIBRATION_IMAGES, CALIBRATION_IMAGES)
-    calibration_set = load_data(data, "train", transform=test_transform, limit=calibration_images, seed=args.seed)
-    test_set = load_data(data, "validation", transform=test_transform, limit=limit, seed=args.seed)
+    calibration_set = load_data(
+        data, "train", transform=test_transform, model=dense, limit=calibration_images, seed=args.seed
+    )
+    test_set = load_data(data, "validation", transform=test_transform, model=dense, limit=limit, seed=args.seed)
     train_loader = DataLoader(train_set, max(1, args.batch_size // accelerator.num_processes), shuffle=True)
     calibration_loader = DataLoader(calibration_set, 250)
     test_loader = DataLoader(test_set, 250)
@@ -94,6 +96,9 @@ def main() -> None:
         "seed": args.seed,
     }
     lfrns.retrain(result.model, train_loader, checkpoint_dir=work / "retrain", **retraining)
+    saving = {"label_names": test_set.class_names, "overwrite": True}
+    if accelerator.is_main_process:  # the weights at once; what is said of them comes last
+        lfrns.save(result.model, out, **saving)
 
     # Beside it, equally trained: as many units drawn at random, and the dense model.
     rows = [recipe.control_row("slim, not retrained", before)]
@@ -120,7 +125,7 @@ def main() -> None:
     # Save, show and push.
     if accelerator.is_main_process:
         recipe.draw_clusters(dense, result, calibration_loader, out)
-        lfrns.save(result.model, out, record=record, label_names=test_set.class_names, overwrite=True)
+        lfrns.save(result.model, out, record=record, **saving)
     recipe.finish(out, accelerator, args.push_to_hub)
 
 

@@ -55,11 +55,7 @@ def main() -> None:
     data = args.data_dir or "uoft-cs/cifar100"
     options = {"label_column": args.label_column, "seed": args.seed}
     train_transform, test_transform = make_transform(dense, train=True), make_transform(dense, train=False)
-    train_set = load_data(data, "train", transform=train_transform, limit=limit, **options)
-    calibration_images = min(limit or CALIBRATION_IMAGES, CALIBRATION_IMAGES)
-    calibration_set = load_data(data, "train", transform=test_transform, limit=calibration_images, **options)
-    test_set = load_data(data, "validation", transform=test_transform, limit=limit, **options)
-    label_names = test_set.class_names
+    label_names = load_data(data, "train", transform=test_transform, **options).class_names
     head_fits = num_classes_of(dense) == len(label_names)
     if not head_fits:
         dense = create_dense(args.model, num_classes=len(label_names))
@@ -69,6 +65,12 @@ def main() -> None:
             f"--dense-epochs 0: the head of {args.model} does not fit {len(label_names)} classes and stays random. "
             f"Fine-tune it: --dense-epochs {FINE_TUNE_EPOCHS}."
         )
+    options["model"] = dense
+    train_set = load_data(data, "train", transform=train_transform, limit=limit, **options)
+    calibration_images = min(limit or CALIBRATION_IMAGES, CALIBRATION_IMAGES)
+    calibration_set = load_data(data, "train", transform=test_transform, limit=calibration_images, **options)
+    test_set = load_data(data, "validation", transform=test_transform, limit=limit, **options)
+    label_names = test_set.class_names
     train_loader = DataLoader(train_set, max(1, args.batch_size // accelerator.num_processes), shuffle=True)
     calibration_loader = DataLoader(calibration_set, args.batch_size)
     test_loader = DataLoader(test_set, args.batch_size)
@@ -104,6 +106,9 @@ def main() -> None:
         checkpoint_dir=work / "slim",
     )
     lfrns.retrain(result.model, train_loader, teacher=dense, epochs=epochs, checkpoint_dir=work / "retrain", **training)
+    saving = {"processor": load_processor(dense), "label_names": label_names, "overwrite": True}
+    if accelerator.is_main_process:  # the weights at once; what is said of them comes last
+        lfrns.save(result.model, out, **saving)
 
     # Beside it, equally trained: as many units drawn at random, and the dense model.
     rows = []
@@ -130,9 +135,8 @@ def main() -> None:
 
     # Save, show and push.
     if accelerator.is_main_process:
-        processor = load_processor(dense)
         recipe.draw_clusters(dense, result, calibration_loader, out)
-        lfrns.save(result.model, out, record=record, processor=processor, label_names=label_names, overwrite=True)
+        lfrns.save(result.model, out, record=record, **saving)
     recipe.finish(out, accelerator, args.push_to_hub)
 
 

@@ -120,6 +120,12 @@ def main() -> None:
         "feature_weight": 0 if args.model else FEATURE_WEIGHT,
     }
     lfrns.retrain(result.model, train_loader, seed=args.seed, checkpoint_dir=work / "retrain", **retraining)
+    processor = ViTImageProcessor(
+        size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True
+    )
+    saving = {"processor": processor, "label_names": LABEL_NAMES, "overwrite": True}
+    if accelerator.is_main_process:  # the weights at once; what is said of them comes last
+        lfrns.save(result.model, out, **saving)
 
     # Beside it, equally trained: as many units drawn at random; and the slim shape from scratch, for all epochs.
     groups = lfrns.find_units(dense, images[:1])
@@ -157,11 +163,8 @@ def main() -> None:
 
     # Save, show and push.
     if accelerator.is_main_process:
-        processor = ViTImageProcessor(
-            size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True
-        )
         recipe.draw_clusters(dense, result, calibration_loader, out)
-        lfrns.save(result.model, out, record=record, processor=processor, label_names=LABEL_NAMES, overwrite=True)
+        lfrns.save(result.model, out, record=record, **saving)
     recipe.finish(out, accelerator, args.push_to_hub)
 
 

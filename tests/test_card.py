@@ -19,6 +19,7 @@ __all__ = ["hub"]
 
 RECORD = {
     "dense": {
+        "occasion": "one",
         "top1_pct": 97.613,
         "images": 500,
         "params_m": 0.1407,
@@ -28,6 +29,7 @@ RECORD = {
         "size_mb": 0.61,
     },
     "slim": {
+        "occasion": "one",
         "top1_pct": 96.987,
         "images": 500,
         "params_m": 0.0719,
@@ -179,18 +181,21 @@ def test_a_bar_in_a_class_name_stays_in_its_cell():
 
 def test_several_budgets_come_with_their_picture():
     budgets = [
-        {"macs_fraction": 0.75, "top1_pct": 97.2, "latency_ms": 9.0},
-        {"macs_fraction": 0.5, "top1_pct": 96.99},
+        {"macs_fraction": 0.75, "top1_pct": 97.2, "latency_ms": 9.0, "occasion": "one"},
+        {"macs_fraction": 0.5, "top1_pct": 96.99, "occasion": "one"},
+        {"macs_fraction": 0.25, "top1_pct": 90.0, "latency_ms": 7.0, "occasion": "another"},
+        {"macs_fraction": 0.125, "top1_pct": 80.0, "latency_ms": 6.0},
     ]
     record = changed(budgets=budgets)
     card = render_card(record, model_name="net", base="ViT", curve="curve.png")
     assert table_row(card, "0.750") == ["97.20 %", "9.00 ms"]
+    assert "| 0.250 |" not in card and "| 0.125 |" not in card
     assert table_row(card, "0.500") == ["96.99 %", "not measured"]
     assert "(curve.png)" in card
 
 
 def test_a_folder_has_the_pictures_that_its_card_shows(tmp_path):
-    budgets = [{"macs_fraction": 0.75, "top1_pct": 97.0}, {"macs_fraction": 0.5, "top1_pct": 96.0}]
+    budgets = [{"macs_fraction": share, "top1_pct": 97.0, "occasion": "one"} for share in (0.75, 0.5)]
     for found in ([], budgets[:1], budgets):
         checkpoint.save(slim_resnet(), tmp_path / "net", record=changed(budgets=found), overwrite=True)
         card = (tmp_path / "net" / "README.md").read_text(encoding="utf-8")

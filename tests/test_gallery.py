@@ -8,10 +8,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_checkpoint import slim_resnet
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import lfrns_hub as lfrns
 from lfrns_hub.checkpoint import save
-from lfrns_hub.gallery import Cluster, correlations, find_clusters, plot_clusters, read_maps, strips
+from lfrns_hub.gallery import Cluster, choose_images, correlations, find_clusters, plot_clusters, read_maps, strips
 from lfrns_hub.plots import mark_of, shows_plan
 from lfrns_hub.report import GroupReport, SlimReport
 from lfrns_hub.slim import SlimResult
@@ -123,6 +124,18 @@ def test_weak_units_are_called_weak(twins, tmp_path, monkeypatch) -> None:
     plot_clusters(dense, SlimResult(result.model, result.plan, SlimReport([weak])), images, tmp_path / "clusters.png")
     assert "unit 3, weak" in written
     assert "0 redundant, 1 weak" in " ".join(written)
+
+
+def test_a_picture_shows_one_image_of_each_class_though_the_loader_is_sorted() -> None:
+    labels = torch.arange(10).repeat_interleave(20)
+    images = torch.arange(200.0).reshape(-1, 1, 1, 1)
+    loader = DataLoader(TensorDataset(images, labels), 50)
+    assert choose_images(loader).flatten().tolist() == [0, 20, 40, 60, 80, 100]
+    two = DataLoader(TensorDataset(images[:40], labels[:40]), 8)
+    assert choose_images(two).flatten().tolist() == [0, 20, 1, 21, 2, 22]
+    assert choose_images([images[:50]]).flatten().tolist() == list(range(6))
+    unreadable = TensorDataset(images, torch.where(labels == 0, -100, labels))
+    assert choose_images(DataLoader(unreadable, 50)).flatten().tolist() == [20, 40, 60, 80, 100, 120]
 
 
 def test_what_cannot_be_shown_says_so(twins, tmp_path) -> None:

@@ -9,7 +9,8 @@ from lfrns_hub.index import checkpoint_name, refresh_index, write_index
 from lfrns_hub.measure import Record
 from lfrns_hub.plots import plot_ladder
 
-DENSE = {"top1_pct": 80.0, "images": 500, "params_m": 2.0, "macs_g": 1.0, "latency_ms": 4.0, "size_mb": 8.0}
+COUNTS = {"params_m": 2.0, "macs_g": 1.0, "size_mb": 8.0}
+DENSE = {"top1_pct": 80.0, "images": 500, "latency_ms": 4.0, "occasion": "one", **COUNTS}
 SETUP = {"dataset": "flowers", "dtype": "float32", "machine": {"cpu": "some CPU", "device": "cpu", "threads": 2}}
 
 
@@ -53,17 +54,36 @@ def test_an_index_follows_its_members_and_keeps_what_people_wrote(tmp_path: Path
     assert refresh_index(tmp_path) is None and not (tmp_path / "README.md").exists()
     readme = write_index(tmp_path, "net, slimmed")
     readme.write_text(readme.read_text().replace("# net, slimmed\n", "# Our flowers\n\nAsk Ann.\n") + "\nSee also.\n")
-    slim = {**DENSE, "macs_g": 0.35, "top1_pct": 74.0, "agreement_pct": 91.0, "images": 80}
-    Record(DENSE, slim, {**SETUP, "dataset": "tulips"}).save(tmp_path / "net.lfrns35_flowers" / "record.json")
+    again = {**DENSE, "occasion": "another", "top1_pct": 85.0, "latency_ms": 9.0, "images": 80}
+    slim = {**again, "macs_g": 0.35, "top1_pct": 74.0, "agreement_pct": 91.0, "latency_ms": 8.0}
+    Record(again, slim, {**SETUP, "dataset": "tulips"}).save(tmp_path / "net.lfrns35_flowers" / "record.json")
     assert refresh_index(tmp_path) == readme
     text = readme.read_text()
     assert text.startswith("# Our flowers\n\nAsk Ann.\n") and text.endswith("\n\nSee also.\n")
     assert "| [net.lfrns35_flowers](net.lfrns35_flowers) | 0.350 | 74.00 | 91.00 |" in text and "70.50" not in text
     assert "- net.lfrns75_flowers: Accuracy on 500 images of flowers" in text
     assert "- net.lfrns35_flowers: Accuracy on 80 images of tulips" in text
-    assert "- The dense row is that of net.lfrns75_flowers." in text
+    assert "| dense, beside net.lfrns75_flowers | 1.000 | 80.00 | 100.00 | 2.000 | 1.0000 | 4.00 | 4.00 |" in text
+    assert "| dense, beside net.lfrns35_flowers | 1.000 | 85.00 | 100.00 | 2.000 | 1.0000 | 9.00 | 9.00 |" in text
+    assert "No picture: the checkpoints were measured at different times" in text
+    assert not (tmp_path / "accuracy.png").exists() and "accuracy.png" not in text
     refresh_index(tmp_path)
     assert readme.read_text() == text
+
+
+def test_figures_of_another_occasion_never_stand_beside_a_checkpoints(tmp_path: Path) -> None:
+    write(tmp_path, "net.lfrns35_flowers", 0.35, top1_pct=70.5, latency_ms=2.0, occasion="a later one")
+    text = write_index(tmp_path, "net").read_text()
+    unknown = "not measured"
+    assert f"| dense | 1.000 | {unknown} | {unknown} | 2.000 | 1.0000 | {unknown} | {unknown} | 8.00 |" in text
+    assert f"| 0.350 | 70.50 | 90.00 | 2.000 | 0.3500 | 2.00 | {unknown} | 8.00 |" in text
+    assert "without the dense model (its figures were taken at another moment or on other images" in text
+    assert ".png" not in text
+
+
+def test_a_plot_of_two_occasions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"plot_ladder.*different times"):
+        plot_ladder([{**DENSE, "macs_g": 0.5, "occasion": "another"}], DENSE, tmp_path / "curve.png")
 
 
 def test_a_readme_that_is_no_index_stays_as_it_is(tmp_path: Path) -> None:

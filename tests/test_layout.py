@@ -21,7 +21,7 @@ ALLOWED = {
     "contribution": {"taps", "responses", "cache"},
     "costs": {"taps", "responses", "redundancy", "contribution"},
     "latency": {"measure", "cache", "resume", "surgery"},
-    "options": {"latency"},
+    "options": {"latency", "responses"},
     "select": {"trace", "responses", "redundancy", "latency"},
     "surgery": {"taps", "adapters", "narrow", "responses"},
     "reconstruct": {"taps", "trace", "responses"},
@@ -77,6 +77,8 @@ ALLOWED = {
     "cli": {
         "recipe",
         "measure",
+        "latency",
+        "resume",
         "retrain",
         "pictures",
         "zoo",

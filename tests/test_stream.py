@@ -76,6 +76,22 @@ def test_front_is_labelled_and_the_same_everywhere(folder):
     assert [int(image) for image, _ in front] == [int(image) for image, _ in stream.front(12, pixels)]
 
 
+@pytest.mark.parametrize("files", [1, 5])
+def test_the_front_shows_all_files_and_says_where_it_shows_few_classes(files, tmp_path, caplog, monkeypatch):
+    """Ten classes, sorted, each of 30 pictures; a buffer of 40 sees all files or the first two classes of the one."""
+    monkeypatch.setattr("lfrns_hub.stream.SHUFFLE_BUFFER", 40)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    for file in range(files):
+        labels = [row * 10 // 300 for row in range(300 * file // files, 300 * (file + 1) // files)]
+        rows = {"image": [Image.new("L", (2, 2), label) for label in labels], "label": labels}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / f"train-{file}.parquet"))
+    seen = {label for _, label in stream_data(tmp_path, "train", transform=pixels).front(15, pixels)}
+    if files == 1:
+        assert len(seen) <= 3 and "of 10 classes: the files are sorted by class" in caplog.text
+    else:
+        assert {label // 2 for label in seen} == set(range(5)) and not caplog.text
+
+
 def test_folder_of_pictures(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "train" / name).mkdir(parents=True)

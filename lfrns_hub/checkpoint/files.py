@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lfrns_hub.card import read_record, render_card
 from lfrns_hub.checkpoint.remote_code import MODELING_FILE
 from lfrns_hub.lineage import KEYS
-from lfrns_hub.measure import main_figure
+from lfrns_hub.measure import comparable_budgets, comparable_dense, main_figure
 from lfrns_hub.narrow import FORMAT_VERSION, computed_buffers, grown, short
 from lfrns_hub.untrusted import AGAIN, read_headers, read_json
 
@@ -199,6 +199,7 @@ def write_card(draft: Path, record: Any, directory: Path, *, base: str, library:
     config = read_config(draft)
     facts, record = config["slim"], read_record(record)
     setup = (record or {}).get("setup") or {}
+    budgets, dense = comparable_budgets(record or {}), comparable_dense(record or {})
     if record is not None:
         (draft / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     has_plot = bool(facts.get("widths"))
@@ -208,7 +209,6 @@ def write_card(draft: Path, record: Any, directory: Path, *, base: str, library:
     has_gallery = not gallery.is_symlink() and shows_plan(gallery, facts.get("plan") or {})
     if has_gallery:
         shutil.copyfile(gallery, draft / gallery.name)
-    budgets, dense = setup.get("budgets") or [], (record or {}).get("dense") or {}
     key = main_figure(dense).key
     has_curve = len(budgets) > 1 and all(one.get(key) is not None for one in [*budgets, dense])
     if has_curve:

@@ -174,6 +174,8 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
                          "Pass the dense model: load(..., model=MyNet()).")  # fmt: skip
     else:
         raise ValueError(f"load({str(source)!r}): config.json names neither {TIMM_NAME} nor a {TYPE_PREFIX}* model.")
+    if config.get("architecture") == OWN_NAME and config.get("label_names"):
+        loaded.label_names = config["label_names"]
     carry_facts(loaded, facts)
     return loaded.eval()
 

@@ -1,6 +1,7 @@
 """Commands that measure a checkpoint: evaluate, bench."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ import lfrns_hub as lfrns
 from lfrns_hub import recipe
 from lfrns_hub.bench import bench as time_models
 from lfrns_hub.bench import format_timings, peak_memory, size_on_disk
+from lfrns_hub.cli.dense_again import find_dense, remember_dense
 from lfrns_hub.cli.terminal import (
     MAX_UNREADABLE,
     Batch,
@@ -32,7 +34,16 @@ from lfrns_hub.cli.terminal import (
     show,
 )
 from lfrns_hub.index import refresh_index
-from lfrns_hub.measure import Record, count_macs, describe_setup, format_table
+from lfrns_hub.measure import (
+    COUNTED,
+    Record,
+    comparable_controls,
+    comparable_dense,
+    count_macs,
+    describe_setup,
+    format_table,
+    weights_id,
+)
 from lfrns_hub.pictures import load_processor
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.zoo import check_images, create_base, create_dense, create_skeleton, example_input
@@ -56,27 +67,60 @@ def evaluate(
     max_unreadable: Unreadable = MAX_UNREADABLE,
     as_json: Json = False,
 ) -> None:
-    """Measure a slim model again, and bring its record and card up to date."""
+    """Measure a slim model again, and bring its record and card up to date.
+
+    Its dense model is measured beside it where it is named, or found again by what the record says of its weights.
+    """
     model = load_slim(directory, dense)
-    teacher = create_dense(dense, weights=weights) if dense else None
     pictures = Pictures(data, label_column, val_split, class_map, max_unreadable=max_unreadable)
     images = pictures.load(model, "validation")
     loader = DataLoader(images, batch_size)
     check_images(model, loader)
+    beside, missing = dense_beside(directory, dense, weights)
     accelerator = make_accelerator()
-    record = lfrns.measure(model, loader, dense=teacher, accelerator=accelerator, progress=not as_json)
+    record = lfrns.measure(model, loader, dense=beside, accelerator=accelerator, progress=not as_json)
     if accelerator.is_main_process:
-        record = refresh(directory, model, record, pictures, images.class_names)
+        record = refresh(directory, model, record, pictures, images.class_names, missing=missing)
         left_out = filter(None, [images.describe_unreadable()])
         show(as_json, json.loads(record.to_json()), format_table(record), *left_out)
 
 
+def dense_beside(directory: str, dense: str | None, weights: str | None) -> tuple[nn.Module | None, str]:
+    """Give the dense model to measure a checkpoint beside, the one that is named or that of then, or None and why."""
+    setup = earlier_record(directory).setup
+    if not dense:
+        return find_dense(directory, setup)
+    model = create_dense(dense, weights=weights)
+    remember_dense(model, dense, weights)
+    if setup.get("dense_id") not in (None, weights_id(model)):
+        print(
+            f"Warning: {dense}{f' with {weights}' if weights else ''} has other weights than the dense model that "
+            f"{directory} was measured beside before.",
+            file=sys.stderr,
+        )
+    return model, ""
+
+
+def earlier_record(directory: str) -> Record:
+    """Read the record that lies in a checkpoint, an empty one where there is none."""
+    path = Path(directory) / "record.json"
+    return Record.load(path) if path.is_file() else Record(None, {})
+
+
 def refresh(
-    directory: str, model: nn.Module, record: Record, pictures: Pictures, label_names: list[str], *, epochs: int = 0
+    directory: str,
+    model: nn.Module,
+    record: Record,
+    pictures: Pictures,
+    label_names: list[str],
+    *,
+    before: Record | None = None,
+    missing: str = "",
 ) -> Record:
     """Save a checkpoint over itself with a new record, and bring an index over its folder up to date.
 
-    What was not measured again stays as it was.
+    Of the old record only what no moment changes stays: how the model was made, and the dense model's counts where they
+    are of the same input size. What was measured then is not put beside what was measured now.
 
     Args:
         directory: The checkpoint.
@@ -84,22 +128,28 @@ def refresh(
         record: What was measured.
         pictures: On these.
         label_names: Their classes.
-        epochs: That it was trained since.
+        before: The record of before it was trained, its epochs those of now; by default the one that lies there.
+        missing: Why the dense model was not measured, if it was not.
     Returns:
         The record that was saved.
     """
-    earlier = Path(directory) / "record.json"
-    if earlier.is_file():
-        old = Record.load(earlier)
-        record.dense = record.dense or old.dense
-        record.setup = {**old.setup, **record.setup}
-    if epochs:
-        record.setup.pop("budgets", None)  # the accuracy of this one among them is that of before
+    old = before or earlier_record(directory)
+    if record.dense is None:
+        counted = comparable_dense({"dense": old.dense, "slim": record.slim, "setup": record.setup})
+        counts = {key: counted[key] for key in COUNTED if key in counted}
+        record.dense = {**dict.fromkeys(("top1_pct", "images", "latency_ms")), **counts} if counts else None
+        record.setup["dense_missing"] = missing
+    # Of other budgets there are figures of then alone.
+    kept = {key: value for key, value in old.setup.items() if key not in ("budgets", "controls", "dense_missing")}
+    record.setup = {**kept, **record.setup}
+    controls = {"controls": old.setup.get("controls"), "val_split": pictures.val_split}
+    if controls := comparable_controls({"slim": record.slim, "setup": controls}):
+        record.setup["controls"] = controls
     record.setup.update(
-        dataset=recipe.describe_data(pictures.data)["dataset"],
+        recipe.describe_data(pictures.data),
         val_split=pictures.val_split,
         label_names=label_names,
-        epochs=(record.setup.get("epochs") or 0) + epochs,
+        epochs=old.setup.get("epochs") or 0,
     )
     processor = load_processor(model)
     lfrns.save(model, directory, record=record, processor=processor, label_names=label_names, overwrite=True)

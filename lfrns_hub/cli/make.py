@@ -3,8 +3,12 @@
 import argparse
 import contextlib
 import json
+import os
 import runpy
+import shlex
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +18,8 @@ from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
-from lfrns_hub.cli.judge import refresh
+from lfrns_hub.cli.dense_again import remember_dense
+from lfrns_hub.cli.judge import dense_beside, earlier_record, refresh
 from lfrns_hub.cli.terminal import (
     MAX_UNREADABLE,
     Batch,
@@ -43,7 +48,7 @@ from lfrns_hub.cli.terminal import (
     show,
 )
 from lfrns_hub.index import checkpoint_name, write_index
-from lfrns_hub.measure import Record, format_table, main_figure
+from lfrns_hub.measure import Record, format_table, main_figure, measure_each
 from lfrns_hub.pictures import load_processor
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.zoo import check_images, create_dense, set_preprocessing
@@ -163,60 +168,101 @@ def slim(
             batch=latency_batch, threads=latency_threads, compile=latency_compile
         )
     results = [analysis.cut(macs=budget, params=params, **timed, fcr_steps=fcr_steps) for budget in budgets]
-    made: list[tuple[Path, nn.Module, Record]] = []
     options = {"processor": load_processor(dense), "label_names": test.class_names, "overwrite": True}
-    for budget, result in zip(budgets, results, strict=True):
+    names = [checkpoint_name(model, data, budget) if several else "" for budget in budgets]
+    folders = [directory / name for name in names]
+    if main_process:
+        remember_dense(dense, model, weights)
+        for folder, result in zip(folders, results, strict=True):
+            prove_saving(result.model, folder, options)
+    for folder, result in zip(folders, results, strict=True):
         training = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed, "progress": progress}
         lfrns.retrain(result.model, train_loader, teacher=dense, accelerator=accelerator, **training)
-        record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator, progress=progress)
-        record.setup.update(
-            recipe.describe_data(data),
-            calibration_images=len(calibration_loader.dataset),
-            seed=seed,
-            epochs=epochs,
-            val_split=val_split,
-            label_names=test.class_names,
-        )
-        folder = directory / checkpoint_name(model, data, budget) if several else directory
-        made.append((folder, result.model, record))
-        if main_process:
-            recipe.draw_clusters(dense, result, calibration_loader, folder)
-            # The folder was empty, or may be overwritten: that was checked before there was a picture in it.
-            lfrns.save(result.model, folder, record=record, **options)
-            if progress:
-                recipe.print_results(record, [], folder)
-                if result.report.latency:
-                    show(False, None, layer_table(result))
+        if main_process:  # the weights first; what is said of them can be said later
+            lfrns.save(result.model, folder, **options)
         accelerator.wait_for_everyone()
-    if main_process:
+
+    again = ["lfrns", "evaluate", str(folders[0]), "--data", data, *pictures.arguments(), "--dense", model]
+    again += ["--weights", weights] if weights else []
+    records: dict[str, Record] = {}
+    index: list[str] = []
+    with described_later(accelerator, [str(folder) for folder in folders], again):
+        models = {name or "slim": result.model for name, result in zip(names, results, strict=True)}
+        records = measure_each(models, test_loader, dense=dense, accelerator=accelerator, progress=progress)
+        told = {
+            **recipe.describe_data(data),
+            "calibration_images": len(calibration_loader.dataset),
+            "seed": seed,
+            "epochs": epochs,
+            "val_split": val_split,
+            "label_names": test.class_names,
+        }
         if several:
-            _compare(made, directory, f"{Path(model).name}, at several budgets", options)
-        folders = [folder for folder, _, _ in made]
+            told["budgets"] = [
+                {
+                    "macs_fraction": record.slim["macs_g"] / record.dense["macs_g"],
+                    **{
+                        key: record.slim.get(key)
+                        for key in ("output", main_figure(record.slim).key, "latency_ms", "occasion")
+                    },
+                }
+                for record in records.values()
+            ]
+        for folder, result, record in zip(folders, results, records.values(), strict=True):
+            record.setup.update(told)
+            if main_process:
+                recipe.draw_clusters(dense, result, calibration_loader, folder)
+                lfrns.save(result.model, folder, record=record, **options)
+                if progress:
+                    recipe.print_results(record, [], folder)
+                    if result.report.latency:
+                        show(False, None, layer_table(result))
+        if several and main_process:
+            index = [f"Compared in {write_index(directory, f'{Path(model).name}, at several budgets')}"]
+    accelerator.wait_for_everyone()
+    if main_process:
         urls = [lfrns.push(f, f"{push_to_hub}/{f.name}" if several else push_to_hub) for f in folders if push_to_hub]
-        found = [{"directory": str(folder), **json.loads(record.to_json())} for folder, _, record in made]
+        found = [{"directory": str(folder)} for folder in folders]
+        for row, record in zip(found, records.values(), strict=False):
+            row |= json.loads(record.to_json())
         for row, result in zip(found, results, strict=True):
             row |= {"latency": result.report.latency} if result.report.latency else {}
-        index = [f"Compared in {directory / 'README.md'}"] if several else []
         left_out = filter(None, [train.describe_unreadable(), test.describe_unreadable()])
         show(as_json, {"checkpoints": found, "pushed": urls}, *left_out, *index, *(f"Pushed: {url}" for url in urls))
     accelerator.end_training()
 
 
-def _compare(made: list[tuple[Path, nn.Module, Record]], directory: Path, title: str, options: dict[str, Any]) -> None:
-    """Tell each card of all budgets, which are known when the last is done, and write the index over them."""
-    budgets = [
-        {
-            "macs_fraction": record.slim["macs_g"] / record.dense["macs_g"],
-            "output": record.slim.get("output"),
-            (figure := main_figure(record.slim)).key: record.slim[figure.key],
-            "latency_ms": record.slim["latency_ms"],
-        }
-        for _, _, record in made
-    ]
-    for folder, model, record in made:
-        record.setup["budgets"] = budgets
-        lfrns.save(model, folder, record=record, **options)
-    write_index(directory, title)
+def prove_saving(model: nn.Module, folder: Path, options: dict[str, Any]) -> None:
+    """Save a model that is to be trained beside where it will go, and remove that: what cannot be saved ends here.
+
+    Raises:
+        ValueError, OSError: As `lfrns_hub.save`.
+    """
+    folder = folder.resolve()
+    proof = folder.parent / f".{folder.name}.proof"
+    try:
+        lfrns.save(model, proof, **options)
+    finally:
+        shutil.rmtree(proof, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def described_later(accelerator: Any, folders: list[str], again: list[str]) -> Iterator[None]:
+    """Turn the failure to measure or describe trained models, which are saved, into a warning that says what to call.
+
+    On several processes it stays an error as well: the others wait for what this one does not do any more.
+    """
+    try:
+        yield
+    except Exception as error:
+        if accelerator.is_main_process:
+            print(
+                f"Warning: {type(error).__name__}: {error}\nThe weights are saved in {', '.join(folders)}, but not "
+                f"measured or described. For that: {shlex.join(again)}",
+                file=sys.stderr,
+            )
+        if accelerator.num_processes > 1 or os.environ.get("LFRNS_TRACEBACK"):
+            raise
 
 
 @app.command(
@@ -241,7 +287,11 @@ def retrain(
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a slim model further, and bring its weights, record and card up to date."""
+    """Train a slim model further, and bring its weights, record and card up to date.
+
+    The weights are saved as soon as they are trained. The dense model is measured beside the slim one where it is the
+    teacher, or found again by what the record says of its weights; it teaches only where it is named.
+    """
     model = load_slim(directory, teacher)
     dense = create_dense(teacher, weights=weights) if teacher else None
     pictures = Pictures(data, label_column, val_split, class_map, flip, max_unreadable)
@@ -251,12 +301,25 @@ def retrain(
     check_images(model, test_loader)
     options = {"accelerator": accelerator, "progress": not as_json}
     loader = DataLoader(train, max(1, batch_size // accelerator.num_processes), shuffle=True)
-    lfrns.retrain(model, loader, teacher=dense, epochs=epochs, learning_rate=learning_rate, seed=seed, **options)
-    record = lfrns.measure(model, test_loader, dense=dense, **options)
+    saving = {"processor": load_processor(model), "label_names": test.class_names, "overwrite": True}
+    beside, missing = (dense, "") if teacher else dense_beside(directory, None, None)
+    before = earlier_record(directory)
+    before.setup["epochs"] = (before.setup.get("epochs") or 0) + epochs
+    for key in ("budgets", "controls"):  # were trained as long as this one was
+        before.setup.pop(key, None)
     if accelerator.is_main_process:
-        record = refresh(directory, model, record, pictures, test.class_names, epochs=epochs)
-        left_out = filter(None, [train.describe_unreadable(), test.describe_unreadable()])
-        show(as_json, json.loads(record.to_json()), format_table(record), *left_out)
+        prove_saving(model, Path(directory), saving)
+    lfrns.retrain(model, loader, teacher=dense, epochs=epochs, learning_rate=learning_rate, seed=seed, **options)
+    if accelerator.is_main_process:  # the weights first; figures of the weights of before are not those of these
+        lfrns.save(model, directory, record=Record(None, {}, before.setup), **saving)
+    again = ["lfrns", "evaluate", directory, "--data", data, *pictures.arguments()]
+    again += ["--dense", teacher, *(["--weights", weights] if weights else [])] if teacher else []
+    with described_later(accelerator, [directory], again):
+        record = lfrns.measure(model, test_loader, dense=beside, **options)
+        if accelerator.is_main_process:
+            record = refresh(directory, model, record, pictures, test.class_names, before=before, missing=missing)
+            left_out = filter(None, [train.describe_unreadable(), test.describe_unreadable()])
+            show(as_json, json.loads(record.to_json()), format_table(record), *left_out)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

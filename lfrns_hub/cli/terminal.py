@@ -95,14 +95,24 @@ class Pictures:
     flip: bool = True
     max_unreadable: int = MAX_UNREADABLE
 
+    def arguments(self) -> list[str]:
+        """Give the options that say the same to another command."""
+        given = {
+            "--label-column": self.label_column,
+            "--val-split": self.val_split,
+            "--class-map": self.class_map,
+            "--max-unreadable": self.max_unreadable if self.max_unreadable != MAX_UNREADABLE else None,
+        }
+        return [word for option, value in given.items() if value is not None for word in (option, str(value))]
+
     def load(
         self, model: nn.Module, split: str, *, augment: bool = False, limit: int | None = None, seed: int = 0
     ) -> ImageData:
-        """Load a split, prepared as a model wants its images."""
+        """Load a split, prepared as a model wants its images and labelled as it numbers its classes."""
         transform = make_transform(model, train=augment, flip=self.flip)
         options = {"label_column": self.label_column, "val_split": self.val_split, "class_map": self.class_map}
         options["max_unreadable"] = self.max_unreadable
-        return load_data(self.data, split, transform=transform, limit=limit, seed=seed, **options)
+        return load_data(self.data, split, transform=transform, model=model, limit=limit, seed=seed, **options)
 
 
 def analyse_pictures(

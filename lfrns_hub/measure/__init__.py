@@ -4,13 +4,26 @@ from lfrns_hub.measure.compare import measure, measure_each
 from lfrns_hub.measure.counting import count_macs, count_params
 from lfrns_hub.measure.figures import KINDS, heads_of, main_figure, main_figures, nearness, word_of
 from lfrns_hub.measure.latency import cpu_name, describe_setup, forward_passes, measure_latency, take_turns, wait_for
+from lfrns_hub.measure.occasion import (
+    COUNTED,
+    comparable_budgets,
+    comparable_controls,
+    comparable_dense,
+    same_occasion,
+    weights_id,
+    why_no_dense,
+)
 from lfrns_hub.measure.record import Record, format_table
 from lfrns_hub.measure.score import evaluate, prepare_loader
 from lfrns_hub.running import evaluating
 
 __all__ = [
+    "COUNTED",
     "KINDS",
     "Record",
+    "comparable_budgets",
+    "comparable_controls",
+    "comparable_dense",
     "count_macs",
     "count_params",
     "cpu_name",
@@ -27,7 +40,10 @@ __all__ = [
     "measure_latency",
     "nearness",
     "prepare_loader",
+    "same_occasion",
     "take_turns",
     "wait_for",
+    "weights_id",
+    "why_no_dense",
     "word_of",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.measure.counting import count_macs, count_params
 from lfrns_hub.measure.latency import describe_setup, latency_on_main
+from lfrns_hub.measure.occasion import new_occasion, weights_id
 from lfrns_hub.measure.record import Record
 from lfrns_hub.measure.score import answer, merged
 from lfrns_hub.running import device_of, evaluating, unwrap
@@ -61,7 +62,7 @@ def measure_each(
         models: By any name but "dense", at least one.
         loader, dense, accelerator, example_input, progress: As for `measure`.
     Returns:
-        A record for each, as `measure` would give it.
+        A record for each, as `measure` would give it, all of one occasion.
     Raises:
         ValueError: As `measure`.
     """
@@ -71,7 +72,7 @@ def measure_each(
     scores: dict[str, dict[str, Any]] = {
         name: dict.fromkeys(("top1_pct", "images", "per_class_pct")) for name in models
     }
-    answers = None
+    occasion, answers = new_occasion(accelerator), None
     if loader is not None:
         answers = answer(models, loader, accelerator, progress)
         scores = {name: scores[name] | answers.score(name) for name in models}
@@ -83,6 +84,8 @@ def measure_each(
     for name, one in models.items():
         macs = count_macs(one, example_input)
         scores[name] |= {
+            "occasion": occasion,
+            "input_size": list(example_input.shape[1:]),
             "params_m": count_params(one) / 1e6,
             "macs_g": macs / 1e9,
             "flops_g": 2 * macs / 1e9,
@@ -95,8 +98,11 @@ def measure_each(
             scores[name] |= dict.fromkeys(("agreement_pct", "worst_class"))
             if answers is not None:
                 scores[name] = merged(scores[name], answers.compared(name, "dense"))
+    which = (
+        {"dense_missing": "no dense model was given"} if dense is None else {"dense_id": weights_id(models["dense"])}
+    )
     return {
-        name: Record(copy.copy(dense_scores), scores[name], describe_setup(one, example_input, device))
+        name: Record(copy.copy(dense_scores), scores[name], describe_setup(one, example_input, device) | which)
         for name, one in slims.items()
     }
 

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lfrns_hub.measure.figures import KINDS, Figure, heads_of, word_of
+from lfrns_hub.measure.occasion import comparable_dense, why_no_dense
 from lfrns_hub.untrusted import parse_json, read_json, short
 
 # What is told as a number, or as nothing where it was not measured.
@@ -22,7 +23,15 @@ FIGURES = (
     "size_mb",
 )
 # What of a setup is read again, and as what.
-SETUP = {"machine": dict, "provenance": dict, "label_names": list, "controls": list, "budgets": list, "epochs": int}
+SETUP = {
+    **dict.fromkeys(("dense_id", "dense_missing"), str),
+    "machine": dict,
+    "provenance": dict,
+    "label_names": list,
+    "controls": list,
+    "budgets": list,
+    "epochs": int,
+}
 
 
 @dataclass
@@ -36,7 +45,10 @@ class Record:
         slim: The same of the slim model, plus agreement_pct and worst_class (of labels: the label that lost most)
             where the dense model was given; of quantities and features explained_pct, the share of the variance of
             the dense model's answers that the slim model's reproduce, in percent.
-        setup: Machine, dtype, batch and input size of the latency, versions, the slim model's provenance.
+            Each side says by `occasion` in which call it was measured and by `images_id` on which images: only what was
+            measured side by side is ever compared.
+        setup: Machine, dtype, batch and input size of the latency, versions, the slim model's provenance; `dense_id`
+            of the dense model's weights, or `dense_missing`, why it was not measured.
     """
 
     dense: dict[str, Any] | None
@@ -74,6 +86,9 @@ class Record:
                         f"Record.from_json({side}.{key}={short(figures[key])}): a number or null is needed. Measure it "
                         "again by lfrns evaluate."
                     )
+            for key in ("occasion", "images_id") if side != "setup" else ():
+                if not isinstance(figures.get(key), (str, type(None))):
+                    raise ValueError(f"Record.from_json({side}.{key}={short(figures[key])}): text or null is needed.")
         for key, kind in SETUP.items():
             if setup.get(key) is not None and not isinstance(setup[key], kind):
                 raise ValueError(
@@ -93,11 +108,13 @@ class Record:
 
 
 def format_table(record: Record) -> Table:
-    """Lay a record out as a table: dense against slim, and what is left of the dense figure."""
-    table = Table(title=_title(record))
+    """Lay a record out as a table: dense against slim, and what is left of a dense figure of the same occasion."""
+    fields = asdict(record)
+    why = why_no_dense(fields)
+    table = Table(title=_title(record), caption=why and f"Dense not measured: {escape(short(why, 300))}.")
     for heading, justify in (("", "left"), ("dense", "right"), ("slim", "right"), ("slim / dense", "right")):
         table.add_column(heading, justify=justify)
-    dense, slim = record.dense or {}, record.slim
+    dense, slim = comparable_dense(fields), record.slim
     for head, of_slim in heads_of(slim).items():
         kind = KINDS[word_of(of_slim)]
         of_dense = heads_of(dense).get(head, {})

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from lfrns_hub.answers import Answer, Outputs, probe, read_answer, settle_by_loader
 from lfrns_hub.batches import LABEL_KEYS, UNREADABLE, check_finite, iterate
 from lfrns_hub.measure.figures import kind_of, worst
+from lfrns_hub.measure.occasion import image_keys, images_id
 from lfrns_hub.model_io.meaning import Classes, Labels
 from lfrns_hub.running import as_input, device_of, evaluating, unwrap
 
@@ -30,6 +31,7 @@ class Answers:
         kept: By model and head, what its `Kind` kept of the images that count, [images, ...] each.
         labels: Of each head, None where there are none.
         images, skipped: How many count, and how many could not be read.
+        images_id: Which images count.
         input_size: [C, H, W].
     """
 
@@ -38,6 +40,7 @@ class Answers:
     labels: dict[str, Tensor | None]
     images: int
     skipped: int
+    images_id: str
     input_size: list[int]
 
     def score(self, name: str) -> dict[str, Any]:
@@ -49,6 +52,7 @@ class Answers:
         return self._joined(heads) | {
             "images": self.images,
             "images_skipped": self.skipped,
+            "images_id": self.images_id,
             "input_size": self.input_size,
         }
 
@@ -95,7 +99,8 @@ def evaluate(
         progress: Show a bar on the main process.
     Returns:
         output (what the outputs mean), loss (what training lowers, the mean), images, images_skipped (those that could
-        not be read, of label -100: they count in no other figure), input_size [C, H, W], and
+        not be read, of label -100: they count in no other figure), images_id (which images these are), input_size
+        [C, H, W], and
 
         - of classes: top1_pct, per_class_pct (None for a class without images), class_counts; of labels that are
           probabilities the most likely class is the label. With a teacher agreement_pct, the share of images on which
@@ -175,6 +180,7 @@ def answer(models: dict[str, nn.Module], loader: Any, accelerator: Any, progress
                 )
             answers = {name: read_answer(model, given[name], outputs) for name, model in models.items()}
             batch = _keep(answers, labels, len(images), device)
+            batch["images",] = image_keys(images, labels).to(device)
             if accelerator is not None:
                 batch = accelerator.gather_for_metrics(batch)
             for key, value in batch.items():
@@ -182,6 +188,7 @@ def answer(models: dict[str, nn.Module], loader: Any, accelerator: Any, progress
             input_size = list(images.shape[1:])
     whole = {key: torch.cat(parts) for key, parts in gathered.items()}
     counted = whole.pop(("counted",), torch.zeros(0, dtype=torch.bool))
+    keys = whole.pop(("images",), torch.zeros(0, dtype=torch.int64))
     if outputs is None or not counted.any():
         raise ValueError(
             "evaluate(loader) got no image: the loader is empty, or none could be read. Check the folder, the split "
@@ -194,7 +201,9 @@ def answer(models: dict[str, nn.Module], loader: Any, accelerator: Any, progress
             labels[key[1]] = value[counted]
         else:
             kept[key[1:3]][key[3]] = value[counted]
-    return Answers(outputs, kept, labels, int(counted.sum()), int((~counted).sum()), input_size)
+    return Answers(
+        outputs, kept, labels, int(counted.sum()), int((~counted).sum()), images_id(keys[counted]), input_size
+    )
 
 
 def _keep(answers: dict[str, Answer], labels: Any, images: int, device: torch.device) -> dict[tuple[str, ...], Tensor]:

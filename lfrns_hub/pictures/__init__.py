@@ -1,5 +1,7 @@
 """What a model looks at: its input size, transforms and data by name, and whether the two fit."""
 
+from lfrns_hub.pictures.class_folders import list_classes
+from lfrns_hub.pictures.classes import read_classes
 from lfrns_hub.pictures.decoding import decode_picture, name_picture
 from lfrns_hub.pictures.fit import check_images, guard_against_chance
 from lfrns_hub.pictures.image_data import MAX_UNREADABLE, ImageData
@@ -14,8 +16,10 @@ from lfrns_hub.pictures.tables import (
     SPLIT_FILES,
     as_files,
     find_column,
+    find_labels,
     parquet_files,
     read_table,
+    split_folder,
 )
 
 __all__ = [
@@ -32,16 +36,20 @@ __all__ = [
     "decode_picture",
     "example_input",
     "find_column",
+    "find_labels",
     "find_processor",
     "guard_against_chance",
     "input_size_of",
+    "list_classes",
     "load_data",
     "load_processor",
     "make_transform",
     "name_picture",
     "num_classes_of",
     "parquet_files",
+    "read_classes",
     "read_table",
     "set_preprocessing",
+    "split_folder",
     "write_processor",
 ]

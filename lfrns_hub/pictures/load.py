@@ -7,13 +7,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from lfrns_hub.pictures.classes import number_names, read_classes
 from lfrns_hub.pictures.decoding import PictureColumn
 from lfrns_hub.pictures.image_data import MAX_UNREADABLE, ImageData
-from lfrns_hub.pictures.tables import IMAGE_COLUMNS, LABEL_COLUMNS, SPLIT_FILES, as_files, find_column, read_table
-
-MAX_CLASSES = 1 << 20
+from lfrns_hub.pictures.model_input import num_classes_of
+from lfrns_hub.pictures.tables import (
+    IMAGE_COLUMNS,
+    SPLIT_FILES,
+    as_files,
+    find_column,
+    find_labels,
+    read_table,
+)
 
 
 def load_data(
@@ -21,6 +28,7 @@ def load_data(
     split: str,
     *,
     transform: Callable[[Image.Image], Tensor],
+    model: nn.Module | None = None,
     label_column: str | None = None,
     val_split: float | None = None,
     class_map: str | os.PathLike[str] | None = None,
@@ -37,17 +45,20 @@ def load_data(
             fifth is held out).
         split: "train", "validation" or "test"; where one of the last two is missing the other stands in.
         transform: Picture to tensor, from `make_transform`.
+        model: The model that is to answer: labels are then numbered as it numbers its classes, by name where both have
+            names, and data whose labels are not its classes, or that has none, is refused before a picture is decoded.
+            None: the classes are the data's own, numbered alike in all splits.
         label_column: Where it has another name.
         val_split: Share of the training pictures that stands in for the validation split, in (0, 1): as many of each
             class, the same ones at every call and for every seed, so that no later call trains on them.
         class_map: Text file that names the classes in the order of the model's logits, one a line, as timm's.
-        limit: At most so many pictures, drawn at random: files are often sorted by class.
+        limit: At most so many pictures, drawn at random and in random order: files are often sorted by class.
         seed: Of that draw.
         max_unreadable: So many pictures may be damaged: they are left out, see `ImageData`. More are an error.
     Returns:
         Dataset of (image [C, H, W], label), or of images where there are no labels; `.class_names` by label.
     Raises:
-        ValueError: No such data, split or column.
+        ValueError: No such data, split or column, or labels that are not the model's classes.
         ConnectionError: A Hub id, and the Hub cannot be reached.
     """
     if split not in SPLIT_FILES:
@@ -69,49 +80,42 @@ def load_data(
                 "named. Leave both out."
             )
         pictures, labels, class_names = _read_digits(split)
+        if model is not None:
+            numbers, class_names = number_names(class_names, model, f"load_data({name!r}, {split!r})")
+            labels = [numbers[label] for label in labels]
         chosen = _draw(len(labels), limit, seed)
         pictures, labels = [pictures[i] for i in chosen], [labels[i] for i in chosen]
         return ImageData(pictures, labels, class_names=class_names, transform=transform)
 
     table = read_table(name, "train" if val_split is not None else split, val_split is not None)
     image_column = find_column(table, None, IMAGE_COLUMNS, f"load_data({name!r})", required="pictures")
-    label_column = find_column(table, label_column, LABEL_COLUMNS, f"load_data({name!r})")
+    required = model is not None and num_classes_of(model) > 0
+    label_column = find_labels(table, label_column, f"load_data({name!r}, {split!r})", required=required)
     if len(table) == 0:
         raise ValueError(f"load_data({name!r}, {split!r}): the split holds no pictures.")
     if val_split is not None:
         labels = list(table[label_column]) if label_column else [0] * len(table)
         train, held_out = _hold_out(labels, val_split, f"load_data({name!r}, val_split={val_split})")
         table = table.select(train if split == "train" else held_out)
-    if limit is not None and limit < len(table):
-        table = table.select(_draw(len(table), limit, seed))
     labels, class_names = None, []
     if label_column:
-        labels = list(table[label_column])
-        class_names = getattr(table.features[label_column], "names", None) or []
-        if any(not isinstance(label, int) or label < 0 for label in labels):
-            raise ValueError(
-                f"load_data({name!r}, {split!r}): the column {label_column!r} holds labels that are no class numbers "
-                f"(such as {next(v for v in labels if not isinstance(v, int) or v < 0)!r}). Use a labelled split."
-            )
-        most = len(class_names) or MAX_CLASSES
-        if max(labels) >= most:
-            raise ValueError(
-                f"load_data({name!r}, {split!r}): the column {label_column!r} holds label {max(labels)}, a label must "
-                f"lie in [0, {most}). Number the classes from 0, without gaps."
-            )
-        class_names = class_names or [str(i) for i in range(max(labels) + 1)]
-        if class_map is not None:
-            labels, class_names = _map_classes(labels, class_names, Path(class_map))
+        given = {"model": model, "class_map": class_map}
+        classes = read_classes(table, label_column, name, split, **given)
+        class_names = classes.names
+    if limit is not None:
+        table = table.select(_draw(len(table), limit, seed))
+    if label_column:
+        labels = [classes.number(label) for label in table[label_column]]
     reading = {"training": split == "train", "max_unreadable": max_unreadable, "name": name}
     pictures = PictureColumn(as_files(table, image_column), image_column, name)
     return ImageData(pictures, labels, class_names=list(class_names), transform=transform, **reading)
 
 
 def _draw(total: int, limit: int | None, seed: int) -> list[int]:
-    """Draw at most `limit` of `total` indices, ascending, the same for a seed."""
-    if limit is None or limit >= total:
+    """Draw at most `limit` of `total` indices in random order, the same for a seed; without a limit all, in order."""
+    if limit is None:
         return list(range(total))
-    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].tolist()
 
 
 def _hold_out(labels: list[int], share: float, call: str) -> tuple[list[int], list[int]]:
@@ -122,19 +126,6 @@ def _hold_out(labels: list[int], share: float, call: str) -> tuple[list[int], li
     if not 0 < len(held_out) < len(labels):
         raise ValueError(f"{call}: holds out {len(held_out)} of {len(labels)} pictures. Give another share.")
     return sorted(set(drawn) - set(held_out)), held_out
-
-
-def _map_classes(labels: list[int], class_names: list[str], path: Path) -> tuple[list[int], list[str]]:
-    """Number the classes in the order in which a file names them."""
-    if not path.is_file():
-        raise ValueError(f"class_map={str(path)!r}: there is no such file. Give one that names a class on each line.")
-    order = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    number = {name: index for index, name in enumerate(order)}
-    missing = [name for name in class_names if name not in number]
-    if missing or len(number) < len(order):
-        what = f"does not name {', '.join(map(repr, missing[:3]))}" if missing else "names a class twice"
-        raise ValueError(f"class_map={str(path)!r}: {what}. Each class of the data stands on one line, once.")
-    return [number[class_names[label]] for label in labels], order
 
 
 def _read_digits(split: str) -> tuple[list[Image.Image], list[int], list[str]]:

@@ -22,6 +22,22 @@ def num_classes_of(model: nn.Module) -> int:
     return heads[-1].out_features if heads else 0
 
 
+def class_names_of(model: nn.Module) -> list[str] | None:
+    """Give the names that a model has for its classes, in the order of its logits; None where it only numbers them.
+
+    They stand in a transformers config, in timm's pretrained_cfg, or in `label_names`, where `lfrns_hub.load` puts
+    those of a class of your own.
+    """
+    names = getattr(model, "label_names", None) or (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    by_number = getattr(getattr(model, "config", None), "id2label", None)
+    if not names and isinstance(by_number, dict):
+        names = [by_number.get(number) for number in range(len(by_number))]
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return None
+    unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(names))
+    return None if unnamed or len(names) != num_classes_of(model) else list(names)
+
+
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     """Give channels, height and width of the images a model takes; 3, 224, 224 where nothing says.
 

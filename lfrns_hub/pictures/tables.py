@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lfrns_hub.pictures.class_folders import has_metadata, is_split, list_classes, read_class_folders
 from lfrns_hub.reach import reach_hub
 from lfrns_hub.untrusted import short
 
@@ -14,6 +15,7 @@ SPLIT_FILES = {
     "test": ("test", "validation", "valid", "val"),
 }
 ARRAYS = ("uint8", "int32", "int64")  # of pictures from 0 to 255; as lists of Python come into a table
+SPLIT_NAMES = {stem for stems in SPLIT_FILES.values() for stem in stems}
 IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image", "pixel_values"), ("label", "fine_label", "labels")
 
 
@@ -37,12 +39,14 @@ def read_table(name: str, split: str, undivided: bool = False, streaming: bool =
             if files:
                 files = [str(file) for file in files]
                 return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
-            for stem in SPLIT_FILES[split]:
-                if (folder / stem).is_dir():
-                    given = {"data_dir": str(folder / stem), "split": "train", "streaming": streaming}
-                    return datasets.load_dataset("imagefolder", **given)
-            if undivided and any(path.is_dir() for path in folder.iterdir()):
-                return datasets.load_dataset("imagefolder", data_files=f"{folder}/*/*", split="train")
+            place = split_folder(folder, split)
+            if place is not None:
+                if any(list_classes(place).values()) and not has_metadata(place):
+                    return read_class_folders(place, folder_classes(folder, split), streaming=streaming)
+                given = {"data_dir": str(place), "split": "train", "streaming": streaming}
+                return datasets.load_dataset("imagefolder", **given)
+            if undivided and any((classes := list_classes(folder)).values()):
+                return read_class_folders(folder, list(classes))
         except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
             reason = str(error.__cause__ or error).splitlines()[0][:200]
             raise ValueError(
@@ -72,6 +76,17 @@ def read_table(name: str, split: str, undivided: bool = False, streaming: bool =
         raise ValueError(f"load_data({name!r}): the Hub has no such data, or not for you. Check the name.") from error
 
 
+def split_folder(folder: Path, split: str) -> Path | None:
+    """Find the folder of a split."""
+    return next((folder / stem for stem in SPLIT_FILES[split] if is_split(folder / stem, SPLIT_NAMES)), None)
+
+
+def folder_classes(folder: Path, split: str) -> list[str]:
+    """Name the classes of a folder of pictures, ascending: those of all splits, which so number them alike."""
+    places = {split_folder(folder, name) for name in ("train", "validation", split)} - {None}
+    return sorted({name for place in places for name in list_classes(place)})
+
+
 def parquet_files(folder: Path, split: str) -> list[Path]:
     """Find the parquet files of a split."""
     for stem in SPLIT_FILES[split]:
@@ -95,6 +110,21 @@ def find_column(
     if found is None and required:
         raise ValueError(f"{call}: no column of {required}: {', '.join(usual)}. It has {', '.join(columns)}.")
     return found
+
+
+def find_labels(table: Any, given: str | None, call: str, *, required: bool) -> str | None:
+    """Find the column of labels.
+
+    Raises:
+        ValueError: There is none, and it was named, or the model needs labels.
+    """
+    column = find_column(table, given, LABEL_COLUMNS, call)
+    if column is None and required:
+        raise ValueError(
+            f"{call}: no column of labels: {', '.join(LABEL_COLUMNS)}. It has {', '.join(table.column_names)}: name "
+            "the one that holds them by label_column (lfrns: --label-column), or give a folder of pictures per class."
+        )
+    return column
 
 
 def as_files(table: Any, column: str) -> Any:

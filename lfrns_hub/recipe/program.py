@@ -5,11 +5,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lfrns_hub.hub import push
-from lfrns_hub.measure import Record
+from lfrns_hub.measure import Record, comparable_controls
 from lfrns_hub.recipe.folder import check_output_dir, check_same_run, is_finished, tidy
 from lfrns_hub.recipe.results import print_results
 from lfrns_hub.retrain import make_accelerator, set_seed
@@ -77,7 +78,7 @@ def finish(directory: Path, accelerator: Any, push_to_hub: str | None) -> None:
     if main_process:
         tidy(directory)
         record = Record.load(directory / "record.json")
-        print_results(record, record.setup["controls"], directory)
+        print_results(record, comparable_controls(asdict(record)), directory)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if main_process and push_to_hub:

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lfrns_hub.batches import iterate
 from lfrns_hub.measure import Record, format_table
 from lfrns_hub.surgery import cut
 from lfrns_hub.units import SlimPlan, UnitGroup
@@ -51,7 +50,7 @@ def make_controls(dense: nn.Module, plan: SlimPlan, groups: list[UnitGroup], see
 
 def control_row(name: str, scores: dict[str, Any]) -> dict[str, Any]:
     """Give the row of a record's table of controls: what `evaluate` says of a model, by its name."""
-    return {"name": name, "top1_pct": scores["top1_pct"], "images": scores["images"]}
+    return {"name": name, "top1_pct": scores["top1_pct"], "images": scores["images"], "images_id": scores["images_id"]}
 
 
 def describe_run(recipe: str) -> dict[str, str | None]:
@@ -93,13 +92,13 @@ def draw_clusters(dense: nn.Module, result: Any, loader: Any, directory: Path) -
     Args:
         dense: The dense model.
         result: What `slim` made of it.
-        loader: Images of its first batch are shown.
+        loader: One image of each class is shown.
         directory: The output folder, there or not.
     """
-    from lfrns_hub.gallery import plot_clusters  # here: matplotlib is slow to import
+    from lfrns_hub.gallery import choose_images, plot_clusters  # here: matplotlib is slow to import
 
     directory.mkdir(parents=True, exist_ok=True)
-    images, _ = next(iterate(loader))
+    images = choose_images(loader)
     (directory / "clusters.png").unlink(missing_ok=True)  # it may be a link to elsewhere
     try:
         plot_clusters(dense, result, images, directory / "clusters.png")

@@ -1,0 +1,84 @@
+"""The dense model of a checkpoint, found again by its weights: what it is measured beside, or why that cannot be."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lfrns_hub.latency import cache_directory
+from lfrns_hub.measure import weights_id
+from lfrns_hub.recipe import load_weights
+from lfrns_hub.resume import written_aside
+from lfrns_hub.untrusted import read_json
+from lfrns_hub.zoo import create_base, create_dense
+
+NOT_FOUND = (
+    "the dense model was not found again on this machine. Name it by --dense MODEL, with --weights FILE if need be"
+)
+
+
+def remember_dense(dense: nn.Module, name: str, weights: str | None) -> None:
+    """Note in the user's cache, not in the checkpoint, where a dense model came from: paths are nobody else's business.
+
+    Args:
+        dense: The model, as it was made of the two.
+        name, weights: What the command was given.
+    """
+    source = {
+        "model": str(Path(name).resolve()) if Path(name).is_dir() else name,
+        "weights": None if weights is None else str(Path(weights).resolve()),
+    }
+    try:
+        with written_aside(_note_of(weights_id(dense))) as partial:
+            partial.write_text(json.dumps(source), encoding="utf-8")
+    except OSError:  # a home that cannot be written to: the model is not found again then
+        pass
+
+
+def find_dense(directory: str, setup: dict[str, Any]) -> tuple[nn.Module | None, str]:
+    """Build the dense model of a checkpoint again, if weights are at hand that are those of then.
+
+    Args:
+        directory: The checkpoint.
+        setup: Of its record: `dense_id` says which weights they were.
+    Returns:
+        The model, or None and the reason.
+    """
+    wanted = setup.get("dense_id")
+    if wanted is None:
+        return None, "the record does not say which weights the dense model had. Name it by --dense MODEL"
+    for build in _ways(Path(directory), wanted, setup):
+        try:
+            dense = build()
+        except (ValueError, OSError, ImportError, RuntimeError):  # gone, out of reach, or of another network
+            continue
+        if weights_id(dense) == wanted:
+            return dense, ""
+    return None, NOT_FOUND
+
+
+def _ways(directory: Path, wanted: str, setup: dict[str, Any]) -> Iterator[Callable[[], nn.Module]]:
+    """Give what may build the dense model: the command's own words, the run's weights, the published ones."""
+    note = _note_of(wanted)
+    if note.is_file():
+        source = read_json(note, str(note))
+        yield lambda: create_dense(source["model"], weights=source["weights"])
+    kept = directory / "work" / "dense.safetensors"
+    if kept.is_file():
+
+        def trained_here() -> nn.Module:
+            dense = create_base(directory)
+            load_weights(dense, kept)
+            return dense
+
+        yield trained_here
+    published = setup.get("base_model") or (setup.get("provenance") or {}).get("base_model")
+    if published:
+        yield lambda: create_dense(published)
+
+
+def _note_of(identity: str) -> Path:
+    """Give the file that notes where weights came from."""
+    return cache_directory() / "dense" / f"{Path(identity).name}.json"

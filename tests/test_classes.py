@@ -1,0 +1,219 @@
+"""A label means the class that the model numbers so: by name across splits, files and the model, or refused."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from test_pictures import plain, values_of, write_parquet
+from torch import nn
+
+from lfrns_hub.stream import stream_data
+from lfrns_hub.zoo import load_data
+
+STRING, INT = datasets.Value("string"), datasets.Value("int64")
+
+
+def answering(count: int, names: list[str] | None = None) -> nn.Module:
+    """A model of so many classes, as transformers has them."""
+    model = nn.Identity()
+    model.config = SimpleNamespace(num_labels=count, id2label=dict(enumerate(names)) if names else None)
+    return model
+
+
+def folders(root: Path, split: str, names: str, empty: str = "") -> Path:
+    """A folder per letter, with a picture whose grey value is the letter's code; `empty` ones without a picture."""
+    for name in names + empty:
+        (root / split / name).mkdir(parents=True, exist_ok=True)
+        if name in names:
+            Image.new("RGB", (4, 4), (ord(name),) * 3).save(root / split / name / f"{name}.png")
+    return root
+
+
+def labels_of(data) -> dict[str, int]:
+    """The label of each letter's picture."""
+    return {chr(value): label for value, label in values_of(data)}
+
+
+@pytest.mark.parametrize("kind", ["empty", "missing"])
+def test_a_class_without_pictures_in_train_keeps_its_number_in_both_splits(kind: str, tmp_path: Path) -> None:
+    folders(tmp_path, "train", "abdef", "c" if kind == "empty" else "")
+    folders(tmp_path, "val", "abcdef")
+    train, test = (load_data(tmp_path, s, transform=plain, model=answering(6)) for s in ("train", "validation"))
+    assert train.class_names == test.class_names == list("abcdef")
+    assert labels_of(train) == {"a": 0, "b": 1, "d": 3, "e": 4, "f": 5}
+    assert labels_of(test) == {letter: number for number, letter in enumerate("abcdef")}
+
+
+def test_folders_are_numbered_by_the_names_that_the_model_has(tmp_path: Path) -> None:
+    folders(tmp_path, "train", "abc")
+    data = load_data(tmp_path, "train", transform=plain, model=answering(4, ["C", "b", "x", "A"]))
+    assert labels_of(data) == {"a": 3, "b": 1, "c": 0}
+    assert data.class_names == ["C", "b", "x", "A"]
+
+
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [
+        (answering(4), "has 3 classes .a, b, c.*the model answers 4.*--class-map"),
+        (answering(2), "has 3 classes .*the model answers 2"),
+        (answering(3, ["a", "c", "z"]), "among them 'b', which is none of the model's 3 .a, c, z.*--class-map"),
+        (answering(4, list("wxyz")), "has 3 classes, among them 'a', which is none of the model's 4"),
+    ],
+)
+def test_classes_that_are_not_the_models_are_refused_before_a_picture_is_read(
+    model: nn.Module, rule: str, tmp_path: Path
+) -> None:
+    folders(tmp_path, "train", "abc")
+    for split in ("train", "validation"):
+        folders(tmp_path, "validation", "ab")
+        with pytest.raises(ValueError, match=rule):
+            load_data(tmp_path, split, transform=plain, model=model)
+
+
+def test_a_single_class_folder_is_a_class_and_does_not_fit_a_model_of_ten(tmp_path: Path) -> None:
+    folders(tmp_path, "train", "a")
+    assert load_data(tmp_path, "train", transform=plain).class_names == ["a"]
+    with pytest.raises(ValueError, match=r"has 1 classes .a., the model answers 10"):
+        load_data(tmp_path, "train", transform=plain, model=answering(10))
+
+
+def test_words_in_another_language_are_numbered_in_order_where_nothing_speaks_against_it(tmp_path: Path) -> None:
+    folders(tmp_path, "train", "abc")
+    assert labels_of(load_data(tmp_path, "train", transform=plain, model=answering(3, list("xyz")))) == {
+        "a": 0, "b": 1, "c": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("divided", [True, False])
+def test_class_folders_named_as_splits_are_classes(divided: bool, tmp_path: Path) -> None:
+    names = ("bus", "dev", "test", "train", "val")
+    root = tmp_path / "train" if divided else tmp_path
+    for number, name in enumerate(names):
+        deeper = root / name / "deeper" if divided else root / name
+        deeper.mkdir(parents=True)
+        for row in range(4):
+            Image.new("RGB", (4, 4), (number, 0, 0)).save((deeper if row == 3 else root / name) / f"{row}.png")
+    data = load_data(tmp_path, "train", transform=lambda p: torch.tensor(p.getpixel((0, 0))[0]).float(), val_split=0.25)
+    assert data.class_names == list(names)
+    assert sorted((int(data[i][0]), data[i][1]) for i in range(len(data))) == [
+        (n, n) for n in range(5) for _ in range(3)
+    ]
+
+
+def test_files_that_are_no_pictures_and_hidden_folders_are_no_class(tmp_path: Path) -> None:
+    folders(tmp_path, "train", "ab")
+    for place in (".cache", "__MACOSX", "notes"):
+        (tmp_path / "train" / place).mkdir()
+        (tmp_path / "train" / place / "x.txt").write_text("x")
+    (tmp_path / "train" / "a" / "thumbs.db").write_text("x")
+    assert load_data(tmp_path, "train", transform=plain).class_names == ["a", "b"]
+
+
+def test_parquet_splits_that_number_their_names_differently_are_brought_to_trains_order(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", "train", [0, 1, 2], kind=datasets.ClassLabel(names=["cat", "dog", "owl"]))
+    write_parquet(tmp_path / "d", "validation", [0, 1, 2], kind=datasets.ClassLabel(names=["owl", "cat", "dog"]))
+    for model in (None, answering(3), answering(3, ["x", "y", "z"])):
+        data = load_data(tmp_path / "d", "validation", transform=plain, model=model)
+        assert [label for _, label in values_of(data)] == [2, 0, 1]
+    named = load_data(tmp_path / "d", "validation", transform=plain, model=answering(3, ["dog", "owl", "cat"]))
+    assert [label for _, label in values_of(named)] == [1, 2, 0]
+
+
+def test_a_parquet_class_that_train_lacks_is_refused_unless_the_model_names_it(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", "train", [0, 1], kind=datasets.ClassLabel(names=["cat", "owl"]))
+    write_parquet(tmp_path / "d", "validation", [0, 1, 2], kind=datasets.ClassLabel(names=["cat", "dog", "owl"]))
+    with pytest.raises(ValueError, match="has the class 'dog', which the training split lacks"):
+        load_data(tmp_path / "d", "validation", transform=plain, model=answering(3))
+    model = answering(3, ["cat", "dog", "owl"])
+    assert [label for _, label in values_of(load_data(tmp_path / "d", "train", transform=plain, model=model))] == [0, 2]
+
+
+def test_files_of_one_split_that_number_names_differently_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", "train", [0], kind=datasets.ClassLabel(names=["cat", "dog"]))
+    (tmp_path / "d" / "train-00000-of-00001.parquet").rename(tmp_path / "d" / "train-0.parquet")
+    write_parquet(tmp_path / "d", "train", [0], kind=datasets.ClassLabel(names=["dog", "cat"]))
+    (tmp_path / "d" / "train-00000-of-00001.parquet").rename(tmp_path / "d" / "train-1.parquet")
+    with pytest.raises(ValueError, match=r"train-1\.parquet numbers the classes of 'label' in another way"):
+        load_data(tmp_path / "d", "train", transform=plain)
+
+
+def test_words_as_labels_are_numbered_by_the_model_or_by_all_words_in_order(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", "train", ["owl", "cat"], kind=STRING)
+    write_parquet(tmp_path / "d", "validation", ["dog", "owl"], kind=STRING)
+    for split, by_order, by_name in (("train", [2, 0], [0, 2]), ("validation", [1, 2], [1, 0])):
+        for model, wanted in (
+            (None, by_order),
+            (answering(3), by_order),
+            (answering(3, ["owl", "dog", "cat"]), by_name),
+        ):
+            data = load_data(tmp_path / "d", split, transform=plain, model=model)
+            assert [label for _, label in values_of(data)] == wanted
+    with pytest.raises(ValueError, match=r"has 3 classes .cat, dog, owl., the model answers 10"):
+        load_data(tmp_path / "d", "train", transform=plain, model=answering(10))
+
+
+def test_numbers_written_as_words_are_numbers(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", "train", ["10", "2"], kind=STRING)
+    data = load_data(tmp_path / "d", "train", transform=plain, model=answering(12))
+    assert [label for _, label in values_of(data)] == [10, 2]
+
+
+def test_numbers_take_the_models_names_and_must_be_its_classes(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", "train", [1, 0], kind=INT)
+    data = load_data(tmp_path / "d", "train", transform=plain, model=answering(3, ["x", "y", "z"]))
+    assert (data.class_names, [label for _, label in values_of(data)]) == (["x", "y", "z"], [1, 0])
+    assert load_data(tmp_path / "d", "train", transform=plain, model=answering(3)).class_names == ["0", "1", "2"]
+    with pytest.raises(ValueError, match=r"holds label 1, a label must lie in \[0, 1\)"):
+        load_data(tmp_path / "d", "train", transform=plain, model=answering(1))
+
+
+def test_a_class_map_names_each_class_of_the_model_and_does_not_contradict_it(tmp_path: Path) -> None:
+    folders(tmp_path, "train", "abc")
+    (tmp_path / "map.txt").write_text("c\nb\na\n")
+    options = {"transform": plain, "class_map": tmp_path / "map.txt"}
+    assert labels_of(load_data(tmp_path, "train", model=answering(3), **options)) == {"a": 2, "b": 1, "c": 0}
+    with pytest.raises(ValueError, match=r"map\.txt'.*names 3 classes, the model answers 4"):
+        load_data(tmp_path, "train", model=answering(4), **options)
+    with pytest.raises(ValueError, match=r"map\.txt'.*has 'c' as class 0, the model has it as class 2"):
+        load_data(tmp_path, "train", model=answering(3, ["a", "b", "c"]), **options)
+
+
+def test_a_label_column_of_another_name_is_asked_for_by_the_option(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", "train", [0, 1], "cls", kind=INT)
+    with pytest.raises(ValueError, match=r"no column of labels: .*It has img, cls: .*--label-column"):
+        load_data(tmp_path / "d", "train", transform=plain, model=answering(2))
+    assert load_data(tmp_path / "d", "train", transform=plain).labels is None
+    assert load_data(tmp_path / "d", "train", transform=plain, model=answering(0)).labels is None
+    data = load_data(tmp_path / "d", "train", transform=plain, model=answering(2), label_column="cls")
+    assert [label for _, label in values_of(data)] == [0, 1]
+
+
+def test_digits_fit_a_model_of_ten_alone() -> None:
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    assert load_data("digits", "validation", transform=plain, model=answering(10, names)).class_names == list(
+        "0123456789"
+    )
+    with pytest.raises(ValueError, match=r"'digits', 'train'.* has 10 classes .*the model answers 11"):
+        load_data("digits", "train", transform=plain, model=answering(11))
+
+
+def test_a_stream_numbers_labels_as_the_model_does_and_is_not_sorted(tmp_path: Path) -> None:
+    letters = "abcdefghij"
+    folders(tmp_path, "train", letters)
+    model = answering(10, list(reversed(letters)))
+    stream = stream_data(tmp_path, "train", transform=plain, model=model)
+    seen = [(chr(int(image.mean())), int(label)) for image, label in stream.front(10, plain)]
+    assert sorted(seen) == [(letter, 9 - number) for number, letter in enumerate(letters)]
+    assert [letter for letter, _ in seen] != sorted(letters)
+    with pytest.raises(ValueError, match="has 10 classes"):
+        stream_data(tmp_path, "train", transform=plain, model=answering(3))
+
+
+def test_a_limit_draws_in_random_order_so_that_a_first_batch_shows_many_classes(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", "train", [i // 20 for i in range(60)])
+    labels = [label for _, label in values_of(load_data(tmp_path / "d", "train", transform=plain, limit=60))]
+    assert sorted(labels) == [i // 20 for i in range(60)]
+    assert set(labels[:10]) == {0, 1, 2}
