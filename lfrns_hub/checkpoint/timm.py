@@ -85,6 +85,11 @@ def carry_timm(model: nn.Module, base: str) -> None:
 
 def model_args(model: nn.Module, base: str, base_args: dict[str, Any]) -> dict[str, Any]:
     """Give the entrypoint's arguments for a model: base, what differs from it, and the base's own arguments."""
+    if not hasattr(model, "num_classes"):
+        raise ValueError(
+            f"save({type(model).__name__}, base={base!r}): it gives feature maps and is no whole model. Save the slim "
+            "model itself; timm opens it by features_only=True."
+        )
     args = {k: v for k, v in (get_model_args(model) | base_args).items() if k not in NOT_BASE_ARGS}
     with torch.device("meta"):
         cfg = {**model.pretrained_cfg, "num_classes": model.num_classes}
