@@ -59,6 +59,11 @@ def write_timm(
     model: nn.Module, draft: Path, base: str, base_args: dict[str, Any] | None, label_names: Sequence[str] | None
 ) -> None:
     """Write timm's config.json and the weights."""
+    if not hasattr(model, "num_classes"):
+        raise ValueError(
+            f"save({type(model).__name__}, base={base!r}): it gives feature maps and is no whole model. Save the slim "
+            "model itself; timm opens it by features_only=True."
+        )
     if not isinstance(getattr(model, "pretrained_cfg", None), dict):
         model.pretrained_cfg = {**get_pretrained_cfg(base).to_dict(), "architecture": base}
     save_config_for_hf(model, str(draft / "config.json"), model_config={})
@@ -85,11 +90,6 @@ def carry_timm(model: nn.Module, base: str) -> None:
 
 def model_args(model: nn.Module, base: str, base_args: dict[str, Any]) -> dict[str, Any]:
     """Give the entrypoint's arguments for a model: base, what differs from it, and the base's own arguments."""
-    if not hasattr(model, "num_classes"):
-        raise ValueError(
-            f"save({type(model).__name__}, base={base!r}): it gives feature maps and is no whole model. Save the slim "
-            "model itself; timm opens it by features_only=True."
-        )
     args = {k: v for k, v in (get_model_args(model) | base_args).items() if k not in NOT_BASE_ARGS}
     with torch.device("meta"):
         cfg = {**model.pretrained_cfg, "num_classes": model.num_classes}

@@ -1,5 +1,6 @@
 """Export a model on the meta device and run channel ids through its ATen graph."""
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,7 +60,8 @@ class Trace:
         self.ids = IdTable()
         example = torch.empty_like(example_input[:1], device="meta")
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The tensor attribute")  # what it leaves goes with this copy
                 program = torch.export.export(self.model, (example,), strict=False)
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
