@@ -11,11 +11,18 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Result = TypeVar("Result")
 
 # torch.compile keeps the module it wraps under this name; its class lives in torch._dynamo, which is slow to import.
 _COMPILED = "_orig_mod"
+# Where the layers of quantised models live, and what observes a model that will be one.
+QUANTISED = (
+    "torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.intrinsic.qat", "torch.ao.nn.qat",
+    "torch.ao.quantization.observer", "torch.ao.quantization.fake_quantize", "torchao.", "bitsandbytes.",
+)  # fmt: skip
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
 def unwrap(model: Any, call: str) -> nn.Module:
@@ -26,7 +33,7 @@ def unwrap(model: Any, call: str) -> nn.Module:
         call: The public call, for the error.
     Raises:
         TypeError: It is no module.
-        ValueError: A module inside is compiled, the weights are sharded, scripted, or not there yet.
+        ValueError: A module inside is compiled, the weights are sharded, scripted, quantised, or not there yet.
     """
     given = f"{call}({type(model).__name__})"
     if not isinstance(model, nn.Module):
@@ -43,12 +50,30 @@ def unwrap(model: Any, call: str) -> nn.Module:
     for name, module in model.named_modules():
         if _COMPILED in module._modules:
             raise ValueError(f"{given}: {name} in it is compiled. Put {name}.{_COMPILED} in its place.")
+    if (found := find_quantised(model)) is not None:
+        raise ValueError(
+            f"{given}: {found} is quantised or prepared for it. Give the model in floating point; the slim one can be "
+            "quantised."
+        )
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"{given}: {name} has no shape yet. Run one batch through the model first.")
         if hasattr(parameter, "full_tensor") or hasattr(parameter, "_is_flat_param"):
             raise ValueError(f"{given}: {name} is sharded among processes. Gather the whole model first.")
     return model
+
+
+def find_quantised(model: nn.Module) -> str | None:
+    """Name a layer that has no floating-point weight of its own, by torch.ao, torchao, bitsandbytes or the like."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(QUANTISED) or hasattr(module, "_packed_params"):
+            return f"{name} ({type(module).__name__})"
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for leaf, tensor in tensors:
+            is_wrapped = is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "full_tensor")
+            if is_wrapped or tensor.is_quantized or ("weight" in leaf and tensor.dtype in INTEGERS):
+                return f"{name} ({type(module).__name__})"
+    return None
 
 
 def refuse_meta(model: nn.Module, call: str) -> None:

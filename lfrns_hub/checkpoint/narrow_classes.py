@@ -135,7 +135,17 @@ def wrapper_class(
             self._keys_to_ignore_on_load_unexpected = (self._keys_to_ignore_on_load_unexpected or set()) | ignored
         carry_facts(self, getattr(config, "slim", None))
 
-    body = {"__init__": __init__, "config_class": config_class, "save_pretrained": _telling(stock)}
+    tell = _telling(stock)
+
+    def save_pretrained(
+        self: "transformers.PreTrainedModel", *args: Any, state_dict: Any = None, **kwargs: Any
+    ) -> None:
+        """Save the tensors by timm's own names, so that timm opens the folder too."""
+        state = self.state_dict() if state_dict is None else state_dict
+        state = {name.removeprefix(f"{self.base_model_prefix}."): tensor for name, tensor in state.items()}
+        tell(self, *args, state_dict=state, **kwargs)
+
+    body = {"__init__": __init__, "config_class": config_class, "save_pretrained": save_pretrained}
     return _subclass(stock, module, {**body, "from_pretrained": _strictly(stock)})
 
 

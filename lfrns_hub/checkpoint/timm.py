@@ -61,6 +61,11 @@ def write_timm(
     model: nn.Module, draft: Path, base: str, base_args: dict[str, Any] | None, label_names: Sequence[str] | None
 ) -> None:
     """Write timm's config.json and the weights."""
+    if not hasattr(model, "num_classes"):
+        raise ValueError(
+            f"save({type(model).__name__}, base={base!r}): it gives feature maps and is no whole model. Save the slim "
+            "model itself; timm opens it by features_only=True."
+        )
     if not isinstance(getattr(model, "pretrained_cfg", None), dict):
         model.pretrained_cfg = {**get_pretrained_cfg(base).to_dict(), "architecture": base}
     save_config_for_hf(model, str(draft / "config.json"), model_config={})

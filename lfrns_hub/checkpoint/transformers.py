@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForImageClassification,
     PreTrainedConfig,
     TimmWrapperConfig,
@@ -168,6 +169,10 @@ def has_narrow_class(model: nn.Module) -> bool:
 
 def write_transformers(model: "transformers.PreTrainedModel", draft: Path, label_names: Sequence[str] | None) -> None:
     """Write transformers' config.json and weights, by its own save_pretrained."""
+    if type(model) is MODEL_MAPPING.get(type(model.config), None) and type(model).__name__.startswith(CLASS_PREFIX):
+        with _no_progress_bar():
+            model.save_pretrained(draft)  # a narrow base: its config states the widths of the classifier it came from
+        return write_config(draft, read_config(draft), model)
     config = _narrow_config_of(model)
     if label_names is not None:
         config.id2label = dict(enumerate(label_names))
@@ -252,8 +257,11 @@ def load_transformers(folder: Path) -> nn.Module:
     call = f"load({str(folder)!r})"
     config, headers = read_transformers(folder, call), read_headers(folder, call)
     with refusing(call):
+        base = MODEL_MAPPING.get(type(config), None)
+        is_base = getattr(base, "__name__", None) in (config.architectures or ())  # saved alone, without a head
+        auto = AutoModel if is_base else AutoModelForImageClassification
         with bounded(len(headers)), torch.device("meta"):
-            model = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+            model = auto.from_config(config, trust_remote_code=False)
         # names on disk are transformers' own, older ones
         expected = revert_weight_conversion(model, model.state_dict(keep_vars=True))
     tensors = read_tensors(expected, folder)

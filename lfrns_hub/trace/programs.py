@@ -1,6 +1,7 @@
 """The ATen graph of a model: exported on the meta device, else on the CPU, and of training mode where that differs."""
 
 import inspect
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -152,7 +153,8 @@ def _answering_tensors(network: nn.Module) -> nn.Module:
 
 def _export(network: nn.Module, images: Tensor) -> ExportedProgram:
     """Export a copy in the mode that it is in."""
-    with torch.no_grad(), same_draw():
+    with torch.no_grad(), same_draw(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attribute")  # what it leaves goes with this copy
         example = torch.empty_like(images, device=_device_of(network))
         return torch.export.export(network, (example,), strict=False)
 
