@@ -247,11 +247,11 @@ def analyse(
         batches = read_loader(loader, dtype_of(dense), call=_call)
         example = batches[0][0][:1]
         settle_layout(example, dense)
-        check_differentiable(dense, as_input(example, dense), _call)
 
         clock.step("trace")
         trace = trace_model(dense, example)
         trace.cost.complete(count_macs(dense, example))
+        check_differentiable(dense, as_input(example, dense), _call)
         clock.step("self-check")
         every, checked = self_check(dense, trace.groups, example, seed)
         return_memory()
