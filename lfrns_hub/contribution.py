@@ -3,12 +3,12 @@
 D input channels of a consumer, K kept and R cut of them; O its outputs; U units of a group.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lfrns_hub.answers import Answer, read_answer
 from lfrns_hub.batches import split_batch
@@ -90,18 +90,33 @@ def is_plain(consumer: nn.Module) -> bool:
     return stock and consumer._parameters.get("weight") is not None and getattr(consumer, "groups", 1) == 1
 
 
-def answer_gated(model: nn.Module, hooks: dict[str, Gate], images: Tensor) -> Answer:
-    """Run images through a model whose consumers are gated, and read the answer; the model stays as it is."""
-    weights, others = {}, {}
+@contextmanager
+def gated(model: nn.Module, hooks: dict[str, Gate]) -> Iterator[None]:
+    """Run a model with its consumers gated; a backward pass inside may run parts of the forward again.
+
+    Of a weight that two layers share only this one's reading is gated.
+    """
+    others, before = {}, []
     for name, gate in hooks.items():
         consumer = model.get_submodule(name)
         if is_plain(consumer):
-            weights |= {f"{name}.{part}": tensor for part, tensor in gate.weights(consumer).items()}
+            for part, tensor in gate.weights(consumer).items():
+                before.append((consumer, part, consumer._parameters[part]))
+                consumer._parameters[part] = tensor
         else:
             others[name] = gate
-    with watched(model, others):
-        # Not tied: of a weight that two layers share only this one's reading is gated.
-        return read_answer(model, functional_call(model, weights, (images.to(device_of(model)),), tie_weights=False))
+    try:
+        with watched(model, others):
+            yield
+    finally:
+        for consumer, part, tensor in reversed(before):
+            consumer._parameters[part] = tensor
+
+
+def answer_gated(model: nn.Module, hooks: dict[str, Gate], images: Tensor) -> Answer:
+    """Run images through a model whose consumers are gated, and read the answer; the model stays as it is."""
+    with gated(model, hooks):
+        return answer_to(model, images)
 
 
 def learn_contributions(
@@ -201,13 +216,14 @@ class GateTraining:
                 self._dense[number] = answer_to(self.model, ours)
 
         def gradients_of_gates() -> list[Tensor]:
-            with same_draw(number):
-                answer = answer_gated(self.model, self.hooks, ours)
-            loss = gate_loss(answer, self._dense[number], labels, share) / len(images)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()} at step {self.done}. Check the images' scale.")
-            # Zero where the forward lets no gradient through, as by rounding.
-            return list(torch.autograd.grad(loss, self.gates, materialize_grads=True))
+            with gated(self.model, self.hooks):
+                with same_draw(number):
+                    answer = answer_to(self.model, ours)
+                loss = gate_loss(answer, self._dense[number], labels, share) / len(images)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"the loss is {loss.item()} at step {self.done}. Check the images' scale.")
+                # Zero where the forward lets no gradient through, as by rounding.
+                return list(torch.autograd.grad(loss, self.gates, materialize_grads=True))
 
         gradients = differentiated(gradients_of_gates)
         if ranks > 1:

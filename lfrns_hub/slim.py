@@ -251,11 +251,11 @@ def analyse(
         batches = read_loader(loader, dense, seed, call=_call)
         example = batches[0][0][:1]
         settle_layout(example, dense)
-        check_differentiable(dense, as_input(example, dense), _call)
 
         clock.step("trace")
         trace = settled_trace(dense, example)
         trace.cost.complete(count_macs(dense, example))
+        check_differentiable(dense, as_input(example, dense), _call)
         batches = understand(dense, batches, _call)
         clock.step("self-check")
         every, checked = self_check(dense, trace.groups, example, seed)

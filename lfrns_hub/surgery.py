@@ -132,6 +132,8 @@ def sync_widths(slim: nn.Module, dense: nn.Module) -> None:
         if dense.groups > 1:
             slim.groups = dense.groups * slim.weight.shape[0] // dense.out_channels
         slim.out_channels, slim.in_channels = slim.weight.shape[0], slim.weight.shape[1] * slim.groups
+    elif isinstance(slim, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        slim.in_channels, slim.out_channels = slim.weight.shape[0], slim.weight.shape[1] * slim.groups
     elif isinstance(slim, nn.modules.batchnorm._NormBase):
         slim.num_features = len(slim.running_mean if slim.running_mean is not None else slim.weight)
     elif isinstance(slim, nn.GroupNorm):

@@ -1,4 +1,4 @@
-"""Forwards as people write them: what is free is cut exactly, what is not says why, what cannot be helped is refused."""
+"""Forwards as people write them: what is free is cut exactly, what is not says why, the rest is refused."""
 
 import copy
 import random
@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import lfrns_hub as lfrns
 from lfrns_hub.batches import read_logits
+from lfrns_hub.contribution import learn_contributions
 from lfrns_hub.running import default_dtype, in_channels_last, same_draw
 from lfrns_hub.surgery import cut
 from lfrns_hub.units import SlimPlan, UnitGroup
@@ -97,6 +99,14 @@ def sort_positions(_: Net, x: Tensor) -> Tensor:
     return (flat.sort(2).values + flat.topk(4).values.mean(2, keepdim=True)).view(x.shape)
 
 
+def repeat_a_kernel(_: Net, x: Tensor) -> Tensor:
+    return F.conv2d(x, KERNEL.to(x).repeat(x.shape[1], 1, 1, 1), padding=1, groups=x.shape[1])
+
+
+def weigh_frequencies(net: Net, x: Tensor) -> Tensor:
+    return torch.fft.irfft2(torch.fft.rfft2(x) * torch.view_as_complex(net.weights))
+
+
 def a(channels: int, out: int) -> nn.Module:
     return nn.Conv2d(channels, out, 1)
 
@@ -120,9 +130,9 @@ WAYS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], str]] = {
     "positions in order": (sort_positions, {}, ""),
     "channels in order": (lambda _, x: x.sort(1).values, {}, "its place among others"),
     "channels by a table": (lambda _, x: x[:, torch.arange(15, -1, -1)], {}, "picked by a table"),
-    "Fourier": (lambda _, x: torch.fft.irfft2(torch.fft.rfft2(x) * 0.5), {}, ""),
+    "Fourier": (weigh_frequencies, {"weights": nn.Parameter(torch.randn(16, 8, 5, 2))}, ""),
     "Fourier of channels": (lambda _, x: torch.fft.fft(x, dim=1).real, {}, "Fourier transform runs over"),
-    "one kernel for all": (lambda _, x: F.conv2d(x, KERNEL.to(x).repeat(x.shape[1], 1, 1, 1), None, 1, 1, 1, x.shape[1]), {}, ""),
+    "one kernel for all": (repeat_a_kernel, {}, ""),
     "a kernel that is no layer's": (
         lambda net, x: F.conv2d(x, net.kernel, padding=1, groups=x.shape[1]),
         {"kernel": nn.Parameter(torch.randn(16, 1, 3, 3))},
@@ -142,6 +152,11 @@ WAYS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], str]] = {
         lambda _, x: x * (x.flatten(2) @ x.flatten(2).transpose(1, 2)).mean((1, 2))[:, None, None, None],
         {},
         "multiplied with every other",
+    ),
+    "a parameter as a matrix": (
+        lambda net, x: (x.flatten(2).transpose(1, 2) @ net.matrix).transpose(1, 2).unflatten(2, (8, 8)),
+        {"matrix": nn.Parameter(torch.randn(16, 16))},
+        "a parameter of no layer contracts it",
     ),
     "a recurrent layer": (
         lambda net, x: x + net.lstm(x.flatten(2).transpose(1, 2), (torch.zeros(1, len(x), 16),) * 2)[0].mean((1, 2))[0],
@@ -206,6 +221,22 @@ def test_what_a_forward_does_with_units_is_followed_or_frozen_with_the_true_reas
         assert by_name["b"].frozen_reason is None
         assert by_name["b"].size == 16
     assert by_name["a"].frozen_reason is None
+    assert cut_error(model, groups) < 1e-9
+
+
+def test_what_a_transposed_convolution_makes_is_cut_with_what_it_is_added_to():
+    class Decoder(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda net, x: net.up(net.down(x).relu()) + x)
+            self.down, self.up = nn.Conv2d(16, 20, 3, 2, 1), nn.ConvTranspose2d(20, 16, 2, 2)
+
+    model, images = Decoder().eval(), torch.zeros(1, *IMAGES)
+    groups = lfrns.find_units(model, images)
+    assert list(reasons(groups)) == ["down"]
+    assert "a transposed convolution reads it" in reasons(groups)["down"]
+    plan = thinned(groups)
+    slim = cut(model, groups, plan)
+    assert slim.up.out_channels == slim.up.weight.shape[1] == len(plan.keep["b"]) < 16
     assert cut_error(model, groups) < 1e-9
 
 
@@ -360,6 +391,23 @@ def test_a_forward_that_writes_to_what_an_activation_made_is_slimmed():
         model(images).sum().backward()
     result = lfrns.slim(model, [images], macs=0.6, fcr_steps=2, progress=False)
     assert len(result.plan.keep["b"]) < 16
+
+
+def test_gates_are_still_there_when_the_backward_pass_runs_a_part_again():
+    torch.manual_seed(0)
+    images = torch.randn(16, *IMAGES)
+
+    def contributions(way: Callable[..., Tensor]) -> Tensor:
+        torch.manual_seed(1)
+        model = Net(way, again=nn.Conv2d(16, 16, 3, 1, 1)).eval().requires_grad_(False)
+        groups = [group for group in lfrns.find_units(model, images) if not group.frozen_reason]
+        keep = {group.name: list(range(group.size // 2)) for group in groups}
+        return torch.cat([*learn_contributions(model, groups, keep, [images], {}, steps=2).values()])
+
+    plain = contributions(lambda net, x: net.again(x).relu())
+    again = contributions(lambda net, x: checkpoint(lambda y: net.again(y).relu(), x, use_reentrant=False))
+    torch.testing.assert_close(again, plain)
+    assert bool(plain.any())
 
 
 def test_a_forward_without_gradients_is_refused():

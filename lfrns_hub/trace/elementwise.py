@@ -12,7 +12,7 @@ UNARY = (
     "neg abs exp log sqrt rsqrt reciprocal clamp clamp_min clamp_max floor square sin cos round ceil sign log1p expm1 "
     "nan_to_num empty_like zeros_like ones_like full_like fill zero isnan isinf isfinite logical_not "
     "bitwise_not tan atan exp2 log2 log10 frac trunc real imag angle conj conj_physical resolve_conj resolve_neg "
-    "view_as_real_copy logit erfinv sgn deg2rad rad2deg positive signbit cosh sinh asinh acosh asin acos heaviside"
+    "logit erfinv sgn deg2rad rad2deg positive signbit cosh sinh asinh acosh asin acos heaviside"
 )
 DRAWS = (
     "dropout feature_dropout native_dropout alpha_dropout feature_alpha_dropout bernoulli rand_like randn_like "

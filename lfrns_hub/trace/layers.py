@@ -10,6 +10,8 @@ from lfrns_hub.trace.ids import NONE, Consumer, MacsTerm, as_rows, varies
 from lfrns_hub.trace.rules import register_op
 from lfrns_hub.trace.widths import note
 
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 def make(trace: Any, node: Any, name: str, count: int, bias: Any) -> Tensor:
     """Give the ids of a layer's outputs, those of an earlier call where the layer is shared, and tie its bias."""
@@ -114,13 +116,28 @@ def repeated(node: Any) -> bool:
 
 
 @register_op("aten.conv_transpose2d", "aten.conv_transpose1d", "aten.conv_transpose3d")
-def transposed(trace: Any, node: Any, ids: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """A transposed convolution: cut on neither side."""
-    value, images = node.args[1].meta["val"], node.args[0].meta["val"]
+def transposed(trace: Any, node: Any, ids: Tensor, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    """A transposed convolution makes units; what it reads is not cut."""
+    value, shape = node.args[1].meta["val"], node.meta["val"].shape
+    images = node.args[0].meta["val"]
     trace.ids.freeze(ids, trace.reason(node, "a transposed convolution reads it"))
-    unmade(trace, node, node.meta["val"].shape[1], "a transposed convolution makes it")
-    trace.ids.macs.append(MacsTerm(math.prod(images.shape[2:]) * images.shape[0] * value.numel(), ()))
-    return trace.none_like(node)
+    name = trace.tensor_name(node.args[1])
+    module = trace.model.get_submodule(name.removesuffix(".weight")) if name.endswith(".weight") else None
+    plain = isinstance(module, TRANSPOSED) and module.groups == 1 and name.removesuffix(".weight") not in trace.shared
+    out_ids = None
+    if plain:
+        out_ids = trace.ids.by_axis.get((name, 1))
+        out_ids = trace.ids.fresh(shape[1]) if out_ids is None else out_ids
+        trace.ids.axis(name, 1, out_ids, makes=True)
+        if bias_name := trace.tensor_name(node.args[2] if len(node.args) > 2 else None):
+            trace.ids.axis(bias_name, 0, out_ids)
+        if node not in trace.observed:
+            trace.ids.unobserved.append(out_ids)
+    if not plain:
+        unmade(trace, node, shape[1], "a transposed convolution makes it")
+    macs = math.prod(images.shape[2:]) * images.shape[0] * value.numel()
+    trace.ids.macs.append(MacsTerm(macs, (out_ids,) if plain else ()))
+    return out_ids.view(1, -1, *[1] * (len(shape) - 2)).expand(shape) if plain else trace.none_like(node)
 
 
 @register_op("aten.linear", "aten.addmm")

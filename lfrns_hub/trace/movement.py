@@ -196,6 +196,19 @@ def put(trace: Any, node: Any, ids: Tensor, indices: list[Tensor | None], values
     return trace.none_like(node)
 
 
+@register_op("aten.view_as_complex", "aten.view_as_complex_copy")
+def paired(trace: Any, node: Any, ids: Tensor) -> Tensor:
+    """Real and imaginary parts, side by side on the last axis, leave together."""
+    trace.ids.tie(ids[..., 0], ids[..., 1])
+    return ids[..., 0]
+
+
+@register_op("aten.view_as_real", "aten.view_as_real_copy")
+def parted(trace: Any, node: Any, ids: Tensor) -> Tensor:
+    """Real and imaginary parts side by side on a new last axis."""
+    return ids[..., None].expand(node.meta["val"].shape)
+
+
 @register_op("aten.im2col")
 def unfold(trace: Any, node: Any, ids: Tensor, kernel: list[int], *args: Any) -> Tensor:
     """Windows of an image: each channel's values of a window follow each other."""

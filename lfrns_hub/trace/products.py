@@ -64,7 +64,11 @@ def product(trace: Any, node: Any, one: Tensor, other: Tensor, shape: Any) -> Te
     right, columns = varies(other, -2), varies(other, -1)
     if (rows and left) or (right and columns) or (rows and columns):
         trace.ids.macs.append(MacsTerm(macs, ()))
-        return refuse(trace, node, one, other, "each of its units is multiplied with every other")
+        parameter = trace.ids.of_tensors(one) or trace.ids.of_tensors(other)
+        why = (
+            "a parameter of no layer contracts it" if parameter else "each of its units is multiplied with every other"
+        )
+        return refuse(trace, node, one, other, why)
     if left and right:
         tie_operands(trace, one[..., :1, :].transpose(-1, -2), other[..., :1])
     elif left or right:
