@@ -462,7 +462,7 @@ def test_types_and_odd_settings_are_compared_and_laid_out(
     # The comparison itself can fail: a transform that is a few levels darker is seen.
     real = processors.make_transform
     monkeypatch.setattr(
-        processors, "make_transform", lambda *given, **more: lambda p: real(*given, **more)(p) - 2 / 255
+        processors, "make_transform", lambda *given, **more: lambda p: real(*given, **more)(p) - 4 / 255
     )
     off = processors.compare_types(tmp_path / "off", ["vit"], odd[:1])
     assert [processors.wrong(row) for row in off] == [True, True] and off[1]["levels"] == pytest.approx(4, abs=0.01)
