@@ -203,8 +203,7 @@ API = {
     "a dict without images": (slim(macs=0.5, batches=[{"x": 1}]), V, r"\['x'\]", "must come as", "pixel_values"),
     "NaN in images": (slim(macs=0.5, batches=[NAN]), V, "1 of 8 images", "not finite", "Look at what prepares"),
     "images of two channels": (
-        slim(macs=0.5, batches=[IMAGES[:, :2]]), V, r"\[1, 2, 8, 8\]", "itself raises RuntimeError",
-        "must run on images",
+        slim(macs=0.5, batches=[IMAGES[:, :2]]), V, r"\[1, 2, 8, 8\]", "itself raises Runtime", "must run on images",
     ),
     "labels out of range": (
         slim(macs=0.8, fcr_steps=1, batches=[(IMAGES, LABELS + 3)]), V, "labels from 3 to 7", r"in \[0, 5\)", "a head",
