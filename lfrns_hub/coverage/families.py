@@ -479,5 +479,5 @@ NOT_IMAGES = {
     "imagegpt": "takes ids of colour clusters, not pixels",
     "shieldgemma2": "a text generator on top of an image tower",
     "siglip2": "takes flattened patches, a mask and shapes, not images",
-    "timm_wrapper": "wraps a timm model: slim that",
+    "timm_wrapper": "wraps a timm model, and is tried as that",
 }
