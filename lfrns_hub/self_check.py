@@ -416,7 +416,7 @@ def untrainable(proof: Proof, groups: Sequence[UnitGroup], plan: SlimPlan, examp
             kept = SlimPlan({group.name: plan.keep[group.name] for group in some})
             train_once(cut(network, groups, kept), images)
         except Exception as failure:  # as above
-            return f"its forward in training cannot narrow ({first_line(failure)})"
+            return f"its forward in training mode cannot narrow ({first_line(failure)})"
         return None
 
     # Without memory first, where the forward reads no values.

@@ -68,6 +68,7 @@ def masked(model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan) -> Ite
 
 
 FOLDED = ("weight", "bias")  # what `fold` writes to
+STATISTICS_BATCH = 32  # images at least of which BatchNorm takes statistics at once: of few they are noise, of one none
 
 
 def cut(
@@ -189,6 +190,23 @@ def fold(consumer: nn.Module, moments: Moments, keep: Tensor) -> None:
         consumer.weight.copy_(new)
 
 
+def joined(batches: Sequence[Tensor], least: int) -> list[Tensor]:
+    """Join batches of one size of image that follow each other until each has so many images; a short rest joins too.
+
+    Example:
+        >>> [len(batch) for batch in joined([torch.zeros(n, 3, 4, 4) for n in (2, 2, 2, 40, 1)], 4)]
+        [6, 41]
+    """
+    together: list[list[Tensor]] = []
+    for images in batches:
+        last = together[-1] if together and together[-1][0].shape[1:] == images.shape[1:] else None
+        if last and (sum(map(len, last)) < least or len(images) < least):
+            last.append(images)
+        else:
+            together.append([images])
+    return [torch.cat(some) if len(some) > 1 else some[0] for some in together]
+
+
 def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
     """Give a copy whose BatchNorm statistics are those of the images.
 
@@ -206,7 +224,7 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
         norm.momentum = None
         norm.train()
     with torch.no_grad():
-        for images in batches:
+        for images in joined(batches, STATISTICS_BATCH):
             read_logits(result(as_input(images, result)))
     for norm, before in zip(norms, befores, strict=True):
         norm.momentum = before.momentum
@@ -215,7 +233,7 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
 
 
 def recalibrated(model: nn.Module, batches: list[Tensor]) -> list[nn.Module]:
-    """Give the copy that `recalibrate` makes on the images that are not held out; none without BatchNorm."""
-    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        return []
-    return [recalibrate(model, fitting(batches)).eval()]
+    """Return the copy that `recalibrate` makes on the images that are not held out; none without BatchNorm or images."""
+    fit = fitting(batches)
+    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    return [recalibrate(model, fit).eval()] if normed and sum(map(len, fit)) > 1 else []

@@ -13,7 +13,7 @@ from lfrns_hub.coverage.cases import Case, build, list_cases, select_cases
 from lfrns_hub.coverage.command import read_rows
 from lfrns_hub.coverage.processes import run_cases
 from lfrns_hub.coverage.table import cells_of, count_minutes, count_rows, worse_than, write_tables
-from lfrns_hub.coverage.trial import measure, shorten
+from lfrns_hub.coverage.trial import OPTIONS, measure, shorten
 
 TIMM_TABLES = (families.TIMM_CONVNETS, families.TIMM_VITS, families.TIMM_HYBRIDS)
 
@@ -173,10 +173,17 @@ def test_patterns_without_an_output_write_nothing(
 
 
 def test_rows_of_other_versions_are_not_kept(tmp_path: Path) -> None:
-    row = {"section": "named", "family": "a", "model": "a", "option": "", "versions": {"timm": "1.0"}}
+    row = {
+        "section": "named",
+        "family": "a",
+        "model": "a",
+        "option": "",
+        "versions": {"timm": "1.0"},
+        "options": OPTIONS,
+    }
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    assert len(read_rows(path, {"timm": "1.0"})) == 1
+    path.write_text("\n".join(map(json.dumps, [row, row | {"model": "b", "options": {"fcr_steps": 0}}])) + "\n")
+    assert [key[2] for key in read_rows(path, {"timm": "1.0"})] == ["a"]
     assert read_rows(path, {"timm": "2.0"}) == {}
 
 

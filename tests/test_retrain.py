@@ -179,7 +179,7 @@ def test_convolutions_train_in_channels_last_and_everything_comes_back_as_it_cam
         lambda module, inputs: during.append([t.stride(1) for t in (module.weight, inputs[0])])
     )
     retrain(model, make_loader(8), epochs=1, progress=False)
-    assert during == [[1, 1]]
+    assert during and all(strides == [1, 1] for strides in during)
 
 
 def test_the_optimizer_is_fused_where_all_weights_can_be():

@@ -266,9 +266,11 @@ class Trace:
     def why_no_layer(self, node: Node) -> str:
         """Say why a call is no layer that a hook can watch."""
         source = self.weight_of(node.args[1])
-        if source is None or not source.name.endswith(".weight"):
-            if (name := self.module_of(node)) and (how := how_computed(self.model.get_submodule(name))):
+        module = self.module_of(node)
+        if (source is None or not source.name.endswith(".weight")) and module:
+            if how := how_computed(self.model.get_submodule(module)):
                 return f"its weight is computed{how}"
+        if source is None:
             parts = [self.tensor_name(n) for n in needed([node.args[1]]) if self.tensor_name(n)]
             return f"its weight is computed from {' and '.join(sorted(parts))}" if parts else "its weight is computed"
         if source.name.removesuffix(".weight") in self.shared:

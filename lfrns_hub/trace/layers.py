@@ -148,8 +148,9 @@ def linear(trace: Any, node: Any, ids: Tensor, weight: Any, bias: Any = None) ->
     name = trace.layer_of(node, node.args[1])
     if name is None:
         trace.ids.freeze(ids, trace.reason(node, trace.why_no_layer(node)))
-        name = trace.tensor_name(node.args[1]).removesuffix(".weight")
-        known = name and name not in trace.shared
+        tensor = trace.tensor_name(node.args[1])
+        name = tensor.removesuffix(".weight")
+        known = name != tensor and name not in trace.shared
         out_ids = make(trace, node, name, shape[-1], bias) if known else None
         if out_ids is None:
             unmade(trace, node, shape[-1], trace.why_no_layer(node))
