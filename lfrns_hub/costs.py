@@ -127,7 +127,8 @@ class Change:
 
     def of(self, rows: Tensor) -> Tensor:
         """Give the change of the removed channels of some rows [..., D], [..., R]."""
-        return rows[..., self.keep] @ self.weight + self.offset - rows[..., self.leave]
+        estimate = rows[..., self.keep] @ self.weight.to(rows) + self.offset.to(rows)
+        return estimate - rows[..., self.leave]
 
 
 def estimated(

@@ -233,7 +233,7 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
 
 
 def recalibrated(model: nn.Module, batches: list[Tensor]) -> list[nn.Module]:
-    """Return the copy that `recalibrate` makes on the images that are not held out; none without BatchNorm or images."""
+    """Return the copy that `recalibrate` makes on the images not held out; none without BatchNorm or images."""
     fit = fitting(batches)
     normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     return [recalibrate(model, fit).eval()] if normed and sum(map(len, fit)) > 1 else []

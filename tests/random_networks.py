@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lfrns_hub as lfrns
 
-SIDE = 8
+SIDE = 8  # pixels
 SHARD = 50
+MOST_FLAT = 400
 FOUND = Path("out") / "networks"
 # What a refusal may say; anything else is an error.
 REFUSALS = ("is not reachable", "the model has no prunable unit")
@@ -307,7 +308,8 @@ def specs(draw: Any) -> Spec:
         step = draw_step(pick, width, map_side(tuple(steps)))
         steps.append(step)
         width = step.out
-    heads = tuple(pick("linear", "mlp", "flatten") for _ in range(pick(1, 1, 1, 2)))
+    flat = width * map_side(tuple(steps)) ** 2  # a wider layer costs seconds, and shows nothing else
+    heads = tuple(pick("linear", "mlp", "flatten" if flat <= MOST_FLAT else "mlp") for _ in range(pick(1, 1, 1, 2)))
     return Spec(tuple(steps), heads, pick("plain", "plain", "dict", "list"), pick(False, False, False, True))
 
 
@@ -421,7 +423,7 @@ def try_network(spec: Spec, macs: float, seed: int) -> dict[str, Any]:
             raise
         result, outcome = None, shorten(str(error))
     groups = groups or lfrns.find_units(dense, images[:1])
-    counted = [group for group in groups if group.frozen_reason != OUTPUT]
+    counted = [group for group in groups if not (group.frozen_reason or "").startswith(OUTPUT)]
     frozen = {group.name: group.frozen_reason for group in counted if group.frozen_reason} | frozen
     told = {"outcome": outcome, "units": sum(g.size for g in counted), "frozen": by_reason(counted, frozen)}
     if result is None:

@@ -206,7 +206,7 @@ API = {
         slim(macs=0.5, batches=[IMAGES[:, :2]]), V, r"\[1, 2, 8, 8\]", "itself raises Runtime", "must run on images",
     ),
     "labels out of range": (
-        slim(macs=0.8, fcr_steps=1, batches=[(IMAGES, LABELS + 3)]), V, r"labels from \d to 7", r"in \[0, 5\)", "a head",
+        slim(macs=0.8, fcr_steps=1, batches=[(IMAGES, LABELS + 3)]), V, r"from \d to 7", r"in \[0, 5\)", "a head",
     ),
     "fewer labels than images": (
         slim(macs=0.5, batches=[(IMAGES, LABELS[:3])]), V, "8 images and 3 labels", "one label", "Give",

@@ -92,7 +92,9 @@ def test_the_estimate_is_the_divergence_where_little_is_cut(case):
     few = {name: [len(one.order) // 3] for name, one in merges.items()}
     truth = measured(dense, groups, merges, few, images, moments, None)[:, 0]
     draws = [estimated(dense, groups, merges, few, images, moments, seed, None)[:, 0] for seed in range(30)]
-    assert torch.stack(draws).mean(0) == pytest.approx(truth, rel=0.35)
+    # A hundredth of the largest is what float32 rounds and the two choices of the ridge differ by, on some processors.
+    assert torch.stack(draws).mean(0) == pytest.approx(truth, rel=0.35, abs=0.01 * float(truth.max()))
+    assert float(truth.max()) > 1e-6
 
 
 def test_costs_add_up_to_what_was_found_and_keep_the_order(case):

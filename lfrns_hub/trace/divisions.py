@@ -110,7 +110,8 @@ def ways(groups: Sequence[UnitGroup], parts: Sequence[Sequence[Unit]]) -> Iterat
         together = [
             [u for part, n in zip(parts, shares, strict=True) for u in part[i * n : i * n + n]] for i in range(count)
         ]
-        if any(len(unit) > 1 for unit in together):
+        alike = {tuple(sorted(name for name, _ in unit)) for unit in together}
+        if len(alike) == 1 and len(together[0]) > 1:
             yield [regrouped(groups, together, groups[0].name)]
     for free in sorted(parts, key=len, reverse=True):
         if len(free) == 1:
