@@ -279,4 +279,4 @@ def test_the_model_is_as_it_was_wherever_slim_fails(dense: nn.Module) -> None:
         assert "forward" not in vars(dense)
         after = dense.state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before), fails_at
-    assert failures >= 5  # one in the self-check freezes a group, by name, and slim goes on
+    assert failures >= 4  # one in the self-check or in the proof freezes a group, by name, and slim goes on
