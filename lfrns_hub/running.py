@@ -11,6 +11,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Result = TypeVar("Result")
@@ -22,6 +23,7 @@ QUANTISED = (
     "torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.intrinsic.qat", "torch.ao.nn.qat",
     "torch.ao.quantization.observer", "torch.ao.quantization.fake_quantize", "torchao.", "bitsandbytes.",
 )  # fmt: skip
+SMALLER = (torch.float32, torch.float16, torch.bfloat16)  # than float64
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
@@ -155,6 +157,32 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+class _Doubling(TorchFunctionMode):
+    """Lets a forward's casts to a smaller floating-point type end in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func, args = Tensor.double, args[:1]
+        args = [torch.float64 if isinstance(arg, torch.dtype) and arg in SMALLER else arg for arg in args]
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in SMALLER:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def in_double() -> Iterator[None]:
+    """Run a float64 model whose forward makes or casts tensors to float32 or less: they are float64 as well.
+
+    Example:
+        >>> with in_double():
+        ...     print(torch.zeros(1).float().to(torch.float16).dtype)
+        torch.float64
+    """
+    with default_dtype(torch.float64), _Doubling():
+        yield
 
 
 def device_of(model: nn.Module) -> torch.device:

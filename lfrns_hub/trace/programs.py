@@ -214,7 +214,7 @@ def _refusal(model: nn.Module, images: Tensor, failure: Exception) -> ValueError
     except Exception as error:
         takes = ", ".join(inspect.signature(model.forward).parameters)
         return ValueError(
-            f"tracing {call} failed: the model itself raises {_first_line(error)}. It must run on images of this size "
+            f"tracing {call} failed: the model itself raises {first_line(error)}. It must run on images of this size "
             f"and channels alone, and its forward takes ({takes}): where it wants them otherwise, wrap it in a module "
             "that takes images."
         )
@@ -224,12 +224,12 @@ def _refusal(model: nn.Module, images: Tensor, failure: Exception) -> ValueError
             "which torch.export cannot follow. Let the forward take one way for all images, as by torch.where."
         )
     return ValueError(
-        f"tracing {call} failed: the model runs, but torch.export cannot follow it: {_first_line(failure)}. Find the "
+        f"tracing {call} failed: the model runs, but torch.export cannot follow it: {first_line(failure)}. Find the "
         "line by torch.export.export(model, (images,), strict=False)."
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Name an error by its class and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
