@@ -1,5 +1,7 @@
 """Calibration images are shuffled by their content: what is held out is images, whatever order a loader has."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -98,6 +100,24 @@ def test_images_of_several_sizes_stay_apart_and_keep_their_labels() -> None:
     for some, _ in held_out(dealt):
         sizes[some.shape[-1]] += len(some)
     assert sizes == {2: 6, 4: 2, 8: 0}
+
+
+def test_batches_are_let_go_one_after_another() -> None:
+    batches = [(numbered(4), None) for _ in range(3)]
+    gone = [weakref.ref(images) for images, _ in batches]
+
+    class Last:
+        """A batch that looks at the others when it is read."""
+
+        def __len__(self) -> int:
+            return 4
+
+        def __iter__(self):
+            assert [images() for images in gone] == [None] * 3
+            return iter(numbered(4))
+
+    batches.append((Last(), None))
+    assert sum(len(images) for images, _ in shuffle_images(batches, held_out_every=EVERY)) == 16
 
 
 def test_labels_in_some_batches_alone_are_refused() -> None:
