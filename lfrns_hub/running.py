@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -160,21 +161,29 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Doubling(TorchFunctionMode):
-    """Lets a forward's casts to a smaller floating-point type end in float64."""
+    """Lets a forward's casts to a smaller floating-point type end in float64, and its constants begin there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
-            func, args = Tensor.double, args[:1]
-        args = [torch.float64 if isinstance(arg, torch.dtype) and arg in SMALLER else arg for arg in args]
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in SMALLER:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+            return args[0].double()
+        name = getattr(func, "__name__", "")
+        target = args[:1] if re.fullmatch(r".*[^_]_|__set.*|__i[a-z]+__", name) else ()  # it is written to: no copy
+        args = [*target, *map(_doubled, args[len(target) :])]
+        return func(*args, **{key: _doubled(value) for key, value in (kwargs or {}).items()})
+
+
+def _doubled(value: Any) -> Any:
+    """Return a tensor in float64, and this type for a smaller one; any other argument as it is."""
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in SMALLER else value
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype in SMALLER else value
+    return type(value)(map(_doubled, value)) if type(value) in (list, tuple) else value
 
 
 @contextlib.contextmanager
 def in_double() -> Iterator[None]:
-    """Run a float64 model whose forward makes or casts tensors to float32 or less: they are float64 as well.
+    """Run a float64 model whose forward makes, keeps or casts to tensors of float32 or less: they are float64 as well.
 
     Example:
         >>> with in_double():

@@ -19,6 +19,7 @@ from lfrns_hub.running import in_double, same_draw
 from lfrns_hub.surgery import cut, masked
 from lfrns_hub.trace import Trace, trace_model
 from lfrns_hub.trace.divisions import clusters, ways
+from lfrns_hub.trace.programs import cpu_copy
 from lfrns_hub.units import SlimPlan, UnitGroup, forget
 
 TOLERANCE = 1e-8  # of the largest output, in float64
@@ -165,7 +166,7 @@ def culprits(groups: Sequence[UnitGroup], fault: Fault) -> dict[str, str]:
 
 def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """Copy a model to float64 on the CPU with norms, gates and layer scales randomised: fresh ones hide errors."""
-    copied = model_copy(model).cpu().double().eval()
+    copied = model_copy(cpu_copy(model)).double().eval()
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())  # integers have no gradient
     for name, tensor in list(copied.named_parameters()) + list(copied.named_buffers()):
@@ -330,7 +331,7 @@ def narrowing(model: nn.Module, groups: Sequence[UnitGroup], example_input: Tens
     if runs(network, groups, [], images) is not None:  # its forward reads values, which the meta device has none of
         if any(parameter.is_meta for parameter in model.parameters()):
             return list(groups)
-        network, images = model_copy(model).cpu().eval(), torch.zeros(images.shape, dtype=images.dtype)
+        network, images = cpu_copy(model).eval(), torch.zeros(images.shape, dtype=images.dtype)
 
     def try_one(group: UnitGroup) -> UnitGroup:
         why = runs(network, groups, [group], images)

@@ -510,6 +510,13 @@ def through(cast: Callable[[Tensor], Tensor]) -> Small:
     return Small(lambda net, x: net.head(cast(net.b(cast(pooled(net, x))).relu())))
 
 
+def with_constant() -> Small:
+    net = Small(lambda net, x: net.head(net.b(F.conv2d(net.a(x).relu(), net.kernel.expand(net.a.out_channels, 1, 2, 2),
+                                              groups=net.a.out_channels).mean((2, 3))).relu()))  # fmt: skip
+    net.kernel = torch.tensor([[[[1.0, 2.0], [3.0, 5.0]]]])
+    return net
+
+
 OTHER_KINDS = {
     "an integer parameter": lambda: Small(
         lambda net, x: net.head(net.b(pooled(net, x[:, net.order])).relu()),
@@ -520,6 +527,14 @@ OTHER_KINDS = {
     "half()": lambda: through(lambda x: x.half().float()),
     "to(float32)": lambda: through(lambda x: x.to(torch.float32)),
     "to(device, float32)": lambda: through(lambda x: x.to(x.device, torch.float32)),
+    "float32 by name": lambda: through(lambda x: x.type("torch.FloatTensor")),
+    "a constant": lambda: Small(
+        lambda net, x: net.head(net.b(pooled(net, x)).relu()) @ torch.eye(5, dtype=torch.float32)
+    ),
+    "an array": lambda: Small(
+        lambda net, x: net.head(net.b(pooled(net, x)).relu()) @ torch.from_numpy(np.eye(5, dtype=np.float32))
+    ),
+    "a tensor that is no buffer": with_constant,
     "to(dtype=float32)": lambda: through(lambda x: x.to(dtype=torch.float32)),
 }
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lfrns_hub.batches import read_tensors
-from lfrns_hub.narrow import meta_copy, model_copy
+from lfrns_hub.narrow import kept_tensors, meta_copy, model_copy
 from lfrns_hub.running import same_draw
 from lfrns_hub.units import Cache, forget
 
@@ -140,8 +140,8 @@ def cpu_copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(placed(parameter), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = placed(buffer).clone()
+    for tensor in kept_tensors(model):  # constants that are no buffers too: a model's own .cpu() leaves them
+        memo.setdefault(id(tensor), placed(tensor).clone())
     return model_copy(model, memo)
 
 
