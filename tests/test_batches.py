@@ -11,6 +11,7 @@ import lfrns_hub as lfrns
 from lfrns_hub.batches import shuffle_images
 from lfrns_hub.options import read_loader
 from lfrns_hub.responses import fitting, held_out
+from lfrns_hub.surgery import recalibrated
 
 EVERY = 5
 
@@ -138,3 +139,12 @@ def test_a_sorted_loader_and_a_shuffled_one_make_the_same_slim_model() -> None:
         for shuffle in (False, True)
     )
     assert all(torch.equal(tensor, in_another[name]) for name, tensor in in_order.items())
+
+
+def test_an_image_alone_of_its_size_gives_no_statistics_and_hinders_none() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 5))
+    several, alone = torch.randn(12, 3, 8, 8), torch.randn(1, 3, 6, 6)
+    (of_all,), (of_several,) = recalibrated(model.eval(), [several, alone]), recalibrated(model, [several])
+    assert torch.equal(of_all[2].running_mean, of_several[2].running_mean)
+    assert recalibrated(model, [alone, torch.randn(1, 3, 7, 7)]) == []
