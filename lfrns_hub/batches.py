@@ -85,9 +85,12 @@ def shuffle_images(
     Raises:
         ValueError: Only some batches have labels.
     """
-    images = [image.clone() for batch, _ in batches for image in batch]
-    places = [(number, row) for number, (batch, _) in enumerate(batches) for row in range(len(batch))]
     labels, sizes = [labels for _, labels in batches], [len(batch) for batch, _ in batches]
+    places = [(number, row) for number, size in enumerate(sizes) for row in range(size)]
+    images: list[Tensor] = []
+    for number in range(len(sizes)):
+        images += map(Tensor.clone, batches[number][0])
+        batches[number] = None  # one batch at a time is there twice
     batches.clear()
     if 0 < sum(part is None for part in labels) < len(labels):
         raise ValueError("loader: some batches have labels and others have none. Give labels with all or with none.")

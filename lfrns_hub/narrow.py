@@ -42,6 +42,11 @@ def loose_tensors(value: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in loose_tensors(part)]
 
 
+def kept_tensors(model: nn.Module) -> list[Tensor]:
+    """List the tensors that attributes of a model's modules hold: parameters, buffers, and constants beside them."""
+    return [tensor for module in model.modules() for value in vars(module).values() for tensor in loose_tensors(value)]
+
+
 def model_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Copy a model as `copy.deepcopy` does, also where a forward or a hook left a computed tensor on a module.
 
@@ -50,8 +55,8 @@ def model_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         memo: What stands for an object in the copy, by its id.
     """
     memo = {} if memo is None else memo
-    for module in model.modules():
-        for tensor in (t for value in vars(module).values() for t in loose_tensors(value) if not t.is_leaf):
+    for tensor in kept_tensors(model):
+        if not tensor.is_leaf:
             memo.setdefault(id(tensor), tensor.detach().clone())
     return copy.deepcopy(model, memo)
 

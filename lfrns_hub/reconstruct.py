@@ -330,8 +330,9 @@ def count_places(model: nn.Module, sites: Sequence[Site], images: Tensor) -> dic
         handles = []
         for site in sites:
 
-            def note(module: nn.Module, _inputs: Any, output: Tensor, name: str = site.module) -> None:
-                found[name] = channels_last(module, output)
+            def note(module: nn.Module, _inputs: Any, output: Any, name: str = site.module) -> None:
+                if isinstance(output, Tensor):  # a class of the user's own may answer otherwise
+                    found[name] = channels_last(module, output)
 
             handles.append(model.get_submodule(site.module).register_forward_hook(note))
         try:

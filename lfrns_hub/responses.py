@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.answers import read_answer
-from lfrns_hub.batches import split_batch
+from lfrns_hub.batches import read_tensors, split_batch
 from lfrns_hub.running import as_input, differentiated, return_memory
 from lfrns_hub.taps import channel_count, channels_last, watched
 
@@ -295,7 +295,7 @@ def add_loss_weights(
         for weight in loss_weights.values():
             weight += len(images)
         return
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, Any] = {}
     handles = [
         module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
         for name, module in modules.items()
@@ -303,7 +303,8 @@ def add_loss_weights(
 
     def passes() -> dict[str, tuple[Tensor, Tensor | None]]:
         loss = read_answer(model, model(images.detach().requires_grad_())).drawn_loss(generator)
-        seen = {name: out for name, out in outputs.items() if out.requires_grad}  # others see no image
+        firsts = {name: next(iter(read_tensors(out)), None) for name, out in outputs.items()}  # of a tuple, too
+        seen = {name: out for name, out in firsts.items() if out is not None and out.requires_grad}  # others: no image
         gradients = torch.autograd.grad(loss, list(seen.values()), allow_unused=True) if seen else ()
         return {name: (out, gradient) for (name, out), gradient in zip(seen.items(), gradients, strict=True)}
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Result = TypeVar("Result")
@@ -22,6 +24,7 @@ QUANTISED = (
     "torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.intrinsic.qat", "torch.ao.nn.qat",
     "torch.ao.quantization.observer", "torch.ao.quantization.fake_quantize", "torchao.", "bitsandbytes.",
 )  # fmt: skip
+SMALLER = (torch.float32, torch.float16, torch.bfloat16)  # than float64
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
@@ -155,6 +158,40 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+class _Doubling(TorchFunctionMode):
+    """Lets a forward's casts to a smaller floating-point type end in float64, and its constants begin there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            return args[0].double()
+        name = getattr(func, "__name__", "")
+        target = args[:1] if re.fullmatch(r".*[^_]_|__set.*|__i[a-z]+__", name) else ()  # it is written to: no copy
+        args = [*target, *map(_doubled, args[len(target) :])]
+        return func(*args, **{key: _doubled(value) for key, value in (kwargs or {}).items()})
+
+
+def _doubled(value: Any) -> Any:
+    """Return a tensor in float64, and this type for a smaller one; any other argument as it is."""
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in SMALLER else value
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype in SMALLER else value
+    return type(value)(map(_doubled, value)) if type(value) in (list, tuple) else value
+
+
+@contextlib.contextmanager
+def in_double() -> Iterator[None]:
+    """Run a float64 model whose forward makes, keeps or casts to tensors of float32 or less: they are float64 as well.
+
+    Example:
+        >>> with in_double():
+        ...     print(torch.zeros(1).float().to(torch.float16).dtype)
+        torch.float64
+    """
+    with default_dtype(torch.float64), _Doubling():
+        yield
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from lfrns_hub.batches import flatten_output, read_tensors
 from lfrns_hub.narrow import meta_copy, model_copy
-from lfrns_hub.running import default_dtype, same_draw
+from lfrns_hub.running import in_double, same_draw
 from lfrns_hub.surgery import cut, masked
 from lfrns_hub.trace import Trace, trace_model
 from lfrns_hub.trace.divisions import clusters, ways
+from lfrns_hub.trace.programs import cpu_copy
 from lfrns_hub.units import SlimPlan, UnitGroup, forget
 
 TOLERANCE = 1e-8  # of the largest output, in float64
@@ -65,7 +66,7 @@ class Proof:
         self.generator = torch.Generator().manual_seed(seed)
         self.groups = list(groups)
         caches = [cache for group in groups for cache in group.caches]
-        self.model = forget(randomised(model, self.generator).cpu(), caches)
+        self.model = forget(randomised(model, self.generator), caches)
         shape = (2, *example_input.shape[1:])
         if example_input.is_floating_point():
             self.images = torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -124,8 +125,8 @@ class Proof:
 
     @torch.no_grad()
     def _answer(self, model: nn.Module) -> Tensor:
-        """Return all that a network answers: what it draws is the same every time, what it makes is float64 too."""
-        with same_draw(), default_dtype(torch.float64):
+        """Return all that a network answers: it draws the same every time, and makes and casts tensors to float64."""
+        with same_draw(), in_double():
             return flatten_output(model(self.images.clone()))  # a forward may write to its input
 
 
@@ -164,8 +165,10 @@ def culprits(groups: Sequence[UnitGroup], fault: Fault) -> dict[str, str]:
 
 
 def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """Copy a model to float64 with norms, gates and layer scales randomised: fresh ones hide errors."""
-    copied = model_copy(model).double().eval().requires_grad_(True)
+    """Copy a model to float64 on the CPU with norms, gates and layer scales randomised: fresh ones hide errors."""
+    copied = model_copy(cpu_copy(model)).double().eval()
+    for parameter in copied.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())  # integers have no gradient
     for name, tensor in list(copied.named_parameters()) + list(copied.named_buffers()):
         if not tensor.is_floating_point():
             continue
@@ -180,25 +183,33 @@ def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
 @contextmanager
 def waking(model: nn.Module) -> Iterator[None]:
-    """Bring the outputs of every layer that runs to mean 0 and variance 1 a channel, by its own weight and bias.
+    """Give each channel that a layer makes a mean and a spread of its own, by the layer's own weight and bias.
 
     A unit that is zero on all images, as every fifth is behind a ReLU of random weights, hides what is wrong with it.
+    So do units that answer alike: of two rows brought to one mean and spread, as behind a global pool, only signs stay.
     """
+    generator = torch.Generator().manual_seed(0)
     seen: set[nn.Module] = set()
 
-    def wake(layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
-        if layer in seen or not isinstance(layer._parameters.get("weight"), nn.Parameter):  # a computed one stays
+    def wake(layer: nn.Module, _inputs: Any, output: Any) -> Tensor | None:
+        weight = layer._parameters.get("weight")
+        if layer in seen or not isinstance(weight, nn.Parameter):  # a computed one stays
+            return None
+        axis = 1 - weight.ndim  # with an axis of images or without
+        if not isinstance(output, Tensor) or output.ndim < -axis or output.shape[axis] != len(weight):
+            return None  # a class of the user's own answers otherwise
+        rows = output.movedim(axis, -1).reshape(-1, len(weight))
+        if not len(rows):
             return None
         seen.add(layer)
-        axis = -1 if isinstance(layer, nn.Linear) else 1
-        rows = output.movedim(axis, -1).flatten(0, -2)
+        spread, offset = torch.rand(2, len(weight), generator=generator, dtype=torch.float64).to(rows)
         std, mean = torch.std_mean(rows, 0, correction=0)
-        scale = torch.where(std > 1e-9 * rows.abs().amax(0), 1 / std, 1)
-        layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.ndim - 1)))
-        if layer.bias is None:
-            return (output.movedim(axis, -1) * scale).movedim(-1, axis)
-        layer.bias.sub_(mean).mul_(scale)
-        return ((output.movedim(axis, -1) - mean) * scale).movedim(-1, axis)
+        scale = torch.where(std > 1e-9 * rows.abs().amax(0), (0.5 + spread) / std, 1)
+        shift = 0.5 * offset - mean * scale if layer.bias is not None else torch.zeros_like(mean)
+        weight.mul_(scale.view(-1, *[1] * (weight.ndim - 1)))
+        if layer.bias is not None:
+            layer.bias.mul_(scale).add_(shift)
+        return (output.movedim(axis, -1) * scale + shift).movedim(-1, axis)
 
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     hooks = [m.register_forward_hook(wake) for m in model.modules() if isinstance(m, layers)]
@@ -320,7 +331,7 @@ def narrowing(model: nn.Module, groups: Sequence[UnitGroup], example_input: Tens
     if runs(network, groups, [], images) is not None:  # its forward reads values, which the meta device has none of
         if any(parameter.is_meta for parameter in model.parameters()):
             return list(groups)
-        network, images = model_copy(model).cpu().eval(), torch.zeros(images.shape, dtype=images.dtype)
+        network, images = cpu_copy(model).eval(), torch.zeros(images.shape, dtype=images.dtype)
 
     def try_one(group: UnitGroup) -> UnitGroup:
         why = runs(network, groups, [group], images)
@@ -420,7 +431,7 @@ def untrainable(proof: Proof, groups: Sequence[UnitGroup], plan: SlimPlan, examp
         return None
 
     # Without memory first, where the forward reads no values.
-    on_meta = meta_copy(proof.model).requires_grad_(True), proof.images.to("meta")
+    on_meta = meta_copy(proof.model), proof.images.to("meta")
     for network, images in (on_meta, (proof.model, proof.images)):
         if fault(network, images, []) is None:
             return culprits(groups, lambda some, network=network, images=images: fault(network, images, some))
@@ -430,6 +441,6 @@ def untrainable(proof: Proof, groups: Sequence[UnitGroup], plan: SlimPlan, examp
 def train_once(model: nn.Module, images: Tensor) -> None:
     """Run a training-mode forward and backward of a model that nobody else needs."""
     model.train()
-    with torch.enable_grad(), same_draw(), default_dtype(torch.float64):
+    with torch.enable_grad(), same_draw(), in_double():
         answers = read_tensors(model(torch.cat([images, images.flip(0)])))
         sum(answer.square().mean() for answer in answers).backward()

@@ -212,8 +212,10 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
 
     Args:
         model: A network with BatchNorm.
-        batches: Images, each [N, C, H, W]; their statistics are averaged.
+        batches: Images, each [N, C, H, W]; their statistics are averaged. One alone of its size has none and is left
+            out.
     """
+    together = [images for images in joined(batches, STATISTICS_BATCH) if len(images) > 1]
     result = model_copy(model).eval()
     norms, befores = (
         [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
@@ -224,7 +226,7 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
         norm.momentum = None
         norm.train()
     with torch.no_grad():
-        for images in joined(batches, STATISTICS_BATCH):
+        for images in together:
             read_logits(result(as_input(images, result)))
     for norm, before in zip(norms, befores, strict=True):
         norm.momentum = before.momentum
@@ -233,7 +235,11 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
 
 
 def recalibrated(model: nn.Module, batches: list[Tensor]) -> list[nn.Module]:
-    """Return the copy that `recalibrate` makes on the images not held out; none without BatchNorm or images."""
+    """Return the copy that `recalibrate` makes on the images not held out; none without BatchNorm or such images."""
     fit = fitting(batches)
     normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    return [recalibrate(model, fit).eval()] if normed and sum(map(len, fit)) > 1 else []
+    return (
+        [recalibrate(model, fit).eval()]
+        if normed and max(map(len, joined(fit, STATISTICS_BATCH)), default=0) > 1
+        else []
+    )

@@ -1,5 +1,7 @@
 """Calibration images are shuffled by their content: what is held out is images, whatever order a loader has."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ import lfrns_hub as lfrns
 from lfrns_hub.batches import shuffle_images
 from lfrns_hub.options import read_loader
 from lfrns_hub.responses import fitting, held_out
+from lfrns_hub.surgery import recalibrated
 
 EVERY = 5
 
@@ -100,6 +103,24 @@ def test_images_of_several_sizes_stay_apart_and_keep_their_labels() -> None:
     assert sizes == {2: 6, 4: 2, 8: 0}
 
 
+def test_batches_are_let_go_one_after_another() -> None:
+    batches = [(numbered(4), None) for _ in range(3)]
+    gone = [weakref.ref(images) for images, _ in batches]
+
+    class Last:
+        """A batch that looks at the others when it is read."""
+
+        def __len__(self) -> int:
+            return 4
+
+        def __iter__(self):
+            assert [images() for images in gone] == [None] * 3
+            return iter(numbered(4))
+
+    batches.append((Last(), None))
+    assert sum(len(images) for images, _ in shuffle_images(batches, held_out_every=EVERY)) == 16
+
+
 def test_labels_in_some_batches_alone_are_refused() -> None:
     with pytest.raises(ValueError, match="some batches have labels and others have none"):
         read_loader([(numbered(4), torch.arange(4)), numbered(4)], nn.Flatten(), 0, call="slim")
@@ -118,3 +139,12 @@ def test_a_sorted_loader_and_a_shuffled_one_make_the_same_slim_model() -> None:
         for shuffle in (False, True)
     )
     assert all(torch.equal(tensor, in_another[name]) for name, tensor in in_order.items())
+
+
+def test_an_image_alone_of_its_size_gives_no_statistics_and_hinders_none() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 5))
+    several, alone = torch.randn(12, 3, 8, 8), torch.randn(1, 3, 6, 6)
+    (of_all,), (of_several,) = recalibrated(model.eval(), [several, alone]), recalibrated(model, [several])
+    assert torch.equal(of_all[2].running_mean, of_several[2].running_mean)
+    assert recalibrated(model, [alone, torch.randn(1, 3, 7, 7)]) == []

@@ -17,6 +17,7 @@ from lfrns_hub import cli
 from lfrns_hub.cli.dense_again import find_dense, remember_dense
 from lfrns_hub.cli.judge import dense_beside
 from lfrns_hub.cli.make import prove_saving
+from lfrns_hub.latency import cache_directory
 from lfrns_hub.measure import Record, measure
 from lfrns_hub.recipe import random_cut
 from lfrns_hub.units import SlimPlan
@@ -123,6 +124,16 @@ def test_other_weights_under_the_same_name_are_not_the_dense_model(at: Path, mad
     assert dense is None and "not found again" in why
     dense, why = find_dense(str(at), {})
     assert dense is None and "does not say which weights" in why
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", "{}", '{"model": "cifar_resnet20"}'])
+def test_a_damaged_note_of_where_the_dense_model_was_is_passed_over(damaged: str, at: Path, made: Path) -> None:
+    wanted = Record.load(at / "record.json").setup
+    remember_dense(create_dense("cifar_resnet20", weights=made / "dense.safetensors"), "cifar_resnet20", None)
+    (note,) = (cache_directory() / "dense").glob(f"{wanted['dense_id']}.json")
+    note.write_text(damaged)
+    dense, why = find_dense(str(at), wanted)
+    assert dense is None and "not found again" in why
 
 
 def test_a_named_dense_model_of_other_weights_is_told_of(at: Path, made: Path, capsys) -> None:

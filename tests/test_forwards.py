@@ -17,7 +17,11 @@ import lfrns_hub as lfrns
 from lfrns_hub.batches import read_logits
 from lfrns_hub.contribution import learn_contributions
 from lfrns_hub.running import default_dtype, in_channels_last, same_draw
+from lfrns_hub.self_check import waking
 from lfrns_hub.surgery import cut
+from lfrns_hub.trace import graph
+from lfrns_hub.trace.forward import watch_forward
+from lfrns_hub.trace.rules import find_rule
 from lfrns_hub.units import SlimPlan, UnitGroup
 
 
@@ -472,6 +476,122 @@ def test_a_forward_that_masks_at_random_passes_the_check_and_is_slimmed():
     assert not report.frozen
     assert 0 < report.largest_error < 1e-8 or report.largest_error == 0
     assert lfrns.slim(model, [images], macs=0.6, fcr_steps=2, progress=False).report.macs_fraction <= 0.6
+
+
+# --- layers, numbers and images of other kinds
+
+
+class WithBias(nn.Linear):
+    """A layer that answers with a tuple, as those of tensor-parallel libraries do."""
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(rows), self.bias
+
+
+class Small(nn.Module):
+    """A convolution and two linear layers on what it pools."""
+
+    def __init__(self, forward: Callable[..., Tensor], **layers: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 12, 3, 2, 1), nn.Linear(12, 10), nn.Linear(10, 5)
+        self.way = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.way(self, images)
+
+
+def pooled(model: Small, images: Tensor) -> Tensor:
+    return model.a(images).relu().mean((2, 3))
+
+
+def through(cast: Callable[[Tensor], Tensor]) -> Small:
+    return Small(lambda net, x: net.head(cast(net.b(cast(pooled(net, x))).relu())))
+
+
+def with_constant() -> Small:
+    net = Small(lambda net, x: net.head(net.b(F.conv2d(net.a(x).relu(), net.kernel.expand(net.a.out_channels, 1, 2, 2),
+                                              groups=net.a.out_channels).mean((2, 3))).relu()))  # fmt: skip
+    net.kernel = torch.tensor([[[[1.0, 2.0], [3.0, 5.0]]]])
+    return net
+
+
+OTHER_KINDS = {
+    "an integer parameter": lambda: Small(
+        lambda net, x: net.head(net.b(pooled(net, x[:, net.order])).relu()),
+        order=nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False),
+    ),
+    "a tuple": lambda: Small(lambda net, x: net.head(net.b(pooled(net, x))[0].relu()), b=WithBias(12, 10)),
+    "float()": lambda: through(Tensor.float),
+    "half()": lambda: through(lambda x: x.half().float()),
+    "to(float32)": lambda: through(lambda x: x.to(torch.float32)),
+    "to(device, float32)": lambda: through(lambda x: x.to(x.device, torch.float32)),
+    "float32 by name": lambda: through(lambda x: x.type("torch.FloatTensor")),
+    "a constant": lambda: Small(
+        lambda net, x: net.head(net.b(pooled(net, x)).relu()) @ torch.eye(5, dtype=torch.float32)
+    ),
+    "an array": lambda: Small(
+        lambda net, x: net.head(net.b(pooled(net, x)).relu()) @ torch.from_numpy(np.eye(5, dtype=np.float32))
+    ),
+    "a tensor that is no buffer": with_constant,
+    "to(dtype=float32)": lambda: through(lambda x: x.to(dtype=torch.float32)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_integer_parameters_tuples_and_casts_do_not_hinder_the_check_or_the_cut(kind: str):
+    torch.manual_seed(0)
+    model, images = OTHER_KINDS[kind]().eval(), torch.randn(16, *IMAGES)
+    report = lfrns.check(model, images)
+    assert {"a", "b"} <= {*report.checked} and not report.frozen and report.moved > 0.1
+    assert lfrns.slim(model, [images], macs=0.7, fcr_steps=2, progress=False).report.macs_fraction <= 0.7
+
+
+def test_a_forward_that_takes_images_one_by_one_is_checked_and_not_cut_wrongly():
+    alone = Small(lambda net, x: net.head(torch.stack([net.b(net.a(one).relu().mean((1, 2))).relu() for one in x])))
+    report = lfrns.check(alone.eval(), torch.randn(2, *IMAGES))
+    assert report.largest_error < 1e-8
+    assert all("self-check failed" in why for why in report.frozen.values())
+
+
+def test_a_layer_that_no_row_reaches_is_no_hindrance():
+    torch.manual_seed(0)
+    routed = Small(lambda net, x: net.head(net.b(pooled(net, x)).relu()) + net.head(net.b(pooled(net, x)[:0])).sum(0))
+    assert {*lfrns.check(routed.eval(), torch.randn(2, *IMAGES)).checked} == {"a", "b"}
+
+
+def test_what_a_single_token_makes_is_seen_by_the_check():
+    token = Small(
+        lambda net, x: x.mean((1, 2, 3))[:, None] * net.head(net.b(net.token).relu()),
+        token=nn.Parameter(torch.randn(1, 12)),
+    )
+    report = lfrns.check(token.eval(), torch.randn(2, *IMAGES))
+    assert "b" in report.checked and report.moved > 0.01
+
+
+def test_units_are_told_apart_by_two_rows():
+    layer, rows = nn.Linear(4, 6).double(), torch.randn(2, 4, dtype=torch.float64)
+    with torch.no_grad(), waking(layer):
+        woken = layer(rows)
+    assert torch.allclose(layer(rows), woken)
+    assert len(woken.abs().mul(1e6).round().unique()) == woken.numel()  # of mean 0 and spread 1 all are 1
+    assert (woken.amax(0) > 0).all()  # none is dead behind a ReLU
+
+
+def test_a_forward_of_whole_numbers_is_watched():
+    words = nn.Sequential(nn.Embedding(256, 4), nn.Flatten(), nn.Linear(4 * 3 * 4, 5))
+    images = torch.randint(256, (1, 3, 2, 2))
+    assert watch_forward(words, images).reads is not None
+
+
+def test_a_rule_that_fails_in_any_way_freezes_what_it_was_given(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(graph, "find_rule", lambda target: fail if "relu" in str(target) else find_rule(target))
+    groups = lfrns.find_units(Net(lambda _, x: x), torch.randn(1, *IMAGES))
+    assert "the rule of aten.relu.default failed (AssertionError)" in reasons(groups)["a"]
 
 
 # --- refusals

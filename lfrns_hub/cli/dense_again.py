@@ -52,7 +52,7 @@ def find_dense(directory: str, setup: dict[str, Any]) -> tuple[nn.Module | None,
     for build in _ways(Path(directory), wanted, setup):
         try:
             dense = build()
-        except (ValueError, OSError, ImportError, RuntimeError):  # gone, out of reach, or of another network
+        except (ValueError, OSError, ImportError, RuntimeError, KeyError):  # gone, damaged, or of another network
             continue
         if weights_id(dense) == wanted:
             return dense, ""
@@ -63,8 +63,12 @@ def _ways(directory: Path, wanted: str, setup: dict[str, Any]) -> Iterator[Calla
     """Give what may build the dense model: the command's own words, the run's weights, the published ones."""
     note = _note_of(wanted)
     if note.is_file():
-        source = read_json(note, str(note))
-        yield lambda: create_dense(source["model"], weights=source["weights"])
+
+        def as_noted() -> nn.Module:
+            source = read_json(note, str(note))
+            return create_dense(source["model"], weights=source["weights"])
+
+        yield as_noted
     kept = directory / "work" / "dense.safetensors"
     if kept.is_file():
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.batches import read_tensors
 from lfrns_hub.narrow import loose_tensors, meta_copy, model_copy
-from lfrns_hub.running import device_of, dtype_of
+from lfrns_hub.running import as_input, same_draw
 from lfrns_hub.units import Cache, forget
 
 TORCHS = frozenset(vars(nn.Module()))  # what torch itself keeps on a module: parameters, hooks, the mode
@@ -38,7 +38,7 @@ def watch_forward(model: nn.Module, example: Tensor) -> Forward:
 
     Args:
         model: Any network; untouched.
-        example: Images [N, C, H, W]; only the shape is used.
+        example: Images [N, C, H, W]; only the shape is used, and whether they are floating-point.
     """
     for twin in _copies(model):
         before = {name: _own(module) for name, module in twin.named_modules()}
@@ -68,14 +68,13 @@ def _copies(model: nn.Module) -> Iterator[nn.Module]:
 
 def _answers(model: nn.Module, example: Tensor) -> list[Tensor] | None:
     """Run a model on random images, the same every time: its outputs, None where it cannot run."""
-    device, dtype = device_of(model), dtype_of(model)
-    images = torch.zeros(1, *example.shape[1:], device=device, dtype=dtype)
-    if device.type != "meta":
-        images = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    shape, generator = (1, *example.shape[1:]), torch.Generator().manual_seed(0)
+    images = torch.randn(shape, generator=generator)
+    if not example.is_floating_point():
+        images = torch.randint(2, shape, generator=generator).to(example.dtype)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return list(read_tensors(model(images)))
+        with torch.no_grad(), same_draw():
+            return list(read_tensors(model(as_input(images, model))))
     except Exception:  # tracing tells of a forward that cannot run
         return None
 

@@ -17,7 +17,7 @@ from lfrns_hub.trace.divisions import read_divisions
 from lfrns_hub.trace.forward import watch_forward
 from lfrns_hub.trace.groups import MacsModel, read_groups, unit_places
 from lfrns_hub.trace.ids import NONE, IdTable
-from lfrns_hub.trace.programs import answers, export, export_training, needed
+from lfrns_hub.trace.programs import answers, export, export_training, first_line, needed
 from lfrns_hub.trace.rules import find_rule
 from lfrns_hub.trace.sites import Site, find_sites
 from lfrns_hub.trace.widths import note_features, note_unread
@@ -189,8 +189,8 @@ class Trace:
                 if isinstance(result, Tensor) and isinstance(value, (tuple, list)):
                     return [result, *self.none_like(node)[1:]]
                 return result
-            except (TypeError, RuntimeError, IndexError) as error:
-                reason = f"the rule of {node.target} failed ({str(error).splitlines()[0][:80]})"
+            except Exception as error:  # a call of a form that its rule does not know of may fail in any way
+                reason = f"the rule of {node.target} failed ({first_line(error)[:80]})"
                 return self._freeze_call(node, args, kwargs, reason)
         if not any(
             isinstance(a, Tensor) and bool((a != NONE).any()) for a in torch.utils._pytree.tree_leaves((args, kwargs))

@@ -13,7 +13,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lfrns_hub.batches import read_tensors
-from lfrns_hub.narrow import meta_copy, model_copy
+from lfrns_hub.narrow import kept_tensors, meta_copy, model_copy
 from lfrns_hub.running import same_draw
 from lfrns_hub.units import Cache, forget
 
@@ -140,8 +140,8 @@ def cpu_copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(placed(parameter), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = placed(buffer).clone()
+    for tensor in kept_tensors(model):  # constants that are no buffers too: a model's own .cpu() leaves them
+        memo.setdefault(id(tensor), placed(tensor).clone())
     return model_copy(model, memo)
 
 
@@ -214,7 +214,7 @@ def _refusal(model: nn.Module, images: Tensor, failure: Exception) -> ValueError
     except Exception as error:
         takes = ", ".join(inspect.signature(model.forward).parameters)
         return ValueError(
-            f"tracing {call} failed: the model itself raises {_first_line(error)}. It must run on images of this size "
+            f"tracing {call} failed: the model itself raises {first_line(error)}. It must run on images of this size "
             f"and channels alone, and its forward takes ({takes}): where it wants them otherwise, wrap it in a module "
             "that takes images."
         )
@@ -224,12 +224,12 @@ def _refusal(model: nn.Module, images: Tensor, failure: Exception) -> ValueError
             "which torch.export cannot follow. Let the forward take one way for all images, as by torch.where."
         )
     return ValueError(
-        f"tracing {call} failed: the model runs, but torch.export cannot follow it: {_first_line(failure)}. Find the "
+        f"tracing {call} failed: the model runs, but torch.export cannot follow it: {first_line(failure)}. Find the "
         "line by torch.export.export(model, (images,), strict=False)."
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Name an error by its class and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
