@@ -58,8 +58,9 @@ def find_units(model: nn.Module, example_input: Tensor) -> list[UnitGroup]:
     """Find all groups of units of a model, frozen ones with the reason.
 
     Args:
-        model: Any image network that torch.export runs, whatever it answers; untouched, its weights are not read, so
-            it may be on the meta device. Wrappers of torch.compile and DDP come off.
+        model: Any image network that torch.export runs, whatever it answers; untouched. Its weights may be on the meta
+            device; where they have values they tell how a forward that divides channels by itself may narrow. Wrappers
+            of torch.compile and DDP come off.
         example_input: Images [N, C, H, W]; only the shape counts, and whether they are floating-point.
     Returns:
         Groups in the order of the network, named as in the plain module.
@@ -88,7 +89,7 @@ def survey(model: nn.Module, example_input: Tensor) -> tuple[list[UnitGroup], di
 
 
 def check(model: nn.Module, example_input: Tensor) -> CheckReport:
-    """Run the self-check alone: cut two fifths of every exact group of a randomised copy, compare with masking.
+    """Run the self-check alone: cut every exact group of a randomised copy at random, compare with masking.
 
     Args:
         model: Any image network, as for `find_units`, but with weights; untouched. The copy is in float64 on the CPU.

@@ -16,6 +16,7 @@ from lfrns_hub.latency import LatencyMeter, LatencyModel, LatencySetup, search
 from lfrns_hub.latency import meter as meter_file
 from lfrns_hub.latency.layer_times import LayerShape, LayerTable, LayerTimes, find_step, grid
 from lfrns_hub.latency.machine import Machine, spread, watched_layers
+from lfrns_hub.latency.predict import observe_shapes
 from lfrns_hub.redundancy import Merges
 from lfrns_hub.report import added_up
 from lfrns_hub.retrain import make_accelerator
@@ -384,3 +385,12 @@ def test_rounds_multiply_where_the_time_of_the_first_model_is_known() -> None:
 def test_a_model_without_layers_that_change_predicts_the_rest() -> None:
     model = LatencyModel([], [], {}, {}, (2.0, 1.5), {})
     assert model.ms({}) == 2.0 == model.fraction({}) * 2
+
+
+def test_a_layer_that_answers_with_a_tuple_is_sized_by_its_first_tensor() -> None:
+    class WithBias(nn.Linear):
+        def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(rows), self.bias
+
+    model, rows = nn.ModuleDict({"layer": WithBias(4, 6)}), torch.zeros(2, 4)
+    assert observe_shapes(model, lambda: model["layer"](rows)) == {"layer": [((2, 4), 12)]}

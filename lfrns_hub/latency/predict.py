@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from lfrns_hub.batches import read_tensors
 from lfrns_hub.latency.layer_times import LAYERS, LayerShape, LayerTable, LayerTimes
 from lfrns_hub.running import evaluating
 from lfrns_hub.units import UnitGroup
@@ -42,9 +43,10 @@ def observe_shapes(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[t
     """Give the input's shape and the output's size of every call of every stock layer while `run` runs the model."""
     shapes: dict[str, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
 
-    def note(name: str, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if inputs:  # a keyword argument is for no hook to see
-            shapes[name].append((tuple(inputs[0].shape), output.numel()))
+    def note(name: str, inputs: tuple[Any, ...], output: Any) -> None:
+        answers = read_tensors(output)  # of a class of the user's own perhaps several
+        if inputs and answers:  # a keyword argument is for no hook to see
+            shapes[name].append((tuple(inputs[0].shape), answers[0].numel()))
 
     hooks = [
         module.register_forward_hook(lambda _, inputs, output, name=name: note(name, inputs, output))
