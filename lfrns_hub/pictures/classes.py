@@ -92,7 +92,8 @@ def read_classes(
     """
     call = f"load_data({name!r}, {split!r}): the column {column!r}"
     stated, order, count = read_order(model, class_map)
-    feature, listed = item_of(table.features[column]), item_of(table.features[column]) is not table.features[column]
+    column_feature = table.features[column]  # another object at each access
+    feature, listed = item_of(column_feature), item_of(column_feature) is not column_feature
     names = list(getattr(feature, "names", None) or [])
     if names:
         _refuse_other_numbers(name, split, column, names)
