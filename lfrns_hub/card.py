@@ -245,14 +245,15 @@ def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, A
     shares = [f"{value:g} of the dense {BUDGETS.get(name, name)}" for name, value in budget.items()]
     versions = [f"{name} {version}" for name, version in (setup.get("versions") or {}).items() if version]
     names = [_line(name) for name in setup.get("label_names") or []]
-    classes = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
+    listed = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
+    meant = {"labels": "Labels", "quantities": "Quantities"}.get(str(provenance.get("output")), "Classes")
     trained = _of(setup.get("dense_epochs") or None, "epochs")
     facts = {
         "Base model": known["base_model"],
         "Licence of the base": _licence(known),
         **({"Dense model": f"trained for {trained} in the same run"} if trained else {}),
         "Data": known["dataset"],
-        "Classes": f"{len(names):,}: {classes}" if names else None,
+        **({} if meant == "Quantities" and not names else {meant: f"{len(names):,}: {listed}" if names else None}),
         "Method": f"LFRNS, preset `{provenance['preset']}`" if provenance.get("preset") else None,
         "Budget": f"at most {_list(shares)}" if shares else None,
         "Calibration": _of(provenance.get("calibration_images", setup.get("calibration_images")), "images"),

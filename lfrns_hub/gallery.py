@@ -115,7 +115,7 @@ def choose_images(loader: Any) -> Tensor:
     shape = None
     for images, labels in iterate(loader):
         shape = shape or images.shape[1:]
-        has_classes = isinstance(labels, Tensor) and labels.shape == (len(images),)
+        has_classes = isinstance(labels, Tensor) and labels.shape == (len(images),) and not labels.is_floating_point()
         classes = labels.tolist() if has_classes else [None] * len(images)
         for image, label in zip(images, classes, strict=True):
             if label != UNREADABLE and image.shape == shape and len(by_class.get(label, [])) < MAX_IMAGES:

@@ -23,7 +23,7 @@ from .pictures import (
     list_classes,
     name_picture,
     parquet_files,
-    read_classes,
+    read_labels,
     read_table,
     split_folder,
 )
@@ -51,7 +51,7 @@ class ImageStream:
         seed: Of the order.
         name: The data: a folder or a Hub id.
         max_unreadable: Of how many unreadable pictures in a row more than this is an error.
-        number: The class of a label as the data has it.
+        number: The class of a label as the data has it; of labels that are no single class, their tensor.
     """
 
     table: Any
@@ -63,7 +63,7 @@ class ImageStream:
     seed: int
     name: str
     max_unreadable: int = MAX_UNREADABLE
-    number: Callable[[Any], int] = int
+    number: Callable[[Any], Any] = int
     _errors: list[str] = field(default_factory=list, repr=False)  # of this process, since the last readable picture
 
     def loader(self, batch_size: int, *, workers: int = 0) -> DataLoader:
@@ -121,7 +121,7 @@ class ImageStream:
             return {"pixel_values": [], "labels": []}
         return {"pixel_values": [self.transform(found[0])], "labels": [found[1]]}
 
-    def _read(self, row: dict[str, Any]) -> tuple[Image.Image, int] | None:
+    def _read(self, row: dict[str, Any]) -> tuple[Image.Image, Any] | None:
         """Decode a row's picture, and give it with its label; None for one that cannot be read, noted."""
         file = row[self.image_column]
         try:
@@ -173,13 +173,17 @@ def stream_data(
     table = read_table(name, split, streaming=True)
     image_column = find_column(table, None, IMAGE_COLUMNS, call, required="pictures")
     label_column = find_labels(table, label_column, call, required=True)
-    classes = read_classes(table, label_column, name, split, model=model, class_map=None, streaming=True)
+    labels = read_labels(table, label_column, name, split, model=model, class_map=None, streaming=True)
+    if labels is None:
+        raise ValueError(
+            f"{call}: the model answers with features, of which {label_column!r} says nothing. Leave the model out."
+        )
     table = as_files(table, image_column)
     images = images or count_images(table, Path(name), split)
     if not images:
         raise ValueError(f"{call}: nothing says how many pictures there are. Pass images, their number.")
     return ImageStream(
-        table, image_column, label_column, classes.names, images, transform, seed, name, max_unreadable, classes.number
+        table, image_column, label_column, labels.names, images, transform, seed, name, max_unreadable, labels.number
     )
 
 

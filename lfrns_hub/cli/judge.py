@@ -127,7 +127,7 @@ def refresh(
         model: It, loaded, and perhaps trained since.
         record: What was measured.
         pictures: On these.
-        label_names: Their classes.
+        label_names: Their classes, or the names of other outputs; none where nothing names these.
         before: The record of before it was trained, its epochs those of now; by default the one that lies there.
         missing: Why the dense model was not measured, if it was not.
     Returns:
@@ -148,11 +148,11 @@ def refresh(
     record.setup.update(
         recipe.describe_data(pictures.data),
         val_split=pictures.val_split,
-        label_names=label_names,
+        label_names=label_names or None,
         epochs=old.setup.get("epochs") or 0,
     )
     processor = load_processor(model)
-    lfrns.save(model, directory, record=record, processor=processor, label_names=label_names, overwrite=True)
+    lfrns.save(model, directory, record=record, processor=processor, label_names=label_names or None, overwrite=True)
     refresh_index(Path(directory).resolve().parent)
     return record
 

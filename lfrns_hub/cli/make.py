@@ -168,7 +168,7 @@ def slim(
             batch=latency_batch, threads=latency_threads, compile=latency_compile
         )
     results = [analysis.cut(macs=budget, params=params, **timed, fcr_steps=fcr_steps) for budget in budgets]
-    options = {"processor": load_processor(dense), "label_names": test.class_names, "overwrite": True}
+    options = {"processor": load_processor(dense), "label_names": test.class_names or None, "overwrite": True}
     names = [checkpoint_name(model, data, budget) if several else "" for budget in budgets]
     folders = [directory / name for name in names]
     if main_process:
@@ -195,7 +195,7 @@ def slim(
             "seed": seed,
             "epochs": epochs,
             "val_split": val_split,
-            "label_names": test.class_names,
+            "label_names": test.class_names or None,
         }
         if several:
             told["budgets"] = [
@@ -301,7 +301,7 @@ def retrain(
     check_images(model, test_loader)
     options = {"accelerator": accelerator, "progress": not as_json}
     loader = DataLoader(train, max(1, batch_size // accelerator.num_processes), shuffle=True)
-    saving = {"processor": load_processor(model), "label_names": test.class_names, "overwrite": True}
+    saving = {"processor": load_processor(model), "label_names": test.class_names or None, "overwrite": True}
     beside, missing = (dense, "") if teacher else dense_beside(directory, None, None)
     before = earlier_record(directory)
     before.setup["epochs"] = (before.setup.get("epochs") or 0) + epochs

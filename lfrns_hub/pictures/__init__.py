@@ -1,10 +1,10 @@
 """What a model looks at: its input size, transforms and data by name, and whether the two fit."""
 
 from lfrns_hub.pictures.class_folders import list_classes
-from lfrns_hub.pictures.classes import read_classes
 from lfrns_hub.pictures.decoding import decode_picture, name_picture
 from lfrns_hub.pictures.fit import check_images, guard_against_chance
 from lfrns_hub.pictures.image_data import MAX_UNREADABLE, ImageData
+from lfrns_hub.pictures.labels import read_labels
 from lfrns_hub.pictures.load import load_data
 from lfrns_hub.pictures.model_input import example_input, input_size_of, num_classes_of
 from lfrns_hub.pictures.preparation import OwnPreparation, Preparation
@@ -47,7 +47,7 @@ __all__ = [
     "name_picture",
     "num_classes_of",
     "parquet_files",
-    "read_classes",
+    "read_labels",
     "read_table",
     "set_preprocessing",
     "split_folder",

@@ -1,6 +1,6 @@
 """Which class a label means: the data's labels numbered as the model numbers its classes, by name, or refused."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lfrns_hub.batches import find_logits
+from lfrns_hub.batches import UNREADABLE, find_logits
 from lfrns_hub.pictures.model_input import class_names_of, example_input
 from lfrns_hub.pictures.tables import parquet_files, read_table
 from lfrns_hub.untrusted import short
 
 MAX_CLASSES = 1 << 20
+WORDS = ("string", "large_string")  # as datasets names the type of words
 WAYS_OUT = (
     "Name the classes in the model's order by class_map (lfrns: --class-map), or give a model with a head that fits."
 )
@@ -32,6 +33,15 @@ class Classes:
     names: list[str]
     numbers: dict[Any, int] | None
     call: str
+
+    @property
+    def unknown(self) -> int:
+        """Return the label of a picture that cannot be read."""
+        return UNREADABLE
+
+    def read(self, labels: Iterable[Any]) -> list[int]:
+        """Return the class of each label."""
+        return [self.number(label) for label in labels]
 
     def number(self, label: Any) -> int:
         """Give the class of a label.
@@ -66,7 +76,8 @@ def read_classes(
     """Find out which class each label of a split means, the same in every split.
 
     Labels that have names (folders, a ClassLabel, words) are matched by name with the class map, else with the names
-    that the model has for its classes, else numbered as the training split numbers them; words by their order.
+    that the model has for its classes, else numbered as the training split numbers them; words by their order. Of a
+    column of lists it is the classes of what the lists hold; words in them need a model or a class map with names.
 
     Args:
         table: The split.
@@ -80,41 +91,74 @@ def read_classes(
         ValueError: The classes are not those of the model, or of the other split, and nothing says which is which.
     """
     call = f"load_data({name!r}, {split!r}): the column {column!r}"
-    count, stated = count_classes(model), class_names_of(model) if model is not None else None
-    if class_map is not None:
-        order = read_class_map(Path(class_map))
-        if count is not None and len(order) != count:
-            raise ValueError(
-                f"class_map={str(class_map)!r}: it names {len(order)} classes, the model answers {count}. Name each of "
-                "them on a line, in the order of the model's logits."
-            )
-        _refuse_contradiction(order, stated, class_map)
-    else:
-        order = stated
-    feature = table.features[column]
+    stated, order, count = read_order(model, class_map)
+    column_feature = table.features[column]  # another object at each access
+    feature, listed = item_of(column_feature), item_of(column_feature) is not column_feature
     names = list(getattr(feature, "names", None) or [])
     if names:
         _refuse_other_numbers(name, split, column, names)
         known = names if streaming or _covers(order, names) else _of_training(name, split, column, names, call)
         labels: Sequence[Any] = range(len(names))
-    elif getattr(feature, "dtype", None) in ("string", "large_string"):
+    elif getattr(feature, "dtype", None) in WORDS:
         if streaming and order is None:
             raise ValueError(f"{call} holds words, and a stream cannot be looked through for all of them. {WAYS_OUT}")
-        words = set(order) if streaming else {value for value in table[column] if value is not None}
+        words = set(order) if streaming else set(_values(table, column))
         if not _covers(order, words):
             words |= _words_of_other(name, split, column)
             if all(word.isdecimal() for word in words):
                 numbers = {word: int(word) for word in words}
                 return Classes(_numbered(stated, count, numbers.values(), call), numbers, call)
+        if listed and order is None:  # nothing but the model's accuracy would show another order
+            raise ValueError(
+                f"{call} holds lists of words ({short(', '.join(sorted(words)))}), and the model does not name its "
+                f"classes. {WAYS_OUT}"
+            )
         labels = names = known = sorted(words)
     elif class_map is not None and any(line.isdecimal() for line in order):
         labels = range(len(order))
         names = known = [str(number) for number in labels]
     else:
-        values = [] if streaming else [value for value in table[column] if isinstance(value, int)]
+        values = [] if streaming else [value for value in _values(table, column) if isinstance(value, int)]
         return Classes(_numbered(order, count, values, call), None, call)
     place, final = _match(known, order, count, call, by_map=class_map)
     return Classes(final, {label: place[name] for label, name in zip(labels, names, strict=True)}, call)
+
+
+def read_order(
+    model: nn.Module | None, class_map: str | Path | None
+) -> tuple[list[str] | None, list[str] | None, int | None]:
+    """Return the names that a model has for its outputs, those of the class map where one is given, and their number.
+
+    Raises:
+        ValueError: The class map does not fit the model.
+    """
+    count, stated = count_classes(model), class_names_of(model) if model is not None else None
+    if class_map is None:
+        return stated, stated, count
+    order = read_class_map(Path(class_map))
+    if count is not None and len(order) != count:
+        raise ValueError(
+            f"class_map={str(class_map)!r}: it names {len(order)} classes, the model answers {count}. Name each of "
+            "them on a line, in the order of the model's logits."
+        )
+    _refuse_contradiction(order, stated, class_map)
+    return stated, order, count
+
+
+def item_of(feature: Any) -> Any:
+    """Return what the lists of a column hold, by its datasets feature; of any other column the feature itself."""
+    return getattr(feature, "feature", feature)
+
+
+def is_same_name(name: str, other: str) -> bool:
+    """Return whether two names are one in two ways to write it."""
+    return _plain(name) == _plain(other)
+
+
+def _values(table: Any, column: str) -> Iterator[Any]:
+    """Iterate over the labels of a split, of lists over all that they hold; none for a picture without."""
+    for value in table[column]:
+        yield from (one for one in (value if isinstance(value, list) else [value]) if one is not None)
 
 
 def _covers(order: Sequence[str] | None, names: Iterable[str]) -> bool:
@@ -257,7 +301,7 @@ def _names_in(file: Path, column: str) -> list[str]:
     import pyarrow.parquet
 
     features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
-    return list(getattr(features.get(column), "names", None) or [])
+    return list(getattr(item_of(features.get(column)), "names", None) or [])
 
 
 def _words_of_other(name: str, split: str, column: str) -> set[str]:
@@ -267,7 +311,7 @@ def _words_of_other(name: str, split: str, column: str) -> set[str]:
         table = read_table(name, other)
     except ValueError:  # there is no such split
         return set()
-    return {value for value in table[column] if value is not None} if column in table.column_names else set()
+    return set(_values(table, column)) if column in table.column_names else set()
 
 
 def _bounded(label: int, most: int, call: str) -> int:

@@ -26,32 +26,34 @@ class ImageData(Dataset):
     """Pictures and labels of a split; decoded once and kept as uint8 while they fit.
 
     A picture that cannot be read is left out, as timm does: the next readable one stands in its place, with its own
-    label to train on, with the label UNREADABLE (-100) to evaluate on, where it counts as neither right nor wrong.
+    label to train on, with the label `unknown` to evaluate on, where it counts as neither right nor wrong.
     Without labels it stands in throughout. Workers share the list of what is unreadable.
 
     Args:
         pictures: A sequence of PIL pictures: anything with `[int]` and a length, and perhaps `name(int)`.
-        labels: Of each picture, None without labels.
+        labels: Of each picture, a class number or a tensor; None without labels.
         class_names: By label.
         transform: Picture to tensor.
         training: Whether the label of a picture that stands in is its own.
         max_unreadable: Of how many unreadable pictures more than this is an error.
         name: The data, for the error.
+        unknown: The label of a picture that stands in, where that is not its own.
     """
 
     def __init__(
         self,
         pictures: Any,
-        labels: list[int] | None,
+        labels: list[Any] | None,
         *,
         class_names: list[str],
         transform: Callable[[Any], Tensor],
         training: bool = True,
         max_unreadable: int = MAX_UNREADABLE,
         name: str = "the data",
+        unknown: Any = UNREADABLE,
     ) -> None:
         self.pictures, self.labels, self.class_names, self.transform = pictures, labels, class_names, transform
-        self.training, self.max_unreadable, self.name = training, max_unreadable, name
+        self.training, self.max_unreadable, self.name, self.unknown = training, max_unreadable, name, unknown
         self._decoded: dict[int, Any] = {}
         self._bytes = 0
         self._unreadable = torch.zeros(len(pictures), dtype=torch.uint8).share_memory_()
@@ -59,7 +61,7 @@ class ImageData(Dataset):
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | Tensor:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any] | Tensor:
         """Give a picture's tensor and its label.
 
         Raises:
@@ -67,23 +69,23 @@ class ImageData(Dataset):
         """
         return self.finish([self.draw(index)])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int] | Tensor]:
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Any] | Tensor]:
         """Give many at once, as a DataLoader asks for them."""
         return self.finish([self.draw(index) for index in indices])
 
-    def draw(self, index: int) -> tuple[Tensor, Any, int | None]:
+    def draw(self, index: int) -> tuple[Tensor, Any, Any]:
         """Do with a picture all that takes random numbers, and read its label; `finish` does the rest by batches."""
         asked = index
         while (pixels := self._read(index)) is None:
             index = (index + 1) % len(self)
         label = None
         if self.labels is not None:
-            label = self.labels[index] if index == asked or self.training else UNREADABLE
+            label = self.labels[index] if index == asked or self.training else self.unknown
         if isinstance(self.transform, IN_PARTS):
             return pixels, self.transform.draw(pixels), label
         return self.transform(Image.fromarray(pixels)), None, label
 
-    def finish(self, drawn: list[tuple[Tensor, Any, int | None]]) -> list[tuple[Tensor, int] | Tensor]:
+    def finish(self, drawn: list[tuple[Tensor, Any, Any]]) -> list[tuple[Tensor, Any] | Tensor]:
         """Give the samples of what `draw` gave."""
         images, draws, labels = zip(*drawn, strict=True)
         if isinstance(self.transform, IN_PARTS):

@@ -3,15 +3,17 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lfrns_hub.pictures.classes import number_names, read_classes
+from lfrns_hub.pictures.classes import number_names
 from lfrns_hub.pictures.decoding import PictureColumn
 from lfrns_hub.pictures.image_data import MAX_UNREADABLE, ImageData
+from lfrns_hub.pictures.labels import holds_classes, read_labels
 from lfrns_hub.pictures.model_input import num_classes_of
 from lfrns_hub.pictures.tables import (
     IMAGE_COLUMNS,
@@ -47,16 +49,19 @@ def load_data(
         transform: Picture to tensor, from `make_transform`.
         model: The model that is to answer: labels are then numbered as it numbers its classes, by name where both have
             names, and data whose labels are not its classes, or that has none, is refused before a picture is decoded.
+            By its problem_type, lists are labels that hold together and numbers are quantities, see `read_labels`.
             None: the classes are the data's own, numbered alike in all splits.
         label_column: Where it has another name.
         val_split: Share of the training pictures that stands in for the validation split, in (0, 1): as many of each
-            class, the same ones at every call and for every seed, so that no later call trains on them.
+            class where a picture has one, the same ones at every call and for every seed, so that no later call trains
+            on them.
         class_map: Text file that names the classes in the order of the model's logits, one a line, as timm's.
         limit: At most so many pictures, drawn at random and in random order: files are often sorted by class.
         seed: Of that draw.
         max_unreadable: So many pictures may be damaged: they are left out, see `ImageData`. More are an error.
     Returns:
-        Dataset of (image [C, H, W], label), or of images where there are no labels; `.class_names` by label.
+        Dataset of (image [C, H, W], label), or of images where there are no labels; `.class_names` by label. Labels
+        that hold together are a row [K], quantities a number or [K], float32.
     Raises:
         ValueError: No such data, split or column, or labels that are not the model's classes.
         ConnectionError: A Hub id, and the Hub cannot be reached.
@@ -93,20 +98,20 @@ def load_data(
     label_column = find_labels(table, label_column, f"load_data({name!r}, {split!r})", required=required)
     if len(table) == 0:
         raise ValueError(f"load_data({name!r}, {split!r}): the split holds no pictures.")
+    reader = None
+    if label_column:
+        reader = read_labels(table, label_column, name, split, model=model, class_map=class_map)
     if val_split is not None:
-        labels = list(table[label_column]) if label_column else [0] * len(table)
+        by_class = reader is not None and holds_classes(table.features[label_column], model)
+        labels = list(table[label_column]) if by_class else [0] * len(table)
         train, held_out = _hold_out(labels, val_split, f"load_data({name!r}, val_split={val_split})")
         table = table.select(train if split == "train" else held_out)
-    labels, class_names = None, []
-    if label_column:
-        given = {"model": model, "class_map": class_map}
-        classes = read_classes(table, label_column, name, split, **given)
-        class_names = classes.names
     if limit is not None:
         table = table.select(_draw(len(table), limit, seed))
-    if label_column:
-        labels = [classes.number(label) for label in table[label_column]]
-    reading = {"training": split == "train", "max_unreadable": max_unreadable, "name": name}
+    labels, class_names = None, []
+    reading: dict[str, Any] = {"training": split == "train", "max_unreadable": max_unreadable, "name": name}
+    if reader is not None:
+        labels, class_names, reading["unknown"] = reader.read(table[label_column]), reader.names, reader.unknown
     pictures = PictureColumn(as_files(table, image_column), image_column, name)
     return ImageData(pictures, labels, class_names=list(class_names), transform=transform, **reading)
 
