@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lfrns_hub.resume import caught_sigterm, told_anywhere, written_aside
+from lfrns_hub.resume import caught_sigterm, told_anywhere
+from lfrns_hub.runs import written_aside
 
 VERSIONS = [version(name) for name in ("torch", "timm", "transformers")]
 KEPT = 2  # contents: the last that was used, and the one before

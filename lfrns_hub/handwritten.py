@@ -1,6 +1,6 @@
-"""What people wrote into a card on the Hub outlives the next push of it.
+"""What people wrote into a card outlives the next save and the next push of it.
 
-A push marks the sections that the card's template writes, title included. In the card that is already there, a marked
+Both mark the sections that the card's template writes, title included. In the card that is already there, a marked
 section is ours and is replaced; one without the mark is somebody's own and stays behind the section it followed.
 """
 
@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import CardData, RepoCard
 
 MARK_START = "<!-- lfrns_hub writes this section"  # what it is known by; the rest is for the reader
-MARK = f"{MARK_START} anew at every push; write under a heading of your own, which stays -->"
+MARK = f"{MARK_START} again at every save and push; write under a heading of your own, which stays -->"
 UNKNOWN = "unknown"  # how a card says that nothing is known: no statement, so a person's stands
 
 
@@ -31,12 +31,14 @@ class Section:
         return "title" if self.ours and self.heading.startswith("# ") else self.heading
 
 
-def merge_cards(new: str, old: str | None) -> str:
+def merge_cards(new: str, old: str | None, *, local: bool = False) -> str:
     """Put a person's sections and front matter of the old card into the new one.
 
     Args:
-        new: The card to be pushed.
-        old: The card in the repository, None where there is none.
+        new: The card to be saved or pushed.
+        old: The card that is there, None where there is none.
+        local: It lies in a checkpoint's folder: where nothing in it is marked, an earlier version saved it, and what
+            stands under headings of the template is ours.
     Returns:
         The new card, its generated sections marked; merged with `new` again it stays as it is. Of the old front matter
         it has the keys that `new` does not state, and the tags; results of weights that a push replaced go.
@@ -45,6 +47,8 @@ def merge_cards(new: str, old: str | None) -> str:
     """
     stated, plain = _read(new, "the card to be pushed")
     facts, before = _read(old, "the card that is there") if old else ({}, [])
+    if local and not any(section.ours for section in before):
+        before = _mark(before)
     sections = _mark(plain)
     same = {section.text: marked.name for section, marked in zip(plain, sections, strict=True)}
     ours = {section.name: section.ours for section in sections}
@@ -88,16 +92,23 @@ def _read(card: str, which: str) -> tuple[dict[str, Any], list[Section]]:
         problem = " ".join(str(error).split())
         raise ValueError(f"README.md, {which}: front matter that cannot be read ({problem}). Mend it first.") from error
     blocks, fence = [[""]], ""
-    for line in parsed.text.splitlines():
+    lines = parsed.text.splitlines()
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if fence and following.startswith(MARK_START):  # left open by a person: what we wrote below is not code
+            blocks[-1].append(fence)
+            fence = ""
         mark = re.match(r" {0,3}(`{3,}(?!.*`)|~{3,})(.*)", line)
         if mark and not fence:
             fence = mark[1]
         elif mark and mark[1].startswith(fence) and not mark[2].strip():
             fence = ""
-        if not fence and re.match(r"#{1,6} ", line):
+        underlined = line.strip() and re.fullmatch(r" {0,3}(=+|-+)\s*", following) and not line.startswith("|")
+        if not fence and (re.match(r" {0,3}#{1,6}(\s|$)", line) or underlined):
             blocks.append([line.rstrip()])
         else:
             blocks[-1].append(line)
+    if fence:
+        blocks[-1].append(fence)
     sections = [
         Section(block[0], "\n".join(block).strip(), any(line.startswith(MARK_START) for line in block))
         for block in blocks

@@ -15,30 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lfrns_hub.runs.atomic import PARTIAL, remove, rename_synced, written_aside
+
 FORMAT = 1
 KEPT = 2  # checkpoints: the last, and the one before
-_PARTIAL = ".partial"
 _STATE = "state.json"
 _SENTINEL = 0x5EED0F2B2E57A7E  # no seed that anyone takes
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Give a name to write a file or folder to; it takes the place of `path` when the context ends without an error.
-
-    Raises:
-        OSError: It could not be written. What lay at `path` before lies there still.
-    """
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        yield partial
-        _put_in_place(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            _remove(partial)
-        raise
 
 
 @dataclass
@@ -126,7 +108,7 @@ class Checkpoints:
             OSError: It could not be written; the one before is still there.
         """
         path = self.directory / f"step_{position.step:09d}"
-        partial = path.with_name(path.name + _PARTIAL)
+        partial = path.with_name(path.name + PARTIAL)
         last = self.last()
         kept = f"The last good one is {last}" if last else "There was none before"
         what = f"the checkpoint of step {position.step} could not be written"
@@ -141,7 +123,7 @@ class Checkpoints:
         try:
             self._together(partial.mkdir, what, way_out, main_only=True)
             self._together(write, what, way_out)
-            self._together(lambda: _put_in_place(partial, path), what, way_out, main_only=True)
+            self._together(lambda: rename_synced(partial, path), what, way_out, main_only=True)
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -162,15 +144,15 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         """Give the complete checkpoints, the oldest first."""
-        return sorted(p for p in self.directory.glob("step_*") if p.suffix != _PARTIAL and (p / _STATE).is_file())
+        return sorted(p for p in self.directory.glob("step_*") if p.suffix != PARTIAL and (p / _STATE).is_file())
 
     def _clear(self) -> None:
         """Make the folder, see that it can be written to, and remove what was half-written."""
         with written_aside(self.directory / "writable") as probe:
             probe.write_text("yes")
         (self.directory / "writable").unlink()
-        for path in self.directory.glob(f"*{_PARTIAL}"):
-            _remove(path)
+        for path in self.directory.glob(f"*{PARTIAL}"):
+            remove(path)
 
     def _refuse_another_run(self, saved: dict[str, Any], path: Path) -> None:
         """Raise where a checkpoint is of another run, naming the first difference."""
@@ -231,34 +213,3 @@ def told_anywhere(told: threading.Event, accelerator: Any = None) -> bool:
     if told.is_set():
         accelerator.set_trigger()
     return accelerator.check_trigger()
-
-
-def _put_in_place(partial: Path, path: Path) -> None:
-    """Have the disk take a file or folder, then give it its name."""
-    for file in [partial] if partial.is_file() else sorted(partial.rglob("*")):
-        if file.is_file():
-            _sync(file)
-    if path.is_dir():
-        _remove(path)
-    partial.replace(path)
-    _sync(path.parent)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or folder, there or not."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk take a file, or a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if path.is_file():  # some file systems have no fsync of folders
-            raise
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,10 @@
 """What every layout has in common: config.json, model.safetensors, the card, and how a finished folder is published."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ from torch import Tensor, nn
 
 from lfrns_hub.card import read_record, render_card
 from lfrns_hub.checkpoint.remote_code import MODELING_FILE
+from lfrns_hub.handwritten import merge_cards
 from lfrns_hub.lineage import KEYS
 from lfrns_hub.measure import comparable_budgets, comparable_dense, main_figure
 from lfrns_hub.narrow import FORMAT_VERSION, computed_buffers, grown, short
-from lfrns_hub.untrusted import AGAIN, read_headers, read_json
+from lfrns_hub.untrusted import AGAIN, MAX_JSON_BYTES, read_headers, read_json
 
-# Written last to first: a folder that is being overwritten has its new config only when the weights are there.
+# What `save` writes, and what it may find of an earlier one.
 FILES = (
     "config.json",
     "README.md",
@@ -30,7 +33,7 @@ FILES = (
     "model.safetensors",
 )
 
-
+REPLACED = ("config.json", "model.safetensors", "README.md", "record.json", "preprocessor_config.json")
 KINDS = {
     **dict.fromkeys(("slim", "model_args", "pretrained_cfg", "lfrns"), dict),
     **dict.fromkeys(("architecture", "model_type"), str),
@@ -184,13 +187,14 @@ def match_dtype(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     return model.to(kinds.pop()) if len(kinds) == 1 else model
 
 
-def write_card(draft: Path, record: Any, directory: Path, *, base: str, library: str) -> None:
+def write_card(draft: Path, record: Any, directory: Path, *, name: str, base: str, library: str) -> None:
     """Write README.md, record.json and the pictures of widths and budgets; take along one of this plan's clusters.
 
     Args:
         draft: The folder, with its config.json and, where there is one, its preprocessor_config.json.
         record: The Record, its dict, or None.
-        directory: Where the draft will go; the model has its name where the record does not say.
+        directory: Where the draft will go: of what lies there, the clusters and what people wrote in the card stay.
+        name: Of the model, where the record does not say.
         base: The dense architecture.
         library: Which library builds it: timm, transformers or pytorch.
     """
@@ -217,7 +221,7 @@ def write_card(draft: Path, record: Any, directory: Path, *, base: str, library:
     try:
         card = render_card(
             record,
-            model_name=setup.get("model_name") or directory.name,
+            model_name=setup.get("model_name") or name,
             base=base,
             provenance=facts,
             library=library,
@@ -232,24 +236,50 @@ def write_card(draft: Path, record: Any, directory: Path, *, base: str, library:
             f"save({str(directory)!r}, record): no card can be written of it ({type(error).__name__}: "
             f"{short(str(error), 200)}). Measure the model again by lfrns_hub.measure, and remove an old record.json."
         ) from error
-    (draft / "README.md").write_text(card, encoding="utf-8")
+    card = merge_cards(card, _earlier_card(directory), local=True)
+    (draft / "README.md").write_text(card, encoding="utf-8", errors="surrogateescape")
 
 
-def publish(draft: Path, directory: Path) -> None:
-    """Move a finished draft into place; files in the folder that are not a checkpoint's stay.
+def _earlier_card(directory: Path) -> str | None:
+    """Return the card of a checkpoint of ours that lies in a folder; None where there is none."""
+    readme = directory / "README.md"
+    if not readme.is_file() or not holds_ours(directory):
+        return None
+    size = readme.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(
+            f"save({str(directory)!r}): README.md there has {size:,} bytes, at most {MAX_JSON_BYTES:,} are read. Remove it."
+        )
+    return readme.read_text(encoding="utf-8-sig", errors="surrogateescape")
 
-    A link in the folder is replaced itself; what it leads to stays as it is.
+
+def is_own(name: str) -> bool:
+    """Return whether a file of this name in a checkpoint's folder is one that `save` writes or replaces."""
+    return name in FILES or name == "model.safetensors.index.json" or fnmatch(name, "model-*-of-*.safetensors")
+
+
+def refuse_foreign(directory: Path, call: str) -> None:
+    """Refuse to replace files that no checkpoint or run of ours wrote.
+
+    Raises:
+        FileExistsError: There are such files; the message names some.
     """
-    directory = directory.resolve()
-    if not directory.exists() or not any(directory.iterdir()):
-        draft.replace(directory)
-        return
-    new = {path.name for path in draft.iterdir()}
-    for name in [*FILES, "model.safetensors.index.json"]:
-        if name not in new:
-            (directory / name).unlink(missing_ok=True)
-    for name in sorted(new, key=lambda n: FILES.index(n) if n in FILES else len(FILES), reverse=True):
-        (draft / name).replace(directory / name)
+    replaced = [name for name in REPLACED if os.path.lexists(directory / name)]
+    if replaced and not holds_ours(directory):
+        raise FileExistsError(
+            f"{call}: {str(directory)!r} holds {', '.join(replaced)} and no checkpoint or run of lfrns_hub. Nothing of "
+            "others is replaced: name another folder, or remove them first."
+        )
+
+
+def holds_ours(directory: Path) -> bool:
+    """Return whether a folder holds a checkpoint that `save` wrote, perhaps damaged, or the run of a recipe."""
+    config = directory / "config.json"
+    if config.is_file():
+        with config.open("rb") as file:
+            if b"lfrns" in file.read(MAX_JSON_BYTES):  # every layout names it
+                return True
+    return (directory / MODELING_FILE).is_file() or (directory / "work" / "run.json").is_file()
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -4,15 +4,23 @@ Neither layout overrides a forward: the stock model is built as its config says,
 """
 
 import logging
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
-from lfrns_hub.checkpoint.files import FORMAT_VERSION, compare, publish, read_config, state_base, write_card
+from lfrns_hub.checkpoint.files import (
+    FORMAT_VERSION,
+    compare,
+    is_own,
+    read_config,
+    refuse_foreign,
+    state_base,
+    write_card,
+)
 from lfrns_hub.checkpoint.own import OWN_NAME, fill_own, narrow_as_stored, own_skeleton, prepare_as_stored, write_own
 from lfrns_hub.checkpoint.timm import TIMM_NAME, carry_timm, load_timm, timm_base, write_timm
 from lfrns_hub.checkpoint.timm_wrapper import (
@@ -37,6 +45,7 @@ from lfrns_hub.lineage import base_facts
 from lfrns_hub.narrow import carry_facts, short
 from lfrns_hub.pictures import find_processor, write_processor
 from lfrns_hub.running import unwrap
+from lfrns_hub.runs import draft_of, locked, put_in_place, settle
 from lfrns_hub.untrusted import refusing
 
 logger = logging.getLogger(__name__)
@@ -56,13 +65,15 @@ def save(
 ) -> Path:
     """Write a model as a folder that loads again: config.json, model.safetensors, README.md, a picture.
 
-    Everything is written beside the folder, loaded from there and compared tensor by tensor, and only then moved.
+    Everything is written next to the folder, loaded from there and compared tensor by tensor; then the folder changes
+    in one step, so that a process killed at any moment leaves the old checkpoint or the new one.
 
     Args:
         model: A slim (or dense) model: timm's, a transformers image classifier, or a class of your own. Wrappers of
             torch.compile and DDP come off.
         directory: Where to; other files in it stay as they are. A clusters.png that was drawn of this plan comes into
-            the card, one of another plan is removed.
+            the card, one of another plan is removed. Of a card that is there the sections and the front matter that
+            people wrote stay (see `handwritten.merge_cards`).
         record: The Record (or its dict) for the card and record.json. None: the card says "not measured".
         base: The dense architecture, where the model does not say: a timm name, or for your own class (and one of
             transformers' that is no image classifier) the dense model or a function that builds it.
@@ -73,64 +84,114 @@ def save(
         processor: A transformers image processor, saved beside the model. None: the one that a model of transformers
             came with, as `set_preprocessing` changed it.
         label_names: Name of each class, in the order of the logits.
-        overwrite: Replace a checkpoint that is there.
+        overwrite: Replace a checkpoint that is there. Files of the same names that no checkpoint or run of lfrns_hub
+            wrote are not replaced.
     Returns:
         The folder.
     Raises:
-        FileExistsError: The folder is not empty and overwrite is False, or it is a file.
-        OSError: Its parent folder cannot be written.
+        FileExistsError: The folder is not empty and overwrite is False, or it holds somebody else's, or it is a file.
+        BlockingIOError: Another process is writing to it.
+        OSError: It cannot be written; what was there before is there still.
         ValueError: The model cannot be told from its base, or does not come back equal; base_model is no such name.
     """
+    options = {"base": base, "base_args": base_args, "base_model": base_model, "processor": processor}
+    options |= {"label_names": label_names, "overwrite": overwrite}
+    with prepared(model, directory, record=record, **options) as draft:
+        with _told(f"save({str(directory)!r})"):
+            put_in_place(draft, Path(directory).resolve(), is_own)
+    return Path(directory)
+
+
+@contextmanager
+def prepared(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    record: Any = None,
+    base: str | nn.Module | Callable[..., nn.Module] | None = None,
+    base_args: dict[str, Any] | None = None,
+    base_model: str | None = None,
+    processor: Any = None,
+    label_names: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> Iterator[Path]:
+    """Do all that `save` does but its last step, and take it back at the end.
+
+    Before a model is trained it proves that what comes of it can be saved; held meanwhile, it keeps the room on the
+    disk, and the folder from other processes.
+
+    Args:
+        model, directory, record, base, base_args, base_model, processor, label_names, overwrite: As `save` takes them.
+    Yields:
+        The folder, next to `directory`, that holds the checkpoint.
+    Raises:
+        ValueError, OSError: As `save`.
+    """
     model = unwrap(model, "save")
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"save({str(directory)!r}): it exists and is a file. Name a folder, or a new name.")
-    if directory.exists() and any(directory.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"save({str(directory)!r}): it exists and is not empty. Pass overwrite=True or a new name."
-        )
-    if label_names is not None and len(label_names) != (classes := _num_classes(model)) and classes:
-        raise ValueError(f"save(label_names of {len(label_names)}): the model has {classes} classes. Name each one.")
-    stated = None if base_model is None else base_facts(base_model)
+    call = f"save({str(directory)!r})"
+    named, directory = Path(directory), Path(directory).resolve()
+    with locked(directory, call):
+        if directory.exists() and not directory.is_dir():
+            raise FileExistsError(f"{call}: it exists and is a file. Name a folder, or a new name.")
+        if directory.exists() and any(directory.iterdir()):
+            if not overwrite:
+                raise FileExistsError(f"{call}: it exists and is not empty. Pass overwrite=True or a new name.")
+            refuse_foreign(directory, call)
+        if label_names is not None and len(label_names) != (classes := _num_classes(model)) and classes:
+            raise ValueError(
+                f"save(label_names of {len(label_names)}): the model has {classes} classes. Name each one."
+            )
+        stated = None if base_model is None else base_facts(base_model)
+        with draft_of(directory) as draft:
+            with _told(call):
+                source = _write(model, draft, base, base_args, label_names)
+                processor = _own_processor(model) if processor is None else processor
+                if processor is not None:
+                    write_processor(processor, draft)
+                if stated is not None:
+                    state_base(draft, stated)
+                write_card(draft, record, directory, name=named.name or directory.name, **source)
+            yield draft
+
+
+def _write(
+    model: nn.Module, draft: Path, base: Any, base_args: dict[str, Any] | None, label_names: Sequence[str] | None
+) -> dict[str, str]:
+    """Write config.json and weights, compared with what loads again; return the base's name and library."""
+    if is_wrapper(model):
+        name = base_of(model, base)
+        write_wrapper(model, draft, name, base_args, label_names)
+        source = {"base": name, "library": "timm"}
+        compare(model, load(draft))
+    elif is_transformers(model) and (base is None or has_narrow_class(model)):
+        write_transformers(model, draft, label_names)
+        source = {"base": type(model).__name__.removeprefix("Lfrns"), "library": "transformers"}
+        compare(model, load(draft))
+    elif (name := timm_base(model, base)) is not None:
+        write_timm(model, draft, name, base_args, label_names)
+        source = {"base": name, "library": "timm"}
+        compare(model, load(draft))
+    else:
+        skeleton = own_skeleton(base, base_args)
+        write_own(model, draft, skeleton, label_names)
+        source = {"base": type(model).__name__, "library": "pytorch"}
+        if skeleton is not None:
+            compare(model, load(draft, model=skeleton))
+    return source
+
+
+@contextmanager
+def _told(call: str) -> Iterator[None]:
+    """Say in one sentence what stopped the writing of files; safetensors tells of a full disk in a type of its own."""
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent.resolve()))
-    except OSError as error:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, (ConnectionError, FileExistsError)):
+            raise
         raise OSError(
-            f"save({str(directory)!r}): {str(directory.parent)!r} cannot be written ({error.strerror}). Name a folder "
-            "that can."
+            f"{call}: it could not be written ({short(str(error), 200)}). What was there before is there still. Make "
+            "room, or name another folder."
         ) from error
-    draft.chmod(0o755)  # mkdtemp's 0o700 would stay with the published folder
-    try:
-        if is_wrapper(model):
-            name = base_of(model, base)
-            write_wrapper(model, draft, name, base_args, label_names)
-            source = {"base": name, "library": "timm"}
-            compare(model, load(draft))
-        elif is_transformers(model) and (base is None or has_narrow_class(model)):
-            write_transformers(model, draft, label_names)
-            source = {"base": type(model).__name__.removeprefix("Lfrns"), "library": "transformers"}
-            compare(model, load(draft))
-        elif (name := timm_base(model, base)) is not None:
-            write_timm(model, draft, name, base_args, label_names)
-            source = {"base": name, "library": "timm"}
-            compare(model, load(draft))
-        else:
-            skeleton = own_skeleton(base, base_args)
-            write_own(model, draft, skeleton, label_names)
-            source = {"base": type(model).__name__, "library": "pytorch"}
-            if skeleton is not None:
-                compare(model, load(draft, model=skeleton))
-        processor = _own_processor(model) if processor is None else processor
-        if processor is not None:
-            write_processor(processor, draft)
-        if stated is not None:
-            state_base(draft, stated)
-        write_card(draft, record, directory, **source)
-        publish(draft, directory)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return directory
 
 
 def load(source: str | Path, *, model: nn.Module | None = None, revision: str | None = None) -> nn.Module:
@@ -147,7 +208,9 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
         ValueError: The folder is none of ours, damaged, or does not fit `model`.
     """
     folder = Path(source)
-    if not folder.is_dir():
+    if folder.is_dir():
+        settle(folder, is_own)
+    else:
         folder = fetch(str(source), revision=revision)
     config = read_config(folder)
     facts = config["slim"]

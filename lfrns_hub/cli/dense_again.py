@@ -10,7 +10,7 @@ from torch import nn
 from lfrns_hub.latency import cache_directory
 from lfrns_hub.measure import weights_id
 from lfrns_hub.recipe import load_weights
-from lfrns_hub.resume import written_aside
+from lfrns_hub.runs import written_aside
 from lfrns_hub.untrusted import read_json
 from lfrns_hub.zoo import create_base, create_dense
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.cache import digest
 from lfrns_hub.latency.setup import LatencySetup
-from lfrns_hub.resume import written_aside
+from lfrns_hub.runs import written_aside
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the dense width, where a layer is timed; one step as well

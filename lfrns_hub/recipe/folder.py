@@ -11,7 +11,7 @@ import safetensors.torch
 from torch import nn
 
 from lfrns_hub.recipe.options import CODE
-from lfrns_hub.resume import written_aside
+from lfrns_hub.runs import written_aside
 from lfrns_hub.untrusted import short
 
 # What may differ between a run and its --resume: where it is told to write, and what comes after it.

@@ -1,0 +1,221 @@
+"""Files and folders that change whole or not at all, at whatever system call the process is killed."""
+
+import contextlib
+import ctypes
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lfrns_hub.runs.places import name_of, place_of
+from lfrns_hub.untrusted import read_json, short
+
+PARTIAL = ".partial"
+JOURNAL = ".lfrns-next"  # in a folder: the files of a change that was decided and is not complete
+NAMES = "names.json"  # in it: what leaves the folder, and what takes its place
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+
+_LIVE: set[Path] = set()  # the drafts of this process
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give a name to write a file or folder to; it takes the place of `path` when the context ends without an error.
+
+    Raises:
+        OSError: It could not be written. What lay at `path` before lies there still.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)
+        yield partial
+        rename_synced(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove(partial)
+        raise
+
+
+@contextlib.contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """Make an empty folder to prepare a file or folder in, from where it is moved into place; removed at the end.
+
+    Args:
+        path: Where what is prepared will lie, links resolved; the caller holds its lock.
+    """
+    draft = place_of(path) / f"{name_of(path)}-{secrets.token_hex(4)}"
+    _LIVE.add(draft)
+    try:
+        draft.mkdir()
+        if path.is_dir():
+            shutil.copymode(path, draft)  # what is private stays so
+        yield draft
+    finally:
+        _LIVE.discard(draft)
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def sweep(path: Path) -> None:
+    """Remove the drafts of a file or folder that dead processes left; the caller holds its lock."""
+    for place in {path.parent, path} if path.is_dir() else {path.parent}:
+        for draft in place.glob(f"{name_of(path)}-*"):
+            if draft not in _LIVE:
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+def put_in_place(draft: Path, folder: Path, ours: Callable[[str], bool], *, exchanged: bool = True) -> None:
+    """Let the files of a draft take the place of a folder's own, in one step; all other files in it stay.
+
+    The draft, with hard links to the others, is exchanged for the folder where the system can do that. Elsewhere, and
+    where the folder itself has to stay (a mount point, the working directory), the draft becomes a journal in it: from
+    then on the change is decided, and `settle` completes it.
+
+    Args:
+        draft: Of `draft_of`, filled with files.
+        folder: Where to, there or not, links resolved. A link in it is replaced, never what it leads to.
+        ours: Whether a name in the folder is one of those that leave it.
+        exchanged: Whether the folder may be exchanged; False where others write in it meanwhile.
+    Raises:
+        OSError: It could not be written. The folder is as it was, or `settle` completes it.
+    """
+    settle(folder, ours)
+    names = sorted(path.name for path in draft.iterdir())
+    _take(draft)
+    stays = not exchanged or draft.parent != folder.parent or _is_working_directory(folder)
+    if not folder.exists() or (not stays and not any(folder.iterdir())):
+        draft.rename(folder)
+        return _sync(folder.parent)
+    if not stays and _carried(folder, draft, ours) and exchange(draft, folder):
+        _sync(folder.parent)
+        _carried(draft, folder, ours)  # what somebody added in between; the caller removes the rest
+        return None
+    for path in draft.iterdir():  # links that were carried before that failed
+        if path.name not in names:
+            remove(path)
+    leaving = sorted(path.name for path in folder.iterdir() if ours(path.name) and path.name not in names)
+    (draft / NAMES).write_text(json.dumps({"leave": leaving, "put": names}), encoding="utf-8")
+    _sync(draft / NAMES)
+    draft.rename(folder / JOURNAL)
+    return settle(folder, ours)
+
+
+def settle(folder: Path, ours: Callable[[str], bool]) -> None:
+    """Complete the change of a folder that was decided before its process was killed; anybody may, at any time.
+
+    Args:
+        folder: There or not.
+        ours: Whether a name in it may be replaced or leave: the journal may be a stranger's.
+    Raises:
+        OSError: The folder cannot be written to.
+        ValueError: It holds a journal that `put_in_place` did not write.
+    """
+    journal = folder / JOURNAL
+    if journal.is_symlink() or not journal.is_dir():
+        return
+    call = f"{str(folder)!r}, a change of which was cut off"
+    try:
+        if (journal / NAMES).exists():
+            _complete(folder, journal, read_json(journal / NAMES, call), ours)
+        shutil.rmtree(journal)
+    except FileNotFoundError:  # somebody else completes it at the same time
+        return
+    except OSError as error:
+        raise OSError(f"{call}: it cannot be completed ({error.strerror}). Make it writable, then load it.") from error
+
+
+def _complete(folder: Path, journal: Path, names: dict[str, Any], ours: Callable[[str], bool]) -> None:
+    """Take the steps of a journal that have not been taken yet."""
+    leave, put = names.get("leave"), names.get("put")
+    for name in [*leave, *put] if isinstance(leave, list) and isinstance(put, list) else [None]:
+        if not isinstance(name, str) or "/" in name or not ours(name):
+            raise ValueError(f"{str(folder)!r}: the journal {JOURNAL} in it names {short(name)}. Remove that folder.")
+    for name in leave:
+        remove(folder / name)
+    for name in put:
+        if (journal / name).exists():
+            (journal / name).replace(folder / name)
+    _sync(folder)
+    (journal / NAMES).unlink()
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two files or folders in one step; return whether the system and the file system can, or leave both."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return not renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
+
+
+def rename_synced(partial: Path, path: Path) -> None:
+    """Have the disk take a file or folder, then give it its name."""
+    _take(partial)
+    if path.is_dir() and not path.is_symlink():
+        remove(path)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, there or not; of a link the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _carried(source: Path, target: Path, ours: Callable[[str], bool]) -> bool:
+    """Link what others have in one folder into another, as far as it is not there; return whether that can be done."""
+    try:
+        for path in source.iterdir():
+            if not ours(path.name):
+                _link(path, target / path.name)
+    except OSError:  # another device, a file system without hard links, files of somebody else's
+        return False
+    return True
+
+
+def _link(source: Path, target: Path) -> None:
+    """Link a file, or a folder's files, under another name; what is there stays."""
+    if source.is_dir() and not source.is_symlink():
+        target.mkdir(exist_ok=True)
+        for path in source.iterdir():
+            _link(path, target / path.name)
+        shutil.copystat(source, target)
+    else:
+        with contextlib.suppress(FileExistsError):
+            os.link(source, target, follow_symlinks=False)
+
+
+def _is_working_directory(folder: Path) -> bool:
+    """Return whether this process works in a folder, or below: its shell would be left in one that is gone."""
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:
+        return False
+
+
+def _take(path: Path) -> None:
+    """Give files the mode that the umask asks for, whatever wrote them, and have the disk take them."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~umask)
+            _sync(file)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk take a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if path.is_file():  # some file systems have no fsync of folders
+            raise
+    finally:
+        os.close(descriptor)
