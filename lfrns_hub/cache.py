@@ -89,10 +89,11 @@ class Cache:
     def _read(self, path: Path) -> Any:
         """Give what a file holds, None where one of the processes does not find it whole."""
         found = None
-        with contextlib.suppress(FileNotFoundError, SafetensorError), safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            found = (_join(json.loads(file.metadata()["value"]), tensors),)
-            with contextlib.suppress(OSError):  # of a folder that is only to be read
+        # Damaged in any way it is made again: cut short, without metadata, with values of another file.
+        damaged = (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+        with contextlib.suppress(*damaged):
+            if path.is_file():  # a pipe would never end
+                found = _open(path)
                 os.utime(path)
         if self.accelerator is not None:
             missing = torch.tensor([int(found is None)], device=self.accelerator.device)
@@ -107,7 +108,7 @@ class Cache:
             tensors: dict[str, Tensor] = {}
             text = json.dumps(_split(value, tensors))
             with written_aside(path) as partial:
-                save_file(tensors, partial, metadata={"value": text})
+                save_file(tensors, partial, metadata={"value": text, "digest": digest(text, dict(sorted(tensors.items())))})
             self._sweep()
 
         self._on_main(write)
@@ -141,6 +142,15 @@ class Cache:
                 f"({error or 'on the main process'}). What was kept there before is there still. Make room, or name "
                 "another folder."
             ) from error
+
+
+def _open(path: Path) -> tuple[Any] | None:
+    """Return what a file holds, in a tuple; None where it is not what was written."""
+    with safe_open(path, "pt") as file:
+        stored, tensors = file.metadata(), {key: file.get_tensor(key) for key in sorted(file.keys())}
+    if stored["digest"] != digest(stored["value"], tensors):
+        return None
+    return (_join(json.loads(stored["value"]), tensors),)
 
 
 class Training:

@@ -1,7 +1,6 @@
 """A model as one file that runs without its Python: ONNX or a torch.export archive, checked against PyTorch."""
 
 import importlib.util
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lfrns_hub.batches import read_logits
 from lfrns_hub.narrow import model_copy
 from lfrns_hub.running import refuse_meta, unwrap
+from lfrns_hub.runs import draft_of, locked, rename_synced
 
 FORMATS = ("onnx", "pt2")
 TOLERANCE = 1e-4  # of the largest output: kernels of another library sum in another order
@@ -84,9 +84,8 @@ def export(model: nn.Module, path: str | Path, example_input: Tensor, *, format:
     shape = next(node.meta["val"] for node in program.graph.nodes if node.name == "images").shape
     any_batch = not str(shape[0]).isdigit()  # a size that was found to be constant is still a symbol, and prints as it
     images = images if any_batch else images[:EXAMPLE_IMAGES]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        draft = Path(folder) / path.name
+    with locked(path, call), draft_of(path.resolve()) as folder:
+        draft = folder / path.name
         with _said(call):
             _write(program, draft)
             runner = open_runner(draft)
@@ -97,7 +96,7 @@ def export(model: nn.Module, path: str | Path, example_input: Tensor, *, format:
                 f"{call}: its answers differ from PyTorch's by {error:.1e} of the largest, {TOLERANCE:g} are allowed. "
                 "Nothing was written; try the other format."
             )
-        draft.replace(path)
+        rename_synced(draft, path)
     return Export(path, format, path.stat().st_size / 1e6, error, any_batch)
 
 

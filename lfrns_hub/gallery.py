@@ -22,6 +22,7 @@ from lfrns_hub.plots import COLOURS, OTHER, mark_of
 from lfrns_hub.redundancy import MIN_R2
 from lfrns_hub.report import GroupReport
 from lfrns_hub.running import as_input, evaluating, unwrap
+from lfrns_hub.runs import written_aside
 from lfrns_hub.slim import SlimResult, find_units
 from lfrns_hub.taps import channels_last, watched
 from lfrns_hub.units import UnitGroup
@@ -97,7 +98,8 @@ def plot_clusters(
         key=lambda row: (not row.redundant, KINDS.index(row.kind), -telling(clusters[row.name], maps[row.name])),
     )
     figure = draw(best, found[best.name], clusters[best.name], maps[best.name], images, model_name(dense))
-    figure.savefig(path, format="png", metadata={"Comment": mark_of(result.plan.keep)})
+    with written_aside(Path(path)) as partial:
+        figure.savefig(partial, format="png", metadata={"Comment": mark_of(result.plan.keep)})
     return Path(path)
 
 

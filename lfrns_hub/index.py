@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lfrns_hub.measure import Record, comparable_dense, main_figure, nearness, why_no_dense
+from lfrns_hub.runs import draft_of, locked, put_in_place, settle
+from lfrns_hub.untrusted import short
 
 PICTURE = "accuracy.png"
 START = "<!-- lfrns_hub writes this table; what stands above and below it stays -->"
@@ -41,27 +43,55 @@ def write_index(directory: str | Path, title: str) -> Path:
         directory: Its subfolders with a record.json are listed, the largest model first.
         title: Heading of a new one.
     Returns:
-        The README.
+        The README. A checkpoint whose record cannot be read has a line that says so.
     Raises:
-        ValueError: No subfolder holds a record.
+        ValueError: No subfolder holds a record that can be listed.
+        OSError: The folder cannot be written, or another process is writing to it.
     """
     directory = Path(directory)
-    records = {path.parent.name: Record.load(path) for path in directory.glob("*/record.json")}
+    records, unread = _read_records(directory)
     if not records:
-        raise ValueError(f"write_index({str(directory)!r}): no subfolder has a record.json. Run lfrns slim first.")
-    unmeasured = [name for name, record in records.items() if record.slim.get("macs_g") is None]
-    if unmeasured:
-        raise ValueError(
-            f"write_index({str(directory)!r}): the record.json of {unmeasured[0]} has no macs_g. Measure it again by "
-            "lfrns evaluate."
-        )
-    names = sorted(records, key=lambda name: (-records[name].slim["macs_g"], name))
-    readme = directory / "README.md"
-    above, below = _around(readme) or (f"# {title}\n\n", "\n")
-    block = "\n".join([START, "", *_table({name: records[name] for name in names}, directory / PICTURE), "", END])
-    readme.unlink(missing_ok=True)  # it may be a link to elsewhere
-    readme.write_text(above + block + below, encoding="utf-8")
+        why = next(iter(unread.values()), "no subfolder has a record.json")
+        raise ValueError(f"write_index({str(directory)!r}): {why.rstrip('.')}. Run lfrns slim first, or evaluate.")
+    readme, whole = directory / "README.md", directory.resolve()
+    with locked(whole, f"write_index({str(directory)!r})"), draft_of(whole) as draft:
+        settle(whole, _is_own)
+        above, below = _around(readme) or (f"# {title}\n\n", "\n")
+        names = sorted(records, key=lambda name: (-records[name].slim["macs_g"], name))
+        rows = _table({name: records[name] for name in names}, draft / PICTURE)
+        rows += [f"\n- {name}: not listed, {_one_line(why)}" for name, why in unread.items()]
+        block = "\n".join([START, "", *rows, "", END])
+        (draft / readme.name).write_text(above + block + below, encoding="utf-8")
+        put_in_place(draft, whole, _is_own, exchanged=False)  # others may write to the checkpoints
     return readme
+
+
+def _read_records(directory: Path) -> tuple[dict[str, Record], dict[str, str]]:
+    """Read the records of the checkpoints in a folder, by their names; and say of those that cannot be listed why."""
+    records, unread = {}, {}
+    for path in sorted(directory.glob("*/record.json")):
+        if path.parent.name.startswith("."):  # the draft of a save
+            continue
+        try:
+            record = Record.load(path)
+            if record.slim.get("macs_g") is None:
+                raise ValueError("its record.json has no macs_g. Measure it again by lfrns evaluate")
+            cells(record.slim, comparable_dense(asdict(record)))
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            unread[path.parent.name] = short(str(error) or type(error).__name__, 300)
+        else:
+            records[path.parent.name] = record
+    return records, unread
+
+
+def _is_own(name: str) -> bool:
+    """Return whether a file of this name in the folder is one that `write_index` writes."""
+    return name in ("README.md", PICTURE)
+
+
+def _one_line(text: str) -> str:
+    """Put a message on one line of Markdown, as text."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
 def refresh_index(directory: str | Path) -> Path | None:
@@ -109,7 +139,6 @@ def _table(records: dict[str, Record], picture: Path) -> list[str]:
     for name, record in records.items():
         notes.setdefault(_footnote(record, dense[name], why_no_dense(fields[name])), []).append(name)
     lines += ["", *(notes if len(notes) == 1 else (f"- {', '.join(named)}: {note}" for note, named in notes.items()))]
-    picture.unlink(missing_ok=True)
     first, key = dense[next(iter(records))], main_figure(first_slim).key
     if len(together) > 1:
         lines += ["", "No picture: the checkpoints were measured at different times, and such figures do not compare."]

@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from lfrns_hub.measure import main_figure
+from lfrns_hub.runs import written_aside
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = {"channel": "#0072B2", "head": "#D55E00", "neuron": "#009E73"}
@@ -63,7 +64,8 @@ def plot_widths(source: Any, path: str | Path) -> Path:
     handles.append(Patch(color=DENSE, label="removed"))
     axes.spines["bottom"].set_bounds(0, 1)
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8, frameon=False)
-    figure.savefig(path, format="png")
+    with written_aside(Path(path)) as partial:
+        figure.savefig(partial, format="png")
     return Path(path)
 
 
@@ -135,7 +137,8 @@ def plot_ladder(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: s
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel(shown.label, fontsize=9)
     figure.axes[0].legend(fontsize=8, frameon=False, loc="lower right")
-    figure.savefig(path, format="png")
+    with written_aside(Path(path)) as partial:
+        figure.savefig(partial, format="png")
     return Path(path)
 
 
@@ -190,7 +193,8 @@ def plot_bench(timings: Sequence[dict[str, Any]], macs_ratio: float, path: str |
     axes.tick_params(axis="x", length=0)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(runtimes) + 2, fontsize=8, frameon=False)
-    figure.savefig(path, format="png")
+    with written_aside(Path(path)) as partial:
+        figure.savefig(partial, format="png")
     return Path(path)
 
 

@@ -58,7 +58,9 @@ def read_json(path: str | os.PathLike[str], call: str) -> dict[str, Any]:
     """
     path = Path(path)
     size = path.stat().st_size
-    if not path.is_file() or size > MAX_JSON_BYTES:
+    if not path.is_file():
+        raise ValueError(f"{call}: {path.name} is no file. {AGAIN}")
+    if size > MAX_JSON_BYTES:
         raise ValueError(f"{call}: {path.name} has {size:,} bytes, at most {MAX_JSON_BYTES:,} are read. {AGAIN}")
     return parse_json(path.read_bytes(), f"{call}: {path.name}")
 
@@ -99,7 +101,8 @@ def read_headers(folder: Path, call: str) -> dict[str, Header]:
         ValueError: There is no such file, or one is cut short, damaged or larger in its header than 16 MiB.
     """
     whole = folder / "model.safetensors"
-    files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
+    shards = (path for path in folder.glob("model-*-of-*.safetensors") if path.is_file())  # a pipe would never end
+    files = [whole] if whole.is_file() else sorted(shards)
     if not files:
         raise ValueError(f"{call}: it has no model.safetensors. Pickled weights are not read: save the model again.")
     found: dict[str, Header] = {}

@@ -18,6 +18,7 @@ ALLOWED = {
     "trace": {"adapters", "narrow"},
     "responses": {"taps"},
     "runs": set(),
+    "measure": {"runs"},
     "resume": {"runs"},
     "cache": {"resume", "runs"},
     "contribution": {"taps", "responses", "cache"},

@@ -1,10 +1,14 @@
 """What a stock layer takes by width: measured on a grid once, kept per machine, interpolated between."""
 
 import bisect
+import contextlib
+import functools
 import itertools
 import json
 import math
 import os
+import stat
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 from lfrns_hub.cache import digest
 from lfrns_hub.latency.setup import LatencySetup
 from lfrns_hub.runs import written_aside
+from lfrns_hub.untrusted import read_json
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the dense width, where a layer is timed; one step as well
@@ -185,8 +190,8 @@ class LayerTable:
 
     def keep(self) -> None:
         """Write what was measured; where the folder cannot be written, the next call measures again."""
-        merged = {**self._read(), **self.known}
-        text = json.dumps({"machine": self.described, "ms": merged}, indent=0, sort_keys=True)
+        merged = dict(sorted({**self._read(), **self.known}.items()))
+        text = json.dumps({"machine": self.described, "ms": merged, "digest": digest(merged)}, indent=0)
         try:
             with written_aside(self.path) as partial:
                 partial.write_text(text, encoding="utf-8")
@@ -194,13 +199,13 @@ class LayerTable:
             pass
 
     def _read(self) -> dict[str, float]:
-        """Give what the file holds; a damaged one holds nothing."""
+        """Return what the file holds; one that is damaged, or was not written by `keep`, holds nothing."""
         try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))["ms"]
-            usable = {key: ms for key, ms in stored.items() if type(ms) in (int, float) and 0 < ms < math.inf}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            stored = read_json(self.path, str(self.path))
+        except (OSError, ValueError):
             return {}
-        return usable
+        ms = stored.get("ms")
+        return ms if isinstance(ms, dict) and stored.get("digest") == digest(ms) else {}
 
     def _point(self, shape: LayerShape, widths: tuple[int, ...]) -> tuple[int, int]:
         """Give output and input width of a point of a grid."""
@@ -246,8 +251,25 @@ def find_step(ms: dict[int, float]) -> int:
 
 
 def cache_directory() -> Path:
-    """Give the folder of the user's cache: LFRNS_CACHE, or lfrns_hub in XDG_CACHE_HOME or in ~/.cache."""
-    own = os.environ.get("LFRNS_CACHE")
+    """Return the folder of the user's cache: LFRNS_CACHE, or lfrns_hub in XDG_CACHE_HOME or in ~/.cache.
+
+    A user without a home (a container's unknown uid) has one among the temporary files, and nobody else's.
+    """
+    own, home = os.environ.get("LFRNS_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lfrns_hub"
+    try:
+        return Path(home or Path.home() / ".cache") / "lfrns_hub"
+    except RuntimeError:
+        return _homeless_directory()
+
+
+@functools.cache
+def _homeless_directory() -> Path:
+    """Return a folder of this user's alone among the temporary files, the same in every process."""
+    folder = Path(tempfile.gettempdir()) / f"lfrns_hub-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return folder if mine else Path(tempfile.mkdtemp(prefix="lfrns_hub-"))

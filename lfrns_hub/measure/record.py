@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lfrns_hub.measure.figures import KINDS, Figure, heads_of, word_of
 from lfrns_hub.measure.occasion import comparable_dense, why_no_dense
+from lfrns_hub.runs import written_aside
 from lfrns_hub.untrusted import parse_json, read_json, short
 
 # What is told as a number, or as nothing where it was not measured.
@@ -99,7 +100,8 @@ class Record:
 
     def save(self, path: str | Path) -> None:
         """Write the record to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        with written_aside(Path(path)) as partial:
+            partial.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
