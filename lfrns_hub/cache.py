@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lfrns_hub.resume import caught_sigterm, told_anywhere
+from lfrns_hub.resume import Stopped, caught_sigterm, told_anywhere
 from lfrns_hub.runs import written_aside
 
 VERSIONS = [version(name) for name in ("torch", "timm", "transformers")]
@@ -108,7 +108,9 @@ class Cache:
             tensors: dict[str, Tensor] = {}
             text = json.dumps(_split(value, tensors))
             with written_aside(path) as partial:
-                save_file(tensors, partial, metadata={"value": text, "digest": digest(text, dict(sorted(tensors.items())))})
+                save_file(
+                    tensors, partial, metadata={"value": text, "digest": digest(text, dict(sorted(tensors.items())))}
+                )
             self._sweep()
 
         self._on_main(write)
@@ -179,7 +181,7 @@ class Training:
             if accelerator is None or accelerator.is_main_process:
                 where = f"step {step} of the gates' training, saved in {self._cache.directory}"
                 print(f"SIGTERM: stopped after {where}. The same call goes on from there.", file=sys.stderr, flush=True)
-            raise SystemExit(0)
+            raise Stopped(0)
 
 
 def digest(*parts: Any) -> str:

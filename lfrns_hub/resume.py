@@ -23,6 +23,10 @@ _STATE = "state.json"
 _SENTINEL = 0x5EED0F2B2E57A7E  # no seed that anyone takes
 
 
+class Stopped(SystemExit):
+    """The end of a program after a SIGTERM, exit code 0, when all that was done is kept and can be gone on with."""
+
+
 @dataclass
 class Position:
     """Where a training run is: steps done in all, the epoch (from 0) and the batches done of it by each process."""
@@ -140,7 +144,7 @@ class Checkpoints:
                 file=sys.stderr,
                 flush=True,
             )
-        raise SystemExit(0)
+        raise Stopped(0)
 
     def _all(self) -> list[Path]:
         """Give the complete checkpoints, the oldest first."""

@@ -108,7 +108,7 @@ def main() -> None:
     lfrns.retrain(result.model, train_loader, teacher=dense, epochs=epochs, checkpoint_dir=work / "retrain", **training)
     saving = {"processor": load_processor(dense), "label_names": label_names, "overwrite": True}
     if accelerator.is_main_process:  # the weights at once; what is said of them comes last
-        lfrns.save(result.model, out, **saving)
+        recipe.save_trained(result.model, out, **saving)
 
     # Beside it, equally trained: as many units drawn at random, and the dense model.
     rows = []

@@ -125,7 +125,7 @@ def main() -> None:
     )
     saving = {"processor": processor, "label_names": LABEL_NAMES, "overwrite": True}
     if accelerator.is_main_process:  # the weights at once; what is said of them comes last
-        lfrns.save(result.model, out, **saving)
+        recipe.save_trained(result.model, out, **saving)
 
     # Beside it, equally trained: as many units drawn at random; and the slim shape from scratch, for all epochs.
     groups = lfrns.find_units(dense, images[:1])

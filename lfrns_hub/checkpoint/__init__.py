@@ -1,7 +1,17 @@
 """Save a slim model and load it again: safetensors and config.json, in timm's layout or in transformers'."""
 
 from lfrns_hub.checkpoint.entrypoint import lfrns_slim
-from lfrns_hub.checkpoint.files import FORMAT_VERSION
-from lfrns_hub.checkpoint.save_load import carry_config, load, save
+from lfrns_hub.checkpoint.files import FORMAT_VERSION, holds_ours, is_own, refuse_foreign
+from lfrns_hub.checkpoint.save_load import carry_config, load, prepared, save
 
-__all__ = ["FORMAT_VERSION", "carry_config", "lfrns_slim", "load", "save"]
+__all__ = [
+    "FORMAT_VERSION",
+    "carry_config",
+    "holds_ours",
+    "is_own",
+    "lfrns_slim",
+    "load",
+    "prepared",
+    "refuse_foreign",
+    "save",
+]

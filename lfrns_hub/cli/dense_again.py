@@ -1,6 +1,7 @@
 """The dense model of a checkpoint, found again by its weights: what it is measured beside, or why that cannot be."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def find_dense(directory: str, setup: dict[str, Any]) -> tuple[nn.Module | None,
         The model, or None and the reason.
     """
     wanted = setup.get("dense_id")
-    if wanted is None:
+    if wanted is None or not re.fullmatch(r"[0-9a-f]{1,64}", wanted):
         return None, "the record does not say which weights the dense model had. Name it by --dense MODEL"
     for build in _ways(Path(directory), wanted, setup):
         try:
@@ -79,7 +80,8 @@ def _ways(directory: Path, wanted: str, setup: dict[str, Any]) -> Iterator[Calla
 
         yield trained_here
     published = setup.get("base_model") or (setup.get("provenance") or {}).get("base_model")
-    if published:
+    # The record may be a stranger's: no folder, and no function that would be imported and run.
+    if isinstance(published, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", published) and not Path(published).exists():
         yield lambda: create_dense(published)
 
 

@@ -71,13 +71,14 @@ def evaluate(
 
     Its dense model is measured beside it where it is named, or found again by what the record says of its weights.
     """
+    accelerator = make_accelerator()
+    recipe.hold(Path(directory), f"lfrns evaluate {directory}", accelerator)
     model = load_slim(directory, dense)
     pictures = Pictures(data, label_column, val_split, class_map, max_unreadable=max_unreadable)
     images = pictures.load(model, "validation")
     loader = DataLoader(images, batch_size)
     check_images(model, loader)
     beside, missing = dense_beside(directory, dense, weights)
-    accelerator = make_accelerator()
     record = lfrns.measure(model, loader, dense=beside, accelerator=accelerator, progress=not as_json)
     if accelerator.is_main_process:
         record = refresh(directory, model, record, pictures, images.class_names, missing=missing)
@@ -153,7 +154,11 @@ def refresh(
     )
     processor = load_processor(model)
     lfrns.save(model, directory, record=record, processor=processor, label_names=label_names or None, overwrite=True)
-    refresh_index(Path(directory).resolve().parent)
+    above = Path(directory).resolve().parent
+    try:
+        refresh_index(above)
+    except (OSError, ValueError) as error:
+        print(f"Warning: the table in {above} is as it was: {error}", file=sys.stderr)
     return record
 
 

@@ -6,9 +6,8 @@ import json
 import os
 import runpy
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
+from lfrns_hub.checkpoint import prepared
 from lfrns_hub.cli.dense_again import remember_dense
 from lfrns_hub.cli.judge import dense_beside, earlier_record, refresh
 from lfrns_hub.cli.terminal import (
@@ -131,9 +131,9 @@ def slim(
 
     Several budgets share one analysis; each gets a folder of its own, named as on the Hub, under one README.
     """
-    directory = recipe.check_output_dir(out, resume=False, overwrite=overwrite)
     budgets: list[float | None] = read_budgets(macs) if macs is not None else [None]
     several = len(budgets) > 1
+    directory = recipe.check_output_dir(out, resume=False, overwrite=overwrite, option="--out", several=several)
     if macs is None and params is None and latency is None:
         raise ValueError(
             "lfrns slim: --macs, --params or --latency must say how much to keep. For half of the MACs: --macs 0.5."
@@ -150,6 +150,10 @@ def slim(
         )
     accelerator = make_accelerator(seed=seed)
     progress, main_process = not as_json, accelerator.is_main_process
+    names = [checkpoint_name(model, data, budget) if several else "" for budget in budgets]
+    folders = [directory / name for name in names]
+    for folder in folders:
+        recipe.hold(folder, f"--out {out}", accelerator)
     dense = create_dense(model, weights=weights)
     set_preprocessing(dense, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
     pictures = Pictures(data, label_column, val_split, class_map, flip, max_unreadable)
@@ -169,24 +173,23 @@ def slim(
         )
     results = [analysis.cut(macs=budget, params=params, **timed, fcr_steps=fcr_steps) for budget in budgets]
     options = {"processor": load_processor(dense), "label_names": test.class_names or None, "overwrite": True}
-    names = [checkpoint_name(model, data, budget) if several else "" for budget in budgets]
-    folders = [directory / name for name in names]
     if main_process:
         remember_dense(dense, model, weights)
-        for folder, result in zip(folders, results, strict=True):
-            prove_saving(result.model, folder, options)
-    for folder, result in zip(folders, results, strict=True):
-        training = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed, "progress": progress}
-        lfrns.retrain(result.model, train_loader, teacher=dense, accelerator=accelerator, **training)
-        if main_process:  # the weights first; what is said of them can be said later
-            lfrns.save(result.model, folder, **options)
-        accelerator.wait_for_everyone()
+    training = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed, "progress": progress}
+    training |= {"teacher": dense, "accelerator": accelerator}
+    failed = train_each(
+        {folder: result.model for folder, result in zip(folders, results, strict=True)},
+        lambda narrow: lfrns.retrain(narrow, train_loader, **training),
+        options,
+        accelerator,
+    )
+    made = [(n, f, r) for n, f, r in zip(names, folders, results, strict=True) if f not in failed]
+    names, folders, results = map(list, zip(*made, strict=True))
 
-    again = ["lfrns", "evaluate", str(folders[0]), "--data", data, *pictures.arguments(), "--dense", model]
-    again += ["--weights", weights] if weights else []
+    again = ["--data", data, *pictures.arguments(), "--dense", model, *(["--weights", weights] if weights else [])]
     records: dict[str, Record] = {}
     index: list[str] = []
-    with described_later(accelerator, [str(folder) for folder in folders], again):
+    with described_later(accelerator, folders, again):
         models = {name or "slim": result.model for name, result in zip(names, results, strict=True)}
         records = measure_each(models, test_loader, dense=dense, accelerator=accelerator, progress=progress)
         told = {
@@ -228,37 +231,68 @@ def slim(
         for row, result in zip(found, results, strict=True):
             row |= {"latency": result.report.latency} if result.report.latency else {}
         left_out = filter(None, [train.describe_unreadable(), test.describe_unreadable()])
-        show(as_json, {"checkpoints": found, "pushed": urls}, *left_out, *index, *(f"Pushed: {url}" for url in urls))
+        told = {"checkpoints": found, "pushed": urls, "failed": {str(folder): why for folder, why in failed.items()}}
+        show(as_json, told, *left_out, *index, *(f"Pushed: {url}" for url in urls))
     accelerator.end_training()
+    if failed:
+        raise typer.Exit(1)
 
 
-def prove_saving(model: nn.Module, folder: Path, options: dict[str, Any]) -> None:
-    """Save a model that is to be trained beside where it will go, and remove that: what cannot be saved ends here.
+def train_each(
+    models: dict[Path, nn.Module], train: Callable[[nn.Module], Any], options: dict[str, Any], accelerator: Any
+) -> dict[Path, str]:
+    """Train models and save each the moment it is trained; that one fails takes none of the others.
 
-    Raises:
-        ValueError, OSError: As `lfrns_hub.save`.
+    Before the first batch every one is saved next to its folder, which proves that it can be, and keeps the room on the
+    disk until its own weights take it.
+
+    Args:
+        models: By their folders.
+        train: Trains one in place.
+        options: For `lfrns_hub.save`.
+        accelerator: Of the run; the main process saves.
+    Returns:
+        Why some failed, by their folders; not of all, and of none on several processes, which have to go on together.
     """
-    folder = folder.resolve()
-    proof = folder.parent / f".{folder.name}.proof"
-    try:
-        lfrns.save(model, proof, **options)
-    finally:
-        shutil.rmtree(proof, ignore_errors=True)
+    failed: dict[Path, str] = {}
+    with contextlib.ExitStack() as rooms:
+        room = {folder: rooms.enter_context(contextlib.ExitStack()) for folder in models}
+        for folder, model in models.items() if accelerator.is_main_process else ():
+            room[folder].enter_context(prepared(model, folder, **options))
+        for folder, model in models.items():
+            try:
+                train(model)
+                room[folder].close()
+                if accelerator.is_main_process:  # the weights first; what is said of them can be said later
+                    recipe.save_trained(model, folder, **options)
+            except Exception as error:
+                failed[folder] = f"{type(error).__name__}: {error}"
+                if len(failed) == len(models) or accelerator.num_processes > 1 or os.environ.get("LFRNS_TRACEBACK"):
+                    raise
+                print(f"Warning: {folder} was not made. {failed[folder]}", file=sys.stderr)
+            accelerator.wait_for_everyone()
+    return failed
 
 
 @contextlib.contextmanager
-def described_later(accelerator: Any, folders: list[str], again: list[str]) -> Iterator[None]:
+def described_later(accelerator: Any, folders: Sequence[Path], again: list[str]) -> Iterator[None]:
     """Turn the failure to measure or describe trained models, which are saved, into a warning that says what to call.
 
     On several processes it stays an error as well: the others wait for what this one does not do any more.
+
+    Args:
+        accelerator: Of the run.
+        folders: Where the models are saved.
+        again: The options of `lfrns evaluate` that measure them.
     """
     try:
         yield
     except Exception as error:
         if accelerator.is_main_process:
+            calls = "".join(f"\n  {shlex.join(['lfrns', 'evaluate', str(folder), *again])}" for folder in folders)
             print(
-                f"Warning: {type(error).__name__}: {error}\nThe weights are saved in {', '.join(folders)}, but not "
-                f"measured or described. For that: {shlex.join(again)}",
+                f"Warning: {type(error).__name__}: {error}\nThe weights are saved in {', '.join(map(str, folders))}, but "
+                f"not measured or described. For that:{calls}",
                 file=sys.stderr,
             )
         if accelerator.num_processes > 1 or os.environ.get("LFRNS_TRACEBACK"):
@@ -292,11 +326,12 @@ def retrain(
     The weights are saved as soon as they are trained. The dense model is measured beside the slim one where it is the
     teacher, or found again by what the record says of its weights; it teaches only where it is named.
     """
+    accelerator = make_accelerator(seed=seed)
+    recipe.hold(Path(directory), f"lfrns retrain {directory}", accelerator)
     model = load_slim(directory, teacher)
     dense = create_dense(teacher, weights=weights) if teacher else None
     pictures = Pictures(data, label_column, val_split, class_map, flip, max_unreadable)
     train, test = pictures.load(model, "train", augment=True), pictures.load(model, "validation")
-    accelerator = make_accelerator(seed=seed)
     test_loader = DataLoader(test, batch_size)
     check_images(model, test_loader)
     options = {"accelerator": accelerator, "progress": not as_json}
@@ -307,14 +342,12 @@ def retrain(
     before.setup["epochs"] = (before.setup.get("epochs") or 0) + epochs
     for key in ("budgets", "controls"):  # were trained as long as this one was
         before.setup.pop(key, None)
-    if accelerator.is_main_process:
-        prove_saving(model, Path(directory), saving)
-    lfrns.retrain(model, loader, teacher=dense, epochs=epochs, learning_rate=learning_rate, seed=seed, **options)
-    if accelerator.is_main_process:  # the weights first; figures of the weights of before are not those of these
-        lfrns.save(model, directory, record=Record(None, {}, before.setup), **saving)
-    again = ["lfrns", "evaluate", directory, "--data", data, *pictures.arguments()]
+    saving["record"] = Record(None, {}, before.setup)  # figures of the weights of before are not those of these
+    training = {"teacher": dense, "epochs": epochs, "learning_rate": learning_rate, "seed": seed, **options}
+    train_each({Path(directory): model}, lambda slim: lfrns.retrain(slim, loader, **training), saving, accelerator)
+    again = ["--data", data, *pictures.arguments()]
     again += ["--dense", teacher, *(["--weights", weights] if weights else [])] if teacher else []
-    with described_later(accelerator, [directory], again):
+    with described_later(accelerator, [Path(directory)], again):
         record = lfrns.measure(model, test_loader, dense=beside, **options)
         if accelerator.is_main_process:
             record = refresh(directory, model, record, pictures, test.class_names, before=before, missing=missing)

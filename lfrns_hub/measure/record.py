@@ -96,6 +96,9 @@ class Record:
                     f"Record.from_json(setup.{key}={short(setup[key])}): a {kind.__name__} or null is needed. Measure "
                     "it again by lfrns evaluate."
                 )
+        for key in ("controls", "budgets"):
+            if not all(isinstance(row, dict) for row in setup.get(key) or []):
+                raise ValueError(f"Record.from_json(setup.{key}={short(setup[key])}): rows of figures are needed.")
         return cls(dense, slim, setup)
 
     def save(self, path: str | Path) -> None:

@@ -6,11 +6,12 @@ from lfrns_hub.recipe.folder import (
     check_same_run,
     is_finished,
     load_weights,
+    save_trained,
     save_weights,
     tidy,
 )
 from lfrns_hub.recipe.options import kept_fraction, recipe_parser, whole_number
-from lfrns_hub.recipe.program import finish, open_run, run
+from lfrns_hub.recipe.program import finish, hold, open_run, run
 from lfrns_hub.recipe.results import (
     control_row,
     describe_data,
@@ -31,6 +32,7 @@ __all__ = [
     "describe_run",
     "draw_clusters",
     "finish",
+    "hold",
     "is_finished",
     "kept_fraction",
     "load_weights",
@@ -41,6 +43,7 @@ __all__ = [
     "random_plan",
     "recipe_parser",
     "run",
+    "save_trained",
     "save_weights",
     "tidy",
     "whole_number",

@@ -3,40 +3,62 @@
 import argparse
 import difflib
 import json
+import os
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import nn
 
+from lfrns_hub.checkpoint import holds_ours, is_own, refuse_foreign, save
 from lfrns_hub.recipe.options import CODE
-from lfrns_hub.runs import written_aside
-from lfrns_hub.untrusted import short
+from lfrns_hub.runs import draft_of, locked, put_in_place, written_aside
+from lfrns_hub.untrusted import read_json, short
 
 # What may differ between a run and its --resume: where it is told to write, and what comes after it.
 _NOT_THE_RUN = {"output_dir", "overwrite", "resume", "push_to_hub", "no_controls"}
 
 
-def check_output_dir(directory: str | Path, *, resume: bool, overwrite: bool) -> Path:
+def check_output_dir(
+    directory: str | Path, *, resume: bool, overwrite: bool, option: str = "--output-dir", several: bool = False
+) -> Path:
     """Say whether a run may write to a folder, before it does any work. Nothing is written or removed here.
 
     Args:
         directory: The output folder, there or not.
         resume: What lies there is gone on with.
-        overwrite: What lies there may be removed.
+        overwrite: A checkpoint or run of ours that lies there may be removed.
+        option: What named it.
+        several: It is to hold a folder for each of several checkpoints.
     Returns:
-        The folder.
+        The folder; of a link, what it leads to.
     Raises:
-        FileExistsError: It holds something, and neither was asked for.
+        FileExistsError: It holds something and neither was asked for, or what it holds is not ours.
     """
     directory = Path(directory)
-    if directory.is_file():
-        raise FileExistsError(f"--output-dir {directory}: is a file. Name a folder.")
-    if not (resume or overwrite) and directory.is_dir() and any(directory.iterdir()):
+    named = f"{option} {directory}"
+    if directory.is_symlink():
+        directory = directory.resolve()
+        named += f", a link to {directory},"
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise FileExistsError(f"{named}: is a file. Name a folder.")
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return directory
+    if not (resume or overwrite):
+        ways = "--overwrite to replace what we wrote there" if several else "--resume to go on, --overwrite to empty it"
+        raise FileExistsError(f"{named}: is not empty. Pass {ways}, or a new folder.")
+    members = [path for path in directory.iterdir() if path.is_dir()] if several else []
+    if not resume and not any(map(holds_ours, [directory, *members])):
         raise FileExistsError(
-            f"--output-dir {directory}: is not empty. Pass --resume to go on, --overwrite to empty it, or a new folder."
+            f"{named}: holds no checkpoint or run of lfrns_hub, and nothing else is overwritten. Name another folder, "
+            "or empty it yourself."
         )
+    if not several:
+        refuse_foreign(directory, named)
     return directory
 
 
@@ -57,9 +79,9 @@ def check_same_run(directory: Path, args: argparse.Namespace) -> None:
     path = directory / "work" / "run.json"
     if not (args.resume and path.is_file()):
         return
-    before, now = json.loads(path.read_text()), _settings(args)
+    before, now = read_json(path, f"--resume: {str(path)!r}"), _settings(args)
     code, now_code = before.pop(CODE, None), now.pop(CODE, None)
-    if code is not None and code != now_code:
+    if isinstance(code, str) and code != now_code:
         edits = difflib.unified_diff(code.splitlines(), now_code.splitlines(), n=0, lineterm="")
         edits = [line for line in edits if not line.startswith(("---", "+++", "@@"))]
         raise ValueError(
@@ -70,13 +92,15 @@ def check_same_run(directory: Path, args: argparse.Namespace) -> None:
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise ValueError(
-                f"--resume: the run in {directory} has --{name.replace('_', '-')} {before.get(name)}, this one "
-                f"{now.get(name)}. Repeat the options of then, pass --overwrite, or name another --output-dir."
+                f"--resume: the run in {directory} has --{short(name.replace('_', '-'))} {short(before.get(name))}, "
+                f"this one {short(now.get(name))}. Repeat the options of then, pass --overwrite, or name another --output-dir."
             )
 
 
 def begin_run(directory: Path, args: argparse.Namespace, accelerator: Any) -> Path:
-    """Note a run's options in its folder, just before it writes anything else there; `--overwrite` empties it first.
+    """Note a run's options in its folder, just before it writes anything else there.
+
+    `--overwrite` removes the checkpoint and the run of before first; what else lies there stays.
 
     Args:
         directory: The output folder, there or not.
@@ -86,8 +110,11 @@ def begin_run(directory: Path, args: argparse.Namespace, accelerator: Any) -> Pa
         `work/` in the folder: each stage keeps in a folder of its own there what `--resume` goes on from.
     """
     if accelerator.is_main_process:
+        directory = directory.resolve()
         if args.overwrite and not args.resume and directory.is_dir():
-            shutil.rmtree(directory)
+            with locked(directory, f"--output-dir {directory}"), draft_of(directory) as draft:
+                put_in_place(draft, directory, is_own)  # nothing, in place of a whole checkpoint
+            shutil.rmtree(directory / "work", ignore_errors=True)
         with written_aside(directory / "work" / "run.json") as partial:
             partial.write_text(json.dumps(_settings(args)))
     accelerator.wait_for_everyone()
@@ -119,5 +146,37 @@ def save_weights(model: nn.Module, path: Path, accelerator: Any) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Put weights that `save_weights` kept back into a model of the same shape, strictly."""
-    safetensors.torch.load_model(model, str(path))
+    """Put weights that `save_weights` kept back into a model of the same shape, strictly.
+
+    Raises:
+        ValueError: They are damaged, or another model's.
+    """
+    try:
+        safetensors.torch.load_model(model, str(path))
+    except (SafetensorError, RuntimeError) as error:
+        reason = short(" ".join(str(error).split()), 160)
+        raise ValueError(f"{str(path)!r}: cannot be loaded ({reason}). Remove it, and it is made again.") from error
+
+
+def save_trained(model: nn.Module, directory: Path, **options: Any) -> Path:
+    """Save a model the moment it is trained; where that fails, among the temporary files, before the error goes on.
+
+    Args:
+        model: The model.
+        directory, options: As `lfrns_hub.save` takes them.
+    Returns:
+        The folder.
+    Raises:
+        ValueError, OSError: As `lfrns_hub.save`.
+    """
+    try:
+        return save(model, directory, **options)
+    except Exception:
+        rescue = None
+        try:
+            rescue = Path(tempfile.mkdtemp(prefix="lfrns-"))
+            save(model, rescue, **{**options, "record": None})
+            print(f"Warning: the trained model could only be saved in {rescue}.", file=sys.stderr)
+        except Exception:  # there neither: the first error says what is wrong
+            shutil.rmtree(rescue, ignore_errors=True) if rescue else None
+        raise

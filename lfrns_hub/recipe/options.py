@@ -103,7 +103,7 @@ def recipe_parser(
         help="training of the dense model (default: %(default)s)",
     )
     add("--output-dir", default=f"out/{Path(path).stem}", help="(default: %(default)s)")
-    add("--overwrite", action="store_true", help="empty the output folder first")
+    add("--overwrite", action="store_true", help="remove the checkpoint and the run in the output folder first")
     add("--resume", action="store_true", help="go on where a run stopped; nothing to do where all is done")
     add("--push-to-hub", default=None, metavar="REPO", help="push the finished checkpoint, e.g. user/name")
     add("--smoke", action="store_true", help="the whole way in under a minute, on a slice; figures mean nothing")

@@ -1,6 +1,7 @@
 """How a recipe begins and ends, and one line instead of a traceback for bad input."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -9,39 +10,62 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lfrns_hub.hub import push
 from lfrns_hub.measure import Record, comparable_controls
 from lfrns_hub.recipe.folder import check_output_dir, check_same_run, is_finished, tidy
 from lfrns_hub.recipe.results import print_results
+from lfrns_hub.resume import Stopped
 from lfrns_hub.retrain import make_accelerator, set_seed
+from lfrns_hub.runs import locked
+from lfrns_hub.untrusted import short
 
 # What a user can cause and mend; anything else is a bug and keeps its traceback.
-_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, SafetensorError)
+_HELD = contextlib.ExitStack()
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a recipe; bad input ends it with one line and exit code 1 (`LFRNS_TRACEBACK=1` shows where).
 
-    SIGTERM ends it with one line and exit code 0: what was kept in files is whole. While a model trains, `retrain` and
-    `slim` finish the step and keep it first.
+    SIGTERM ends it with one line and exit code 143: what was kept in files is whole. Where `retrain` and `slim` keep
+    checkpoints, they finish the step and keep it first; the exit code is then 0, and the line says how to go on.
     """
 
-    def stop(*_: Any) -> None:
+    def tell(line: str) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("SIGTERM: stopped. What was kept before is there still.", file=sys.stderr, flush=True)
-        sys.exit(0)
+            print(line, file=sys.stderr, flush=True)
+
+    def stop(*_: Any) -> None:
+        tell("SIGTERM: stopped. What was kept before is there still; what was being done is not.")
+        sys.exit(128 + signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         main()
+    except Stopped:
+        tell("Of a recipe it is the same command with --resume.")
+        raise
     except _USER_ERRORS as error:
         if os.environ.get("LFRNS_TRACEBACK"):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        tell(f"{type(error).__name__}: {error}")
         sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, before)
+        _HELD.close()
+
+
+def hold(directory: Path, call: str, accelerator: Any) -> None:
+    """See that a folder can be written to, and keep other processes from it until `run` ends; the main process does.
+
+    Raises:
+        BlockingIOError: Another process is writing to it.
+        OSError: It cannot be written to.
+    """
+    if accelerator.is_main_process:
+        _HELD.enter_context(locked(directory, call))
 
 
 def open_run(args: argparse.Namespace) -> tuple[Path, Any]:
@@ -58,6 +82,7 @@ def open_run(args: argparse.Namespace) -> tuple[Path, Any]:
     """
     directory = check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
     accelerator = make_accelerator(seed=args.seed)
+    hold(directory, f"--output-dir {args.output_dir}", accelerator)
     check_same_run(directory, args)
     if args.resume and is_finished(directory):
         finish(directory, accelerator, args.push_to_hub)
@@ -77,8 +102,15 @@ def finish(directory: Path, accelerator: Any, push_to_hub: str | None) -> None:
     main_process = accelerator.is_main_process
     if main_process:
         tidy(directory)
-        record = Record.load(directory / "record.json")
-        print_results(record, comparable_controls(asdict(record)), directory)
+        path = directory / "record.json"
+        record = Record.load(path)
+        try:
+            print_results(record, comparable_controls(asdict(record)), directory)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            reason = short(f"{type(error).__name__}: {error}", 120)
+            raise ValueError(
+                f"{str(path)!r} is damaged ({reason}). Remove it, and the run is measured again."
+            ) from error
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if main_process and push_to_hub:

@@ -99,7 +99,6 @@ def draw_clusters(dense: nn.Module, result: Any, loader: Any, directory: Path) -
 
     directory.mkdir(parents=True, exist_ok=True)
     images = choose_images(loader)
-    (directory / "clusters.png").unlink(missing_ok=True)  # it may be a link to elsewhere
     try:
         plot_clusters(dense, result, images, directory / "clusters.png")
     except ValueError as error:  # a picture less is no reason to lose a trained model

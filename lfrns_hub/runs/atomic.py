@@ -70,9 +70,9 @@ def sweep(path: Path) -> None:
 def put_in_place(draft: Path, folder: Path, ours: Callable[[str], bool], *, exchanged: bool = True) -> None:
     """Let the files of a draft take the place of a folder's own, in one step; all other files in it stay.
 
-    The draft, with hard links to the others, is exchanged for the folder where the system can do that. Elsewhere, and
-    where the folder itself has to stay (a mount point, the working directory), the draft becomes a journal in it: from
-    then on the change is decided, and `settle` completes it.
+    The draft, with hard links to the others, is exchanged for the folder where the system can do that. Elsewhere, where
+    the folder itself has to stay (a mount point, the working directory), and where it holds nothing to replace, the
+    draft becomes a journal in it: from then on the change is decided, and `settle` completes it.
 
     Args:
         draft: Of `draft_of`, filled with files.
@@ -85,18 +85,19 @@ def put_in_place(draft: Path, folder: Path, ours: Callable[[str], bool], *, exch
     settle(folder, ours)
     names = sorted(path.name for path in draft.iterdir())
     _take(draft)
-    stays = not exchanged or draft.parent != folder.parent or _is_working_directory(folder)
-    if not folder.exists() or (not stays and not any(folder.iterdir())):
+    there = [path.name for path in folder.iterdir()] if folder.exists() else None
+    stays = draft.parent != folder.parent or _is_working_directory(folder)
+    if there is None or not (there or stays):
         draft.rename(folder)
         return _sync(folder.parent)
-    if not stays and _carried(folder, draft, ours) and exchange(draft, folder):
+    if exchanged and not stays and any(map(ours, there)) and _carried(folder, draft, ours) and exchange(draft, folder):
         _sync(folder.parent)
         _carried(draft, folder, ours)  # what somebody added in between; the caller removes the rest
         return None
     for path in draft.iterdir():  # links that were carried before that failed
         if path.name not in names:
             remove(path)
-    leaving = sorted(path.name for path in folder.iterdir() if ours(path.name) and path.name not in names)
+    leaving = sorted(name for name in there if ours(name) and name not in names)
     (draft / NAMES).write_text(json.dumps({"leave": leaving, "put": names}), encoding="utf-8")
     _sync(draft / NAMES)
     draft.rename(folder / JOURNAL)
