@@ -107,10 +107,9 @@ class Cache:
         def write() -> None:
             tensors: dict[str, Tensor] = {}
             text = json.dumps(_split(value, tensors))
+            tensors = dict(sorted(tensors.items()))
             with written_aside(path) as partial:
-                save_file(
-                    tensors, partial, metadata={"value": text, "digest": digest(text, dict(sorted(tensors.items())))}
-                )
+                save_file(tensors, partial, metadata={"value": text, "digest": digest(text, tensors)})
             self._sweep()
 
         self._on_main(write)

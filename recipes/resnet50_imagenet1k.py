@@ -86,7 +86,7 @@ def main() -> None:
     )
     saving = {"label_names": test_set.class_names, "overwrite": True}
     if accelerator.is_main_process:  # the weights at once; what is said of them comes last
-        lfrns.save(result.model, out, **saving)
+        recipe.save_trained(result.model, out, **saving)
 
     # Evaluate: the last epoch, on images that nothing was chosen by.
     record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)

@@ -98,7 +98,7 @@ def main() -> None:
     lfrns.retrain(result.model, train_loader, checkpoint_dir=work / "retrain", **retraining)
     saving = {"label_names": test_set.class_names, "overwrite": True}
     if accelerator.is_main_process:  # the weights at once; what is said of them comes last
-        lfrns.save(result.model, out, **saving)
+        recipe.save_trained(result.model, out, **saving)
 
     # Beside it, equally trained: as many units drawn at random, and the dense model.
     rows = [recipe.control_row("slim, not retrained", before)]

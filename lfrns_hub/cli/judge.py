@@ -182,7 +182,10 @@ def bench(
     """
     from lfrns_hub.plots import plot_bench  # here: matplotlib is slow to import
 
-    device, sizes = make_accelerator().device, read_list(batches, "--batches", int)
+    accelerator, sizes = make_accelerator(), read_list(batches, "--batches", int)
+    drawn = Path(plot) if plot else Path(directory) / "bench.png"
+    recipe.hold(drawn, f"lfrns bench {directory}: {drawn.name}", accelerator)
+    device = accelerator.device
     model = load_slim(directory, dense).to(device)
     images = example_input(model)
     base = (create_skeleton(dense) if dense else create_base(directory)).to(device, images.dtype)
@@ -196,7 +199,7 @@ def bench(
     setup = describe_setup(model, images, device)
     where = {"device": str(device), "dtype": setup["dtype"]}
     peaks = {name: peak_memory(*build, images.shape[1:], sizes, **where) for name, build in builders.items()}
-    picture = plot_bench([asdict(one) for one in found.timings], ratio, plot or Path(directory) / "bench.png")
+    picture = plot_bench([asdict(one) for one in found.timings], ratio, drawn)
     machine = setup["machine"]
     told = f"{machine['cpu']}, {machine['device']}, {machine['threads']} threads, {setup['dtype']}"
     facts = {

@@ -9,6 +9,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
+from lfrns_hub import recipe
 from lfrns_hub.cli.terminal import (
     MAX_UNREADABLE,
     Batch,
@@ -119,6 +120,7 @@ def curve(
     """
     started, budgets = time.perf_counter(), read_budgets(macs)
     accelerator = make_accelerator(seed=seed)
+    recipe.hold(Path(picture), f"--picture {picture}", accelerator)
     dense = create_dense(model, weights=weights)
     set_preprocessing(dense, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
     pictures = Pictures(data, label_column, val_split, class_map, max_unreadable=max_unreadable)
@@ -137,7 +139,6 @@ def curve(
     from lfrns_hub.plots import plot_ladder  # here: matplotlib is slow to import
 
     first = next(iter(records.values()))
-    Path(picture).parent.mkdir(parents=True, exist_ok=True)
     plot_ladder([record.slim for record in records.values()], first.dense, picture)
     points = [{"macs": float(name), **record.slim} for name, record in records.items()]
     left_out = [budget for budget in budgets if budget < least]

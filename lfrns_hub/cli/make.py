@@ -291,8 +291,8 @@ def described_later(accelerator: Any, folders: Sequence[Path], again: list[str])
         if accelerator.is_main_process:
             calls = "".join(f"\n  {shlex.join(['lfrns', 'evaluate', str(folder), *again])}" for folder in folders)
             print(
-                f"Warning: {type(error).__name__}: {error}\nThe weights are saved in {', '.join(map(str, folders))}, but "
-                f"not measured or described. For that:{calls}",
+                f"Warning: {type(error).__name__}: {error}\nThe weights are saved in {', '.join(map(str, folders))}, "
+                f"but not measured or described. For that:{calls}",
                 file=sys.stderr,
             )
         if accelerator.num_processes > 1 or os.environ.get("LFRNS_TRACEBACK"):

@@ -93,7 +93,8 @@ def check_same_run(directory: Path, args: argparse.Namespace) -> None:
         if before.get(name) != now.get(name):
             raise ValueError(
                 f"--resume: the run in {directory} has --{short(name.replace('_', '-'))} {short(before.get(name))}, "
-                f"this one {short(now.get(name))}. Repeat the options of then, pass --overwrite, or name another --output-dir."
+                f"this one {short(now.get(name))}. Repeat the options of then, pass --overwrite, or name another "
+                "--output-dir."
             )
 
 

@@ -101,7 +101,6 @@ def finish(directory: Path, accelerator: Any, push_to_hub: str | None) -> None:
     """
     main_process = accelerator.is_main_process
     if main_process:
-        tidy(directory)
         path = directory / "record.json"
         record = Record.load(path)
         try:
@@ -111,6 +110,7 @@ def finish(directory: Path, accelerator: Any, push_to_hub: str | None) -> None:
             raise ValueError(
                 f"{str(path)!r} is damaged ({reason}). Remove it, and the run is measured again."
             ) from error
+        tidy(directory)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if main_process and push_to_hub:

@@ -15,7 +15,7 @@ try:
 except ImportError:  # no POSIX system: nothing is locked there
     fcntl = None  # type: ignore[assignment]
 
-# By process and lock file: the descriptor, once for each time that it is held. A forked child holds none of its parent's.
+# By process and lock file: the descriptor, once for each time that it is held. A forked child holds nothing.
 _HELD: dict[tuple[int, Path], list[int | None]] = {}
 
 
