@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lfrns_hub.resume import Stopped, caught_sigterm, told_anywhere
-from lfrns_hub.runs import written_aside
+from lfrns_hub.runs import remove, written_aside
 
 VERSIONS = [version(name) for name in ("torch", "timm", "transformers")]
 KEPT = 2  # contents: the last that was used, and the one before
@@ -124,7 +124,7 @@ class Cache:
         kept = sorted(used, key=used.__getitem__)[-KEPT:]
         for path, content in files:
             if content not in kept:
-                path.unlink(missing_ok=True)
+                remove(path)
 
     def _on_main(self, work: Callable[[], None]) -> None:
         """Do something on the main process, and raise on all where it failed."""

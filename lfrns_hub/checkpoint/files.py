@@ -248,8 +248,8 @@ def _earlier_card(directory: Path) -> str | None:
     size = readme.stat().st_size
     if size > MAX_JSON_BYTES:
         raise ValueError(
-            f"save({str(directory)!r}): README.md there has {size:,} bytes, at most {MAX_JSON_BYTES:,} are read. Remove "
-            "it."
+            f"save({str(directory)!r}): README.md there has {size:,} bytes, at most {MAX_JSON_BYTES:,} are "
+            "read. Remove it."
         )
     return readme.read_text(encoding="utf-8-sig", errors="surrogateescape")
 

@@ -23,21 +23,24 @@ _LIVE: set[Path] = set()  # the drafts of this process
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Give a name to write a file or folder to; it takes the place of `path` when the context ends without an error.
+    """Give a path to write a file or folder to; it takes the place of `path` when the context ends without an error.
+
+    It lies in a folder of its own, where whatever writes it may leave files of its own when it is killed; the next call
+    removes them.
 
     Raises:
         OSError: It could not be written. What lay at `path` before lies there still.
     """
     partial = path.with_name(path.name + PARTIAL)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(partial)
+    partial.mkdir()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(partial)
-        yield partial
-        rename_synced(partial, path)
-    except BaseException:
+        yield partial / path.name
+        rename_synced(partial / path.name, path)
+    finally:
         with contextlib.suppress(OSError):
             remove(partial)
-        raise
 
 
 @contextlib.contextmanager
