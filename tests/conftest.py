@@ -1,6 +1,8 @@
 """What all tests share: few threads, no talk to the Hub, and the real data where it lies beside the checkout."""
 
 import os
+import resource
+from collections.abc import Callable, Iterator
 
 # Read by huggingface_hub when it is imported, so before everything else.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -35,6 +37,14 @@ def shared() -> Path:
 def repository() -> Path:
     """The root of the checkout."""
     return REPOSITORY
+
+
+@pytest.fixture
+def fill_disk() -> Iterator[Callable[[int], None]]:
+    """Let no file grow beyond a size, which is what a program sees of a full disk; only until the test ends."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size < 0 else size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture

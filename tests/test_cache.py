@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lfrns_hub as lfrns
@@ -188,6 +189,26 @@ def test_a_file_that_is_not_whole_is_made_again(dense: nn.Module, kept: Path, tm
     assert [path.stat().st_size for path in sorted(tmp_path.iterdir())] == [
         path.stat().st_size for path in sorted(kept.iterdir())
     ]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [None, {}, {"value": "{"}, {"value": '{"dict":{"x":{"tensor":"9"}}}'}, {"value": "[" * 9999, "digest": ""},
+     {"value": '{"dict":{"x":{"tensor":"0"}}}', "digest": "0" * 16}, "a pipe", "a folder"],
+)  # fmt: skip
+def test_a_damaged_or_false_file_is_made_again(metadata: Any, tmp_path: Path) -> None:
+    def make() -> dict[str, torch.Tensor]:
+        return {"x": torch.ones(2)}
+
+    Cache(tmp_path, None, "content").keep("step", make)
+    (path,) = tmp_path.iterdir()
+    if isinstance(metadata, str):
+        path.unlink()
+        os.mkfifo(path) if metadata == "a pipe" else path.mkdir()
+    else:
+        save_file({"0": torch.full((2,), 666.0)}, path, metadata=metadata)
+    for _ in range(2):
+        assert torch.equal(Cache(tmp_path, None, "content").keep("step", make)["x"], torch.ones(2))
 
 
 def test_a_folder_that_cannot_be_written_to_is_told(dense: nn.Module, tmp_path: Path) -> None:

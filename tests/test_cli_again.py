@@ -16,10 +16,11 @@ import lfrns_hub as lfrns
 from lfrns_hub import cli
 from lfrns_hub.cli.dense_again import find_dense, remember_dense
 from lfrns_hub.cli.judge import dense_beside
-from lfrns_hub.cli.make import prove_saving
+from lfrns_hub.cli.make import train_each
 from lfrns_hub.latency import cache_directory
 from lfrns_hub.measure import Record, measure
 from lfrns_hub.recipe import random_cut
+from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.units import SlimPlan
 from lfrns_hub.zoo import create_dense, example_input, load_data, make_transform
 
@@ -169,7 +170,7 @@ def test_what_cannot_be_saved_is_known_before_it_is_trained(
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("save(): it cannot")
 
-    monkeypatch.setattr("lfrns_hub.save", refuse)
+    monkeypatch.setattr("lfrns_hub.cli.make.prepared", refuse)
     monkeypatch.setattr("lfrns_hub.retrain", lambda *_, **__: pytest.fail("it was trained"))
     monkeypatch.setattr(sys, "argv", ["lfrns", "retrain", str(at), "--data", str(made / "data")])
     with pytest.raises(SystemExit) as ended:
@@ -177,10 +178,30 @@ def test_what_cannot_be_saved_is_known_before_it_is_trained(
     assert ended.value.code == 1 and "it cannot" in capsys.readouterr().err
 
 
-def test_a_proof_of_saving_leaves_nothing_behind(at: Path) -> None:
-    files = sorted(at.parent.iterdir())
-    prove_saving(lfrns.load(at), at, {"label_names": list("abcdefghij")})
-    assert sorted(at.parent.iterdir()) == files
+def test_one_budget_that_fails_takes_none_of_the_others(tmp_path: Path, capsys) -> None:
+    models = {tmp_path / name: create_dense("cifar_resnet20") for name in ("a", "b", "c")}
+
+    def train(model: torch.nn.Module) -> None:
+        assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} <= {"a", "b"}
+        if model is models[tmp_path / "b"]:
+            raise FloatingPointError("the loss is nan")
+        model.linear.bias.data.fill_(3.0)
+
+    failed = train_each(models, train, {"overwrite": True}, make_accelerator())
+    assert failed == {tmp_path / "b": "FloatingPointError: the loss is nan"}
+    assert f"Warning: {tmp_path / 'b'} was not made. FloatingPointError: the loss is nan" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
+    assert float(lfrns.load(tmp_path / "c").linear.bias.sum()) == 30
+    with pytest.raises(FloatingPointError):
+        train_each({tmp_path / "b": models[tmp_path / "b"]}, train, {}, make_accelerator())
+
+
+@pytest.mark.parametrize("named", ["antigravity:geohash", "os:getcwd", "tests.x:build", 3, "../elsewhere"])
+def test_a_record_names_no_function_that_would_be_run(named: object, at: Path, monkeypatch) -> None:
+    monkeypatch.setattr("lfrns_hub.cli.dense_again.create_dense", lambda name: pytest.fail(f"{name} was built"))
+    dense, why = find_dense(str(at), {"dense_id": "0" * 32, "base_model": named})
+    assert dense is None and "not found again" in why
+    assert find_dense(str(at), {"dense_id": "../" * 99})[0] is None
 
 
 @pytest.mark.parametrize("command", ["evaluate", "retrain"])

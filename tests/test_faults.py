@@ -1,12 +1,14 @@
 """Runs that are stopped, by a kill, a signal, a full disk: what was done is not done again, and the end is the same."""
 
+import json
 import os
 import random
-import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lfrns_hub.retrain import retrain
 
 KILLS = int(os.environ.get("LFRNS_KILLS", "2"))  # 20 for the whole test, half an hour of two slow cores
+EVERY_CALL = bool(os.environ.get("LFRNS_FAULTS"))  # the fault table at every system call, half an hour
 
 
 class Stopped(Exception):
@@ -110,14 +113,6 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(
     assert signal.getsignal(signal.SIGTERM) is before
     assert equal(train(tmp_path, tracker=stopped_at(-1, seen)), whole)
     assert seen == list(range(1, STEPS + 1))
-
-
-@pytest.fixture
-def fill_disk() -> Iterator[Callable[[int], None]]:
-    """Let no file grow beyond a size, which is what a program sees of a full disk; only until the test ends."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size < 0 else size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [0, 2000, 6000])
@@ -221,6 +216,24 @@ def test_a_number_of_steps_between_checkpoints_below_one_is_refused(every: int, 
     with pytest.raises(ValueError, match=f"checkpoint_every={every}"):
         train(tmp_path / "run", checkpoint_every=every)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_any_system_call_a_folder_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    preloaded, tests = tmp_path / "faults.so", Path(__file__).parent
+    if sys.platform != "linux" or shutil.which("gcc") is None:
+        pytest.skip("needs Linux and gcc: a library that is loaded before the C library kills at its calls")
+    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", preloaded, tests / "faults.c", "-ldl"], check=True)
+    chosen = [] if EVERY_CALL else ["save over, exchanged", "save over, by journal", "write_index", "Record.save"]
+    paths = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "LD_PRELOAD": str(preloaded), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, tests / "fault_table.py", "1" if EVERY_CALL else "5", *chosen]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    print(done.stdout)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not [row for row in rows if row["broken"]]
+    assert sum(row["points"] for row in rows) >= (200 if EVERY_CALL else 30)
 
 
 @pytest.mark.slow

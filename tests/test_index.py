@@ -93,6 +93,23 @@ def test_a_readme_that_is_no_index_stays_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "# My project\n"
 
 
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"slim": {}}', '{"slim": {"macs_g": "<b>"}}', '{"slim": {"macs_g": NaN}}', '{"slim": 3}']
+)
+def test_a_damaged_record_has_a_line_that_says_so_and_a_killed_draft_none(content: str, tmp_path: Path) -> None:
+    write(tmp_path, "net.lfrns75_flowers", 0.75, top1_pct=79.25)
+    write(tmp_path, ".lfrns-0123-killed", 0.5)
+    write(tmp_path, "broken", 0.5)
+    (tmp_path / "broken" / "record.json").write_text(content)
+    text = write_index(tmp_path, "net").read_text()
+    assert "[net.lfrns75_flowers]" in text and "killed" not in text and "<b>" not in text
+    (line,) = [line for line in text.splitlines() if "broken" in line]
+    assert line.startswith("- broken: not listed, ")
+    (tmp_path / "net.lfrns75_flowers" / "record.json").unlink()
+    with pytest.raises(ValueError, match=r"write_index\("):
+        write_index(tmp_path, "net")
+
+
 def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"write_index\(.*no subfolder has a record"):
         write_index(tmp_path, "net")

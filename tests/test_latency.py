@@ -172,7 +172,8 @@ def test_a_second_call_takes_the_layers_from_the_cache(analysis: Any, pretended:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[1, 2]", "{", '{"ms": 3}', '{"ms": {"step conv": "wide", "step linear": -1}}']
+    "content",
+    ["", "[1, 2]", "{", '{"ms": 3}', '{"ms": {"step conv": "wide", "step linear": -1}}', '{"ms": {"step conv": 1}}'],
 )
 def test_a_damaged_cache_is_measured_anew(content: str, tmp_path: Path) -> None:
     machine = Pretended()

@@ -235,13 +235,69 @@ def test_a_finished_run_is_printed_once_more_and_nothing_is_run(
     assert "Checkpoint" in capsys.readouterr().out
 
 
-def test_overwrite_empties_the_folder_and_resume_leaves_it(tmp_path: Path) -> None:
+def test_overwrite_removes_a_run_and_its_checkpoint_and_resume_leaves_them(tmp_path: Path) -> None:
     for how, left in (("--resume", True), ("--overwrite", False)):
         out = tmp_path / how
-        out.mkdir()
-        (out / "mine.txt").write_text("mine")
+        for name in ("mine.txt", "config.json", "model.safetensors", "work/retrain/step", "work/run.json"):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text('{"slim": "lfrns"}')
+        recipe.check_output_dir(out, resume=how == "--resume", overwrite=how == "--overwrite")
         recipe.begin_run(out, options(how), make_accelerator())
-        assert (out / "mine.txt").exists() is left
+        assert (out / "mine.txt").exists() and (out / "work" / "run.json").exists()
+        for name in ("config.json", "model.safetensors", "work/retrain/step"):
+            assert (out / name).exists() is left
+
+
+def test_overwrite_touches_only_what_is_ours_and_names_what_a_link_leads_to(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "letter.txt").write_text("mine")
+    (tmp_path / "out").symlink_to(home)
+    for several in (False, True):
+        with pytest.raises(FileExistsError, match=rf"--out .*out, a link to {home},: holds no checkpoint or run"):
+            recipe.check_output_dir(tmp_path / "out", resume=False, overwrite=True, option="--out", several=several)
+    (home / "net.lfrns50").mkdir()
+    (home / "net.lfrns50" / "config.json").write_text('{"architecture": "lfrns_slim"}')
+    assert recipe.check_output_dir(tmp_path / "out", resume=False, overwrite=True, several=True) == home
+    (home / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds README.md and no checkpoint or run"):
+        recipe.check_output_dir(home, resume=True, overwrite=False)
+    assert (home / "letter.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"macs": "' + "x" * 999 + '"}', '{"code_of_the_recipe": 3}'])
+def test_an_edited_run_is_refused_in_one_line(content: str, tmp_path: Path) -> None:
+    recipe.begin_run(tmp_path, options(), make_accelerator())
+    (tmp_path / "work" / "run.json").write_text(content)
+    with pytest.raises(ValueError, match="--resume: ") as refused:
+        recipe.check_same_run(tmp_path, options("--resume"))
+    assert len(str(refused.value)) < 600 and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"slim": {"worst_class": 3, "output": "classes"}},
+        {"slim": {"worst_class": {"class": 9}}, "setup": {"label_names": ["a"]}},
+        {"slim": {}, "setup": {"controls": [{"name": "a"}]}},
+        {"slim": {}, "setup": {"controls": ["a"]}},
+        {"slim": {"heads": 3}},
+        {"slim": {"output": ["classes"]}},
+        {"slim": {}, "setup": {"machine": {"threads": [1]}, "dtype": {"a": 1}, "controls": None}},
+    ],
+)
+def test_an_edited_record_of_a_finished_run_is_one_line_and_its_run_stays(
+    fields: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out, accelerator = recipe.open_run(options("--output-dir", tmp_path))
+    work = recipe.begin_run(out, options("--output-dir", tmp_path), accelerator)
+    (work / "retrain").mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "record.json").write_text(json.dumps(fields))
+    try:
+        recipe.finish(out, accelerator, None)
+    except ValueError as refused:
+        assert "\n" not in str(refused) and (work / "retrain").is_dir()
 
 
 def test_a_finished_run_leaves_the_dense_weights_and_its_options(tmp_path: Path) -> None:
@@ -252,7 +308,7 @@ def test_a_finished_run_leaves_the_dense_weights_and_its_options(tmp_path: Path)
     assert sorted(path.name for path in work.iterdir()) == ["dense.safetensors", "run.json"]
 
 
-def test_sigterm_ends_a_recipe_with_one_line_and_0(capsys: pytest.CaptureFixture) -> None:
+def test_sigterm_ends_a_recipe_with_one_line_and_143(capsys: pytest.CaptureFixture) -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     def told() -> None:
@@ -261,8 +317,9 @@ def test_sigterm_ends_a_recipe_with_one_line_and_0(capsys: pytest.CaptureFixture
 
     with pytest.raises(SystemExit) as stopped:
         recipe.run(told)
-    assert stopped.value.code == 0
-    assert capsys.readouterr().err == "SIGTERM: stopped. What was kept before is there still.\n"
+    assert stopped.value.code == 143
+    said = "SIGTERM: stopped. What was kept before is there still; what was being done is not.\n"
+    assert capsys.readouterr().err == said
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -4,6 +4,7 @@ Neither layout overrides a forward: the stock model is built as its config says,
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +99,7 @@ def save(
     options |= {"label_names": label_names, "overwrite": overwrite}
     with prepared(model, directory, record=record, **options) as draft:
         with _told(f"save({str(directory)!r})"):
-            put_in_place(draft, Path(directory).resolve(), is_own)
+            put_in_place(draft, Path(os.path.realpath(directory)), is_own)
     return Path(directory)
 
 
@@ -129,7 +130,7 @@ def prepared(
     """
     model = unwrap(model, "save")
     call = f"save({str(directory)!r})"
-    named, directory = Path(directory), Path(directory).resolve()
+    named, directory = Path(directory), Path(os.path.realpath(directory))
     with locked(directory, call):
         if directory.exists() and not directory.is_dir():
             raise FileExistsError(f"{call}: it exists and is a file. Name a folder, or a new name.")

@@ -32,7 +32,7 @@ def locked(path: str | os.PathLike, call: str) -> Iterator[None]:
         BlockingIOError: Another process holds it.
         OSError: It cannot be written to.
     """
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))  # `resolve` refuses a name that is too long in its own words
     try:
         lock = place_of(path) / f"{name_of(path)}.lock"
         key = (os.getpid(), lock)
