@@ -102,11 +102,11 @@ def test_a_link_is_followed_to_its_folder_and_a_link_inside_is_replaced(tmp_path
 def test_a_second_process_is_refused_until_the_first_one_dies_and_its_draft_is_swept(tmp_path: Path) -> None:
     folder = write(tmp_path / "slim", "config.json")
 
+    stack = contextlib.ExitStack()
+
     def hold_and_draft() -> None:
-        stack = contextlib.ExitStack()
         stack.enter_context(locked(folder, "first"))
         write(stack.enter_context(draft_of(folder)), "model.safetensors")
-        stack.pop_all()
         if not os.fork():  # a worker of a loader outlives its killed parent, and holds nothing
             signal.alarm(20)
             signal.pause()

@@ -23,6 +23,7 @@ FIGURES = (
     "latency_ms",
     "size_mb",
 )
+MAX_FIGURE = 1e15  # no figure is as large, NaN and infinity among them
 # What of a setup is read again, and as what.
 SETUP = {
     **dict.fromkeys(("dense_id", "dense_missing"), str),
@@ -82,7 +83,8 @@ class Record:
             if not isinstance(figures, dict):
                 raise ValueError(f"Record.from_json({side}={short(figures)}): figures by name are needed.")
             for key in FIGURES if side != "setup" else ():
-                if not isinstance(figures.get(key, 0), (int, float, type(None))):
+                value = figures.get(key)
+                if value is not None and not (isinstance(value, (int, float)) and abs(value) < MAX_FIGURE):
                     raise ValueError(
                         f"Record.from_json({side}.{key}={short(figures[key])}): a number or null is needed. Measure it "
                         "again by lfrns evaluate."

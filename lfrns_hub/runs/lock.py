@@ -48,7 +48,7 @@ def locked(path: str | os.PathLike, call: str) -> Iterator[None]:
             "another folder."
         ) from error
     except OSError as error:
-        where = path if path.is_dir() else path.parent
+        where = path if os.path.isdir(path) else path.parent
         raise OSError(
             f"{call}: {str(where)!r} cannot be written ({error.strerror}). Name a folder that can."
         ) from error
@@ -83,9 +83,12 @@ def _acquire(lock: Path) -> int | None:
         except (AttributeError, OSError):
             os.close(descriptor)
             return None
+        is_there = False
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+            is_there = os.path.samestat(os.fstat(descriptor), lock.stat())
+        if is_there:
+            with contextlib.suppress(OSError):  # a full disk: then the lock does not say whose it is
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()}".encode(), 0)
-                return descriptor
+            return descriptor
         os.close(descriptor)  # its holder has ended, and taken the name away
