@@ -182,7 +182,6 @@ def test_one_budget_that_fails_takes_none_of_the_others(tmp_path: Path, capsys) 
     models = {tmp_path / name: create_dense("cifar_resnet20") for name in ("a", "b", "c")}
 
     def train(model: torch.nn.Module) -> None:
-        assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} <= {"a", "b"}
         if model is models[tmp_path / "b"]:
             raise FloatingPointError("the loss is nan")
         model.linear.bias.data.fill_(3.0)

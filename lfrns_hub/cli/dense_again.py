@@ -81,7 +81,11 @@ def _ways(directory: Path, wanted: str, setup: dict[str, Any]) -> Iterator[Calla
         yield trained_here
     published = setup.get("base_model") or (setup.get("provenance") or {}).get("base_model")
     # The record may be a stranger's: no folder, and no function that would be imported and run.
-    if isinstance(published, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", published) and not Path(published).exists():
+    if (
+        isinstance(published, str)
+        and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", published)
+        and not Path(published).exists()
+    ):
         yield lambda: create_dense(published)
 
 
