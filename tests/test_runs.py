@@ -15,6 +15,7 @@ from torch import nn
 
 import lfrns_hub as lfrns
 from lfrns_hub.checkpoint import holds_ours, is_own, prepared
+from lfrns_hub.handwritten import MARK
 from lfrns_hub.recipe import save_trained
 from lfrns_hub.runs import atomic, draft_of, locked, put_in_place, settle
 
@@ -97,6 +98,53 @@ def test_a_link_is_followed_to_its_folder_and_a_link_inside_is_replaced(tmp_path
     change((tmp_path / "link").resolve(), "record.json")
     assert (tmp_path / "link").is_symlink() and files(folder) == {"record.json": "new"}
     assert (tmp_path / "elsewhere.json").read_text() == "old"
+
+
+def test_a_folder_that_nothing_can_be_renamed_next_to_holds_its_own_draft_and_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
+    node = folder.stat().st_ino
+    for seed in (0, 1):
+        with prepared(network(seed), folder, overwrite=seed > 0) as draft:
+            assert draft.parent == folder
+        lfrns.save(network(seed), folder, overwrite=seed > 0)
+        assert torch.equal(lfrns.load(folder).linear.weight, network(seed).linear.weight)
+    assert folder.stat().st_ino == node and not [p.name for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_a_card_that_is_a_link_is_not_read(tmp_path: Path) -> None:
+    folder = lfrns.save(network(), tmp_path / "slim")
+    (tmp_path / "secret").write_text("## Key\n\nhunter2\n")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(tmp_path / "secret")
+    lfrns.save(network(), folder, overwrite=True)
+    assert "hunter2" not in (folder / "README.md").read_text() and (tmp_path / "secret").exists()
+
+
+def test_what_people_wrote_in_the_card_stays_whatever_is_saved(tmp_path: Path) -> None:
+    folder = lfrns.save(network(), tmp_path / "slim")
+    card = (folder / "README.md").read_text().replace("\n---\n", "\nco2_eq_emissions: 3\n---\n", 1)
+    card = card.replace("## Limits", "My notes\n--------\n\nFour weeks.\n\n~~~\npip install x\n\n## Limits")
+    (folder / "README.md").write_text(card + "\n   ## Last\n\nWords.\n")
+    for seed in (1, 2):
+        lfrns.save(network(seed), folder, overwrite=True)
+    text = (folder / "README.md").read_text()
+    assert "My notes\n--------\n\nFour weeks.\n\n~~~\npip install x\n\n~~~\n\n## Limits" in text
+    assert text.endswith("\n## Last\n\nWords.\n") and "co2_eq_emissions: 3" in text
+    assert text.count("## Limits") == text.count("## Use") == text.count("# slim") == 1
+
+
+def test_a_card_of_an_earlier_version_has_no_section_twice(tmp_path: Path) -> None:
+    folder = lfrns.save(network(), tmp_path / "slim")
+    card = (folder / "README.md").read_text().replace(MARK + "\n", "")
+    (folder / "README.md").write_text(card + "\n## Mine\n\nText.\n")
+    lfrns.save(network(1), folder, overwrite=True)
+    text = (folder / "README.md").read_text()
+    assert text.count("## Limits") == text.count("# slim") == 1 and text.endswith("## Mine\n\nText.\n")
 
 
 def test_a_second_process_is_refused_until_the_first_one_dies_and_its_draft_is_swept(tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def write_card(draft: Path, record: Any, directory: Path, *, name: str, base: st
 def _earlier_card(directory: Path) -> str | None:
     """Return the card of a checkpoint of ours that lies in a folder; None where there is none."""
     readme = directory / "README.md"
-    if not readme.is_file() or not holds_ours(directory):
+    if readme.is_symlink() or not readme.is_file() or not holds_ours(directory):  # a link could lead to any secret
         return None
     size = readme.stat().st_size
     if size > MAX_JSON_BYTES:

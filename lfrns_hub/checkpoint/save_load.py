@@ -46,7 +46,7 @@ from lfrns_hub.lineage import base_facts
 from lfrns_hub.narrow import carry_facts, short
 from lfrns_hub.pictures import find_processor, write_processor
 from lfrns_hub.running import unwrap
-from lfrns_hub.runs import draft_of, locked, put_in_place, settle
+from lfrns_hub.runs import draft_of, entries, locked, put_in_place, settle
 from lfrns_hub.untrusted import refusing
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def prepared(
     with locked(directory, call):
         if directory.exists() and not directory.is_dir():
             raise FileExistsError(f"{call}: it exists and is a file. Name a folder, or a new name.")
-        if directory.exists() and any(directory.iterdir()):
+        if directory.exists() and entries(directory):
             if not overwrite:
                 raise FileExistsError(f"{call}: it exists and is not empty. Pass overwrite=True or a new name.")
             refuse_foreign(directory, call)

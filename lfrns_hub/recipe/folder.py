@@ -16,7 +16,7 @@ from torch import nn
 
 from lfrns_hub.checkpoint import holds_ours, is_own, refuse_foreign, save
 from lfrns_hub.recipe.options import CODE
-from lfrns_hub.runs import draft_of, locked, put_in_place, written_aside
+from lfrns_hub.runs import draft_of, entries, locked, put_in_place, written_aside
 from lfrns_hub.untrusted import read_json, short
 
 # What may differ between a run and its --resume: where it is told to write, and what comes after it.
@@ -46,7 +46,7 @@ def check_output_dir(
         named += f", a link to {directory},"
     if os.path.lexists(directory) and not directory.is_dir():
         raise FileExistsError(f"{named}: is a file. Name a folder.")
-    if not directory.is_dir() or not any(directory.iterdir()):
+    if not directory.is_dir() or not entries(directory):
         return directory
     if not (resume or overwrite):
         ways = "--overwrite to replace what we wrote there" if several else "--resume to go on, --overwrite to empty it"

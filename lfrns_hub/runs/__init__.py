@@ -2,5 +2,6 @@
 
 from lfrns_hub.runs.atomic import draft_of, put_in_place, remove, rename_synced, settle, written_aside
 from lfrns_hub.runs.lock import locked
+from lfrns_hub.runs.places import entries
 
-__all__ = ["draft_of", "locked", "put_in_place", "remove", "rename_synced", "settle", "written_aside"]
+__all__ = ["draft_of", "entries", "locked", "put_in_place", "remove", "rename_synced", "settle", "written_aside"]

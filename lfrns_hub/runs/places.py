@@ -20,6 +20,11 @@ def place_of(path: Path) -> Path:
     return parent
 
 
+def entries(folder: Path) -> list[Path]:
+    """Return what lies in a folder, but for drafts and locks."""
+    return [path for path in folder.iterdir() if not path.name.startswith(PREFIX)]
+
+
 def name_of(path: Path) -> str:
     """Return what the names of a path's drafts and of its lock begin with: as short for a long name as for any."""
     return PREFIX + hashlib.blake2b(os.fsencode(path.name), digest_size=6).hexdigest()
