@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -262,7 +263,7 @@ def _forget_peak() -> None:
 
 def format_timings(timings: Sequence[Timing], title: str) -> Table:
     """Lay timings out as a table."""
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for heading in ("runtime", "batch", "dense, ms", "slim, ms", "slim / dense", "images/s, dense", "slim"):
         table.add_column(heading, justify="left" if heading == "runtime" else "right")
     for one in timings:

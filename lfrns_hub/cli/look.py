@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader
 
@@ -51,7 +52,7 @@ def units(model: Model, as_json: Json = False) -> None:
     """
     network = lfrns.load(model) if is_slim(model) else create_skeleton(model)
     groups, shares = survey(network, example_input(network))
-    table = Table("group", "kind", "units", "exact", "MACs", "read by", title=model)
+    table = Table("group", "kind", "units", "exact", "MACs", "read by", title=escape(model))
     table.add_column("frozen because", overflow="fold")
     for group in groups:
         row = [group.name, group.kind, str(group.size), "yes" if group.exact else "no", f"{shares[group.name]:.1%}"]
@@ -152,7 +153,7 @@ def curve(
 
 def _ladder(title: str, dense: dict[str, Any], points: list[dict[str, Any]]) -> Table:
     """Lay out one row for the dense model and one for each budget."""
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for heading in ("budget", *columns(dense)):
         table.add_column(heading, justify="right")
     table.add_row("dense", *cells(dense, dense))

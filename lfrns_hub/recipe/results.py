@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -112,6 +113,6 @@ def print_results(record: Record, rows: list[dict[str, Any]], where: Path) -> No
     if rows:
         controls = Table("beside it", "top-1 %", "images", title="Controls")
         for row in rows:
-            controls.add_row(row["name"], f"{row['top1_pct']:.2f}", str(row["images"]))
+            controls.add_row(escape(row["name"]), f"{row['top1_pct']:.2f}", str(row["images"]))
         console.print(controls)
-    console.print(f"Checkpoint: {where}", soft_wrap=True)
+    console.print(f"Checkpoint: {where}", soft_wrap=True, markup=False)
