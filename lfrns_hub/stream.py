@@ -28,7 +28,7 @@ from .pictures import (
     split_folder,
 )
 from .seeded import OwnGroup
-from .untrusted import short
+from .untrusted import refuse_shortage, short
 
 logger = logging.getLogger(__name__)
 FRONT_SHARDS = 32  # read in turn for the front
@@ -127,6 +127,7 @@ class ImageStream:
         try:
             picture = decode_picture(file, self.name)
         except Exception as error:  # pillow raises a dozen types for a file that is damaged
+            refuse_shortage(error, f"{self.name}: {name_picture(file) or 'a picture'}")
             which, reason = name_picture(file) or "a picture", short(str(error) or type(error).__name__, 120)
             self._errors.append(f"{which} ({reason})")
             if len(self._errors) > self.max_unreadable:

@@ -3,8 +3,10 @@
 What is trusted and what is not stands in SECURITY.md.
 """
 
+import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,23 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
 
 from lfrns_hub.narrow import short
 
-__all__ = ["AGAIN", "Header", "bounded", "parse_json", "read_headers", "read_json", "refuse_large", "refusing", "short"]
+__all__ = [
+    "AGAIN",
+    "Header",
+    "parse_json",
+    "read_headers",
+    "read_json",
+    "refuse_large",
+    "refuse_shortage",
+    "refusing",
+    "short",
+]
 
 # A ViT-H plan is 3 MB of JSON, a header of 2,000 tensors 0.2 MB; parsed, JSON takes up to 30 times its size.
 MAX_JSON_BYTES = 16 << 20
 MAX_HEADER_BYTES = 16 << 20
 MAX_DEPTH = 64
 MAX_NUMBER = 1 << 20  # of a size in a config: the largest published vocabulary has 901,629 entries
-# Parts of a network that hold no parameter (activations, dropouts, containers) for each that does.
-MODULES_PER_TENSOR = 16
+NO_MEMORY = re.compile(r"DefaultCPUAllocator|CUDA out of memory|std::bad_alloc")  # as torch says it, by a RuntimeError
 AGAIN = "The file is damaged or hostile: download it again, or save the model again."
 
 
@@ -139,50 +145,28 @@ def refuse_large(values: Any, what: str, most: int = MAX_NUMBER) -> None:
         raise ValueError(f"{what} = {short(values)}: sizes must lie from -{most} to {most}. {AGAIN}")
 
 
-@contextmanager
-def bounded(tensors: int) -> Iterator[dict[str, int]]:
-    """Stop a constructor that makes more parts than a file can fill.
+def refuse_shortage(error: BaseException, what: str) -> None:
+    """Tell a machine that runs short of memory or of open files from a file that is damaged.
 
     Args:
-        tensors: How many the file holds. Twice as many parameters may be made: a constructor makes a head anew.
-    Yields:
-        What was made so far: parameters, modules, and elements, of all parameters together.
+        error: What came of reading a file.
+        what: Names the file in the error.
     Raises:
-        ValueError: More parameters, or more than 16 modules for each, were made.
+        MemoryError: No memory was left, as python, pillow, torch or the system say it.
+        OSError: No file could be opened.
     """
-    most = {"parameters": 2 * tensors + 64, "modules": MODULES_PER_TENSOR * tensors + 4096}
-    made = {"parameters": 0, "modules": 0, "elements": 0}
-
-    def count(kind: str) -> None:
-        made[kind] += 1
-        if made[kind] > most[kind]:
-            raise ValueError(
-                f"the config asks for more than {most[kind]:,} {kind}, the weights hold {tensors:,} tensors. {AGAIN}"
-            )
-
-    def on_parameter(module: nn.Module, name: str, parameter: Any) -> None:
-        count("parameters")
-        made["elements"] += parameter.numel()
-
-    def on_module(module: nn.Module, name: str, part: Any) -> None:
-        count("modules")
-
-    hooks = [
-        register_module_parameter_registration_hook(on_parameter),
-        register_module_module_registration_hook(on_module),
-    ]
-    try:
-        yield made
-    finally:
-        for hook in hooks:
-            hook.remove()
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error
+    short_of_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if short_of_memory or isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        raise MemoryError(f"{what}: the memory does not suffice. Use smaller batches or fewer workers.") from error
 
 
 @contextmanager
-def refusing(call: str) -> Iterator[None]:
+def refusing(call: str, way_out: str = AGAIN) -> Iterator[None]:
     """Turn whatever a library raises over a config into one error: each architecture refuses in its own way."""
     try:
         yield
     except Exception as error:
         reason = short(str(error) or type(error).__name__, 400).removesuffix(AGAIN).rstrip(". ")
-        raise ValueError(f"{call}: config.json builds no model ({reason}). {AGAIN}") from error
+        raise ValueError(f"{call}: config.json builds no model ({reason}). {way_out}") from error

@@ -9,14 +9,17 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import models  # noqa: F401  registers cifar_* with timm
+from .format.memory import DENSE_TIMES, bounded
 from .lineage import base_facts
 from .pictures import (
     ImageData,
@@ -30,7 +33,7 @@ from .pictures import (
     set_preprocessing,
 )
 from .reach import CONNECT_TIMEOUT_S, cached, hub_errors, reach_hub
-from .untrusted import read_json, refusing, short
+from .untrusted import AGAIN, read_headers, read_json, refusing, short
 
 __all__ = [
     "ImageData",
@@ -156,7 +159,7 @@ def create_base(directory: str | os.PathLike[str], *, device: str | torch.device
     Returns:
         The dense model, in eval mode.
     Raises:
-        ValueError: The folder holds no such checkpoint.
+        ValueError: The folder holds no such checkpoint, or a dense model of more than 0.5 GB and four times its size.
     """
     from transformers import AutoModelForImageClassification
 
@@ -171,18 +174,24 @@ def create_base(directory: str | os.PathLike[str], *, device: str | torch.device
     config = read_json(path, call)
     if config.get("architecture") == "lfrns_slim":
         args, cfg = read_timm(Path(directory), call)
-        with refusing(call), torch.device(device):
-            return lfrns_slim(
-                pretrained_cfg=cfg, **{k: v for k, v in args.items() if k not in ("shapes", "attrs")}
-            ).eval()
-    if str(config.get("model_type", "")).startswith("lfrns_"):
+        dense_args = {key: value for key, value in args.items() if key not in ("shapes", "attrs")}
+        build = partial(lfrns_slim, pretrained_cfg=cfg, **dense_args)
+    elif str(config.get("model_type", "")).startswith("lfrns_"):
         dense = read_transformers(Path(directory), call)
         dense.lfrns = {}
-        with refusing(call), torch.device(device):
-            return AutoModelForImageClassification.from_config(dense, trust_remote_code=False).eval()
-    raise ValueError(
-        f"{str(directory)!r}: its config.json does not say which dense model it was cut from. Name it by --dense."
-    )
+        build = partial(AutoModelForImageClassification.from_config, dense, trust_remote_code=False)
+    else:
+        raise ValueError(
+            f"{str(directory)!r}: its config.json does not say which dense model it was cut from. Name it by --dense."
+        )
+    headers, takes_memory = read_headers(Path(directory), call), torch.device(device).type != "meta"
+    with refusing(call, f"{AGAIN} If you know its dense model, name that (lfrns: --dense)."):
+        with bounded(headers, DENSE_TIMES if takes_memory else 1, dense=takes_memory), torch.device("meta"):
+            model = build()
+        if takes_memory:
+            with torch.device(device):
+                model = build()
+    return model.eval()
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -204,7 +213,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
-            _refuse_compressed(path)
+            _refuse_inflated(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen types for a file that is not theirs
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -218,16 +227,39 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     state = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
     if not state:
         raise ValueError(f"weights={str(path)!r}: holds no state_dict. Save model.state_dict() as safetensors.")
+    if larger := next((key for key, value in state.items() if not _lies_in_file(value)), None):
+        raise ValueError(
+            f"weights={str(path)!r}: {short(larger)} has shape {short(list(state[larger].shape))}, of which the file "
+            "does not hold each element. Save model.state_dict() as safetensors."
+        )
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
 
 
-def _refuse_compressed(path: Path) -> None:
-    """Refuse an archive whose parts unpack to more than they are: torch.save compresses none."""
+def _refuse_inflated(path: Path) -> None:
+    """Refuse a pickle whose storages take more than the file: compressed, named twice, or stated too large."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
         if packed:
             raise ValueError(f"{short(packed[0])} in it is compressed, as torch.save writes none")
+    size, stated = path.stat().st_size, 0
+
+    def count(storage: Any, location: str) -> Any:
+        nonlocal stated
+        stated += storage.nbytes()
+        if stated > size:
+            raise ValueError(f"it states tensors of {stated:,} bytes and has {size:,}")
+        return storage
+
+    with FakeTensorMode():  # nothing is read, and nothing takes memory
+        torch.load(path, map_location=count, weights_only=True)
+
+
+def _lies_in_file(tensor: Tensor) -> bool:
+    """Return whether each element of a tensor has a place of its own in its storage."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def _read_config(source: str) -> Any:
@@ -371,7 +403,9 @@ def _load_transformers(
         return cls.from_pretrained(None, config=built, state_dict=dict(state), **options)
 
     if num_classes is None and state is not None:
-        num_classes = _rows_of(state, "classifier.weight") or _rows_of(state, "head.weight")
+        with torch.device("meta"):
+            own = AutoModelForImageClassification.from_config(config).state_dict()
+        num_classes = _rows_of(state, own, "classifier.weight") or _rows_of(state, own, "head.weight")
     with _quiet_transformers(), hub_errors(f"the weights of {name}"):
         model, info = load(num_classes)
         missing = sorted(info["missing_keys"])
@@ -410,8 +444,10 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _rows_of(state: dict[str, Tensor], key: str) -> int | None:
-    return state[key].shape[0] if key in state else None
+def _rows_of(state: dict[str, Tensor], own: dict[str, Tensor], key: str, width: int | None = None) -> int | None:
+    """Count the classes of a head in some weights; None where it is not of the model's width, `own`'s or `width`."""
+    widths = own[key].shape[1:] if key in own else (width,)
+    return state[key].shape[0] if key in state and state[key].shape[1:] == widths else None
 
 
 def _fit_head(model: nn.Module, rebuild: Callable[[int], nn.Module], state: dict[str, Tensor]) -> nn.Module:
@@ -421,8 +457,10 @@ def _fit_head(model: nn.Module, rebuild: Callable[[int], nn.Module], state: dict
     if not name:
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         name = linears[-1] if linears else ""
-    rows = _rows_of(state, f"{name}.weight") or 0
-    return model if rows == num_classes_of(model) else rebuild(rows)
+    key, width = f"{name}.weight", getattr(model, "head_hidden_size", getattr(model, "num_features", None))
+    if key in state and (rows := _rows_of(state, model.state_dict(), key, width)) is None:
+        return model  # which says what does not fit
+    return model if key in state and rows == num_classes_of(model) else rebuild(rows if key in state else 0)
 
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], call: str) -> None:

@@ -43,9 +43,10 @@ from lfrns_hub.checkpoint.narrow_classes import (
 )
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
 from lfrns_hub.checkpoint.timm import own_source
+from lfrns_hub.format.memory import bounded
 from lfrns_hub.model_io.meaning import problem_type_of
 from lfrns_hub.narrow import describe, short
-from lfrns_hub.untrusted import bounded, read_headers, refuse_large, refusing
+from lfrns_hub.untrusted import read_headers, refuse_large, refusing
 
 # Image classifiers that build what they wrap by name, so that a subclass has nothing to narrow; what to save instead.
 NOT_SAVED = {
@@ -260,12 +261,12 @@ def load_transformers(folder: Path) -> nn.Module:
         base = MODEL_MAPPING.get(type(config), None)
         is_base = getattr(base, "__name__", None) in (config.architectures or ())  # saved alone, without a head
         auto = AutoModel if is_base else AutoModelForImageClassification
-        with bounded(len(headers)), torch.device("meta"):
+        with bounded(headers), torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
         # names on disk are transformers' own, older ones
         expected = revert_weight_conversion(model, model.state_dict(keep_vars=True))
     tensors = read_tensors(expected, folder)
-    with refusing(call), _no_progress_bar():
+    with refusing(call), bounded(headers), _no_progress_bar():
         info: dict[str, Any] = {}
         if not _assign(model, expected, tensors):
             model, info = type(model).from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)

@@ -9,7 +9,7 @@ from lfrns_hub.pictures.load import load_data
 from lfrns_hub.pictures.model_input import example_input, input_size_of, num_classes_of
 from lfrns_hub.pictures.preparation import OwnPreparation, Preparation
 from lfrns_hub.pictures.preprocessing import data_config_of, make_transform, set_preprocessing
-from lfrns_hub.pictures.processor import find_processor, load_processor, write_processor
+from lfrns_hub.pictures.processor import check_settings, find_processor, load_processor, write_processor
 from lfrns_hub.pictures.tables import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
@@ -32,6 +32,7 @@ __all__ = [
     "Preparation",
     "as_files",
     "check_images",
+    "check_settings",
     "data_config_of",
     "decode_picture",
     "example_input",

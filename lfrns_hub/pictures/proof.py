@@ -46,6 +46,10 @@ class Geometry:
     as_tensor: bool
     floored: bool
 
+    def is_large(self) -> bool:
+        """Return whether pictures are resized to more than probes are."""
+        return max(self.resize if isinstance(self.resize, tuple) else (self.resize or 0,)) > LARGEST
+
 
 def prove(
     prepare: Callable[[Image.Image], Tensor],
@@ -73,7 +77,7 @@ def prove(
         colours = fit_colours(prepare, mode)
         colours = colours and _as_stated(colours, *stated)
         size = (int(shape[1]), int(shape[2]))
-        candidates = [_fast(geometry, colours, mode, size) for geometry in geometries] if colours else []
+        candidates = [_fast(guess, colours, mode, size) for guess in geometries if colours and not guess.is_large()]
         for probe in probes(mode, size) if candidates else ():
             image = prepare(probe)
             candidates = [fast for fast in candidates if image.shape == shape and equals(fast, probe, image)]
@@ -196,7 +200,7 @@ def guess_geometries(settings: Any, interpolation: str, as_tensor: bool) -> list
     """
     size = {key: value for key, value in dict(getattr(settings, "size", None) or {}).items() if value}
     height, width, edge = (size.pop(key, None) for key in ("height", "width", "shortest_edge"))
-    if size or max(height or 0, width or 0, edge or 0) > LARGEST:
+    if size:
         return []  # a longest edge, say, which shows only where pictures are wider than any probe
     share = getattr(settings, "crop_pct", None)
     resizes: list[Any] = []
