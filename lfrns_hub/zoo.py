@@ -16,7 +16,6 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import models  # noqa: F401  registers cifar_* with timm
 from .format.memory import DENSE_TIMES, bounded
@@ -33,7 +32,7 @@ from .pictures import (
     set_preprocessing,
 )
 from .reach import CONNECT_TIMEOUT_S, cached, hub_errors, reach_hub
-from .untrusted import AGAIN, read_headers, read_json, refusing, short
+from .untrusted import AGAIN, is_shortage, read_headers, read_json, refusing, short
 
 __all__ = [
     "ImageData",
@@ -171,20 +170,20 @@ def create_base(directory: str | os.PathLike[str], *, device: str | torch.device
     if not path.is_file():
         raise ValueError(f"{str(directory)!r}: it has no config.json. Give a folder that lfrns slim wrote.")
     call = f"create_base({str(directory)!r})"
-    config = read_json(path, call)
+    config, headers = read_json(path, call), read_headers(Path(directory), call)
     if config.get("architecture") == "lfrns_slim":
         args, cfg = read_timm(Path(directory), call)
         dense_args = {key: value for key, value in args.items() if key not in ("shapes", "attrs")}
         build = partial(lfrns_slim, pretrained_cfg=cfg, **dense_args)
     elif str(config.get("model_type", "")).startswith("lfrns_"):
-        dense = read_transformers(Path(directory), call)
+        dense = read_transformers(Path(directory), call, headers)
         dense.lfrns = {}
         build = partial(AutoModelForImageClassification.from_config, dense, trust_remote_code=False)
     else:
         raise ValueError(
             f"{str(directory)!r}: its config.json does not say which dense model it was cut from. Name it by --dense."
         )
-    headers, takes_memory = read_headers(Path(directory), call), torch.device(device).type != "meta"
+    takes_memory = torch.device(device).type != "meta"
     with refusing(call, f"{AGAIN} If you know its dense model, name that (lfrns: --dense)."):
         with bounded(headers, DENSE_TIMES if takes_memory else 1, dense=takes_memory), torch.device("meta"):
             model = build()
@@ -213,10 +212,11 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
-            _refuse_inflated(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = _load_pickled(path)
     except Exception as error:  # torch and safetensors raise a dozen types for a file that is not theirs
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if is_shortage(error):
+            reason = "it states more than the memory holds"
         raise ValueError(
             f"weights={str(path)!r}: holds no plain tensors ({reason[:150]}). Save model.state_dict() as safetensors."
         ) from error
@@ -235,24 +235,26 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
 
 
-def _refuse_inflated(path: Path) -> None:
-    """Refuse a pickle whose storages take more than the file: compressed, named twice, or stated too large."""
+def _load_pickled(path: Path) -> Any:
+    """Load a pickle of tensors that take no more than the file: none is compressed, named twice, or stated too large."""
+    size, stated = path.stat().st_size, 0
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+            parts = archive.infolist()
+        packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
         if packed:
             raise ValueError(f"{short(packed[0])} in it is compressed, as torch.save writes none")
-    size, stated = path.stat().st_size, 0
+        if (held := sum(part.file_size for part in parts)) > size:
+            raise ValueError(f"its parts have {held:,} bytes, the file {size:,}")
 
     def count(storage: Any, location: str) -> Any:
         nonlocal stated
         stated += storage.nbytes()
         if stated > size:
-            raise ValueError(f"it states tensors of {stated:,} bytes and has {size:,}")
+            raise ValueError(f"it states tensors of {stated:,} bytes, the file has {size:,}")
         return storage
 
-    with FakeTensorMode():  # nothing is read, and nothing takes memory
-        torch.load(path, map_location=count, weights_only=True)
+    return torch.load(path, map_location=count, weights_only=True)
 
 
 def _lies_in_file(tensor: Tensor) -> bool:

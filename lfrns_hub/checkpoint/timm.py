@@ -25,8 +25,6 @@ from lfrns_hub.narrow import describe, short
 from lfrns_hub.pictures import check_settings, data_config_of
 from lfrns_hub.untrusted import read_headers, refuse_large, refusing
 
-# Of a picture's side, of which position tables have the square; other numbers build parameters, which a file must fill.
-MAX_PIXELS = 4096
 MAX_ARGUMENT = 1 << 16
 NOT_BASE_ARGS = ("base", "shapes", "attrs", "slim", "num_classes", "pretrained_cfg", "pretrained", "cache_dir")
 # torch's initialisers at random, whose values a file holds; and others, with the operations that timm's consist of.
@@ -144,8 +142,6 @@ def read_timm(folder: Path, call: str) -> tuple[dict[str, Any], dict[str, Any]]:
         cfg, _, args = load_model_config_from_path(folder)
         own = {key: value for key, value in args.items() if key not in ("slim", "shapes", "attrs")}  # narrow's
         refuse_large(own, "model_args", MAX_ARGUMENT)
-        for key in ("img_size", "input_size"):
-            refuse_large(args.get(key), f"model_args.{key}", MAX_PIXELS)
         refuse_large(cfg.get("num_classes"), "num_classes")
         check_settings(cfg, "pretrained_cfg")
         return args, cfg

@@ -4,6 +4,9 @@ On the meta device nothing is allocated, and all is counted: a dry run there sho
 same count holds where it then computes values.
 """
 
+import ctypes
+import threading
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,12 +20,13 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lfrns_hub.untrusted import AGAIN, Header
+from lfrns_hub.untrusted import AGAIN, Header, size_of
 
 SPARE_BYTES = 512 << 20  # what any file may take beside its own size: the tables of the largest Swin take 0.1 GB
 DENSE_TIMES = 4  # the size of a slim file, for the dense model that it was cut from
 # Parts of a network that hold no parameter (activations, dropouts, containers) for each that does.
 MODULES_PER_TENSOR = 16
+SECONDS = 15  # of one thread; a network of ten thousand layers takes one
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -100,11 +104,12 @@ def bounded(
         dense: Whether parameters count as well: those of a dense model, most of which no file fills.
         placeholders: Whether parameters are replaced by ones that take no memory, to be filled later.
     Raises:
-        ValueError: More parameters, more than 16 modules for each, or more bytes were asked for.
+        ValueError: More parameters, more than 16 modules for each, or more bytes were asked for; or python computed for
+            15 seconds, as over all pairs of a million places.
     """
-    tensors, size = len(headers), sum(file.stat().st_size for file in {header.file for header in headers.values()})
+    tensors = len(headers)
     limits = {"parameters": 2 * tensors + 64, "modules": MODULES_PER_TENSOR * tensors + 4096}
-    made, budget = dict.fromkeys(limits, 0), MemoryBudget(SPARE_BYTES + times * size)
+    made, budget = dict.fromkeys(limits, 0), MemoryBudget(SPARE_BYTES + times * size_of(headers))
     numbers = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in FLOATS} if placeholders else {}
 
     def count(kind: str) -> None:
@@ -130,11 +135,43 @@ def bounded(
         register_module_module_registration_hook(on_module),
     ]
     try:
-        with budget:
+        with _in_time(), budget:
             yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class TooLong(ValueError):
+    """What is raised in a thread that computes for too long."""
+
+    def __init__(self) -> None:
+        super().__init__(f"the config asks for more than {SECONDS} seconds of computing. {AGAIN}")
+
+
+@contextmanager
+def _in_time() -> Iterator[None]:
+    """Stop python code that computes for more than 15 seconds: what waits, or stands in a debugger, goes on."""
+    thread, over = threading.get_ident(), threading.Event()
+    clock = time.pthread_getcpuclockid(thread) if hasattr(time, "pthread_getcpuclockid") else time.CLOCK_MONOTONIC
+    start = time.clock_gettime(clock)
+
+    def stop(error: Any) -> None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
+
+    def watch() -> None:
+        while not over.wait(1):
+            if time.clock_gettime(clock) - start > SECONDS:
+                return stop(ctypes.py_object(TooLong))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        stop(None)  # one that has not arrived yet
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -60,8 +60,8 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
         ) from error
     if min(channels, height, width) < 1 or channels * height * width > MAX_NUMBERS:
         raise ValueError(
-            f"{type(model).__name__}: its configuration states images of {channels} x {height} x {width}, of which each "
-            f"must be at least 1, and all at most {MAX_NUMBERS:,}. Mend it."
+            f"{type(model).__name__}: its configuration states images of {channels} x {height} x {width}: each must be "
+            f"1 or more, and their product at most {MAX_NUMBERS:,}. Mend it."
         )
     return channels, height, width
 

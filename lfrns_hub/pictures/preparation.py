@@ -23,8 +23,8 @@ Drawn = tuple[int, int, int, int, bool]
 class Preparation:
     """How pictures are prepared for a model; called with one picture, it gives the tensor [C, H, W], float32.
 
-    `fix`, then `draw` for each picture by torch's generator, then `finish` of a whole batch, is the same: between `draw`
-    and `finish` a picture has the size of the model's images, or 32 pixels.
+    `fix`, then `draw` for each picture by torch's generator, then `finish` of a whole batch, is the same. After `draw`
+    a picture has the size of the model's images, whatever its own.
 
     Attributes:
         mode: "L" or "RGB".

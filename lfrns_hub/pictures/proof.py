@@ -47,8 +47,8 @@ class Geometry:
     floored: bool
 
     def is_large(self) -> bool:
-        """Return whether pictures are resized to more than probes are."""
-        return max(self.resize if isinstance(self.resize, tuple) else (self.resize or 0,)) > LARGEST
+        """Return whether probes would be resized to more than memory should hold: some are 20 times as long as wide."""
+        return max(self.resize if isinstance(self.resize, tuple) else (self.resize or 0,)) > 2 * LARGEST
 
 
 def prove(
@@ -200,7 +200,7 @@ def guess_geometries(settings: Any, interpolation: str, as_tensor: bool) -> list
     """
     size = {key: value for key, value in dict(getattr(settings, "size", None) or {}).items() if value}
     height, width, edge = (size.pop(key, None) for key in ("height", "width", "shortest_edge"))
-    if size:
+    if size or max(height or 0, width or 0, edge or 0) > LARGEST:
         return []  # a longest edge, say, which shows only where pictures are wider than any probe
     share = getattr(settings, "crop_pct", None)
     resizes: list[Any] = []
