@@ -26,6 +26,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 import lfrns_hub as lfrns
 from lfrns_hub.checkpoint.narrow_classes import CLASS_PREFIX, TYPE_PREFIX
@@ -34,7 +35,7 @@ from lfrns_hub.coverage.cases import Case, list_cases
 from lfrns_hub.pictures import make_transform
 from lfrns_hub.zoo import create_base
 
-SHARD = 100
+SHARD = 50
 SECONDS = 60
 FOUND = Path("out") / "checkpoints"
 HONEST = 5  # one of so many
@@ -114,11 +115,13 @@ def write_timm(case: Case, draw: random.Random, folder: Path, honest: bool) -> N
 
 def write_transformers(case: Case, draw: random.Random, folder: Path, honest: bool) -> None:
     """Write a checkpoint in transformers' layout, perhaps with settings of images."""
-    fields = AutoConfig.for_model(case.model, num_labels=draw.choice((2, 10, 1000)), **case.args).to_dict()
+    names = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[case.model]
+    known = {"architectures": [names if isinstance(names, str) else names[0]], "num_labels": draw.choice((2, 10, 1000))}
+    fields = AutoConfig.for_model(case.model, **known, **case.args).to_dict()
     asked: list[tuple[dict[str, Any], str]] = []
     for _ in range(0 if honest else draw.randint(1, 3)):
-        known = draw.random() < 0.7
-        asked.append(draw.choice(_places(fields)) if known else (fields, draw.choice(POSITIONS)))
+        stated = draw.random() < 0.7
+        asked.append(draw.choice(_places(fields)) if stated else (fields, draw.choice(POSITIONS)))
 
     def build() -> tuple[str, dict[str, torch.Tensor], bool]:
         config = CONFIG_MAPPING[case.model].from_dict(fields)
