@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import models  # noqa: F401  registers cifar_* with timm
-from .format.memory import DENSE_TIMES, bounded
+from .format.memory import OverBudget, bounded, bytes_for
 from .lineage import base_facts
 from .pictures import (
     ImageData,
@@ -32,7 +32,7 @@ from .pictures import (
     set_preprocessing,
 )
 from .reach import CONNECT_TIMEOUT_S, cached, hub_errors, reach_hub
-from .untrusted import AGAIN, is_shortage, read_headers, read_json, refusing, short
+from .untrusted import AGAIN, is_shortage, read_headers, read_json, refuse_large, refusing, short, size_of
 
 __all__ = [
     "ImageData",
@@ -59,6 +59,10 @@ DEFAULT_CONFIGS = {
     "facebook/convnext-tiny-224": "convnext",
     "microsoft/resnet-50": "resnet",
 }
+
+
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
+MAX_TENSORS = 1 << 16  # of a dense model, whose weights may be of a kind whose header is not read
 
 
 def create_dense(
@@ -93,6 +97,7 @@ def create_dense(
     state = read_weights(weights) if weights is not None else None
     fetch = state is None if pretrained is None else pretrained and state is None
     kind, source = _resolve(name)
+    _refuse_oversized(kind, source, f"create_dense({name!r})")
     published = fetch and kind != "function" and (":" in source or kind != "timm" or timm.is_model_pretrained(source))
     if kind == "function":
         model = _call_builder(name, num_classes)
@@ -185,7 +190,8 @@ def create_base(directory: str | os.PathLike[str], *, device: str | torch.device
         )
     takes_memory = torch.device(device).type != "meta"
     with refusing(call, f"{AGAIN} If you know its dense model, name that (lfrns: --dense)."):
-        with bounded(headers, DENSE_TIMES if takes_memory else 1, dense=takes_memory), torch.device("meta"):
+        most = bytes_for(size_of(headers), dense=takes_memory)
+        with bounded(len(headers), most, dense=takes_memory), torch.device("meta"):
             model = build()
         if takes_memory:
             with torch.device(device):
@@ -236,7 +242,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _load_pickled(path: Path) -> Any:
-    """Load a pickle of tensors that take no more than the file: none is compressed, named twice, or stated too large."""
+    """Load a pickle whose tensors take no more than the file: none is compressed, or stated to be larger than it is."""
     size, stated = path.stat().st_size, 0
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -323,6 +329,34 @@ def _kind_of(config: dict[str, Any], name: str) -> str:
     if "model_type" in config:
         return "transformers"
     raise ValueError(f"model {name!r}: its config.json names neither an architecture (timm) nor a model_type.")
+
+
+def _refuse_oversized(kind: str, source: str, call: str) -> None:
+    """Refuse a dense model whose config, in a folder or in the Hub's cache, asks for what its weights do not hold.
+
+    Where there are no weights yet, only what no weights would hold is counted: the caller named the model.
+    """
+    place = source.removeprefix("local-dir:").removeprefix("hf-hub:")
+    path = Path(place) / "config.json" if Path(place).is_dir() else cached(place)
+    if kind == "function" or path is None:
+        return
+    from transformers import AutoModelForImageClassification
+
+    config = read_json(path, call)
+    files = [file for ending in WEIGHTS for file in path.parent.glob(f"*{ending}")]
+    size = sum(file.stat().st_size for file in files)
+    labels = {key: config[key] for key in ("num_labels", "num_classes") if key in config}
+    refuse_large(labels, f"{call}: config.json")
+    try:
+        with bounded(MAX_TENSORS, bytes_for(size, dense=bool(files)), dense=bool(files)), torch.device("meta"):
+            if kind == "timm":
+                timm.create_model(f"local-dir:{path.parent}", pretrained=False)
+            else:
+                AutoModelForImageClassification.from_config(_read_config(str(path.parent)))
+    except OverBudget as error:
+        raise ValueError(f"{call}: {error}") from error
+    except Exception:  # what the library refuses here, it refuses again where it builds the model
+        return
 
 
 def _hub_config(repo_id: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from lfrns_hub.coverage.cases import Case, list_cases
 from lfrns_hub.pictures import make_transform
 from lfrns_hub.zoo import create_base
 
-SHARD = 50
+SHARD = 25
 SECONDS = 60
 FOUND = Path("out") / "checkpoints"
 HONEST = 5  # one of so many

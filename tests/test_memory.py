@@ -24,18 +24,9 @@ from lfrns_hub.format import memory
 from lfrns_hub.format.memory import MemoryBudget, bounded, is_placeholder
 from lfrns_hub.pictures import ImageData, decode_picture, input_size_of, load_data, make_transform
 from lfrns_hub.pictures.preparation import OwnPreparation
-from lfrns_hub.untrusted import Header
 from lfrns_hub.zoo import create_base, create_dense, read_weights
 
 MEGABYTE = 10**6
-
-
-@pytest.fixture
-def headers(tmp_path: Path) -> dict[str, Header]:
-    """What a file of a hundred tensors and a kilobyte holds."""
-    path = tmp_path / "some.safetensors"
-    path.write_bytes(b"0" * 1000)
-    return {f"{number}": Header([1], "F32", path) for number in range(100)}
 
 
 @pytest.mark.parametrize(
@@ -73,16 +64,16 @@ def test_what_is_freed_counts_no_longer_and_a_view_counts_once() -> None:
         assert budget.live == 0
 
 
-def test_parameters_of_a_dry_run_count_only_where_they_will_take_memory(headers: dict[str, Header]) -> None:
-    with bounded(headers), torch.device("meta"):
+def test_parameters_of_a_dry_run_count_only_where_they_will_take_memory() -> None:
+    with bounded(100), torch.device("meta"):
         layers = [nn.Linear(9000, 9000) for _ in range(3)]  # 0.3 GB each
     assert len(layers) == 3
-    with pytest.raises(ValueError, match=r"asks for 0\.65 GB"), bounded(headers, dense=True), torch.device("meta"):
+    with pytest.raises(ValueError, match=r"asks for 0\.65 GB"), bounded(100, dense=True), torch.device("meta"):
         [nn.Linear(9000, 9000) for _ in range(3)]
 
 
-def test_placeholders_take_no_memory_and_are_not_written_to(headers: dict[str, Header]) -> None:
-    with limited(GIBIBYTE), bounded(headers, placeholders=True):
+def test_placeholders_take_no_memory_and_are_not_written_to() -> None:
+    with limited(GIBIBYTE), bounded(100, placeholders=True):
         layers = [nn.Linear(9000, 9000) for _ in range(10)]
         nn.init.normal_(layers[0].weight)
         layers[0].weight.data.fill_(3)
@@ -90,22 +81,22 @@ def test_placeholders_take_no_memory_and_are_not_written_to(headers: dict[str, H
     assert not layers[0].weight.any() and not layers[0].weight.is_meta
 
 
-def test_a_constructor_is_stopped_when_it_makes_more_parts_than_a_file_holds(headers: dict[str, Header]) -> None:
-    with bounded(headers), torch.device("meta"):
+def test_a_constructor_is_stopped_when_it_makes_more_parts_than_a_file_holds() -> None:
+    with bounded(100), torch.device("meta"):
         nn.Sequential(*(nn.Linear(1, 1) for _ in range(100)))
-    with pytest.raises(ValueError, match="more than 264 parameters, the weights hold 100 tensors"), bounded(headers):
+    with pytest.raises(ValueError, match="more than 264 parameters, the weights hold 100 tensors"), bounded(100):
         nn.Sequential(*(nn.Linear(1, 1) for _ in range(200)))
-    with pytest.raises(ValueError, match="more than 5,696 modules"), bounded(headers):
+    with pytest.raises(ValueError, match="more than 5,696 modules"), bounded(100):
         nn.Sequential(*(nn.Identity() for _ in range(6000)))
     nn.Sequential(*(nn.Linear(1, 1) for _ in range(200)))  # and no longer afterwards
 
 
-def test_a_constructor_that_computes_in_python_for_long_is_stopped(headers: dict[str, Header], monkeypatch) -> None:
+def test_a_constructor_that_computes_in_python_for_long_is_stopped(monkeypatch) -> None:
     monkeypatch.setattr(memory, "SECONDS", 0.2)
-    with pytest.raises(ValueError, match=r"more than 0\.2 seconds of computing"), bounded(headers):
+    with pytest.raises(ValueError, match=r"more than 0\.2 seconds of computing"), bounded(100):
         while True:
             pass
-    with bounded(headers):
+    with bounded(100):
         time.sleep(1.5)  # what waits is left alone
 
 
@@ -163,6 +154,30 @@ def test_a_dense_base_of_billions_is_loaded_slim_and_not_built(tmp_path: Path) -
         with pytest.raises(ValueError, match=r"create_base\(.*asks for .* name that \(lfrns: --dense\)"):
             create_base(folder)
     assert create_base(folder, device="meta").num_features == 4096  # which takes nothing
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_dense_folder_is_refused_as_well(weights: bool, tmp_path: Path) -> None:
+    folder = stranger(tmp_path, "Swin", **SWIN, window_size=256, image_size=1028)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "swin", "architectures": ["SwinForImageClassification"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    if not weights:
+        (folder / "model.safetensors").unlink()
+    with (
+        limited(),
+        pytest.raises(ValueError, match=r"create_dense\(.*asks for [\d.,]+ GB that the weights"),
+    ):
+        create_dense(str(folder), pretrained=weights)
+
+
+def test_a_dense_folder_may_be_as_large_as_its_weights_and_any_size_without(tmp_path: Path) -> None:
+    config = {"architecture": "vit_large_patch16_224", "num_classes": 3, "pretrained_cfg": {"num_classes": 3}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert create_dense(str(tmp_path), pretrained=False).num_classes == 3
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 10)
+    with limited(), pytest.raises(ValueError, match=r"create_dense\(.*asks for 0\.[56]\d GB"):
+        create_dense(str(tmp_path))
 
 
 def test_loops_over_all_pairs_of_places_end(tmp_path: Path, monkeypatch) -> None:

@@ -19,11 +19,11 @@ import lfrns_hub.models  # the CIFAR networks, so that timm can build them as a 
 from lfrns_hub.checkpoint.entrypoint import TIMM_NAME, lfrns_slim
 from lfrns_hub.checkpoint.files import facts_of, match_dtype, read_tensors, write_config, write_weights
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
-from lfrns_hub.format.memory import bounded, is_placeholder
+from lfrns_hub.format.memory import bounded, bytes_for, is_placeholder
 from lfrns_hub.model_io.meaning import problem_type_of
 from lfrns_hub.narrow import describe, short
 from lfrns_hub.pictures import check_settings, data_config_of
-from lfrns_hub.untrusted import read_headers, refuse_large, refusing
+from lfrns_hub.untrusted import read_headers, refuse_large, refusing, size_of
 
 MAX_ARGUMENT = 1 << 16
 NOT_BASE_ARGS = ("base", "shapes", "attrs", "slim", "num_classes", "pretrained_cfg", "pretrained", "cache_dir")
@@ -156,14 +156,15 @@ def load_timm(folder: Path, config: dict[str, Any], *, headless: bool = False) -
     """
     call = f"load({str(folder)!r})"
     headers = read_headers(folder, call)
+    limits = (len(headers), bytes_for(size_of(headers)))
     args, cfg = read_timm(folder, call)
     if headless:
         cfg["num_classes"] = 0
-    with refusing(call), bounded(headers), torch.device("meta"):
+    with refusing(call), bounded(*limits), torch.device("meta"):
         skeleton = _create_slim(args, dict(cfg))
     tensors = read_tensors(skeleton.state_dict(), folder)
     with refusing(call):
-        with bounded(headers, placeholders=True):
+        with bounded(*limits, placeholders=True):
             model = _create_slim(args, dict(cfg))
         _give_memory(model, skeleton)
         model.load_state_dict(tensors, strict=True)

@@ -43,7 +43,7 @@ from lfrns_hub.checkpoint.narrow_classes import (
 )
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
 from lfrns_hub.checkpoint.timm import own_source
-from lfrns_hub.format.memory import bounded
+from lfrns_hub.format.memory import bounded, bytes_for
 from lfrns_hub.model_io.meaning import problem_type_of
 from lfrns_hub.narrow import describe, short
 from lfrns_hub.untrusted import Header, read_headers, refuse_large, refusing, size_of
@@ -259,17 +259,18 @@ def load_transformers(folder: Path) -> nn.Module:
     """
     call = f"load({str(folder)!r})"
     headers = read_headers(folder, call)
+    limits = (len(headers), bytes_for(size_of(headers)))
     config = read_transformers(folder, call, headers)
     with refusing(call):
         base = MODEL_MAPPING.get(type(config), None)
         is_base = getattr(base, "__name__", None) in (config.architectures or ())  # saved alone, without a head
         auto = AutoModel if is_base else AutoModelForImageClassification
-        with bounded(headers), torch.device("meta"):
+        with bounded(*limits), torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
         # names on disk are transformers' own, older ones
         expected = revert_weight_conversion(model, model.state_dict(keep_vars=True))
     tensors = read_tensors(expected, folder)
-    with refusing(call), bounded(headers), _no_progress_bar():
+    with refusing(call), bounded(*limits), _no_progress_bar():
         info: dict[str, Any] = {}
         if not _assign(model, expected, tensors):
             model, info = type(model).from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)

@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lfrns_hub.untrusted import AGAIN, Header, size_of
+from lfrns_hub.untrusted import AGAIN
 
 SPARE_BYTES = 512 << 20  # what any file may take beside its own size: the tables of the largest Swin take 0.1 GB
 DENSE_TIMES = 4  # the size of a slim file, for the dense model that it was cut from
@@ -28,6 +28,10 @@ DENSE_TIMES = 4  # the size of a slim file, for the dense model that it was cut 
 MODULES_PER_TENSOR = 16
 SECONDS = 15  # of one thread; a network of ten thousand layers takes one
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class OverBudget(ValueError):
+    """What a config asks for is more than its file accounts for."""
 
 
 class MemoryBudget(TorchDispatchMode):
@@ -81,10 +85,20 @@ class MemoryBudget(TorchDispatchMode):
     def _refuse(self, more: int) -> None:
         """Refuse what takes more than the budget."""
         if self.live + more > self.most:
-            raise ValueError(
+            raise OverBudget(
                 f"the config asks for {(self.live + more) / 1e9:,.2f} GB that the weights do not hold, at most "
                 f"{self.most / 1e9:,.2f} GB are taken. {AGAIN}"
             )
+
+
+def bytes_for(size: int, *, dense: bool = False) -> int:
+    """Return how many bytes building a model may take, beyond its weights.
+
+    Args:
+        size: Of the files of its weights.
+        dense: Whether that is the dense model that the weights were cut from, with its parameters.
+    """
+    return SPARE_BYTES + (DENSE_TIMES if dense else 1) * size
 
 
 def is_placeholder(value: Any) -> bool:
@@ -94,28 +108,27 @@ def is_placeholder(value: Any) -> bool:
 
 @contextmanager
 def bounded(
-    headers: dict[str, Header], times: int = 1, *, dense: bool = False, placeholders: bool = False
+    tensors: int, most: int = SPARE_BYTES, *, dense: bool = False, placeholders: bool = False
 ) -> Iterator[None]:
     """Stop a constructor that makes more than a file can fill: parts, or bytes of what the file does not hold.
 
     Args:
-        headers: What the weights hold. Twice as many parameters may be made: a constructor makes a head anew.
-        times: How many times the size of their files buffers, and all else that lives at once, may take beyond 0.5 GB.
+        tensors: How many the weights hold. Twice as many parameters may be made: a constructor makes a head anew.
+        most: Bytes that buffers, and all else that lives at once, may take: see `bytes_for`.
         dense: Whether parameters count as well: those of a dense model, most of which no file fills.
         placeholders: Whether parameters are replaced by ones that take no memory, to be filled later.
     Raises:
-        ValueError: More parameters, more than 16 modules for each, or more bytes were asked for; or python computed for
+        OverBudget: More parameters, more than 16 modules for each, or more bytes were asked for; or python computed for
             15 seconds, as over all pairs of a million places.
     """
-    tensors = len(headers)
     limits = {"parameters": 2 * tensors + 64, "modules": MODULES_PER_TENSOR * tensors + 4096}
-    made, budget = dict.fromkeys(limits, 0), MemoryBudget(SPARE_BYTES + times * size_of(headers))
+    made, budget = dict.fromkeys(limits, 0), MemoryBudget(most)
     numbers = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in FLOATS} if placeholders else {}
 
     def count(kind: str) -> None:
         made[kind] += 1
         if made[kind] > limits[kind]:
-            raise ValueError(
+            raise OverBudget(
                 f"the config asks for more than {limits[kind]:,} {kind}, the weights hold {tensors:,} tensors. {AGAIN}"
             )
 
@@ -142,7 +155,7 @@ def bounded(
             hook.remove()
 
 
-class TooLong(ValueError):
+class TooLong(OverBudget):
     """What is raised in a thread that computes for too long."""
 
     def __init__(self) -> None:
