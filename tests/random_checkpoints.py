@@ -29,7 +29,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 import lfrns_hub as lfrns
-from lfrns_hub.checkpoint.narrow_classes import CLASS_PREFIX, TYPE_PREFIX
+from lfrns_hub.checkpoint.narrow_classes import TYPE_PREFIX
 from lfrns_hub.checkpoint.transformers import narrow_classes
 from lfrns_hub.coverage.cases import Case, list_cases
 from lfrns_hub.pictures import make_transform
@@ -99,16 +99,18 @@ def write_timm(case: Case, draw: random.Random, folder: Path, honest: bool) -> N
     model, asked = build(), {}
     if not honest:
         takes = inspect.signature(type(model).__init__).parameters.values()
-        keys = [one.name for one in takes if isinstance(one.default, (int, float, tuple, list)) or one.name in SIZES]
-        asked = {draw.choice([*keys, *SIZES]): _number(draw) for _ in range(draw.randint(0, 3))}
-        asked = {key: value for key, value in asked.items() if key not in args}
+        keys = {one.name: one.default for one in takes if isinstance(one.default, (int, float, tuple, list))}
+        keys |= {name: None for name in SIZES if draw.random() < 0.1}
+        chosen = draw.choices(sorted(keys.keys() - args.keys()) or ["img_size"], k=draw.randint(0, 3))
+        asked = {key: _number(draw, keys.get(key)) for key in chosen}
         if draw.random() < 0.3:
             cfg = {key: draw.choice(SETTINGS[key]) for key in draw.sample(list(SETTINGS), 1)}
     model = _within(lambda: build(**asked)) or model
-    shapes, state = _narrowed(draw, honest, model.state_dict())
+    shapes, state = _narrowed(draw, honest, model.state_dict(), classes)
     stated = {**args, **asked, "base": base, "shapes": shapes, "attrs": {}}
     config = {"architecture": "lfrns_slim", "model_args": stated, "num_classes": classes}
-    config |= {"pretrained_cfg": {"num_classes": classes, **cfg}, "slim": {"format_version": 1}}
+    stated_cfg = {key: model.pretrained_cfg[key] for key in SETTINGS if key in model.pretrained_cfg}
+    config |= {"pretrained_cfg": {"num_classes": classes, **stated_cfg, **cfg}, "slim": {"format_version": 1}}
     (folder / "config.json").write_text(json.dumps(config))
     write_zeros(state, folder / "model.safetensors", draw.choice(list(DTYPES)))
 
@@ -124,18 +126,18 @@ def write_transformers(case: Case, draw: random.Random, folder: Path, honest: bo
         asked.append(draw.choice(_places(fields)) if stated else (fields, draw.choice(POSITIONS)))
 
     def build() -> tuple[str, dict[str, torch.Tensor], bool]:
-        config = CONFIG_MAPPING[case.model].from_dict(fields)
+        config = CONFIG_MAPPING[TYPE_PREFIX + case.model].from_dict(fields)
         with torch.device("meta"):
             model = AutoModelForImageClassification.from_config(config)
         own = model.state_dict(keep_vars=True)
         on_disk = revert_weight_conversion(model, own)
-        return CLASS_PREFIX + type(model).__name__, on_disk, on_disk.keys() == own.keys()
+        return type(model).__name__, on_disk, on_disk.keys() == own.keys()
 
     built = build()
     for holder, key in asked:
-        holder[key] = _number(draw)
+        holder[key] = _number(draw, holder.get(key))
     name, own, plain = _within(build) or built
-    shapes, state = _narrowed(draw, honest, own) if plain else ({}, _kinds(own))
+    shapes, state = _narrowed(draw, honest, own, known["num_labels"]) if plain else ({}, _kinds(own))
     fields |= {"model_type": TYPE_PREFIX + case.model, "architectures": [name], "slim": {"format_version": 1}}
     (folder / "config.json").write_text(json.dumps(fields | {"lfrns": {"shapes": shapes, "attrs": {}}}))
     write_zeros(state, folder / "model.safetensors", draw.choice(list(DTYPES)))
@@ -162,13 +164,14 @@ def write_zeros(shapes: dict[str, tuple[list[int], torch.dtype]], path: Path, fl
 
 
 def _narrowed(
-    draw: random.Random, honest: bool, state: dict[str, torch.Tensor]
+    draw: random.Random, honest: bool, state: dict[str, torch.Tensor], classes: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Choose smaller shapes of some tensors: what differs, and all shapes with their kinds of numbers."""
+    """Choose smaller shapes of tensors, but for a head's: what differs, and all shapes with their kinds of numbers."""
     share = draw.choice((1, 0.5, 0.25)) if honest else draw.choice((0, 0, 1))
     less = {}
     for name, (shape, dtype) in _kinds(state).items():
-        less[name] = ([max(1, round(share * side)) for side in shape] if dtype.is_floating_point else shape, dtype)
+        whole = not dtype.is_floating_point or shape[:1] == [classes]
+        less[name] = (shape if whole else [max(1, round(share * side)) for side in shape], dtype)
     return {name: shape for name, (shape, _) in less.items() if shape != list(state[name].shape)}, less
 
 
@@ -177,10 +180,13 @@ def _kinds(state: dict[str, torch.Tensor]) -> dict[str, tuple[list[int], torch.d
     return {name: (list(tensor.shape), tensor.dtype) for name, tensor in state.items()}
 
 
-def _number(draw: random.Random) -> Any:
-    """Draw a value of a size."""
-    number = draw.choice(NUMBERS)
-    return draw.choice((number, number, number, float(number), [number] * draw.randint(1, 4), None, [], "x"))
+def _number(draw: random.Random, like: Any = None) -> Any:
+    """Draw a value of a size, mostly of the kind that stands there: a number, or as many as there are."""
+    if draw.random() < 0.1:
+        return draw.choice((None, [], "x", -0.5, [7] * 9))
+    if isinstance(like, (list, tuple)) and like and all(type(part) is int for part in like):
+        return [draw.choice((part, draw.choice(NUMBERS))) for part in like]
+    return draw.choice(NUMBERS)
 
 
 def _places(fields: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
