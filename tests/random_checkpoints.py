@@ -120,6 +120,7 @@ def write_transformers(case: Case, draw: random.Random, folder: Path, honest: bo
     names = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[case.model]
     known = {"architectures": [names if isinstance(names, str) else names[0]], "num_labels": draw.choice((2, 10, 1000))}
     fields = AutoConfig.for_model(case.model, **known, **case.args).to_dict()
+    del fields["model_type"]
     asked: list[tuple[dict[str, Any], str]] = []
     for _ in range(0 if honest else draw.randint(1, 3)):
         stated = draw.random() < 0.7
