@@ -16,6 +16,7 @@ from .pictures import (
     IMAGE_COLUMNS,
     MAX_UNREADABLE,
     ImageData,
+    PictureColumn,
     as_files,
     decode_picture,
     find_column,
@@ -99,12 +100,15 @@ class ImageStream:
         turns = itertools.zip_longest(*(part.shuffle(seed=self.seed, buffer_size=buffer) for part in parts))
         rows = (row for turn in turns for row in turn if row is not None)
         self._errors.clear()
-        readable = (found for row in rows if (found := self._read(row)) is not None)
+        # As files, not decoded, which a picture of any size may be: of those that can be decoded.
+        readable = (
+            ({self.image_column: row[self.image_column]}, found[1]) for row in rows if (found := self._read(row))
+        )
         found = list(itertools.islice(readable, count))
         if not found:
             why = f", {len(self._errors)} that cannot be read: {self._errors[0]}" if self._errors else ""
             raise ValueError(f"{self.name}: the stream holds no pictures{why}. Check the folder and the split.")
-        pictures, labels = zip(*found, strict=True)
+        files, labels = zip(*found, strict=True)
         seen, classes = len(set(labels)), len(self.class_names)
         if 2 * seen < min(classes, len(labels)):
             logger.warning(
@@ -112,6 +116,7 @@ class ImageStream:
                 "in random order, or draw the pictures by load_data(limit=%d).",
                 self.name, len(labels), seen, classes, count,
             )  # fmt: skip
+        pictures = PictureColumn(files, self.image_column, self.name)
         return ImageData(pictures, list(labels), class_names=self.class_names, transform=transform)
 
     def _prepare(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -24,6 +24,7 @@ from lfrns_hub.format import memory
 from lfrns_hub.format.memory import MemoryBudget, bounded, is_placeholder
 from lfrns_hub.pictures import ImageData, decode_picture, input_size_of, load_data, make_transform
 from lfrns_hub.pictures.preparation import OwnPreparation
+from lfrns_hub.stream import stream_data
 from lfrns_hub.zoo import create_base, create_dense, read_weights
 
 MEGABYTE = 10**6
@@ -279,7 +280,7 @@ def test_a_size_of_images_that_is_none_is_refused(size: Any) -> None:
         input_size_of(model)
 
 
-def large_pictures(folder: Path, count: int = 12) -> list[Path]:
+def large_pictures(folder: Path, count: int) -> list[Path]:
     """Write pictures of 24 megapixels, which take 72 MB each and little on disk."""
     paths = [folder / f"{number}.png" for number in range(count)]
     Image.new("RGB", (6000, 4000), (90, 20, 200)).save(paths[0])
@@ -288,19 +289,32 @@ def large_pictures(folder: Path, count: int = 12) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_large_pictures_of_a_batch_are_decoded_and_resized_one_by_one(own: bool, tmp_path: Path, monkeypatch) -> None:
+def large_data(folder: Path, count: int) -> Path:
+    """Write a folder of large pictures in two classes."""
     for split in ("train", "validation"):
         for name in ("a", "b"):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-    for number, path in enumerate(large_pictures(tmp_path)):
-        path.rename(tmp_path / "data" / "train" / "ab"[number % 2] / path.name)
+            (folder / "data" / split / name).mkdir(parents=True)
+    for number, path in enumerate(large_pictures(folder, count)):
+        path.rename(folder / "data" / "train" / "ab"[number % 2] / path.name)
+    return folder / "data"
+
+
+def test_the_front_of_a_stream_keeps_no_decoded_pictures(tmp_path: Path) -> None:
+    transform = make_transform(timm.create_model("test_resnet"), train=False)
+    stream = stream_data(large_data(tmp_path, 8), "train", transform=transform)
+    with limited(600 * MEGABYTE):  # decoded, all at once, they are 768
+        images, labels = next(iter(DataLoader(stream.front(8, transform), batch_size=8)))
+    assert images.shape == (8, 3, 160, 160) and labels.sum() == 4
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_large_pictures_of_a_batch_are_decoded_and_resized_one_by_one(own: bool, tmp_path: Path, monkeypatch) -> None:
     transform = make_transform(timm.create_model("test_resnet"), train=True)
     if own:
         plain = make_transform(timm.create_model("test_resnet"), train=False)
         transform = OwnPreparation(plain, "RGB", (160, 160), training=True, flip=True)
     monkeypatch.setattr("lfrns_hub.pictures.image_data.MAX_CACHE_BYTES", 0)
-    data = load_data(tmp_path / "data", "train", transform=transform)
+    data = load_data(large_data(tmp_path, 12), "train", transform=transform)
     with limited(600 * MEGABYTE):  # all at once they are 864
         images, labels = next(iter(DataLoader(data, batch_size=12)))
     assert images.shape == (12, 3, 160, 160) and not data.unreadable and labels.sum() == 6

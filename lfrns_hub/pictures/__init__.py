@@ -1,7 +1,7 @@
 """What a model looks at: its input size, transforms and data by name, and whether the two fit."""
 
 from lfrns_hub.pictures.class_folders import list_classes
-from lfrns_hub.pictures.decoding import decode_picture, name_picture
+from lfrns_hub.pictures.decoding import PictureColumn, decode_picture, name_picture
 from lfrns_hub.pictures.fit import check_images, guard_against_chance
 from lfrns_hub.pictures.image_data import MAX_UNREADABLE, ImageData
 from lfrns_hub.pictures.labels import read_labels
@@ -29,6 +29,7 @@ __all__ = [
     "SPLIT_FILES",
     "ImageData",
     "OwnPreparation",
+    "PictureColumn",
     "Preparation",
     "as_files",
     "check_images",
