@@ -227,7 +227,7 @@ def in_child(function: Callable[[], str], more: int) -> str:
         except BaseException as error:
             answer = f"raised {type(error).__name__}: {error}"
         with contextlib.suppress(BaseException):
-            os.write(write, answer.encode()[:2000])
+            os.write(write, answer.encode())
         os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
@@ -244,9 +244,11 @@ def use(call: Callable[[], Any]) -> str:
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, MemoryError) or "allocat" in str(cause).lower():
-                return f"over: {cause!r}"
+                return f"over: {cause!r}"[:500]
             cause = cause.__cause__ or cause.__context__
-        return f"refused: {error}" if type(error) is ValueError else f"raised {type(error).__name__}: {error}"
+        return (
+            f"refused: {error}"[:500] if type(error) is ValueError else f"raised {type(error).__name__}: {error}"[:500]
+        )
     return "fine"
 
 
