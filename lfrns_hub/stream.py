@@ -16,6 +16,7 @@ from .pictures import (
     IMAGE_COLUMNS,
     MAX_UNREADABLE,
     ImageData,
+    PictureColumn,
     as_files,
     decode_picture,
     find_column,
@@ -28,7 +29,7 @@ from .pictures import (
     split_folder,
 )
 from .seeded import OwnGroup
-from .untrusted import short
+from .untrusted import refuse_shortage, short
 
 logger = logging.getLogger(__name__)
 FRONT_SHARDS = 32  # read in turn for the front
@@ -99,12 +100,15 @@ class ImageStream:
         turns = itertools.zip_longest(*(part.shuffle(seed=self.seed, buffer_size=buffer) for part in parts))
         rows = (row for turn in turns for row in turn if row is not None)
         self._errors.clear()
-        readable = (found for row in rows if (found := self._read(row)) is not None)
+        # As files, not decoded, which a picture of any size may be: of those that can be decoded.
+        readable = (
+            ({self.image_column: row[self.image_column]}, found[1]) for row in rows if (found := self._read(row))
+        )
         found = list(itertools.islice(readable, count))
         if not found:
             why = f", {len(self._errors)} that cannot be read: {self._errors[0]}" if self._errors else ""
             raise ValueError(f"{self.name}: the stream holds no pictures{why}. Check the folder and the split.")
-        pictures, labels = zip(*found, strict=True)
+        files, labels = zip(*found, strict=True)
         seen, classes = len(set(labels)), len(self.class_names)
         if 2 * seen < min(classes, len(labels)):
             logger.warning(
@@ -112,6 +116,7 @@ class ImageStream:
                 "in random order, or draw the pictures by load_data(limit=%d).",
                 self.name, len(labels), seen, classes, count,
             )  # fmt: skip
+        pictures = PictureColumn(files, self.image_column, self.name)
         return ImageData(pictures, list(labels), class_names=self.class_names, transform=transform)
 
     def _prepare(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -127,6 +132,7 @@ class ImageStream:
         try:
             picture = decode_picture(file, self.name)
         except Exception as error:  # pillow raises a dozen types for a file that is damaged
+            refuse_shortage(error, f"{self.name}: {name_picture(file) or 'a picture'}")
             which, reason = name_picture(file) or "a picture", short(str(error) or type(error).__name__, 120)
             self._errors.append(f"{which} ({reason})")
             if len(self._errors) > self.max_unreadable:

@@ -3,8 +3,10 @@
 What is trusted and what is not stands in SECURITY.md.
 """
 
+import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,23 +14,32 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
 
 from lfrns_hub.narrow import short
 
-__all__ = ["AGAIN", "Header", "bounded", "parse_json", "read_headers", "read_json", "refuse_large", "refusing", "short"]
+__all__ = [
+    "AGAIN",
+    "Header",
+    "is_shortage",
+    "parse_json",
+    "read_headers",
+    "read_json",
+    "refuse_large",
+    "refuse_shortage",
+    "refusing",
+    "short",
+    "size_of",
+]
 
 # A ViT-H plan is 3 MB of JSON, a header of 2,000 tensors 0.2 MB; parsed, JSON takes up to 30 times its size.
 MAX_JSON_BYTES = 16 << 20
 MAX_HEADER_BYTES = 16 << 20
 MAX_DEPTH = 64
 MAX_NUMBER = 1 << 20  # of a size in a config: the largest published vocabulary has 901,629 entries
-# Parts of a network that hold no parameter (activations, dropouts, containers) for each that does.
-MODULES_PER_TENSOR = 16
+NO_MEMORY = re.compile(r"DefaultCPUAllocator|CUDA out of memory|std::bad_alloc")  # as torch says it, by a RuntimeError
+# By keys: of what constructors make lists of all places, in python, and tables of all pairs of places.
+SIDES = {re.compile(r"(img|image|input)_?size"): 4096, re.compile(r"window|resol|grid|patch_?size"): 1024}
+LABELS = ("num_labels", "num_classes", "id2label", "label2id")
 AGAIN = "The file is damaged or hostile: download it again, or save the model again."
 
 
@@ -45,6 +56,11 @@ class Header:
     shape: list[int]
     dtype: str
     file: Path
+
+
+def size_of(headers: dict[str, Header]) -> int:
+    """Return how many bytes the files of some weights have."""
+    return sum(file.stat().st_size for file in {header.file for header in headers.values()})
 
 
 def read_json(path: str | os.PathLike[str], call: str) -> dict[str, Any]:
@@ -125,67 +141,60 @@ def read_headers(folder: Path, call: str) -> dict[str, Header]:
     return found
 
 
-def refuse_large(values: Any, what: str, most: int = MAX_NUMBER) -> None:
+def refuse_large(values: Any, what: str, most: int = MAX_NUMBER, labels: int = MAX_NUMBER) -> None:
     """Refuse numbers in a config that would build what no machine holds.
 
     Args:
         values: A number, or lists and dicts with numbers in them.
         what: Names them in the error.
-        most: The largest number.
+        most: The largest number; of pixels of a side 4,096, of patches and windows 1,024.
+        labels: The largest number of classes, each of which has its name.
     Raises:
         ValueError: One is larger, in absolute value, or no number at all (NaN).
     """
-    if isinstance(values, (dict, list, tuple)):
-        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-            refuse_large(value, f"{what}[{short(key)}]", most)
+    if isinstance(values, dict):
+        for key, value in values.items():
+            inside = f"{what}[{short(key)}]"
+            if key in LABELS:
+                refuse_large(len(value) if isinstance(value, (dict, list)) else value, inside, labels)
+            side = next((side for part, side in SIDES.items() if part.search(str(key))), most)
+            refuse_large(value, inside, min(most, side), labels)
+    elif isinstance(values, (list, tuple)):
+        for place, value in enumerate(values):
+            refuse_large(value, f"{what}[{place}]", most, labels)
     elif isinstance(values, (int, float)) and not -most <= values <= most:
         raise ValueError(f"{what} = {short(values)}: sizes must lie from -{most} to {most}. {AGAIN}")
 
 
-@contextmanager
-def bounded(tensors: int) -> Iterator[dict[str, int]]:
-    """Stop a constructor that makes more parts than a file can fill.
+def is_shortage(error: BaseException) -> bool:
+    """Return whether no memory was left, as python, pillow, torch or the system say it."""
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
+
+
+def refuse_shortage(error: BaseException, what: str) -> None:
+    """Tell a machine that runs short of memory or of open files from a file that is damaged.
 
     Args:
-        tensors: How many the file holds. Twice as many parameters may be made: a constructor makes a head anew.
-    Yields:
-        What was made so far: parameters, modules, and elements, of all parameters together.
+        error: What came of reading a file.
+        what: Names the file in the error.
     Raises:
-        ValueError: More parameters, or more than 16 modules for each, were made.
+        MemoryError: No memory was left.
+        OSError: No file could be opened.
     """
-    most = {"parameters": 2 * tensors + 64, "modules": MODULES_PER_TENSOR * tensors + 4096}
-    made = {"parameters": 0, "modules": 0, "elements": 0}
-
-    def count(kind: str) -> None:
-        made[kind] += 1
-        if made[kind] > most[kind]:
-            raise ValueError(
-                f"the config asks for more than {most[kind]:,} {kind}, the weights hold {tensors:,} tensors. {AGAIN}"
-            )
-
-    def on_parameter(module: nn.Module, name: str, parameter: Any) -> None:
-        count("parameters")
-        made["elements"] += parameter.numel()
-
-    def on_module(module: nn.Module, name: str, part: Any) -> None:
-        count("modules")
-
-    hooks = [
-        register_module_parameter_registration_hook(on_parameter),
-        register_module_module_registration_hook(on_module),
-    ]
-    try:
-        yield made
-    finally:
-        for hook in hooks:
-            hook.remove()
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error
+    if is_shortage(error):
+        raise MemoryError(f"{what}: the memory does not suffice. Use smaller batches or fewer workers.") from error
 
 
 @contextmanager
-def refusing(call: str) -> Iterator[None]:
+def refusing(call: str, way_out: str = AGAIN) -> Iterator[None]:
     """Turn whatever a library raises over a config into one error: each architecture refuses in its own way."""
     try:
         yield
     except Exception as error:
-        reason = short(str(error) or type(error).__name__, 400).removesuffix(AGAIN).rstrip(". ")
-        raise ValueError(f"{call}: config.json builds no model ({reason}). {AGAIN}") from error
+        reason = "it takes more than the memory holds" if is_shortage(error) else str(error) or type(error).__name__
+        reason = short(reason, 400).removesuffix(AGAIN).rstrip(". ")
+        raise ValueError(f"{call}: config.json builds no model ({reason}). {way_out}") from error

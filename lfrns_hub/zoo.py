@@ -9,6 +9,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import models  # noqa: F401  registers cifar_* with timm
+from .format.memory import OverBudget, bounded, bytes_for
 from .lineage import base_facts
 from .pictures import (
     ImageData,
@@ -30,7 +32,7 @@ from .pictures import (
     set_preprocessing,
 )
 from .reach import CONNECT_TIMEOUT_S, cached, hub_errors, reach_hub
-from .untrusted import read_json, refusing, short
+from .untrusted import AGAIN, is_shortage, read_headers, read_json, refuse_large, refusing, short, size_of
 
 __all__ = [
     "ImageData",
@@ -57,6 +59,10 @@ DEFAULT_CONFIGS = {
     "facebook/convnext-tiny-224": "convnext",
     "microsoft/resnet-50": "resnet",
 }
+
+
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
+MAX_TENSORS = 1 << 16  # of a dense model, whose weights may be of a kind whose header is not read
 
 
 def create_dense(
@@ -91,6 +97,7 @@ def create_dense(
     state = read_weights(weights) if weights is not None else None
     fetch = state is None if pretrained is None else pretrained and state is None
     kind, source = _resolve(name)
+    _refuse_oversized(kind, source, f"create_dense({name!r})")
     published = fetch and kind != "function" and (":" in source or kind != "timm" or timm.is_model_pretrained(source))
     if kind == "function":
         model = _call_builder(name, num_classes)
@@ -156,7 +163,7 @@ def create_base(directory: str | os.PathLike[str], *, device: str | torch.device
     Returns:
         The dense model, in eval mode.
     Raises:
-        ValueError: The folder holds no such checkpoint.
+        ValueError: The folder holds no such checkpoint, or a dense model of more than 0.5 GB and four times its size.
     """
     from transformers import AutoModelForImageClassification
 
@@ -168,21 +175,28 @@ def create_base(directory: str | os.PathLike[str], *, device: str | torch.device
     if not path.is_file():
         raise ValueError(f"{str(directory)!r}: it has no config.json. Give a folder that lfrns slim wrote.")
     call = f"create_base({str(directory)!r})"
-    config = read_json(path, call)
+    config, headers = read_json(path, call), read_headers(Path(directory), call)
     if config.get("architecture") == "lfrns_slim":
         args, cfg = read_timm(Path(directory), call)
-        with refusing(call), torch.device(device):
-            return lfrns_slim(
-                pretrained_cfg=cfg, **{k: v for k, v in args.items() if k not in ("shapes", "attrs")}
-            ).eval()
-    if str(config.get("model_type", "")).startswith("lfrns_"):
-        dense = read_transformers(Path(directory), call)
+        dense_args = {key: value for key, value in args.items() if key not in ("shapes", "attrs")}
+        build = partial(lfrns_slim, pretrained_cfg=cfg, **dense_args)
+    elif str(config.get("model_type", "")).startswith("lfrns_"):
+        dense = read_transformers(Path(directory), call, headers)
         dense.lfrns = {}
-        with refusing(call), torch.device(device):
-            return AutoModelForImageClassification.from_config(dense, trust_remote_code=False).eval()
-    raise ValueError(
-        f"{str(directory)!r}: its config.json does not say which dense model it was cut from. Name it by --dense."
-    )
+        build = partial(AutoModelForImageClassification.from_config, dense, trust_remote_code=False)
+    else:
+        raise ValueError(
+            f"{str(directory)!r}: its config.json does not say which dense model it was cut from. Name it by --dense."
+        )
+    takes_memory = torch.device(device).type != "meta"
+    with refusing(call, f"{AGAIN} If you know its dense model, name that (lfrns: --dense)."):
+        most = bytes_for(size_of(headers), dense=takes_memory)
+        with bounded(len(headers), most, dense=takes_memory), torch.device("meta"):
+            model = build()
+        if takes_memory:
+            with torch.device(device):
+                model = build()
+    return model.eval()
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -204,10 +218,11 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
-            _refuse_compressed(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = _load_pickled(path)
     except Exception as error:  # torch and safetensors raise a dozen types for a file that is not theirs
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if is_shortage(error):
+            reason = "it states more than the memory holds"
         raise ValueError(
             f"weights={str(path)!r}: holds no plain tensors ({reason[:150]}). Save model.state_dict() as safetensors."
         ) from error
@@ -218,16 +233,41 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     state = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
     if not state:
         raise ValueError(f"weights={str(path)!r}: holds no state_dict. Save model.state_dict() as safetensors.")
+    if larger := next((key for key, value in state.items() if not _lies_in_file(value)), None):
+        raise ValueError(
+            f"weights={str(path)!r}: {short(larger)} has shape {short(list(state[larger].shape))}, of which the file "
+            "does not hold each element. Save model.state_dict() as safetensors."
+        )
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
 
 
-def _refuse_compressed(path: Path) -> None:
-    """Refuse an archive whose parts unpack to more than they are: torch.save compresses none."""
+def _load_pickled(path: Path) -> Any:
+    """Load a pickle whose tensors take no more than the file: none is compressed, or stated to be larger than it is."""
+    size, stated = path.stat().st_size, 0
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+            parts = archive.infolist()
+        packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
         if packed:
             raise ValueError(f"{short(packed[0])} in it is compressed, as torch.save writes none")
+        if (held := sum(part.file_size for part in parts)) > size:
+            raise ValueError(f"its parts have {held:,} bytes, the file {size:,}")
+
+    def count(storage: Any, location: str) -> Any:
+        nonlocal stated
+        stated += storage.nbytes()
+        if stated > size:
+            raise ValueError(f"it states tensors of {stated:,} bytes, the file has {size:,}")
+        return storage
+
+    return torch.load(path, map_location=count, weights_only=True)
+
+
+def _lies_in_file(tensor: Tensor) -> bool:
+    """Return whether each element of a tensor has a place of its own in its storage."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def _read_config(source: str) -> Any:
@@ -289,6 +329,34 @@ def _kind_of(config: dict[str, Any], name: str) -> str:
     if "model_type" in config:
         return "transformers"
     raise ValueError(f"model {name!r}: its config.json names neither an architecture (timm) nor a model_type.")
+
+
+def _refuse_oversized(kind: str, source: str, call: str) -> None:
+    """Refuse a dense model whose config, in a folder or in the Hub's cache, asks for what its weights do not hold.
+
+    Where there are no weights yet, only what no weights would hold is counted: the caller named the model.
+    """
+    place = source.removeprefix("local-dir:").removeprefix("hf-hub:")
+    path = Path(place) / "config.json" if Path(place).is_dir() else cached(place)
+    if kind == "function" or path is None:
+        return
+    from transformers import AutoModelForImageClassification
+
+    config = read_json(path, call)
+    files = [file for ending in WEIGHTS for file in path.parent.glob(f"*{ending}")]
+    size = sum(file.stat().st_size for file in files)
+    labels = {key: config[key] for key in ("num_labels", "num_classes") if key in config}
+    refuse_large(labels, f"{call}: config.json")
+    try:
+        with bounded(MAX_TENSORS, bytes_for(size, dense=bool(files)), dense=bool(files)), torch.device("meta"):
+            if kind == "timm":
+                timm.create_model(f"local-dir:{path.parent}", pretrained=False)
+            else:
+                AutoModelForImageClassification.from_config(_read_config(str(path.parent)))
+    except OverBudget as error:
+        raise ValueError(f"{call}: {error}") from error
+    except Exception:  # what the library refuses here, it refuses again where it builds the model
+        return
 
 
 def _hub_config(repo_id: str) -> dict[str, Any]:
@@ -371,7 +439,9 @@ def _load_transformers(
         return cls.from_pretrained(None, config=built, state_dict=dict(state), **options)
 
     if num_classes is None and state is not None:
-        num_classes = _rows_of(state, "classifier.weight") or _rows_of(state, "head.weight")
+        with torch.device("meta"):
+            own = AutoModelForImageClassification.from_config(config).state_dict()
+        num_classes = _rows_of(state, own, "classifier.weight") or _rows_of(state, own, "head.weight")
     with _quiet_transformers(), hub_errors(f"the weights of {name}"):
         model, info = load(num_classes)
         missing = sorted(info["missing_keys"])
@@ -410,8 +480,10 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _rows_of(state: dict[str, Tensor], key: str) -> int | None:
-    return state[key].shape[0] if key in state else None
+def _rows_of(state: dict[str, Tensor], own: dict[str, Tensor], key: str, width: int | None = None) -> int | None:
+    """Count the classes of a head in some weights; None where it is not of the model's width, `own`'s or `width`."""
+    widths = own[key].shape[1:] if key in own else (width,)
+    return state[key].shape[0] if key in state and state[key].shape[1:] == widths else None
 
 
 def _fit_head(model: nn.Module, rebuild: Callable[[int], nn.Module], state: dict[str, Tensor]) -> nn.Module:
@@ -421,8 +493,10 @@ def _fit_head(model: nn.Module, rebuild: Callable[[int], nn.Module], state: dict
     if not name:
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         name = linears[-1] if linears else ""
-    rows = _rows_of(state, f"{name}.weight") or 0
-    return model if rows == num_classes_of(model) else rebuild(rows)
+    key, width = f"{name}.weight", getattr(model, "head_hidden_size", getattr(model, "num_features", None))
+    if key in state and (rows := _rows_of(state, model.state_dict(), key, width)) is None:
+        return model  # which says what does not fit
+    return model if key in state and rows == num_classes_of(model) else rebuild(rows if key in state else 0)
 
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], call: str) -> None:

@@ -15,6 +15,7 @@ COMMON = {"units", "batches", "answers", "model_io", "running", "untrusted", "na
 # What else each may; a module that is not named here may import COMMON alone.
 ALLOWED = {
     "untrusted": {"narrow"},
+    "format": set(),
     "trace": {"adapters", "narrow"},
     "responses": {"taps"},
     "runs": set(),
@@ -54,13 +55,14 @@ ALLOWED = {
     "pictures": {"reach"},
     "stream": {"pictures", "seeded"},
     "lineage": {"reach"},
-    "zoo": {"models", "pictures", "reach", "checkpoint", "lineage"},
+    "zoo": {"models", "pictures", "reach", "checkpoint", "lineage", "format"},
     "checkpoint": {
         "zoo",
         "pictures",
         "adapters",
         "surgery",
         "narrow",
+        "format",
         "models",
         "card",
         "hub",

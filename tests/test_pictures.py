@@ -414,7 +414,8 @@ def test_training_crops_and_mirrors_as_torchvision_does_it() -> None:
     seen = set()
     for seed in range(20):
         torch.manual_seed(seed)
-        top, left, height, width, mirrored = drawn = transform.draw(pixels)
+        _, drawn = transform.draw(pixels)
+        top, left, height, width, mirrored = drawn
         expected = T.Pad(4)(picture).crop((left, top, left + width, top + height))
         expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else expected
         expected = T.Normalize(transform.mean, transform.std)(T.ToTensor()(expected))
@@ -430,8 +431,8 @@ def test_a_training_crop_of_a_larger_picture_is_near_to_what_pillow_makes_of_it(
     transform = make_transform(timm.create_model("test_resnet"), train=True)
     smooth = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     picture = Image.fromarray(smooth).resize((300, 200), Image.Resampling.BICUBIC)
-    top, left, height, width, _ = transform.draw(transform.fix(picture))
-    got = transform.finish([transform.fix(picture)], [(top, left, height, width, False)])[0]
+    pixels, (top, left, height, width, _) = transform.draw(transform.fix(picture))
+    got = transform.finish([pixels], [(top, left, height, width, False)])[0]
     crop = picture.crop((left, top, left + width, top + height)).resize((160, 160), Image.Resampling.BILINEAR)
     expected = T.Normalize(transform.mean, transform.std)(T.ToTensor()(crop))
     assert transform.interpolation == "bilinear" and (got - expected).abs().max() < 2.5 / 255 / min(transform.std)

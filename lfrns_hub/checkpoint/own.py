@@ -9,12 +9,10 @@ from torch import nn
 
 from lfrns_hub.checkpoint.files import match_dtype, read_tensors, write_config, write_weights
 from lfrns_hub.narrow import describe, is_narrower, narrow
-from lfrns_hub.pictures import data_config_of
-from lfrns_hub.untrusted import refuse_large
+from lfrns_hub.pictures import check_settings, data_config_of
 
 OWN_NAME = "lfrns_own_class"
 
-MAX_PIXELS = 4096  # of a side
 DATA_CONFIG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
@@ -65,7 +63,7 @@ def prepare_as_stored(model: nn.Module, config: dict[str, Any]) -> None:
     """Let the user's model state, as the checkpoint does, how its pictures are prepared."""
     stored = {key: value for key, value in (config.get("pretrained_cfg") or {}).items() if key in DATA_CONFIG}
     if stored:
-        refuse_large(stored, "pretrained_cfg", MAX_PIXELS)
+        check_settings(stored, "config.json: pretrained_cfg")
         model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **stored}
 
 

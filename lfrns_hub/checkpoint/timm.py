@@ -4,12 +4,11 @@ The stock model is built as its arguments say, then narrowed by the stored sizes
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from timm.layers import set_layer_config
 from timm.models import get_model_args, get_pretrained_cfg, is_model, model_entrypoint
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
@@ -20,19 +19,17 @@ import lfrns_hub.models  # the CIFAR networks, so that timm can build them as a 
 from lfrns_hub.checkpoint.entrypoint import TIMM_NAME, lfrns_slim
 from lfrns_hub.checkpoint.files import facts_of, match_dtype, read_tensors, write_config, write_weights
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
+from lfrns_hub.format.memory import bounded, bytes_for, is_placeholder
 from lfrns_hub.model_io.meaning import problem_type_of
 from lfrns_hub.narrow import describe, short
-from lfrns_hub.pictures import data_config_of
-from lfrns_hub.untrusted import bounded, read_headers, refuse_large, refusing
+from lfrns_hub.pictures import check_settings, data_config_of
+from lfrns_hub.untrusted import read_headers, refuse_large, refusing, size_of
 
-# Of a picture's side, of which position tables have the square; other numbers build parameters, which a file must fill.
-MAX_PIXELS = 4096
 MAX_ARGUMENT = 1 << 16
-MAX_BUFFER = 1 << 24
-MAX_DENSE = 1 << 27  # elements of a dense base that has to be built whole: 0.5 GB
 NOT_BASE_ARGS = ("base", "shapes", "attrs", "slim", "num_classes", "pretrained_cfg", "pretrained", "cache_dir")
-# torch's and timm's initialisers, and the operations that timm's consist of.
-DRAWS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.constant_} | {
+# torch's initialisers at random, whose values a file holds; and others, with the operations that timm's consist of.
+DRAWS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_}
+FILLS = {nn.init.constant_} | {
     getattr(torch.Tensor, name)
     for name in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
 }
@@ -126,8 +123,10 @@ class _NoDraws(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in DRAWS and (tensor := args[0] if args else kwargs["tensor"]).is_meta:
-            return tensor
+        if func in DRAWS or func in FILLS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if func in DRAWS or tensor.is_meta or is_placeholder(tensor):
+                return tensor
         return func(*args, **kwargs)
 
 
@@ -143,10 +142,8 @@ def read_timm(folder: Path, call: str) -> tuple[dict[str, Any], dict[str, Any]]:
         cfg, _, args = load_model_config_from_path(folder)
         own = {key: value for key, value in args.items() if key not in ("slim", "shapes", "attrs")}  # narrow's
         refuse_large(own, "model_args", MAX_ARGUMENT)
-        for key in ("img_size", "input_size"):
-            refuse_large(args.get(key), f"model_args.{key}", MAX_PIXELS)
         refuse_large(cfg.get("num_classes"), "num_classes")
-        refuse_large(cfg.get("input_size"), "pretrained_cfg.input_size", MAX_PIXELS)
+        check_settings(cfg, "pretrained_cfg")
         return args, cfg
 
 
@@ -154,59 +151,32 @@ def load_timm(folder: Path, config: dict[str, Any], *, headless: bool = False) -
     """Build the model without values, twice, and fill it from the file.
 
     The first has everything on the meta device, to be compared with the file's header before anything is allocated.
-    The second computes the buffers that no file holds; its parameters have no memory until they have their final size,
-    but in the few models whose buffers are computed where their parameters are: those are built whole, within bounds.
+    The second computes the buffers that no file holds; its parameters have no memory until they have their final size.
     Neither follows what the config says of where weights lie. `headless` builds it without a classifier.
     """
     call = f"load({str(folder)!r})"
     headers = read_headers(folder, call)
+    limits = (len(headers), bytes_for(size_of(headers)))
     args, cfg = read_timm(folder, call)
     if headless:
         cfg["num_classes"] = 0
-    with refusing(call):
-        with bounded(len(headers)) as made, torch.device("meta"):
-            skeleton = _create_slim(args, dict(cfg))
-        _refuse_large_buffers(skeleton, headers.keys())
+    with refusing(call), bounded(*limits), torch.device("meta"):
+        skeleton = _create_slim(args, dict(cfg))
     tensors = read_tensors(skeleton.state_dict(), folder)
     with refusing(call):
-        model = _without_memory(args, cfg)
-        if model is None:
-            stored = sum(tensor.numel() for tensor in tensors.values())
-            refuse_large(made["elements"], "elements of the dense base", max(MAX_DENSE, 64 * stored))
+        with bounded(*limits, placeholders=True):
             model = _create_slim(args, dict(cfg))
-        else:
-            _give_memory(model, skeleton)
+        _give_memory(model, skeleton)
         model.load_state_dict(tensors, strict=True)
     model._model_args = {**args, "slim": config["slim"]}  # as timm's factory has it
     return match_dtype(model, tensors)
-
-
-def _refuse_large_buffers(skeleton: nn.Module, stored: Iterable[str]) -> None:
-    """Refuse buffers that the model computes and no file has to fill, where they are larger than any known."""
-    computed = {name: buffer for name, buffer in skeleton.named_buffers() if name not in stored}
-    refuse_large({name: buffer.numel() for name, buffer in computed.items()}, "elements", MAX_BUFFER)
-
-
-def _without_memory(args: dict[str, Any], cfg: dict[str, Any]) -> nn.Module | None:
-    """Build a model with all values but its parameters'; None where its constructor computes with parameters.
-
-    Swin computes the mask of its windows on their device, hybrid ViTs run their backbone to learn its size.
-    """
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = _create_slim(args, dict(cfg))
-    except (NotImplementedError, RuntimeError):
-        return None
-    values = [value for module in model.modules() for value in vars(module).values()]
-    has_meta = any(isinstance(value, torch.Tensor) and value.is_meta for value in [*model.buffers(), *values])
-    return None if has_meta else model
 
 
 def _give_memory(model: nn.Module, skeleton: nn.Module) -> None:
     """Give the parameters of a model memory, one for all names of a tied one, which the skeleton knows."""
     modules, made = dict(model.named_modules(remove_duplicate=False)), {}
     for name, like in skeleton.named_parameters(remove_duplicate=False):
+        module, _, leaf = name.rpartition(".")
         if id(like) not in made:
             made[id(like)] = nn.Parameter(torch.empty(like.shape, dtype=like.dtype), like.requires_grad)
-        module, _, leaf = name.rpartition(".")
         modules[module]._parameters[leaf] = made[id(like)]

@@ -14,7 +14,7 @@ from lfrns_hub.checkpoint.files import facts_of, read_config, write_config
 from lfrns_hub.checkpoint.narrow_classes import TYPE_PREFIX
 from lfrns_hub.checkpoint.timm import WRAPPER_MAP, WRAPPER_TYPE, load_timm, model_args, timm_base, write_timm
 from lfrns_hub.checkpoint.transformers import is_transformers, refuse_outside, wrapper_classes
-from lfrns_hub.untrusted import refusing
+from lfrns_hub.untrusted import refuse_large, refusing
 
 
 def is_wrapper(model: nn.Module) -> bool:
@@ -72,6 +72,7 @@ def load_wrapper(folder: Path, config: dict[str, Any]) -> nn.Module:
     call = f"load({str(folder)!r})"
     model = load_timm(folder, config, headless=not cls.__name__.endswith("ForImageClassification"))
     sizes = {key: value for key, value in config.items() if key not in ("slim", "model_args")}
+    refuse_large(sizes, f"{call}: config.json")
     refuse_outside(sizes, call)
     with refusing(call), torch.device("meta"):
         wrapper = cls(CONFIG_MAPPING[WRAPPER_TYPE].from_dict({**config, "name_or_path": str(folder)}))

@@ -43,9 +43,10 @@ from lfrns_hub.checkpoint.narrow_classes import (
 )
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
 from lfrns_hub.checkpoint.timm import own_source
+from lfrns_hub.format.memory import bounded, bytes_for
 from lfrns_hub.model_io.meaning import problem_type_of
 from lfrns_hub.narrow import describe, short
-from lfrns_hub.untrusted import bounded, read_headers, refuse_large, refusing
+from lfrns_hub.untrusted import Header, read_headers, refuse_large, refusing, size_of
 
 # Image classifiers that build what they wrap by name, so that a subclass has nothing to narrow; what to save instead.
 NOT_SAVED = {
@@ -62,6 +63,8 @@ OUTSIDE = {
     "use_timm_backbone": (None, False),
     "backbone": (None,),
 }
+# Each class has a row in the weights; its name takes a kilobyte in transformers' configuration.
+MIN_LABELS, LABEL_BYTES = 1 << 16, 64
 DTYPES = (None, "float32", "float16", "bfloat16", "float64")
 WRAPPERS = tuple(CLASS_PREFIX + name for name in ("TimmWrapperForImageClassification", "TimmWrapperModel"))
 WRAPPER = "timm_wrapper"  # saved in timm's layout, see timm_wrapper.py
@@ -259,7 +262,7 @@ def _narrow_class_of(model: "transformers.PreTrainedModel") -> "type[transformer
                      "For another class pass the dense model as base=, and to load as model=.")  # fmt: skip
 
 
-def read_transformers(folder: Path, call: str) -> PreTrainedConfig:
+def read_transformers(folder: Path, call: str, headers: dict[str, Header]) -> PreTrainedConfig:
     """Make the config of a folder, with numbers within bounds and nothing that reaches outside of it."""
     fields = read_config(folder)
     model_type = str(fields.get("model_type"))
@@ -269,7 +272,7 @@ def read_transformers(folder: Path, call: str) -> PreTrainedConfig:
             "Upgrade transformers; code that the folder brings is not run."
         )
     sizes = {key: value for key, value in fields.items() if key not in ("slim", "lfrns")}
-    refuse_large(sizes, f"{call}: config.json")
+    refuse_large(sizes, f"{call}: config.json", labels=max(MIN_LABELS, size_of(headers) // LABEL_BYTES))
     refuse_outside(sizes, call)
     with refusing(call):
         return CONFIG_MAPPING[model_type].from_dict({**fields, "name_or_path": str(folder)})
@@ -281,17 +284,19 @@ def load_transformers(folder: Path) -> nn.Module:
     Transformers is given neither the folder nor a name: it follows no index of shards, no adapter and no `auto_map`.
     """
     call = f"load({str(folder)!r})"
-    config, headers = read_transformers(folder, call), read_headers(folder, call)
+    headers = read_headers(folder, call)
+    limits = (len(headers), bytes_for(size_of(headers)))
+    config = read_transformers(folder, call, headers)
     with refusing(call):
         base = MODEL_MAPPING.get(type(config), None)
         is_base = getattr(base, "__name__", None) in (config.architectures or ())  # saved alone, without a head
         auto = AutoModel if is_base else AutoModelForImageClassification
-        with bounded(len(headers)), torch.device("meta"):
+        with bounded(*limits), torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
         # names on disk are transformers' own, older ones
         expected = revert_weight_conversion(model, model.state_dict(keep_vars=True))
     tensors = read_tensors(expected, folder)
-    with refusing(call), _no_progress_bar():
+    with refusing(call), bounded(*limits), _no_progress_bar():
         info: dict[str, Any] = {}
         if not _assign(model, expected, tensors):
             model, info = type(model).from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)

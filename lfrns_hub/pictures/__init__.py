@@ -1,7 +1,7 @@
 """What a model looks at: its input size, transforms and data by name, and whether the two fit."""
 
 from lfrns_hub.pictures.class_folders import list_classes
-from lfrns_hub.pictures.decoding import decode_picture, name_picture
+from lfrns_hub.pictures.decoding import PictureColumn, decode_picture, name_picture
 from lfrns_hub.pictures.fit import check_images, guard_against_chance
 from lfrns_hub.pictures.image_data import MAX_UNREADABLE, ImageData
 from lfrns_hub.pictures.labels import read_labels
@@ -9,7 +9,7 @@ from lfrns_hub.pictures.load import load_data
 from lfrns_hub.pictures.model_input import example_input, input_size_of, num_classes_of
 from lfrns_hub.pictures.preparation import OwnPreparation, Preparation
 from lfrns_hub.pictures.preprocessing import data_config_of, make_transform, set_preprocessing
-from lfrns_hub.pictures.processor import find_processor, load_processor, write_processor
+from lfrns_hub.pictures.processor import check_settings, find_processor, load_processor, write_processor
 from lfrns_hub.pictures.tables import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
@@ -29,9 +29,11 @@ __all__ = [
     "SPLIT_FILES",
     "ImageData",
     "OwnPreparation",
+    "PictureColumn",
     "Preparation",
     "as_files",
     "check_images",
+    "check_settings",
     "data_config_of",
     "decode_picture",
     "example_input",

@@ -13,6 +13,7 @@ from lfrns_hub.untrusted import short
 # No format that pillow hands to another program (EPS), and none of documents.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 64_000_000  # of a picture: 0.2 GB decoded, the size of a 64-megapixel camera's
+ROWS = 64  # of a picture of 16 bits, scaled at once
 BITS_PER_SAMPLE = 258  # TIFF's tag
 
 
@@ -79,8 +80,12 @@ def as_bytes(picture: Image.Image) -> Image.Image:
     picture = ImageOps.exif_transpose(picture)
     if largest is None:
         return picture
-    pixels = np.asarray(picture).astype(np.float64) * (255 / largest)
-    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    wide = np.asarray(picture)
+    levels = (np.arange(largest + 1) * (255 / largest)).round().astype(np.uint8)
+    pixels = np.empty(wide.shape, np.uint8)
+    for row in range(0, len(wide), ROWS):  # by parts: as indices numbers take 8 bytes
+        pixels[row : row + ROWS] = levels[wide[row : row + ROWS].clip(0, largest)]
+    return Image.fromarray(pixels)
 
 
 def _largest_value(picture: Image.Image) -> int | None:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from lfrns_hub.batches import UNREADABLE
 from lfrns_hub.pictures.decoding import as_bytes
 from lfrns_hub.pictures.preparation import OwnPreparation, Preparation
-from lfrns_hub.untrusted import short
+from lfrns_hub.untrusted import refuse_shortage, short
 
 # Decoded pictures are kept up to this many bytes a dataset; CIFAR's 50,000 need 0.15 GB.
 MAX_CACHE_BYTES = 1 << 30
@@ -74,7 +74,10 @@ class ImageData(Dataset):
         return self.finish([self.draw(index) for index in indices])
 
     def draw(self, index: int) -> tuple[Tensor, Any, Any]:
-        """Do with a picture all that takes random numbers, and read its label; `finish` does the rest by batches."""
+        """Bring a picture to its size, with all that takes random numbers, and read its label; `finish` does the rest.
+
+        A batch so holds no pictures of the size that they have on disk.
+        """
         asked = index
         while (pixels := self._read(index)) is None:
             index = (index + 1) % len(self)
@@ -82,7 +85,7 @@ class ImageData(Dataset):
         if self.labels is not None:
             label = self.labels[index] if index == asked or self.training else self.unknown
         if isinstance(self.transform, IN_PARTS):
-            return pixels, self.transform.draw(pixels), label
+            return *self.transform.draw(pixels), label
         return self.transform(Image.fromarray(pixels)), None, label
 
     def finish(self, drawn: list[tuple[Tensor, Any, Any]]) -> list[tuple[Tensor, Any] | Tensor]:
@@ -119,6 +122,7 @@ class ImageData(Dataset):
                     picture = as_bytes(picture)
                     pixels = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
             except Exception as error:  # pillow raises a dozen types for a file that is damaged
+                refuse_shortage(error, f"{self.name}: {self._name(index)}")
                 self._note(index, error)
                 return None
             if self._bytes + pixels.nbytes <= MAX_CACHE_BYTES:

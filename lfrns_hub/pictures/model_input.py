@@ -6,6 +6,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from lfrns_hub.untrusted import short
+
+MAX_NUMBERS = 1 << 26  # of an image: four channels of 4,096 x 4,096 pixels
+
 
 def num_classes_of(model: nn.Module) -> int:
     """Count the classes a model answers; 0 for a backbone without a head.
@@ -41,10 +45,29 @@ def class_names_of(model: nn.Module) -> list[str] | None:
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     """Give channels, height and width of the images a model takes; 3, 224, 224 where nothing says.
 
+    Raises:
+        ValueError: Its configuration states what is no size, or one of more than 2^26 numbers.
+
     Example:
         >>> input_size_of(timm.create_model("cifar_resnet20", in_chans=1))
         (1, 32, 32)
     """
+    try:
+        channels, height, width = _stated_size(model)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(model).__name__}: its configuration states no size of images ({short(str(error), 120)}). Mend it."
+        ) from error
+    if min(channels, height, width) < 1 or channels * height * width > MAX_NUMBERS:
+        raise ValueError(
+            f"{type(model).__name__}: its configuration states images of {channels} x {height} x {width}: each must be "
+            f"1 or more, and their product at most {MAX_NUMBERS:,}. Mend it."
+        )
+    return channels, height, width
+
+
+def _stated_size(model: nn.Module) -> tuple[int, int, int]:
+    """Give channels, height and width as a model, or its configuration, states them."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "num_channels"):
         size = getattr(config, "image_size", None) or 224

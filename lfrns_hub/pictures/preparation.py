@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lfrns_hub.pictures.decoding import as_bytes
+from lfrns_hub.pictures.decoding import MAX_PIXELS, as_bytes
 
 PADDING = 4  # pixels, of He et al. 2016 for CIFAR
 SMALL = 32  # pixels: images up to this size are padded and cropped in training, larger ones cropped and resized
@@ -23,7 +23,8 @@ Drawn = tuple[int, int, int, int, bool]
 class Preparation:
     """How pictures are prepared for a model; called with one picture, it gives the tensor [C, H, W], float32.
 
-    `fix`, then `draw` for each picture by torch's generator, then `finish` of a whole batch, is the same.
+    `fix`, then `draw` for each picture by torch's generator, then `finish` of a whole batch, is the same. After `draw`
+    a picture has the size of the model's images, whatever its own.
 
     Attributes:
         mode: "L" or "RGB".
@@ -55,8 +56,8 @@ class Preparation:
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """Prepare one picture."""
-        pixels = self.fix(picture)
-        return self.finish([pixels], [self.draw(pixels)])[0]
+        pixels, drawn = self.draw(self.fix(picture))
+        return self.finish([pixels], [drawn])[0]
 
     def fix(self, picture: Image.Image) -> Tensor:
         """Give what of a picture is the same every time, [C, h, w], uint8."""
@@ -65,6 +66,8 @@ class Preparation:
         picture = in_mode(picture, self.mode)
         image: Any = F.pil_to_tensor(picture) if self.as_tensor else picture
         if self.resize is not None:
+            if isinstance(self.resize, int):
+                refuse_long(picture, self.resize)
             wanted = [self.resize] if isinstance(self.resize, int) else list(self.resize)
             if len(wanted) == 1 or wanted != [picture.height, picture.width]:
                 image = F.resize(image, wanted, self._interpolation())
@@ -72,26 +75,28 @@ class Preparation:
             image = self._crop(image)
         return image if self.as_tensor else F.pil_to_tensor(image)
 
-    def draw(self, pixels: Tensor) -> Drawn | None:
-        """Draw what becomes of a picture this time; None where nothing is drawn."""
-        if not self.training:
-            return None
-        return draw_crop(pixels, self.size if self.resize is not None else None, self.flip)
-
-    def finish(self, pixels: Sequence[Tensor], drawn: Sequence[Drawn | None]) -> Tensor:
-        """Give the images [N, C, H, W], float32, of what `fix` and `draw` gave."""
+    def draw(self, pixels: Tensor) -> tuple[Tensor, Drawn | None]:
+        """Draw what becomes of a picture this time, None where nothing is drawn; one of any size is cropped at once."""
         from torchvision.transforms.functional import InterpolationMode
         from torchvision.transforms.v2 import functional as F
 
         if not self.training:
-            images = torch.stack(list(pixels))
-        elif self.resize is None:
+            return pixels, None
+        drawn = draw_crop(pixels, self.size if self.resize is not None else None, self.flip)
+        if self.resize is None:
             known = self.interpolation in ("nearest", "bilinear", "bicubic")
             interpolation = self._interpolation() if known else InterpolationMode.BICUBIC
             options = {"size": list(self.size), "interpolation": interpolation, "antialias": True}
-            images = torch.stack([F.resized_crop(p, *d[:4], **options) for p, d in zip(pixels, drawn, strict=True)])
-        else:
-            padded = F.pad(torch.stack(list(pixels)), [PADDING] * 4)
+            pixels = F.resized_crop(pixels, *drawn[:4], **options)
+        return pixels, drawn
+
+    def finish(self, pixels: Sequence[Tensor], drawn: Sequence[Drawn | None]) -> Tensor:
+        """Give the images [N, C, H, W], float32, of what `draw` gave."""
+        from torchvision.transforms.v2 import functional as F
+
+        images = torch.stack(list(pixels))
+        if self.training and self.resize is not None:
+            padded = F.pad(images, [PADDING] * 4)
             images = torch.stack([F.crop(p, *d[:4]) for p, d in zip(padded, drawn, strict=True)])
         mirrored = [number for number, d in enumerate(drawn) if d is not None and d[4]]
         if mirrored:
@@ -142,8 +147,8 @@ class OwnPreparation:
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """Prepare one picture."""
-        pixels = self.fix(picture)
-        return self.finish([pixels], [self.draw(pixels)])[0]
+        pixels, drawn = self.draw(self.fix(picture))
+        return self.finish([pixels], [drawn])[0]
 
     def fix(self, picture: Image.Image) -> Tensor:
         """Give what of a picture is the same every time: the image, or the picture to train on as uint8 [C, h, w]."""
@@ -151,27 +156,29 @@ class OwnPreparation:
 
         picture = in_mode(picture, self.mode)
         if not self.training:
+            refuse_long(picture, max(self.size))
             return self.prepare(picture)
         return F.pil_to_tensor(F.resize(picture, list(self.size)) if self._is_small() else picture)
 
-    def draw(self, pixels: Tensor) -> Drawn | None:
-        """Draw what becomes of a picture this time; None where nothing is drawn."""
-        return draw_crop(pixels, self.size if self._is_small() else None, self.flip) if self.training else None
+    def draw(self, pixels: Tensor) -> tuple[Tensor, None]:
+        """Prepare a picture to train on, cropped and mirrored at random; any other is prepared already."""
+        if not self.training:
+            return pixels, None
+        return self._augmented(pixels, draw_crop(pixels, self.size if self._is_small() else None, self.flip)), None
 
-    def finish(self, pixels: Sequence[Tensor], drawn: Sequence[Drawn | None]) -> Tensor:
-        """Give the images [N, C, H, W], float32, of what `fix` and `draw` gave.
+    def finish(self, pixels: Sequence[Tensor], drawn: Sequence[None]) -> Tensor:
+        """Give the images [N, C, H, W], float32, of what `draw` gave.
 
         Raises:
             ValueError: They differ in size, as pictures do that are resized without a crop.
         """
-        images = [p if d is None else self._augmented(p, d) for p, d in zip(pixels, drawn, strict=True)]
-        sizes = {tuple(image.shape) for image in images}
+        sizes = {tuple(image.shape) for image in pixels}
         if len(sizes) > 1:
             raise ValueError(
                 f"the model's own processor makes images of {' and '.join(map(str, sorted(sizes)[:2]))} of these "
                 "pictures: a batch has one size. Use batches of one picture, or crop the pictures alike."
             )
-        return torch.stack(images)
+        return torch.stack(list(pixels))
 
     def _is_small(self) -> bool:
         """Say whether images are of CIFAR's size."""
@@ -190,6 +197,20 @@ def in_mode(picture: Image.Image, mode: str) -> Image.Image:
     """Return a picture upright, of 8 bits and of a mode; transparency is dropped, as transformers' pipeline does it."""
     picture = as_bytes(picture)
     return picture if picture.mode == mode else picture.convert(mode)
+
+
+def refuse_long(picture: Image.Image, side: int) -> None:
+    """Refuse a picture so much longer than wide that, resized by its shorter side, it is larger than any.
+
+    Raises:
+        ValueError: It would have more than 64 megapixels.
+    """
+    pixels = picture.width * picture.height * (side / max(min(picture.size), 1)) ** 2
+    if pixels > MAX_PIXELS:
+        raise ValueError(
+            f"{picture.width} x {picture.height} pixels, which is {pixels:,.0f} where its shorter side has {side}: at "
+            f"most {MAX_PIXELS:,} are prepared"
+        )
 
 
 def draw_crop(pixels: Tensor, size: tuple[int, int] | None, flip: bool) -> Drawn:

@@ -15,6 +15,7 @@ from lfrns_hub.pictures.processor import (
     INTERPOLATIONS,
     ProcessorCall,
     changed_processor,
+    check_settings,
     find_processor,
     guess_processor,
     is_of_transformers,
@@ -22,7 +23,6 @@ from lfrns_hub.pictures.processor import (
 from lfrns_hub.pictures.proof import Geometry, for_training, guess_geometries, prove
 from lfrns_hub.untrusted import short
 
-MIN_CROP_PCT = 0.01  # a smaller share would have pictures enlarged a hundredfold
 # What was proved of a pipeline, by all that its settings say: of each model it is asked for training, test and more.
 _PROVED: dict[str, Preparation | OwnPreparation] = {}
 
@@ -115,10 +115,9 @@ def data_config_of(model: nn.Module) -> dict[str, Any]:
     channels, height, width = input_size_of(model)
     cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "input_size": (channels, height, width)}
     stated = {"mean": cfg.pop("mean", None), "std": cfg.pop("std", None)}
+    check_settings({**cfg, **stated}, f"{type(model).__name__}: its pretrained_cfg")
     try:
         config = timm.data.resolve_data_config(cfg, pretrained_cfg=stated)
-        if not MIN_CROP_PCT <= config["crop_pct"] <= 1:
-            raise ValueError(f"crop_pct = {config['crop_pct']}, it must lie in [{MIN_CROP_PCT}, 1]")
         return config | {key: tuple(_per_channel(config[key], channels)) for key in ("mean", "std")}
     except Exception as error:  # timm asserts, and takes apart what it is given
         reason = short(str(error) or type(error).__name__, 200)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 FILE = "preprocessor_config.json"
 FILES = ("processor_config.json", FILE)  # transformers reads an image processor from either
 MAX_SIDE = 4096  # pixels, of a size in a stranger's file
+MIN_CROP_PCT = 0.01  # a smaller share would have pictures enlarged a hundredfold
 # By the numbers that pillow and transformers give them.
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
@@ -145,19 +147,39 @@ def write_processor(processor: Any, folder: Path) -> None:
 
 
 def check_settings(settings: dict[str, Any], where: str) -> None:
-    """Refuse what of an image processor's settings would make images that no machine holds, or none."""
+    """Refuse what of an image processor's settings, or of timm's pretrained_cfg, prepares no image, or a huge one.
+
+    Args:
+        settings: By name, as a file has them; only those that matter to images are looked at.
+        where: Names them in the error.
+    Raises:
+        ValueError: One is of another type than it must be, or out of its range.
+    """
+    rules: dict[str, Callable[[Any], bool]] = {
+        "input_size": lambda size: isinstance(size, (list, tuple)) and len(size) == 3 and all(map(_is_side, size)),
+        "crop_pct": lambda share: _is_number(share) and MIN_CROP_PCT <= share <= 1,
+        "interpolation": lambda name: name in ("random", *INTERPOLATIONS.values()),
+        "crop_mode": lambda name: name in ("center", "squash", "border"),
+        **dict.fromkeys(("mean", "image_mean"), lambda values: _are_numbers(values, -1e6)),
+        **dict.fromkeys(("std", "image_std"), lambda values: _are_numbers(values, 0)),
+        **dict.fromkeys(("first_conv", "classifier"), _are_names),
+    }
+    for key, fits in rules.items():
+        if settings.get(key) is not None and not fits(settings[key]):
+            raise ValueError(f"{where} has {key} = {short(settings[key])}, which prepares no picture. Mend it.")
+    largest = 0
     for key, value in settings.items():
         if "size" in key or "edge" in key or "resize" in key:
             refuse_large(value, f"{where}: {key}", MAX_SIDE)
-    share = settings.get("crop_pct")
-    if share is not None and not (_is_number(share) and 0.01 <= share <= 1):
-        raise ValueError(f"{where} has crop_pct = {short(share)}, which prepares no picture. Mend it.")
-    for key, above in (("image_mean", -1e6), ("image_std", 0)):
-        values = settings.get(key)
-        values = [values] if _is_number(values) else values
-        fits = isinstance(values, list) and 0 < len(values) <= 64 and all(_is_number(v) and v > above for v in values)
-        if values is not None and not fits:
-            raise ValueError(f"{where} has {key} = {short(values)}, which prepares no picture. Mend it.")
+            sides = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            )
+            largest = max([largest, *filter(_is_number, sides)])
+    if largest / (settings.get("crop_pct") or 1) > 2 * MAX_SIDE:
+        raise ValueError(
+            f"{where} has crop_pct = {settings['crop_pct']}, for which pictures are enlarged to more than "
+            f"{2 * MAX_SIDE} pixels. Mend it."
+        )
 
 
 def changed_processor(processor: Any, **settings: Any) -> Any:
@@ -234,5 +256,22 @@ def _for_channels(processor: Any, model: nn.Module) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    """Say whether a value of JSON is a number."""
+    """Return whether a value of JSON is a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_side(value: Any) -> bool:
+    """Return whether a value is a size of an image."""
+    return type(value) is int and 0 < value <= MAX_SIDE
+
+
+def _are_numbers(values: Any, above: float) -> bool:
+    """Return whether a value is a number, or some, above a bound and finite."""
+    values = [values] if _is_number(values) else values
+    is_list = isinstance(values, (list, tuple)) and 0 < len(values) <= 64
+    return is_list and all(_is_number(value) and above < value < 1e6 for value in values)
+
+
+def _are_names(value: Any) -> bool:
+    """Return whether a value is a name, or some."""
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value))

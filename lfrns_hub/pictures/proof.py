@@ -46,6 +46,10 @@ class Geometry:
     as_tensor: bool
     floored: bool
 
+    def is_large(self) -> bool:
+        """Return whether probes would be resized to more than memory should hold: some are 20 times as long as wide."""
+        return max(self.resize if isinstance(self.resize, tuple) else (self.resize or 0,)) > 2 * LARGEST
+
 
 def prove(
     prepare: Callable[[Image.Image], Tensor],
@@ -73,7 +77,7 @@ def prove(
         colours = fit_colours(prepare, mode)
         colours = colours and _as_stated(colours, *stated)
         size = (int(shape[1]), int(shape[2]))
-        candidates = [_fast(geometry, colours, mode, size) for geometry in geometries] if colours else []
+        candidates = [_fast(guess, colours, mode, size) for guess in geometries if colours and not guess.is_large()]
         for probe in probes(mode, size) if candidates else ():
             image = prepare(probe)
             candidates = [fast for fast in candidates if image.shape == shape and equals(fast, probe, image)]

@@ -1,0 +1,1 @@
+"""Files of strangers: how much memory what they say may take."""
