@@ -1,0 +1,1 @@
+"""How what others wrote is shown: as text."""
