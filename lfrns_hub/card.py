@@ -303,7 +303,9 @@ def _limits(
         worst = {word_of(of_head) for of_head in heads_of(slim).values() if of_head.get("worst_class")}
         what = {"classes": "classes", "labels": "labels"}.get(next(iter(worst)) if len(worst) == 1 else "", "parts")
         limits.append(
-            f"A mean hides {what} that lost more: the table names the one that lost most, record.json has all."
+            Markdown(
+                f"A mean hides {what} that lost more: the table names the one that lost most, `record.json` has all."
+            )
             if worst or word_of(slim) == "classes"
             else "A mean hides images with larger errors."
         )

@@ -1,11 +1,14 @@
 """A folder of checkpoints of one model at several budgets: their names, and the README that compares them."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from lfrns_hub.format.markdown import escape
 from lfrns_hub.measure import Record, comparable_dense, main_figure, nearness, why_no_dense
 
 PICTURE = "accuracy.png"
@@ -57,7 +60,7 @@ def write_index(directory: str | Path, title: str) -> Path:
         )
     names = sorted(records, key=lambda name: (-records[name].slim["macs_g"], name))
     readme = directory / "README.md"
-    above, below = _around(readme) or (f"# {title}\n\n", "\n")
+    above, below = _around(readme) or (f"# {escape(title)}\n\n", "\n")
     block = "\n".join([START, "", *_table({name: records[name] for name in names}, directory / PICTURE), "", END])
     readme.unlink(missing_ok=True)  # it may be a link to elsewhere
     readme.write_text(above + block + below, encoding="utf-8")
@@ -101,14 +104,20 @@ def _table(records: dict[str, Record], picture: Path) -> list[str]:
         first = dense[names[0]]
         if first:
             label = "dense" if len(together) == 1 else f"dense, beside {', '.join(names)}"
-            lines.append(f"| {label} | " + " | ".join(cells(first, first)) + " |")
+            lines.append(f"| {escape(label)} | " + " | ".join(cells(first, first)) + " |")
         lines += [
-            f"| [{name}]({name}) | " + " | ".join(cells(records[name].slim, dense[name])) + " |" for name in names
+            f"| [{escape(name)}]({quote(os.fsencode(name))}) | "
+            + " | ".join(cells(records[name].slim, dense[name]))
+            + " |"
+            for name in names
         ]
     notes: dict[str, list[str]] = {}
     for name, record in records.items():
         notes.setdefault(_footnote(record, dense[name], why_no_dense(fields[name])), []).append(name)
-    lines += ["", *(notes if len(notes) == 1 else (f"- {', '.join(named)}: {note}" for note, named in notes.items()))]
+    lines += [
+        "",
+        *(notes if len(notes) == 1 else (f"- {escape(', '.join(named))}: {note}" for note, named in notes.items())),
+    ]
     picture.unlink(missing_ok=True)
     first, key = dense[next(iter(records))], main_figure(first_slim).key
     if len(together) > 1:
@@ -155,7 +164,7 @@ def _footnote(record: Record, dense: dict[str, Any], why: str | None) -> str:
     beside = (
         "each beside the dense model in turns" if dense.get("latency_ms") is not None else "without the dense model"
     )
-    return (
+    return escape(
         f"Accuracy on {images or 'no'} images of {setup.get('dataset') or 'unknown data'}. Latency: batch 1, "
         f"{setup.get('dtype')}, {machine.get('device')} ({machine.get('cpu')}), {machine.get('threads')} threads, "
         f"{beside}{f' ({why})' if why else ''}. One MAC is two FLOPs."

@@ -20,7 +20,18 @@ from torch.nn.modules.module import (
 
 from lfrns_hub.narrow import short
 
-__all__ = ["AGAIN", "Header", "bounded", "parse_json", "read_headers", "read_json", "refuse_large", "refusing", "short"]
+__all__ = [
+    "AGAIN",
+    "Header",
+    "bounded",
+    "parse_json",
+    "read_headers",
+    "read_json",
+    "refuse_large",
+    "refusing",
+    "short",
+    "without_code",
+]
 
 # A ViT-H plan is 3 MB of JSON, a header of 2,000 tensors 0.2 MB; parsed, JSON takes up to 30 times its size.
 MAX_JSON_BYTES = 16 << 20
@@ -29,6 +40,7 @@ MAX_DEPTH = 64
 MAX_NUMBER = 1 << 20  # of a size in a config: the largest published vocabulary has 901,629 entries
 # Parts of a network that hold no parameter (activations, dropouts, containers) for each that does.
 MODULES_PER_TENSOR = 16
+CODE_KEYS = ("auto_map", "custom_pipelines")  # by which transformers finds code beside a config
 AGAIN = "The file is damaged or hostile: download it again, or save the model again."
 
 
@@ -120,6 +132,13 @@ def read_headers(folder: Path, call: str) -> dict[str, Header]:
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise ValueError(f"{call}: {path.name} cannot be read ({short(str(error), 120)}). {AGAIN}") from error
     return found
+
+
+def without_code(fields: Any) -> Any:
+    """Return what a config states, but for what names code to be run by `trust_remote_code`, at any depth."""
+    if isinstance(fields, dict):
+        return {key: without_code(value) for key, value in fields.items() if key not in CODE_KEYS}
+    return [without_code(item) for item in fields] if isinstance(fields, list) else fields
 
 
 def refuse_large(values: Any, what: str, most: int = MAX_NUMBER) -> None:

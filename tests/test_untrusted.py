@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_checkpoint import cut_pair, slim_transformers
 from torch import nn
+from transformers import ViTImageProcessor
 
 import lfrns_hub as lfrns
 from lfrns_hub import checkpoint
@@ -212,6 +213,30 @@ def test_no_code_of_a_folder_runs(which: str, folder: Path, tmp_path: Path, monk
     load_processor(model)
     create_base(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("way", ["save", "save_pretrained"])
+def test_no_foreign_code_is_named_in_what_is_saved(way: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved["transformers"], tmp_path / "slim"))
+    foreign = {
+        "AutoConfig": "evil.X",
+        "AutoModel": "evil/repo--evil.X",
+        "AutoImageProcessor": "evil.P",
+        "AutoX": ["evil"],
+    }
+    edit(folder, lambda config: config.update(auto_map=foreign, custom_pipelines={"x": {"impl": "evil.Pipe"}}))
+    model = lfrns.load(folder)
+    processor = ViTImageProcessor()
+    processor.auto_map = {"AutoImageProcessor": "evil.P"}
+    if way == "save":
+        checkpoint.save(model, tmp_path / "again", processor=processor)
+    else:
+        model.save_pretrained(tmp_path / "again")
+    for path in (tmp_path / "again").glob("*.json"):
+        assert "evil" not in path.read_text(), path.name
+    if way == "save":
+        names = json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"].values()
+        assert {name.partition(".")[0] for name in names} == {"modeling_lfrns"}
 
 
 def test_no_file_elsewhere_is_read_because_a_file_names_it(saved: dict[str, Path], tmp_path: Path) -> None:

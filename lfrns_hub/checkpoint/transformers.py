@@ -206,7 +206,7 @@ def _narrow_config_of(model: "transformers.PreTrainedModel") -> PreTrainedConfig
     config.lfrns = {"shapes": shapes, "attrs": attrs, "num_labels": config.num_labels}
     config.problem_type = config.problem_type or problem_type_of(model)
     ours = auto_map(generated.config_class.__base__.__name__, generated.__base__.__name__, _exported_base(model))
-    config.auto_map = {**(fields.get("auto_map") or {}), **ours}
+    config.auto_map = ours
     return config
 
 

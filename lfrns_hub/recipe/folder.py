@@ -15,7 +15,7 @@ from lfrns_hub.resume import written_aside
 from lfrns_hub.untrusted import short
 
 # What may differ between a run and its --resume: where it is told to write, and what comes after it.
-_NOT_THE_RUN = {"output_dir", "overwrite", "resume", "push_to_hub", "no_controls"}
+_NOT_THE_RUN = {"output_dir", "overwrite", "resume", "push_to_hub", "with_images", "no_controls"}
 
 
 def check_output_dir(directory: str | Path, *, resume: bool, overwrite: bool) -> Path:
