@@ -334,7 +334,7 @@ def _eval_results(slim: dict[str, Any], known: dict[str, Any]) -> list[EvalResul
             dataset_type=known["dataset_id"] or dataset,
             dataset_name=dataset,
             metric_type=figure.metric,
-            metric_name=f"{head}: {figure.label}" if head else figure.label,
+            metric_name=f"{plain(head, MAX_NAME)}: {figure.label}" if head else figure.label,
             metric_value=round(float(value), 2) if figure.unit else float(f"{value:{figure.form}}"),
         )
         for head, figure, value in scored

@@ -276,10 +276,10 @@ def test_weights_in_shards_are_found_by_their_names(saved: dict[str, Path], tmp_
 def test_a_link_is_neither_pushed_nor_written_through(folder: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("{}")
-    (folder / "notes.json").symlink_to(secret)
-    with pytest.raises(ValueError, match=r"push\(.*'user/name'\): notes\.json is a link that leads out .* remove it"):
+    (folder / "record.json").symlink_to(secret)
+    with pytest.raises(ValueError, match=r"push\(.*'user/name'\): record\.json is a link that leads out .* remove it"):
         lfrns.push(folder, "user/name")
-    (folder / "notes.json").unlink()
+    (folder / "record.json").unlink()
     (folder / "README.md").unlink()
     (folder / "README.md").symlink_to(secret)
     checkpoint.save(lfrns.load(folder), folder, overwrite=True)

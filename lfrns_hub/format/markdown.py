@@ -12,7 +12,7 @@ MAX_TEXT = 1000  # characters of one value
 LEFT_OUT = "(link left out)"
 # What renderers make a link of without any markup, and what could run or fetch something where it became one.
 LINKS = re.compile(
-    r"[a-z][a-z0-9+.-]*://\S*|\bwww\.\S*|\b(?:about|blob|data|file|javascript|mailto|tel|vbscript|view-source):\S+",
+    r"\S*://\S*|\bwww\.\S*|(?:java|vb)script:\S*|\b(?:about|blob|data|file|mailto|tel|view-source):\S+",
     re.IGNORECASE,
 )
 ADDRESSES = re.compile(r"[\w.+-]+@[\w-]+\.[\w.-]+")  # of mail
