@@ -146,7 +146,7 @@ def check_elements(elements: Elements) -> None:
 @pytest.mark.parametrize("renderer", RENDERERS.values(), ids=RENDERERS)
 def test_text_of_others_is_shown_as_it_is(renderer: MarkdownIt) -> None:
     draw = random.Random(0)
-    for _ in range(25 * CASES):
+    for _ in range(5 * CASES):
         text = hostile(draw)
         for before in ("", "x "):
             page = Elements(renderer.render(before + escape(text)))
@@ -159,13 +159,15 @@ def test_text_of_others_is_shown_as_it_is(renderer: MarkdownIt) -> None:
 
 @pytest.mark.parametrize("renderer", RENDERERS.values(), ids=RENDERERS)
 def test_hostile_records_make_the_same_elements_as_plain_ones(renderer: MarkdownIt) -> None:
-    draw = random.Random(1)
+    draw, expected = random.Random(1), {}
     for case in range(CASES):
         record, names = record_of(case, lambda: hostile(draw), draw.choice(LINKS))
         found, card = rendered(record, renderer, **names)
         check_elements(found)
-        plain_record, plain_names = record_of(case, lambda: "word", None)
-        assert found.found == rendered(plain_record, renderer, **plain_names)[0].found, card
+        if (shape := case % 6) not in expected:
+            plain_record, plain_names = record_of(shape, lambda: "word", None)
+            expected[shape] = rendered(plain_record, renderer, **plain_names)[0].found
+        assert found.found == expected[shape], card
         assert (name := plain(names["model_name"])) in found.text or len(name) > 200
         front = ModelCard(card).data.to_dict()
         assert "license_link" not in front

@@ -89,9 +89,9 @@ def without_folders(word: str) -> str:
     hub_id = re.fullmatch(r"(?:hf[-_]hub:)?(\w[\w.-]*/\w[\w.-]*)(?:@[\w.-]+)?", value)
     if not (hub_id and not Path(hub_id[1]).exists()):
         path = re.sub(r"[?#].*|(?<=//)[^/]*@", "", value, flags=re.DOTALL) if "://" in value else value
-        parts = [part for part in re.split(r"[/\\]|%2f|%5c", path, flags=re.IGNORECASE) if part.strip(".")]
-        is_home = parts and (parts[-1][0] == "~" or (len(parts) > 1 and parts[-2].lower() in HOMES))
-        value = "~" if is_home else parts[-1] if parts else value and "."
+        *above, last = ["", *filter(None, re.split(r"[/\\]|%2f|%5c", path, flags=re.IGNORECASE))]
+        is_home = last.startswith("~") or (above and above[-1].lower() in HOMES)
+        value = "~" if is_home else last if last.strip(".") or not value else "."
     return option + re.sub(r"hf_\w{16,}", "hf_...", value)
 
 
