@@ -143,9 +143,9 @@ def test_user_errors_are_raised_where_a_traceback_is_asked_for(monkeypatch: pyte
 
 
 def test_a_path_is_no_markup_on_the_terminal(capsys: pytest.CaptureFixture) -> None:
-    name = "/data/[red]a[/red] [/b] :smile: [link=http://x]y"
-    show(False, None, f"Checkpoint: {name}", Table("group", title=name))
+    name = "/data/[red]a[/red] [/b] :smile: [link=x]y"
+    show(False, None, f"Checkpoint: {name}", Table("group" * 10, title=name))
     recipe.print_results(Record(None, {}, {}), [{"name": name, "top1_pct": 1.0, "images": 1}], Path(name))
     said = " ".join(capsys.readouterr().out.split())
     assert said.count(f"Checkpoint: {name}") == 2
-    assert said.count(":smile:") == 4
+    assert said.count(name) == 4

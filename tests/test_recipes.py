@@ -311,7 +311,7 @@ def test_a_command_on_the_card_shows_no_folder_of_the_machine(
 )  # fmt: skip
 @pytest.mark.parametrize("option", ["", "--model="])
 def test_of_a_path_in_any_form_the_last_part_is_told(option: str, typed: str, told: str) -> None:
-    assert recipe.without_folders(option + typed) == (told if option and typed.startswith("-") else option + told)
+    assert recipe.without_folders(option + typed) == option + told
 
 
 def test_a_folder_here_that_has_the_form_of_a_hub_id_is_a_folder(tmp_path: Path, monkeypatch) -> None:
