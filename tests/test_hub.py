@@ -303,6 +303,17 @@ def test_what_is_no_part_of_a_checkpoint_is_not_pushed_and_named(hub, net):
     assert f"and {len(PRIVATE) + 1 - 8} more" in done.stderr
 
 
+def test_no_file_of_a_checkpoint_names_a_folder_of_the_machine(tmp_path):
+    for kind, model in (("vit", slim_transformers("vit")), ("timm", slim_resnet())):
+        first = checkpoint.save(
+            model, tmp_path / "alice" / kind, processor=ViTImageProcessor() if kind == "vit" else None
+        )
+        again = checkpoint.save(checkpoint.load(first), tmp_path / kind, base_model=str(first))
+        for file in [*_own_files(first, "push"), *_own_files(again, "push")]:
+            assert str(tmp_path).encode() not in file.read_bytes(), file.name
+            assert b"alice" not in file.read_bytes(), file.name
+
+
 def test_all_that_save_writes_is_known_to_push():
     assert set(FILES) <= set(NAMES)
 
