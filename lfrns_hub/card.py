@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment
 
+from lfrns_hub.format.markdown import Markdown, code, finish, link, plain, web_link
 from lfrns_hub.lineage import KEYS
 from lfrns_hub.measure import KINDS as OUTPUTS
 from lfrns_hub.measure import (
@@ -26,6 +28,8 @@ TAGS = ["pruned", "structured-pruning", "lfrns"]
 KINDS = {"channel": "channels", "head": "attention heads", "neuron": "MLP neurons"}
 BUDGETS = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 MAX_NAMES = 12  # of classes; config.json has them all
+MAX_NAME = 200  # characters of a name in a sentence
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def render_card(
@@ -56,7 +60,8 @@ def render_card(
         remote_code: Whether the folder holds a modelling file for `trust_remote_code`.
     Returns:
         Markdown with the Hub's YAML header. Base model, licence and data stand there only if the record's setup or
-        the provenance names them (`base_model`, `license`, `dataset`; see `lineage.base_facts`).
+        the provenance names them (`base_model`, `license`, `dataset`; see `lineage.base_facts`). Whatever the record
+        and the names say is shown as text of one line: no markup, no link but the licence's to the web.
     """
     record = read_record(record) or {}
     setup = record.get("setup") or {}
@@ -64,54 +69,62 @@ def render_card(
     slim, dense = record.get("slim") or {}, comparable_dense(record)
     if isinstance(word := provenance.get("output"), str) and word in OUTPUTS:  # said where nothing was measured, too
         slim = {"output": word} | slim
-    known = {key: setup.get(key) or provenance.get(key) for key in (*KEYS, "dataset", "dataset_id")}
+    stated = {key: setup.get(key) or provenance.get(key) for key in (*KEYS, "dataset", "dataset_id")}
+    known = {key: plain(value, MAX_NAME) if value else None for key, value in stated.items()}
+    known["license_link"] = web_link(stated["license_link"])
     if known["license"] != "other":  # the Hub knows the others by their identifier
         known["license_name"] = known["license_link"] = None
+    ids = {
+        key: known[key] if HUB_ID.fullmatch(known[key] or "") else None
+        for key in ("base_model", "dataset_id", "license")
+    }
     tasks = {OUTPUTS[word_of(of_head)].task for of_head in heads_of(slim).values()}
     task = tasks.pop() if len(tasks) == 1 else None  # the Hub has no word for quantities, nor for several at once
     shown = main_figure(slim)
     data = ModelCardData(
-        model_name=model_name,
+        model_name=plain(model_name, MAX_NAME),
         library_name=library,
         pipeline_tag=task,
         tags=[*filter(None, [task]), *TAGS],
-        license=known["license"] or UNKNOWN,
+        license=ids["license"] or UNKNOWN,
         license_name=known["license_name"],
         license_link=known["license_link"],
-        base_model=known["base_model"],
-        base_model_relation="finetune" if known["base_model"] else None,
-        datasets=[known["dataset_id"]] if known["dataset_id"] else None,
+        base_model=ids["base_model"],
+        base_model_relation="finetune" if ids["base_model"] else None,
+        datasets=[ids["dataset_id"]] if ids["dataset_id"] else None,
         metrics=_metrics(slim) or None,
         eval_results=_eval_results(slim, known),
         ignore_metadata_errors=False,
     )
+    template = Environment(finalize=finish).from_string(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
     return str(
-        ModelCard.from_template(
-            data,
-            template_str=Path(__file__).with_name("card.md").read_text(encoding="utf-8"),
-            model_name=model_name,
-            repo=f"user/{re.sub(r'[^A-Za-z0-9_.-]+', '-', model_name).strip('-.') or 'name'}",
-            base=base,
-            library=library,
-            processor=library == "timm" if processor is None else processor,
-            remote_code=remote_code,
-            summary=_summary(base, dense, slim, provenance, known),
-            smoke=setup.get("smoke"),
-            rows=_cells(_rows(dense, slim, setup.get("label_names"))),
-            no_dense=_line(why_no_dense(record) or ""),
-            latency=_latency(setup, dense),
-            controls=_cells([row["name"], _percent(row.get("top1_pct")), _count(row.get("images"))]
-                            for row in comparable_controls(record)),
-             budgets=[[_number(row["macs_fraction"], "", 3), _figure(row.get(shown.key), shown),
-                       _ms(row.get("latency_ms"))] for row in comparable_budgets(record)],
-             shown=shown.title.lower() if shown.title[1:2].islower() else shown.title,
-            removed=_removed(provenance),
-            plot=plot,
-            gallery=gallery,
-            curve=curve,
-            groups=_cells(_groups(provenance)),
-            facts=_facts(setup, provenance, known),
-            limits=_limits(slim, setup, provenance, known),
+        ModelCard(
+            template.render(
+                card_data=Markdown(data.to_yaml()),
+                model_name=model_name,
+                repo=Markdown(f"user/{re.sub(r'[^A-Za-z0-9_.-]+', '-', model_name).strip('-.')[:96] or 'name'}"),
+                base=Markdown(base if base.isascii() and base.isidentifier() else "Net"),
+                library=library,
+                processor=library == "timm" if processor is None else processor,
+                remote_code=remote_code,
+                summary=_summary(base, dense, slim, provenance, known),
+                smoke=setup.get("smoke"),
+                rows=_rows(dense, slim, setup.get("label_names")),
+                no_dense=why_no_dense(record),
+                latency=_latency(setup, dense),
+                controls=[[row["name"], _percent(row.get("top1_pct")), _count(row.get("images"))]
+                          for row in comparable_controls(record)],
+                budgets=[[_number(row["macs_fraction"], "", 3), _figure(row.get(shown.key), shown),
+                          _ms(row.get("latency_ms"))] for row in comparable_budgets(record)],
+                shown=shown.title.lower() if shown.title[1:2].islower() else shown.title,
+                removed=_removed(provenance),
+                plot=plot,
+                gallery=gallery,
+                curve=curve,
+                groups=_groups(provenance),
+                facts=_facts(setup, provenance, known),
+                limits=_limits(slim, setup, provenance, known),
+            )
         )
     )  # fmt: skip
 
@@ -234,18 +247,20 @@ def _groups(provenance: dict[str, Any]) -> list[list[str]]:
         kinds[name] = f"{kinds.get(name, UNKNOWN)}, approximate"
     integrity = (provenance.get("report") or {}).get("integrity") or {}
     return [
-        [f"`{name}`", kinds.get(name, UNKNOWN), f"{dense:,}", f"{kept:,}", _number(integrity.get(name), "", 3)]
+        [code(name), kinds.get(name, UNKNOWN), f"{dense:,}", f"{kept:,}", _number(integrity.get(name), "", 3)]
         for name, (kept, dense) in (provenance.get("widths") or {}).items()
     ]
 
 
-def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, Any]) -> list[tuple[str, Any]]:
     """List what the model was made from and how; what was not recorded reads unknown."""
     budget = provenance.get("budget") or {}
     shares = [f"{value:g} of the dense {BUDGETS.get(name, name)}" for name, value in budget.items()]
     versions = [f"{name} {version}" for name, version in (setup.get("versions") or {}).items() if version]
-    names = [_line(name) for name in setup.get("label_names") or []]
-    listed = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
+    names = setup.get("label_names") or []
+    listed = ", ".join(plain(name, MAX_NAME) for name in names[:MAX_NAMES]) + (
+        ", ..." if len(names) > MAX_NAMES else ""
+    )
     meant = {"labels": "Labels", "quantities": "Quantities"}.get(str(provenance.get("output")), "Classes")
     trained = _of(setup.get("dense_epochs") or None, "epochs")
     facts = {
@@ -254,7 +269,7 @@ def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, A
         **({"Dense model": f"trained for {trained} in the same run"} if trained else {}),
         "Data": known["dataset"],
         **({} if meant == "Quantities" and not names else {meant: f"{len(names):,}: {listed}" if names else None}),
-        "Method": f"LFRNS, preset `{provenance['preset']}`" if provenance.get("preset") else None,
+        "Method": Markdown(f"LFRNS, preset {code(provenance['preset'])}") if provenance.get("preset") else None,
         "Budget": f"at most {_list(shares)}" if shares else None,
         "Calibration": _of(provenance.get("calibration_images", setup.get("calibration_images")), "images"),
         "FCR": _of(provenance.get("fcr_steps"), "steps"),
@@ -262,15 +277,15 @@ def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, A
         "Seed": setup.get("seed", provenance.get("seed")),
         "Versions": ", ".join(versions) or None,
         "Commit": setup.get("commit"),
-        "Command": f"`{setup['command']}`" if setup.get("command") else None,
+        "Command": code(setup["command"]) if setup.get("command") else None,
     }
-    return [(name, UNKNOWN if value is None else _line(value)) for name, value in facts.items()]
+    return [(name, UNKNOWN if value is None else value) for name, value in facts.items()]
 
 
 def _licence(known: dict[str, Any]) -> str | None:
     """Name the base's licence; the Hub calls one that it has no identifier for "other"."""
     name = known["license_name"] or known["license"]
-    return f"[{name}]({known['license_link']})" if name and known["license_link"] else name
+    return link(name, known["license_link"]) if name else None
 
 
 def _limits(
@@ -288,7 +303,9 @@ def _limits(
         worst = {word_of(of_head) for of_head in heads_of(slim).values() if of_head.get("worst_class")}
         what = {"classes": "classes", "labels": "labels"}.get(next(iter(worst)) if len(worst) == 1 else "", "parts")
         limits.append(
-            f"A mean hides {what} that lost more: the table names the one that lost most, `record.json` has all."
+            Markdown(
+                f"A mean hides {what} that lost more: the table names the one that lost most, `record.json` has all."
+            )
             if worst or word_of(slim) == "classes"
             else "A mean hides images with larger errors."
         )
@@ -317,7 +334,7 @@ def _eval_results(slim: dict[str, Any], known: dict[str, Any]) -> list[EvalResul
             dataset_type=known["dataset_id"] or dataset,
             dataset_name=dataset,
             metric_type=figure.metric,
-            metric_name=f"{head}: {figure.label}" if head else figure.label,
+            metric_name=f"{plain(head, MAX_NAME)}: {figure.label}" if head else figure.label,
             metric_value=round(float(value), 2) if figure.unit else float(f"{value:{figure.form}}"),
         )
         for head, figure, value in scored
@@ -328,16 +345,6 @@ def _metrics(slim: dict[str, Any]) -> list[str]:
     """List the Hub's words for what is measured of such outputs."""
     kinds = [OUTPUTS[word_of(of_head)] for of_head in heads_of(slim).values()]
     return list(dict.fromkeys(figure.metric for kind in kinds for figure in kind.figures if figure.metric))
-
-
-def _cells(rows: Any) -> list[list[str]]:
-    """Make text safe inside a table: a bar in a class name would end its cell."""
-    return [[_line(cell).replace("|", "\\|") for cell in row] for row in rows]
-
-
-def _line(text: Any) -> str:
-    """Bring text of others, such as a class name, on one line, where it can start no heading and no HTML."""
-    return " ".join(str(text).split()).replace("<", "&lt;")
 
 
 def _list(words: list[str]) -> str:

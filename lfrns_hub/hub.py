@@ -1,11 +1,11 @@
 """To the Hub and from it: the one place that speaks huggingface_hub's HTTP."""
 
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, snapshot_download
@@ -19,23 +19,32 @@ from huggingface_hub.errors import (
 from torch import distributed
 
 from lfrns_hub.handwritten import merge_cards
+from lfrns_hub.untrusted import read_json, short
 
 # Root of the client's HTTP errors, by way of one of them: the library under huggingface_hub changes between versions.
 TransportError = HfHubHTTPError.__bases__[0]
-# What a checkpoint consists of: no pickle goes up or comes down.
-OURS = ("*.json", "*.safetensors", "*.md", "*.png", "modeling_lfrns.py")
-# Of an earlier push, and false beside new weights where the folder has no such file: a push takes them away.
-REPLACED = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "preprocessor_config.json",
+WEIGHTS, INDEX, GALLERY = "model.safetensors", "model.safetensors.index.json", "clusters.png"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# What a checkpoint consists of, whoever wrote it: `save`, save_pretrained, the Trainer, timm. No pickle goes up or
+# comes down, nor does a state of training, which names folders of the machine.
+NAMES = (
+    "README.md",
+    "config.json",
     "record.json",
-    "widths.png",
-    "clusters.png",
-    "curve.png",
+    "preprocessor_config.json",
+    "processor_config.json",
     "modeling_lfrns.py",
+    "widths.png",
+    "curve.png",
+    GALLERY,
+    WEIGHTS,
+    INDEX,
 )
+# Of an earlier push they stay where the folder has no such file; all others would be false beside new weights.
+KEPT = ("README.md", "config.json")
 AGAIN = "Push the folder again."
+MAX_LISTED = 8  # names in a message
+logger = logging.getLogger(__name__)
 
 
 def push(
@@ -47,11 +56,13 @@ def push(
     commit_message: str | None = None,
     create_pr: bool = False,
     token: str | None = None,
+    with_images: bool = False,
 ) -> str | None:
     """Upload a saved checkpoint as one commit: the repository then holds all of it, or is as it was.
 
-    Of a card that is there already, the sections and the front matter that people wrote are kept (see
-    `handwritten.merge_cards`). Files that are not a checkpoint's stay.
+    What a checkpoint consists of is sent, by name; what else lies in the folder stays there and is named in a warning.
+    Of a card that is in the repository already, the sections and the front matter that people wrote are kept (see
+    `handwritten.merge_cards`), as are files that are not a checkpoint's.
 
     Args:
         folder: What `save` wrote.
@@ -61,11 +72,12 @@ def push(
         commit_message: What the commit says.
         create_pr: Open a pull request against the default branch instead of committing to it.
         token: Of the Hub; by default the one that `hf auth login` stored.
+        with_images: Send clusters.png as well, and let the card show it: there are your training images in it.
     Returns:
         Address of the commit, or of the pull request. Of several processes only the main one pushes, and the others
         get None at once.
     Raises:
-        FileNotFoundError: The folder is not a saved checkpoint.
+        FileNotFoundError: The folder is not a saved checkpoint, or lacks a shard that its index names.
         ValueError: A file of the folder is a link to elsewhere, the id is none, both a revision and a pull request are
             asked for, the repository is public where private is asked for, or the front matter of a card cannot be
             read.
@@ -81,14 +93,11 @@ def push(
             f"push(revision={revision!r}, create_pr=True): a pull request is opened against the default branch. "
             "Give only one of them."
         )
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"push({str(folder)!r}): it has no {name}. Push a folder that lfrns_hub.save wrote."
-            )
-    files: dict[str, Path | bytes] = {path.name: path for path in _own_files(folder, call)}
+    own = _own_files(folder, call, with_images=with_images)
+    files: dict[str, Path | bytes] = {path.name: path for path in own}
     if not _is_main_process():
         return None
+    _name_others(folder, files.keys(), call)
 
     api = HfApi(token=token, library_name="lfrns_hub")
     with _one_message(call, api):
@@ -106,11 +115,13 @@ def push(
 
     if "README.md" in files:
         try:
-            files["README.md"] = merge_cards((folder / "README.md").read_text(encoding="utf-8"), card).encode()
+            new = (folder / "README.md").read_text(encoding="utf-8")
+            files["README.md"] = merge_cards(new if GALLERY in files else _without_gallery(new), card).encode()
         except ValueError as error:
             raise ValueError(f"{call}: {error}") from error
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=source) for name, source in files.items()]
-    removals = [CommitOperationDelete(name) for name in sorted(there - files.keys()) if _matches(name, REPLACED)]
+    gone = [name for name in sorted(there - files.keys()) if _is_own(name) and name not in KEPT]
+    removals = [CommitOperationDelete(name) for name in gone]
     with _one_message(call, api, "If there is no new pull request, push the folder again." if create_pr else AGAIN):
         if not has_branch:
             api.preupload_lfs_files(repo_id, additions, free_memory=False)  # first: if it fails, there is no branch
@@ -127,20 +138,58 @@ def push(
     return commit.pr_url or commit.commit_url
 
 
-def _own_files(folder: Path, call: str) -> list[Path]:
-    """List what of a folder is a checkpoint's; a recipe's work/ and what else lies there stay at home.
+def _own_files(folder: Path, call: str, *, with_images: bool = False) -> list[Path]:
+    """List what of a folder is a checkpoint's, by name, shards by their index; what else lies there stays at home.
 
     A link that leads out of the folder could send anything: only those of the Hub's own cache are followed.
     """
+    needed = ["config.json", *_weights_of(folder, call)]
+    for name in needed:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{call}: it has no {name}. Push a folder that lfrns_hub.save wrote.")
+    others = set(NAMES) - {WEIGHTS, INDEX, *([] if with_images else [GALLERY])}
+    files = [folder / name for name in sorted(others.union(needed)) if (folder / name).is_file()]
     home = folder.resolve()
     homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and _matches(path.name, OURS)]
     for path in files:
         if not any(path.resolve().is_relative_to(one) for one in homes):
             raise ValueError(
                 f"{call}: {path.name} is a link that leads out of the folder. Put the file itself there, or remove it."
             )
     return files
+
+
+def _weights_of(folder: Path, call: str) -> list[str]:
+    """Name the files that hold a folder's weights: model.safetensors, else the index of shards and those it names."""
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
+        return [WEIGHTS]
+    shards = read_json(folder / INDEX, call).get("weight_map")
+    shards = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+    strange = next((name for name in shards if not SHARD.fullmatch(name)), None)
+    if strange is not None or not shards:
+        raise ValueError(
+            f"{call}: {INDEX} names {short(strange or 'no file')}, where model-00001-of-00002.safetensors and the like "
+            "are needed. Save the model again."
+        )
+    return [INDEX, *shards]
+
+
+def _name_others(folder: Path, sent: Iterable[str], call: str) -> None:
+    """Warn of what lies in a folder and is not sent."""
+    others = sorted({path.name for path in folder.iterdir()} - set(sent))
+    if GALLERY in others:
+        logger.warning("%s: %s shows training images and is not sent; with_images=True (lfrns push: --with-images) "
+                       "sends it.", call, GALLERY)  # fmt: skip
+        others.remove(GALLERY)
+    if others:
+        more = f" and {len(others) - MAX_LISTED} more" if len(others) > MAX_LISTED else ""
+        named = ", ".join(short(name) for name in others[:MAX_LISTED])
+        logger.warning("%s: no part of a checkpoint and not sent: %s%s.", call, named, more)
+
+
+def _without_gallery(card: str) -> str:
+    """Take the picture of clusters out of a card that goes where the picture does not."""
+    return re.sub(rf"^!\[[^\]\n]*\]\({re.escape(GALLERY)}\)\n*", "", card, flags=re.MULTILINE)
 
 
 def fetch(repo_id: str, *, revision: str | None = None) -> Path:
@@ -159,7 +208,11 @@ def fetch(repo_id: str, *, revision: str | None = None) -> Path:
     call = f"load({repo_id!r})" if revision is None else f"load({repo_id!r}, revision={revision!r})"
     endpoint = HfApi().endpoint
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(OURS), etag_timeout=5))
+        folder = Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=[*NAMES, "model-*-of-*.safetensors"], etag_timeout=5
+            )
+        )
     except HFValidationError as error:
         raise FileNotFoundError(f"{call}: neither a folder nor a Hub id of the form user/name.") from error
     except LocalEntryNotFoundError as error:
@@ -239,9 +292,9 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"  # launched together, but the group is not made yet
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Tell whether a file of the top folder has one of the names."""
-    return not name.startswith(".") and "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)
+def _is_own(name: str) -> bool:
+    """Return whether a file of a repository is a checkpoint's."""
+    return name in NAMES or SHARD.fullmatch(name) is not None
 
 
 def _first_line(error: BaseException) -> str:

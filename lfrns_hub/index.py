@@ -1,11 +1,14 @@
 """A folder of checkpoints of one model at several budgets: their names, and the README that compares them."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from lfrns_hub.format.markdown import escape
 from lfrns_hub.measure import Record, comparable_dense, main_figure, nearness, why_no_dense
 from lfrns_hub.runs import draft_of, locked, put_in_place, settle
 from lfrns_hub.untrusted import short
@@ -56,10 +59,10 @@ def write_index(directory: str | Path, title: str) -> Path:
     readme, whole = directory / "README.md", directory.resolve()
     with locked(whole, f"write_index({str(directory)!r})"), draft_of(whole) as draft:
         settle(whole, _is_own)
-        above, below = _around(readme) or (f"# {title}\n\n", "\n")
+        above, below = _around(readme) or (f"# {escape(title)}\n\n", "\n")
         names = sorted(records, key=lambda name: (-records[name].slim["macs_g"], name))
         rows = _table({name: records[name] for name in names}, draft / PICTURE)
-        rows += [f"\n- {name}: not listed, {_one_line(why)}" for name, why in unread.items()]
+        rows += [f"\n- {escape(name)}: not listed, {escape(why)}" for name, why in unread.items()]
         block = "\n".join([START, "", *rows, "", END])
         (draft / readme.name).write_text(above + block + below, encoding="utf-8")
         put_in_place(draft, whole, _is_own, exchanged=False)  # others may write to the checkpoints
@@ -87,11 +90,6 @@ def _read_records(directory: Path) -> tuple[dict[str, Record], dict[str, str]]:
 def _is_own(name: str) -> bool:
     """Return whether a file of this name in the folder is one that `write_index` writes."""
     return name in ("README.md", PICTURE)
-
-
-def _one_line(text: str) -> str:
-    """Put a message on one line of Markdown, as text."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
 def refresh_index(directory: str | Path) -> Path | None:
@@ -131,14 +129,20 @@ def _table(records: dict[str, Record], picture: Path) -> list[str]:
         first = dense[names[0]]
         if first:
             label = "dense" if len(together) == 1 else f"dense, beside {', '.join(names)}"
-            lines.append(f"| {label} | " + " | ".join(cells(first, first)) + " |")
+            lines.append(f"| {escape(label)} | " + " | ".join(cells(first, first)) + " |")
         lines += [
-            f"| [{name}]({name}) | " + " | ".join(cells(records[name].slim, dense[name])) + " |" for name in names
+            f"| [{escape(name)}]({quote(os.fsencode(name))}) | "
+            + " | ".join(cells(records[name].slim, dense[name]))
+            + " |"
+            for name in names
         ]
     notes: dict[str, list[str]] = {}
     for name, record in records.items():
         notes.setdefault(_footnote(record, dense[name], why_no_dense(fields[name])), []).append(name)
-    lines += ["", *(notes if len(notes) == 1 else (f"- {', '.join(named)}: {note}" for note, named in notes.items()))]
+    lines += [
+        "",
+        *(notes if len(notes) == 1 else (f"- {escape(', '.join(named))}: {note}" for note, named in notes.items())),
+    ]
     first, key = dense[next(iter(records))], main_figure(first_slim).key
     if len(together) > 1:
         lines += ["", "No picture: the checkpoints were measured at different times, and such figures do not compare."]
@@ -184,7 +188,7 @@ def _footnote(record: Record, dense: dict[str, Any], why: str | None) -> str:
     beside = (
         "each beside the dense model in turns" if dense.get("latency_ms") is not None else "without the dense model"
     )
-    return (
+    return escape(
         f"Accuracy on {images or 'no'} images of {setup.get('dataset') or 'unknown data'}. Latency: batch 1, "
         f"{setup.get('dtype')}, {machine.get('device')} ({machine.get('cpu')}), {machine.get('threads')} threads, "
         f"{beside}{f' ({why})' if why else ''}. One MAC is two FLOPs."

@@ -29,6 +29,7 @@ __all__ = [
     "refusing",
     "short",
     "size_of",
+    "without_code",
 ]
 
 # A ViT-H plan is 3 MB of JSON, a header of 2,000 tensors 0.2 MB; parsed, JSON takes up to 30 times its size.
@@ -40,6 +41,7 @@ NO_MEMORY = re.compile(r"DefaultCPUAllocator|CUDA out of memory|std::bad_alloc")
 # By keys: of what constructors make lists of all places, in python, and tables of all pairs of places.
 SIDES = {re.compile(r"(img|image|input)_?size"): 4096, re.compile(r"window|resol|grid|patch_?size"): 1024}
 LABELS = ("num_labels", "num_classes", "id2label", "label2id")
+CODE_KEYS = ("auto_map", "custom_pipelines")  # by which transformers finds code beside a config
 AGAIN = "The file is damaged or hostile: download it again, or save the model again."
 
 
@@ -139,6 +141,13 @@ def read_headers(folder: Path, call: str) -> dict[str, Header]:
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise ValueError(f"{call}: {path.name} cannot be read ({short(str(error), 120)}). {AGAIN}") from error
     return found
+
+
+def without_code(fields: Any) -> Any:
+    """Return what a config states, but for what names code to be run by `trust_remote_code`, at any depth."""
+    if isinstance(fields, dict):
+        return {key: without_code(value) for key, value in fields.items() if key not in CODE_KEYS}
+    return [without_code(item) for item in fields] if isinstance(fields, list) else fields
 
 
 def refuse_large(values: Any, what: str, most: int = MAX_NUMBER, labels: int = MAX_NUMBER) -> None:

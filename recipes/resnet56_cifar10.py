@@ -126,7 +126,7 @@ def main() -> None:
     if accelerator.is_main_process:
         recipe.draw_clusters(dense, result, calibration_loader, out)
         lfrns.save(result.model, out, record=record, **saving)
-    recipe.finish(out, accelerator, args.push_to_hub)
+    recipe.finish(out, accelerator, args.push_to_hub, with_images=args.with_images)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """A label means the class that the model numbers so: by name across splits, files and the model, or refused."""
 
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,11 +82,28 @@ def test_a_single_class_folder_is_a_class_and_does_not_fit_a_model_of_ten(tmp_pa
         load_data(tmp_path, "train", transform=plain, model=answering(10))
 
 
-def test_words_in_another_language_are_numbered_in_order_where_nothing_speaks_against_it(tmp_path: Path) -> None:
+def test_words_in_another_language_are_numbered_in_order_and_that_is_said(tmp_path: Path, caplog) -> None:
     folders(tmp_path, "train", "abc")
     assert labels_of(load_data(tmp_path, "train", transform=plain, model=answering(3, list("xyz")))) == {
         "a": 0, "b": 1, "c": 2,
     }  # fmt: skip
+    assert "name their 3 classes by other words, so they are taken in order: 'a' as 'x', ..." in caplog.text
+
+
+def test_names_of_which_some_are_the_models_are_not_numbered_in_order(tmp_path: Path) -> None:
+    folders(tmp_path, "train", "abc")
+    with pytest.raises(ValueError, match=r"among them 'c', which is none of the model's 3 \(a, b, d\)"):
+        load_data(tmp_path, "train", transform=plain, model=answering(3, ["a", "b", "d"]))
+
+
+def test_splits_of_other_classes_are_not_matched_by_their_order(tmp_path: Path) -> None:
+    folders(tmp_path, "train", "cde")
+    folders(tmp_path, "validation", "acd")
+    for split in ("train", "validation"):
+        with pytest.raises(ValueError, match=r"has 4 classes \(a, c, d, e\), the model answers 3"):
+            load_data(tmp_path, split, transform=plain, model=answering(3))
+        with pytest.raises(ValueError, match=r"among them 'a', which is none of the model's 3 \(c, d, e\)"):
+            load_data(tmp_path, split, transform=plain, model=answering(3, list("cde")))
 
 
 @pytest.mark.parametrize("divided", [True, False])
@@ -101,6 +120,116 @@ def test_class_folders_named_as_splits_are_classes(divided: bool, tmp_path: Path
     assert sorted((int(data[i][0]), data[i][1]) for i in range(len(data))) == [
         (n, n) for n in range(5) for _ in range(3)
     ]
+
+
+def pictures_at(root: Path, *files: str) -> Path:
+    """A folder with a small picture under each of these names."""
+    for number, file in enumerate(files):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(root / file)
+    return root
+
+
+def reds(data) -> list[int]:
+    """The numbers of the pictures, as `pictures_at` counts them."""
+    return [int(image[0]) for image in (row[0] if data.labels else row for row in (data[i] for i in range(len(data))))]
+
+
+def red(picture: Image.Image) -> torch.Tensor:
+    """The number of a picture."""
+    return torch.tensor([picture.getpixel((0, 0))[0]]).float()
+
+
+def test_pictures_whose_names_have_a_splits_word_are_all_there(tmp_path: Path) -> None:
+    names = ["a.png", "test_1.png", "val-2.png", "eval_3.png", "dev.png", "my-train-5.png", "training.png"]
+    pictures_at(tmp_path, *(f"train/{name}" for name in names))
+    data = load_data(tmp_path, "train", transform=red)
+    assert sorted(reds(data)) == list(range(len(names))) and data.labels is None
+
+
+def test_metadata_describes_folders_that_are_called_as_splits(tmp_path: Path, caplog) -> None:
+    names = ["bus", "test", "train", "validation"]
+    pictures_at(tmp_path, *(f"train/{name}/x.png" for name in names))
+    table = tmp_path / "train" / "metadata.csv"
+    table.write_text("file_name,label\n" + "".join(f"{name}/x.png,{name}\n" for name in names))
+    data = load_data(tmp_path, "train", transform=red)
+    assert dict(zip(reds(data), data.labels, strict=True)) == {0: 0, 1: 1, 2: 2, 3: 3} and data.class_names == names
+    assert not caplog.text
+    table.write_text("file_name,label\nbus/x.png,bus\n")
+    load_data(tmp_path, "train", transform=red)
+    assert "the metadata names 1 of 4 pictures; the others are left out" in caplog.text
+    table.rename(tmp_path / "train" / "bus" / "metadata.csv")
+    with pytest.raises(ValueError, match="bus has a table of metadata and validation has none: the folders can"):
+        load_data(tmp_path, "train", transform=red)
+
+
+def test_an_archive_among_pictures_is_not_unpacked(tmp_path: Path) -> None:
+    pictures_at(tmp_path, "more/y.png", "data/train/x.png")
+    shutil.make_archive(str(tmp_path / "data" / "train" / "more"), "zip", tmp_path / "more")
+    assert reds(load_data(tmp_path / "data", "train", transform=red)) == [1]
+    (tmp_path / "data" / "train" / "metadata.csv").write_text("file_name,label\nx.png,a\n")
+    assert reds(load_data(tmp_path / "data", "train", transform=red)) == [1]
+
+
+def test_a_folder_is_read_by_its_name_and_not_as_a_pattern(tmp_path: Path) -> None:
+    for number, name in enumerate(("data[1]", "data1")):
+        table = datasets.Dataset.from_dict({"image": [Image.new("RGB", (4, 4), (number, 0, 0))], "label": [number]})
+        (tmp_path / name).mkdir()
+        table.to_parquet(tmp_path / name / "train-00000-of-00001.parquet")
+    assert reds(load_data(tmp_path / "data[1]", "train", transform=red)) == [0]
+    pictures_at(tmp_path / "set[1]", "train/a.png")
+    assert reds(load_data(tmp_path / "set[1]", "train", transform=red)) == [0]
+
+
+def test_files_of_a_split_are_of_one_writing_and_missing_ones_are_told(tmp_path: Path, caplog) -> None:
+    table = datasets.Dataset.from_dict({"image": [Image.new("RGB", (4, 4))], "label": [0]})
+    table.to_parquet(tmp_path / "train-00001-of-00003.parquet")
+    assert len(load_data(tmp_path, "train", transform=red)) == 1
+    assert "1 of 3 files are there: the split is not whole" in caplog.text
+    table.to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    with pytest.raises(
+        ValueError, match=r"train-00000-of-00001.parquet and train-00001-of-00003.parquet are of two wr"
+    ):
+        load_data(tmp_path, "train", transform=red)
+
+
+def test_pictures_beside_class_folders_are_refused(tmp_path: Path) -> None:
+    pictures_at(tmp_path, "train/a/1.png", "train/b/1.png", "train/stray.png")
+    with pytest.raises(ValueError, match=r"'train'\): 1 pictures in train \(stray.png\) lie in no class folder"):
+        load_data(tmp_path, "train", transform=red)
+
+
+def test_a_folder_that_is_a_split_or_a_class_is_refused(tmp_path: Path) -> None:
+    pictures_at(tmp_path, "bus/1.png", "car/1.png", "train/x/1.png", "train/y/1.png")
+    with pytest.raises(ValueError, match=r"train holds folders, and bus, car beside it hold pictures: it can be"):
+        load_data(tmp_path, "train", transform=red, val_split=0.5)
+    pictures_at(tmp_path, "val/x/1.png")  # with another split there is no doubt
+    assert load_data(tmp_path, "train", transform=red).class_names == ["x", "y"]
+
+
+@pytest.mark.parametrize(("train", "test"), [("training", "eval"), ("Train", "Test"), ("TRAIN", "evaluation")])
+def test_splits_of_other_names_are_splits_and_no_classes(train: str, test: str, tmp_path: Path) -> None:
+    pictures_at(tmp_path, *(f"{split}/{name}/{n}.png" for split in (train, test) for name in "ab" for n in range(2)))
+    for split, numbers in (("train", [0, 1, 2, 3]), ("validation", [4, 5, 6, 7])):
+        data = load_data(tmp_path, split, transform=red)
+        assert reds(data) == numbers and data.class_names == ["a", "b"]
+    assert load_data(tmp_path, "train", transform=red, val_split=0.5).class_names == ["a", "b"]
+
+
+def test_a_link_back_is_not_followed_round(tmp_path: Path) -> None:
+    pictures_at(tmp_path, "data/train/a/1.png", "data/train/b/1.png", "elsewhere/2.png")
+    train = tmp_path / "data" / "train"
+    for link, target in (("a/self", train / "a"), ("a/up", train), ("b/more", tmp_path / "elsewhere")):
+        (train / link).symlink_to(target)
+    data = load_data(tmp_path / "data", "train", transform=red)
+    assert list(zip(reds(data), data.labels, strict=True)) == [(0, 0), (1, 1), (2, 1)]
+
+
+def test_a_pipe_among_pictures_is_not_waited_for(tmp_path: Path) -> None:
+    pictures_at(tmp_path, "train/a/1.png", "train/b/1.png")
+    os.mkfifo(tmp_path / "train" / "a" / "2.png")
+    data = load_data(tmp_path, "train", transform=red)
+    assert reds(data) == [0, 1, 1] and data.unreadable == ["2.png"]
 
 
 def test_files_that_are_no_pictures_and_hidden_folders_are_no_class(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import timm
 from PIL import Image
+from rich.table import Table
 from typer.testing import CliRunner
 
 import lfrns_hub as lfrns
 from lfrns_hub import cli, recipe
+from lfrns_hub.cli.terminal import show
+from lfrns_hub.measure import Record
 
 RUNNER = CliRunner()
 
@@ -137,3 +140,12 @@ def test_user_errors_are_raised_where_a_traceback_is_asked_for(monkeypatch: pyte
     monkeypatch.setenv("LFRNS_TRACEBACK", "1")
     with pytest.raises(ValueError, match="macs=50"):
         recipe.run(refuse)
+
+
+def test_a_path_is_no_markup_on_the_terminal(capsys: pytest.CaptureFixture) -> None:
+    name = "/data/[red]a[/red] [/b] :smile: [link=x]y"
+    show(False, None, f"Checkpoint: {name}", Table("group" * 10, title=name))
+    recipe.print_results(Record(None, {}, {}), [{"name": name, "top1_pct": 1.0, "images": 1}], Path(name))
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count(f"Checkpoint: {name}") == 2
+    assert said.count(name) == 4

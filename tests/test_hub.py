@@ -13,13 +13,18 @@ import pytest
 import timm
 import torch
 from hub_server import TOKEN, Fault, Hub, hub, serve
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from test_checkpoint import slim_resnet, slim_transformers
 from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import ViTImageProcessor
 
 from lfrns_hub import checkpoint
-from lfrns_hub.hub import push
+from lfrns_hub.checkpoint.files import FILES
+from lfrns_hub.hub import NAMES, _own_files, push
+from lfrns_hub.plots import mark_of
 
 __all__ = ["hub"]
 ROOT = Path(__file__).parents[1]
@@ -267,15 +272,101 @@ def test_a_push_does_not_go_over_a_commit_that_it_has_not_seen(client, hub_of, n
 
 
 def test_files_of_an_earlier_push_go_and_those_of_people_stay(client, hub_of, net):
-    for name in ("model-00001-of-00002.safetensors", "clusters.png", "photo.png", "train.json"):
-        (net / name).write_bytes(name.encode())
     client("push", net, "tester/files")
-    for name in ("model-00001-of-00002.safetensors", "clusters.png", "photo.png", "train.json"):
-        (net / name).unlink()
-    hub_of.write("tester/files", "notes/mine.txt", b"of a person")
+    people = {"photo.png", "train.json", "notes/mine.txt", "notes/model.safetensors"}
+    for name in ("model-00001-of-00002.safetensors", "clusters.png", "processor_config.json", *people):
+        hub_of.write("tester/files", name, b"of before")
     client("push", net, "tester/files")
     files = hub_of.files("tester/files")
-    assert files.keys() - {path.name for path in net.iterdir()} == {"photo.png", "train.json", "notes/mine.txt"}
+    assert files.keys() - {path.name for path in net.iterdir()} == people
+
+
+# What has lain in folders of checkpoints, and is none: of people, of the Trainer, of a run, of our other commands.
+PRIVATE = [
+    ".env", "credentials.json", "notes.md", "holiday.png", "client.safetensors", "model.fp16.safetensors",
+    "model-00001-of-00002.safetensors", "adapter_model.safetensors", "trainer_state.json", "training_args.bin",
+    "optimizer.pt", "all_results.json", "old.bin", "model.onnx", "bench.png", "config.json.bak", "README.md~",
+]  # fmt: skip
+
+
+def test_what_is_no_part_of_a_checkpoint_is_not_pushed_and_named(hub, net):
+    for name in PRIVATE:
+        (net / name).write_text("{}")
+    (net / "work").mkdir()
+    (net / "work" / "config.json").write_text("{}")
+    assert not {path.name for path in _own_files(net, "push", with_images=True)} & {*PRIVATE, "work"}
+    done = run_client(hub.env, "import sys; from lfrns_hub.hub import push; push(*sys.argv[1:])", net, "tester/own")
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = {"README.md", "config.json", "model.safetensors", "modeling_lfrns.py", "widths.png"}
+    assert set(hub.files("tester/own")) - {".gitattributes"} == written
+    assert "no part of a checkpoint and not sent: .env, README.md~, adapter_model.safetensors" in done.stderr
+    assert f"and {len(PRIVATE) + 1 - 8} more" in done.stderr
+
+
+def test_no_file_of_a_checkpoint_names_a_folder_of_the_machine(tmp_path):
+    for kind, model in (("vit", slim_transformers("vit")), ("timm", slim_resnet())):
+        first = checkpoint.save(
+            model, tmp_path / "alice" / kind, processor=ViTImageProcessor() if kind == "vit" else None
+        )
+        again = checkpoint.save(checkpoint.load(first), tmp_path / kind, base_model=str(first))
+        for file in [*_own_files(first, "push"), *_own_files(again, "push")]:
+            assert str(tmp_path).encode() not in file.read_bytes(), file.name
+            assert b"alice" not in file.read_bytes(), file.name
+
+
+def test_all_that_save_writes_is_known_to_push():
+    assert set(FILES) <= set(NAMES)
+
+
+@pytest.mark.parametrize("kind", ["vit", "timm"])
+def test_what_other_writers_of_a_checkpoint_write_is_pushed(kind, tmp_path):
+    model = slim_transformers("vit") if kind == "vit" else slim_resnet()
+    model = checkpoint.load(checkpoint.save(model, tmp_path / "saved"))
+    if kind == "vit":
+        model.save_pretrained(tmp_path / "other", max_shard_size="20KB")
+        ViTImageProcessor().save_pretrained(tmp_path / "other")
+    else:
+        timm.models.save_for_hf(model, tmp_path / "other", safe_serialization=True)
+    written = {path.name for path in (tmp_path / "other").iterdir()}
+    assert len([name for name in written if name.endswith(".safetensors")]) > (1 if kind == "vit" else 0)
+    assert {path.name for path in _own_files(tmp_path / "other", "push")} == written
+
+
+def test_shards_are_those_of_the_index_alone(tmp_path):
+    model = checkpoint.load(checkpoint.save(slim_transformers("vit"), tmp_path / "saved"))
+    model.save_pretrained(tmp_path / "net", max_shard_size="20KB")
+    shards = sorted((tmp_path / "net").glob("*.safetensors"))
+    (tmp_path / "net" / "model-00001-of-00099.safetensors").write_text("of another run")
+    sent = [path.name for path in _own_files(tmp_path / "net", "push")]
+    assert [path.name for path in shards] == [name for name in sent if name.endswith(".safetensors")]
+    shards[0].unlink()
+    with pytest.raises(FileNotFoundError, match=rf"push: it has no {shards[0].name}"):
+        _own_files(tmp_path / "net", "push")
+    index = tmp_path / "net" / "model.safetensors.index.json"
+    for name, shown in (("../secret.safetensors", "../secret"), ("credentials.json", "cred"), (None, "None")):
+        index.write_text(json.dumps({"weight_map": {"x": name}}))
+        with pytest.raises(ValueError, match=rf"push: model.safetensors.index.json names {shown}.* Save the model ag"):
+            _own_files(tmp_path / "net", "push")
+    index.write_text("{}")
+    with pytest.raises(ValueError, match="names no file"):
+        _own_files(tmp_path / "net", "push")
+
+
+def test_the_picture_of_training_images_goes_where_it_is_asked_to(client, hub_of, tmp_path):
+    model, mark = slim_resnet(), PngInfo()
+    model.lfrns_provenance["plan"] = {"layer1.0.conv1": [0, 2, 5]}
+    mark.add_text("Comment", mark_of(model.lfrns_provenance["plan"]))
+    (tmp_path / "net").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "net" / "clusters.png", pnginfo=mark)
+    net = checkpoint.save(model, tmp_path / "net", overwrite=True)
+    local = (net / "README.md").read_text()
+    assert "](clusters.png)" in local
+    for asked in (True, False):
+        client("push", net, "tester/images", with_images=asked)
+        files = hub_of.files("tester/images")
+        assert ("clusters.png" in files) == ("](clusters.png)" in files["README.md"].decode()) == asked
+        assert "](widths.png)" in files["README.md"].decode()
+    assert (net / "README.md").read_text() == local
 
 
 def test_a_branch_is_made_and_moves_alone(client, hub_of, net):

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lfrns_hub"
 RECIPES = PACKAGE.parent / "recipes"
 
 # What every module may import: data, how a batch and an answer look, how a model comes and is copied.
-COMMON = {"units", "batches", "answers", "model_io", "running", "untrusted", "narrow"}
+COMMON = {"units", "batches", "answers", "model_io", "running", "untrusted", "narrow", "format"}
 # What else each may; a module that is not named here may import COMMON alone.
 ALLOWED = {
     "untrusted": {"narrow"},

@@ -352,6 +352,31 @@ def test_a_command_on_the_card_shows_no_folder_of_the_machine(
     assert told.endswith("recipes/vit_digits.py --data-dir=pictures --output-dir out --macs 0.5 --model a/b")
 
 
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("local-dir:/home/alice/secret/net", "net"), ("../../home/alice/net", "net"), ("./alice/net/", "net"),
+        ("C:/Users/alice/net", "net"), ("C:\\Users\\alice\\net", "net"), ("\\\\server\\alice\\net", "net"),
+        ("~/alice/net", "net"), ("~alice/net", "net"), ("~alice", "~"), ("/home/alice", "~"), ("/Users/alice/", "~"),
+        ("file:///home/alice/net", "net"), ("file:%2Fhome%2Falice%2Fnet", "net"), ("s3://alice/x/net", "net"),
+        ("https://alice:word@host/alice/net?token=alice#alice", "net"), ("https://alice:word@host", "host"),
+        ("-o/home/alice/net", "net"), ("/data/alice,/home/alice/net", "net"), ("alice/deep/net", "net"), ("..", "."),
+        ("alice/..", "."), ("hf_aliceAliceAliceAliceAlice", "hf_..."), ("user/name", "user/name"), ("", ""),
+        ("hf-hub:user/name@v1.0", "hf-hub:user/name@v1.0"), ("resnet50.a1_in1k", "resnet50.a1_in1k"), ("0.5", "0.5"),
+        ("package.module:fn", "package.module:fn"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("option", ["", "--model="])
+def test_of_a_path_in_any_form_the_last_part_is_told(option: str, typed: str, told: str) -> None:
+    assert recipe.without_folders(option + typed) == option + told
+
+
+def test_a_folder_here_that_has_the_form_of_a_hub_id_is_a_folder(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "alice" / "net").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert recipe.without_folders("alice/net") == "net"
+
+
 def test_a_run_is_finished_when_record_and_config_are_there(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text("{}")
     assert not recipe.is_finished(tmp_path)

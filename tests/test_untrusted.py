@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_checkpoint import cut_pair, slim_transformers
 from torch import nn
+from transformers import ViTImageProcessor
 
 import lfrns_hub as lfrns
 from lfrns_hub import checkpoint
@@ -214,6 +215,30 @@ def test_no_code_of_a_folder_runs(which: str, folder: Path, tmp_path: Path, monk
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("way", ["save", "save_pretrained"])
+def test_no_foreign_code_is_named_in_what_is_saved(way: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved["transformers"], tmp_path / "slim"))
+    foreign = {
+        "AutoConfig": "evil.X",
+        "AutoModel": "evil/repo--evil.X",
+        "AutoImageProcessor": "evil.P",
+        "AutoX": ["evil"],
+    }
+    edit(folder, lambda config: config.update(auto_map=foreign, custom_pipelines={"x": {"impl": "evil.Pipe"}}))
+    model = lfrns.load(folder)
+    processor = ViTImageProcessor()
+    processor.auto_map = {"AutoImageProcessor": "evil.P"}
+    if way == "save":
+        checkpoint.save(model, tmp_path / "again", processor=processor)
+    else:
+        model.save_pretrained(tmp_path / "again")
+    for path in (tmp_path / "again").glob("*.json"):
+        assert "evil" not in path.read_text(), path.name
+    if way == "save":
+        names = json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"].values()
+        assert {name.partition(".")[0] for name in names} == {"modeling_lfrns"}
+
+
 def test_no_file_elsewhere_is_read_because_a_file_names_it(saved: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved["transformers"], tmp_path / "slim"))
     weights = load_file(folder / "model.safetensors")
@@ -251,10 +276,10 @@ def test_weights_in_shards_are_found_by_their_names(saved: dict[str, Path], tmp_
 def test_a_link_is_neither_pushed_nor_written_through(folder: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("{}")
-    (folder / "notes.json").symlink_to(secret)
-    with pytest.raises(ValueError, match=r"push\(.*'user/name'\): notes\.json is a link that leads out .* remove it"):
+    (folder / "record.json").symlink_to(secret)
+    with pytest.raises(ValueError, match=r"push\(.*'user/name'\): record\.json is a link that leads out .* remove it"):
         lfrns.push(folder, "user/name")
-    (folder / "notes.json").unlink()
+    (folder / "record.json").unlink()
     (folder / "README.md").unlink()
     (folder / "README.md").symlink_to(secret)
     checkpoint.save(lfrns.load(folder), folder, overwrite=True)

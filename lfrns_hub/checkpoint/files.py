@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lfrns_hub.card import read_record, render_card
+from lfrns_hub.checkpoint.narrow_classes import own_names
 from lfrns_hub.checkpoint.remote_code import MODELING_FILE
 from lfrns_hub.handwritten import merge_cards
 from lfrns_hub.lineage import KEYS
 from lfrns_hub.measure import comparable_budgets, comparable_dense, main_figure
 from lfrns_hub.narrow import FORMAT_VERSION, computed_buffers, grown, short
-from lfrns_hub.untrusted import AGAIN, MAX_JSON_BYTES, read_headers, read_json
+from lfrns_hub.untrusted import AGAIN, MAX_JSON_BYTES, read_headers, read_json, without_code
 
 # What `save` writes, and what it may find of an earlier one.
 FILES = (
@@ -103,8 +104,9 @@ def _check_facts(facts: dict[str, Any], call: str) -> None:
 
 
 def write_config(draft: Path, config: dict[str, Any], model: nn.Module) -> None:
-    """Write config.json with what is known of the model's making."""
-    config["slim"] = facts_of(model)
+    """Write config.json with what is known of the model's making, and no code but our own."""
+    ours = own_names(config.get("auto_map"))
+    config = {**without_code(config), **({"auto_map": ours} if ours else {}), "slim": facts_of(model)}
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

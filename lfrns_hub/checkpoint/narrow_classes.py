@@ -25,6 +25,13 @@ MAX_SHOWN = 16  # entries of another table of a config
 MODELING = "modeling_lfrns"  # the file in a checkpoint, by its name as a module
 
 
+def own_names(names: Any) -> dict[str, str]:
+    """Return what of an `auto_map` names our own file, which of a model from the Hub reads "user/name--file.Class"."""
+    named = names.items() if isinstance(names, dict) else ()
+    local = {auto: name.rpartition("--")[2] for auto, name in named if isinstance(name, str)}
+    return {auto: name for auto, name in local.items() if name.startswith(f"{MODELING}.{CLASS_PREFIX}")}
+
+
 def narrow_config(
     stock: type[PreTrainedConfig], module: str, write: Callable[[Any, Any], None] | None = None, **body: Any
 ) -> type[PreTrainedConfig]:
@@ -39,10 +46,9 @@ def narrow_config(
     """
 
     def save_pretrained(self: PreTrainedConfig, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        # Of a model from the Hub transformers makes it "user/name--file.Class"; the file comes along, so name it alone.
-        for auto, name in (getattr(self, "auto_map", None) or {}).items():
-            if isinstance(name, str) and f"--{MODELING}." in name:
-                self.auto_map[auto] = name.rpartition("--")[2]
+        vars(self).pop("custom_pipelines", None)  # no code of others stands beside what is saved
+        if ours := own_names(vars(self).pop("auto_map", None)):
+            self.auto_map = ours
         if write is not None:
             write(self, save_directory)
         stock.save_pretrained(self, save_directory, *args, **kwargs)

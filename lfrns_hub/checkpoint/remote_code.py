@@ -8,7 +8,7 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from lfrns_hub.checkpoint.narrow_classes import CLASS_PREFIX, MODELING
+from lfrns_hub.checkpoint.narrow_classes import CLASS_PREFIX, MODELING, own_names
 
 MODELING_FILE = f"{MODELING}.py"
 HERE = Path(__file__).parent
@@ -42,8 +42,7 @@ def write_code(folder: Path, names: dict[str, Any], base_source: Path | None = N
         names: Its auto_map; entries of others are left alone, and nothing is written where none is ours.
         base_source: Source of a timm model that timm alone does not have.
     """
-    prefix = f"{MODELING}.{CLASS_PREFIX}"
-    ours = {k: v.removeprefix(prefix) for k, v in names.items() if isinstance(v, str) and v.startswith(prefix)}
+    ours = {auto: name.removeprefix(f"{MODELING}.{CLASS_PREFIX}") for auto, name in own_names(names).items()}
     config, classifier = ours.get("AutoConfig"), ours.get("AutoModelForImageClassification")
     if config is None or classifier is None:
         return

@@ -234,8 +234,8 @@ def _narrow_config_of(model: "transformers.PreTrainedModel") -> PreTrainedConfig
     shapes, attrs = describe(model, skeleton)
     config.lfrns = {"shapes": shapes, "attrs": attrs, "num_labels": config.num_labels}
     config.problem_type = config.problem_type or problem_type_of(model)
-    ours = auto_map(generated.config_class.__base__.__name__, generated.__base__.__name__, _exported_base(model))
-    config.auto_map = {**(getattr(config, "auto_map", None) or {}), **ours}
+    stock = generated.config_class.__base__.__name__, generated.__base__.__name__
+    config.auto_map = auto_map(*stock, _exported_base(model))
     return config
 
 

@@ -39,6 +39,7 @@ from lfrns_hub.cli.terminal import (
     Unreadable,
     ValSplit,
     Weights,
+    WithImages,
     analyse_pictures,
     app,
     examples,
@@ -125,6 +126,7 @@ def slim(
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="push the finished checkpoint; several: the user alone")
     ] = None,
+    with_images: WithImages = False,
     as_json: Json = False,
 ) -> None:
     """Slim a trained model to a budget, retrain it, measure both, save it with its card.
@@ -224,7 +226,11 @@ def slim(
             index = [f"Compared in {write_index(directory, f'{Path(model).name}, at several budgets')}"]
     accelerator.wait_for_everyone()
     if main_process:
-        urls = [lfrns.push(f, f"{push_to_hub}/{f.name}" if several else push_to_hub) for f in folders if push_to_hub]
+        urls = [
+            lfrns.push(folder, f"{push_to_hub}/{folder.name}" if several else push_to_hub, with_images=with_images)
+            for folder in folders
+            if push_to_hub
+        ]
         found = [{"directory": str(folder)} for folder in folders]
         for row, record in zip(found, records.values(), strict=False):
             row |= json.loads(record.to_json())

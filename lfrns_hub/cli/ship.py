@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lfrns_hub as lfrns
-from lfrns_hub.cli.terminal import Folder, Json, app, examples, load_slim, show
+from lfrns_hub.cli.terminal import Folder, Json, WithImages, app, examples, load_slim, show
 from lfrns_hub.export import EXAMPLE_IMAGES, FORMATS
 from lfrns_hub.export import export as write_export
 from lfrns_hub.zoo import example_input
@@ -21,10 +21,12 @@ def push(
     revision: Annotated[str | None, typer.Option(help="branch, made if it is not there")] = None,
     message: Annotated[str | None, typer.Option(help="of the commit")] = None,
     pull_request: Annotated[bool, typer.Option("--pr", help="open a pull request instead of committing")] = False,
+    with_images: WithImages = False,
     as_json: Json = False,
 ) -> None:
-    """Push a folder to the Hub, as one commit."""
+    """Push a folder to the Hub, as one commit: the checkpoint's own files; what else lies there stays and is named."""
     options = {"private": private, "revision": revision, "commit_message": message, "create_pr": pull_request}
+    options["with_images"] = with_images
     url = lfrns.push(directory, repo, **options)
     show(as_json, {"url": url}, url)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
+from lfrns_hub.format.terminal import plain_console
 from lfrns_hub.pictures import MAX_UNREADABLE
 from lfrns_hub.slim import Analysis, SlimResult
 from lfrns_hub.untrusted import read_json, short
@@ -49,6 +49,9 @@ Interpolation = Annotated[str | None, typer.Option(help="bilinear, bicubic, ...,
 Flip = Annotated[bool, typer.Option("--flip/--no-flip", help="mirror half of the training pictures; not digits, signs")]
 Unreadable = Annotated[int, typer.Option(min=0, help="damaged pictures of a split that are left out; more: an error")]
 Exclude = Annotated[list[str] | None, typer.Option(help="groups to leave alone: a name or glob, repeatable")]
+WithImages = Annotated[
+    bool, typer.Option("--with-images", help="push clusters.png too, which shows some of your training images")
+]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, and nothing else there")]
 
 
@@ -62,10 +65,10 @@ def show(as_json: bool, data: Any, *parts: Any) -> None:
     if as_json:
         print(json.dumps(data, indent=2, allow_nan=False))
         return
-    console = Console()  # as wide as the terminal is now
+    console = plain_console()  # as wide as the terminal is now
     for part in parts:
         if isinstance(part, str):
-            console.print(part, markup=False, soft_wrap=True)  # a name or an extra may stand in brackets
+            console.print(part, soft_wrap=True)
         else:
             console.print(part)
 

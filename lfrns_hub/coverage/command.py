@@ -12,12 +12,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lfrns_hub.coverage.cases import SECTIONS, list_cases, select_cases
 from lfrns_hub.coverage.processes import run_cases
 from lfrns_hub.coverage.table import Row, describe_row, print_tables, write_tables
 from lfrns_hub.coverage.trial import OPTIONS, TARGET
+from lfrns_hub.format.terminal import plain_console
 from lfrns_hub.measure import cpu_name
 
 Key = tuple[str, str, str, str]  # section, family, model, option
@@ -51,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record.write_text("".join(json.dumps(row) + "\n" for row in rows.values()), encoding="utf-8")
     todo = [case for key, case in chosen.items() if key not in rows]
     session, began = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    console = Console()
+    console = plain_console()
     console.print(f"{len(todo)} networks to try, {len(rows)} known, {options.workers} at a time.")
     for number, row in enumerate(run_cases(todo, workers=options.workers, time_limit=options.time_limit), 1):
         row |= {"session": session, "elapsed_s": time.monotonic() - began, "versions": versions, "options": OPTIONS}
         rows[_key(row)] = row
-        console.print(f"{number}/{len(todo)} {describe_row(row)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{number}/{len(todo)} {describe_row(row)}", highlight=False, soft_wrap=True)
         if record:
             with record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -108,7 +108,7 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
         console.print(table)
         for row in here:
             for line in _reasons(row):
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                console.print(line, highlight=False, soft_wrap=True)
 
 
 def write_tables(rows: Sequence[Row], facts: Mapping[str, str], path: Path, before: Sequence[Row] = ()) -> None:

@@ -1,1 +1,1 @@
-"""Files of strangers: how much memory what they say may take."""
+"""What strangers wrote: how much memory it may take, and how it is shown, as text."""

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from lfrns_hub.format.terminal import cell
 from lfrns_hub.measure.figures import KINDS, Figure, heads_of, word_of
 from lfrns_hub.measure.occasion import comparable_dense, why_no_dense
 from lfrns_hub.runs import written_aside
@@ -118,7 +119,8 @@ def format_table(record: Record) -> Table:
     """Lay a record out as a table: dense against slim, and what is left of a dense figure of the same occasion."""
     fields = asdict(record)
     why = why_no_dense(fields)
-    table = Table(title=_title(record), caption=why and f"Dense not measured: {escape(short(why, 300))}.")
+    caption = why and cell(f"Dense not measured: {short(why, 300)}.", 400, "table.caption")
+    table = Table(title=cell(_title(record), style="table.title"), caption=caption)
     for heading, justify in (("", "left"), ("dense", "right"), ("slim", "right"), ("slim / dense", "right")):
         table.add_column(heading, justify=justify)
     dense, slim = comparable_dense(fields), record.slim
@@ -142,9 +144,9 @@ def format_table(record: Record) -> Table:
     return table
 
 
-def _figure_row(figure: Figure, head: str, before: float | None, after: float | None) -> tuple[str, ...]:
+def _figure_row(figure: Figure, head: str, before: float | None, after: float | None) -> tuple[str | Text, ...]:
     """Lay out a figure of one head."""
-    label, shown = f"{escape(head)} {figure.label}".strip(), _text(after, figure.form)
+    label, shown = cell(f"{head} {figure.label}".strip()), _text(after, figure.form)
     if not figure.change:
         return label, "", shown, ""
     points = " points" if figure.change == "points" else ""
@@ -166,14 +168,14 @@ def _text(value: float | None, form: str) -> str:
     return "not measured" if value is None else format(value, form)
 
 
-def _worst_row(word: str, head: str, worst: dict[str, Any] | None, names: Any) -> tuple[str, ...]:
+def _worst_row(word: str, head: str, worst: dict[str, Any] | None, names: Any) -> tuple[str | Text, ...]:
     """Lay out the class or label that lost most."""
-    label = f"{escape(head)} worst {'label' if word == 'labels' else 'class'}".strip()
+    label = f"{head} worst {'label' if word == 'labels' else 'class'}".strip()
     if worst is None:
-        return f"{label}, %", "not measured", "not measured", ""
-    name = escape(short(str(names[worst["class"]] if names else worst["class"])))  # a data set's own word
+        return cell(f"{label}, %"), "not measured", "not measured", ""
+    name = short(str(names[worst["class"]] if names else worst["class"]))  # a data set's own word
     return (
-        f"{label} ({name}), %",
+        cell(f"{label} ({name}), %"),
         f"{worst['dense_pct']:.2f}",
         f"{worst['slim_pct']:.2f}",
         f"{-worst['drop_points']:+.2f} points",

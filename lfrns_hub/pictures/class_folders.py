@@ -1,12 +1,18 @@
 """Folders of pictures by class: listed here, so that each is one class, whatever its name and its splits hold."""
 
+import glob
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+
+from lfrns_hub.untrusted import short
+
+logger = logging.getLogger(__name__)
 
 SHARDS = 64  # of a stream: divisible among as many processes as machines have
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # a table of labels, which datasets reads
@@ -18,59 +24,146 @@ def list_classes(folder: Path) -> dict[str, list[str]]:
     A folder that is empty is a class too: of a split that has no picture of it. One that holds files but no picture is
     none, nor is a hidden one.
     """
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     classes = {}
     for path in _folders(folder):
-        files = [Path(place, name) for place, _, names in os.walk(path, followlinks=True) for name in names]
-        pictures = sorted(str(file) for file in files if file.suffix.lower() in endings and file.name[0] != ".")
+        files = list(_files(path))
+        pictures = _pictures(files)
         if pictures or not files:
             classes[path.name] = pictures
     return classes
 
 
-def is_split(folder: Path, splits: set[str]) -> bool:
-    """Return whether a folder named as a split is one, and not a class that is called so.
+def list_loose(folder: Path) -> list[str]:
+    """List the pictures that lie in a folder itself, in no class folder."""
+    return _pictures(str(path) for path in folder.iterdir() if path.is_file())
+
+
+def find_split(folder: Path, names: Sequence[str], splits: set[str], call: str) -> Path | None:
+    """Find the folder of a split, and no class that is called as one.
 
     Args:
-        folder: The folder, there or not.
+        folder: The data.
+        names: Of the split, the preferred one first; case does not count.
         splits: All names of splits.
+        call: For the error.
+    Raises:
+        ValueError: It could be a class as well.
     """
-    if not folder.is_dir():
-        return False
-    if any(_folders(folder)):
+    folders = list(_folders(folder))
+    others = [path for path in folders if path.name.casefold() not in splits]
+    candidates = [path for name in names for path in folders if path.name.casefold() == name]
+    for path in candidates:
+        has_folders, classes = any(_folders(path)), [other.name for other in others if list_loose(other)]
+        if has_folders and classes and len(others) == len(folders) - 1:
+            raise ValueError(
+                f"{call}: {path.name} holds folders, and {short(', '.join(classes))} beside it hold pictures: it can "
+                f"be a split or a class. Give {str(path)!r} itself, or move what is not meant out of the data."
+            )
+        if has_folders or not any(map(_holds_pictures, others)):
+            return path
+    return None
+
+
+def has_metadata(folder: Path, call: str) -> bool:
+    """Return whether tables beside the pictures say what they are: one in the folder, or one in each folder in it.
+
+    Raises:
+        ValueError: Some of the folders have one: it says nothing of the others.
+    """
+    if any((folder / name).is_file() for name in METADATA):
         return True
-    return all(name in splits for name, pictures in list_classes(folder.parent).items() if pictures)
+    described: dict[bool, str] = {}
+    for path in _folders(folder):
+        files = list(_files(path))
+        if _pictures(files):
+            described[any(os.path.basename(file) in METADATA for file in files)] = path.name
+    if len(described) == 2:
+        raise ValueError(
+            f"{call}: {short(described[True])} has a table of metadata and {short(described[False])} has none: the "
+            "folders can be classes or not. Remove the table, or write one for all."
+        )
+    return True in described
 
 
-def has_metadata(folder: Path) -> bool:
-    """Return whether a table beside the pictures says what they are."""
-    return any(name in METADATA for _, _, names in os.walk(folder, followlinks=True) for name in names)
-
-
-def read_class_folders(folder: Path, names: list[str], *, streaming: bool = False) -> Any:
-    """Give the pictures of class folders as a table of paths and labels.
+def read_class_folders(folder: Path, names: list[str], call: str, *, streaming: bool = False) -> Any:
+    """Give the pictures of class folders as a table of paths and labels, of a folder without any as one of paths.
 
     Args:
-        folder: Holds a folder for each class.
+        folder: Holds a folder for each class, or pictures.
         names: Of all classes, in the order of their numbers; a split may lack some.
+        call: For the error.
         streaming: As a `datasets.IterableDataset`, whose rows come in a random order that is always the same: a stream
             can be shuffled only within its buffer.
+    Raises:
+        ValueError: Pictures lie beside the class folders, in no class.
     """
     import datasets
 
-    number = {name: index for index, name in enumerate(names)}
-    rows = [(path, number[name]) for name, paths in list_classes(folder).items() for path in paths]
+    number, classes, loose = {name: index for index, name in enumerate(names)}, list_classes(folder), list_loose(folder)
+    rows: list[tuple[str, int | None]]
+    if loose and any(classes.values()):
+        raise ValueError(
+            f"{call}: {len(loose)} pictures in {short(folder.name)} ({short(os.path.basename(loose[0]))}) lie in no "
+            "class folder. Move them into one, or out of the data."
+        )
+    rows = [(path, None) for path in loose] or [(path, number[name]) for name in classes for path in classes[name]]
     if streaming:
         drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         rows = [rows[index] for index in drawn]
-    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)})
-    columns = {"image": [path for path, _ in rows], "label": [label for _, label in rows]}
-    table = datasets.Dataset.from_dict(columns, features=features)
+    features = {"image": datasets.Image(decode=False)}
+    columns: dict[str, list[Any]] = {"image": [path for path, _ in rows]}
+    if not loose:
+        features["label"], columns["label"] = datasets.ClassLabel(names=names), [label for _, label in rows]
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     return table.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(rows)))) if streaming else table
 
 
-def _folders(folder: Path) -> Iterator[Path]:
-    """List the folders in a folder, by name; hidden ones and those of tools (__MACOSX) are none."""
-    return (
-        path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name[:2] != "__" and path.is_dir()
+def read_described(folder: Path, *, streaming: bool = False) -> Any:
+    """Open pictures that a table beside them describes, with datasets: those alone, and no archive."""
+    import datasets
+
+    # Named one by one: of a folder datasets makes splits of whatever is called "test".
+    endings = sorted({os.path.splitext(path)[1] for path in _pictures(_files(folder))})
+    place = glob.escape(str(folder))
+    files = [f"{place}/**/*{ending}" for ending in endings] + [f"{place}/**/{name}" for name in METADATA]
+    found = [pattern for pattern in files if glob.glob(pattern, recursive=True)]
+    table = datasets.load_dataset("imagefolder", data_files={"train": found}, split="train", streaming=streaming)
+    if not streaming and len(table) < (there := len(_pictures(_files(folder)))):
+        logger.warning("%s: the metadata names %d of %d pictures; the others are left out.", folder, len(table), there)
+    return table
+
+
+def _pictures(files: Iterable[str]) -> list[str]:
+    """Choose the pictures among files, by their endings; hidden ones are none."""
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return sorted(
+        file
+        for file in files
+        if os.path.splitext(file)[1].lower() in endings and not os.path.basename(file).startswith(".")
     )
+
+
+def _holds_pictures(folder: Path) -> bool:
+    """Return whether there are pictures in a folder, at any depth."""
+    return bool(_pictures(_files(folder)))
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """List the files at any depth below a folder; a link back to a folder that was seen, or above, is not followed."""
+    seen = {_identity(path) for path in (folder, *folder.resolve().parents)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        yield from (os.path.join(place, name) for name in names)
+        new = {key: name for name in folders if (key := _identity(os.path.join(place, name))) not in seen}
+        seen |= new.keys()
+        folders[:] = new.values()
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """Tell a folder from any other, whatever link leads to it."""
+    state = os.stat(folder)
+    return state.st_dev, state.st_ino
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """List the folders in a folder, by name; hidden ones are none."""
+    return (path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.is_dir())

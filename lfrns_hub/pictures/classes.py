@@ -1,5 +1,6 @@
 """Which class a label means: the data's labels numbered as the model numbers its classes, by name, or refused."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from lfrns_hub.pictures.model_input import class_names_of, example_input
 from lfrns_hub.pictures.tables import parquet_files, read_table
 from lfrns_hub.untrusted import short
 
+logger = logging.getLogger(__name__)
 MAX_CLASSES = 1 << 20
 WORDS = ("string", "large_string")  # as datasets names the type of words
 WAYS_OUT = (
@@ -251,10 +253,16 @@ def _match(
         )
     if not missing:
         return found, list(order)
-    if len(names) == len(order) and all(found.get(name, number) == number for number, name in enumerate(names)):
-        return {name: number for number, name in enumerate(names)}, list(
-            names
-        )  # other words, and no sign of another order
+    own = [_plain(name) for name in names]
+    if own == plain:  # some of the model's names stand for several classes
+        return {name: number for number, name in enumerate(names)}, list(order)
+    if len(own) == len(plain) and not {*own} & {*plain}:  # other words throughout, and no sign of another order
+        logger.warning(
+            "%s and the model name their %d classes by other words, so they are taken in order: %r as %r, ... A class "
+            "map (class_map; lfrns: --class-map) says which is which.", call, len(names), short(names[0]),
+            short(order[0]),
+        )  # fmt: skip
+        return {name: number for number, name in enumerate(names)}, list(names)
     raise ValueError(
         f"{call} has {len(names)} classes, among them {missing[0]!r}, which is none of the model's {len(order)} "
         f"({short(', '.join(order))}). Name them alike, or name the data's classes in the model's order by class_map "

@@ -59,6 +59,8 @@ def decode_picture(file: Any, root: str) -> Image.Image:
         source = os.path.abspath(str(file.get("path")))
         if not any(Path(source).is_relative_to(folder) for folder in _roots(root)):
             raise ValueError(f"{short(os.path.basename(source))} lies outside of the data's folder")
+        if not os.path.isfile(source):  # a pipe would be waited for
+            raise ValueError(f"{short(os.path.basename(source))} is no file")
     with Image.open(source, formats=FORMATS) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels, at most {MAX_PIXELS:,} are decoded")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.pictures.model_input import input_size_of
 from lfrns_hub.reach import CONNECT_TIMEOUT_S, cached, hub_errors, reach_hub
-from lfrns_hub.untrusted import read_json, refuse_large, short
+from lfrns_hub.untrusted import CODE_KEYS, read_json, refuse_large, short, without_code
 
 logger = logging.getLogger(__name__)
 FILE = "preprocessor_config.json"
@@ -134,11 +134,14 @@ def write_processor(processor: Any, folder: Path) -> None:
     from transformers import AutoImageProcessor
 
     processor.save_pretrained(folder)
+    for path in (folder / name for name in FILES if (folder / name).is_file()):
+        settings = without_code(json.loads(path.read_text(encoding="utf-8")))
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if not (folder / FILE).is_file():  # timm's wrapper states it in config.json
         return
     back = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     own, again = (json.loads(one.to_json_string()) for one in (processor, back))
-    keys = sorted(key for key in {*own, *again} if own.get(key) != again.get(key))
+    keys = sorted(key for key in {*own, *again} - {*CODE_KEYS} if own.get(key) != again.get(key))
     if keys:
         raise ValueError(
             f"save(processor={type(processor).__name__}): it comes back as {type(back).__name__} with other "

@@ -1,21 +1,33 @@
 """Where pictures and labels stand: the splits of a folder or of the Hub, opened with datasets, and their columns."""
 
+import contextlib
+import glob
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lfrns_hub.pictures.class_folders import has_metadata, is_split, list_classes, read_class_folders
+from lfrns_hub.pictures.class_folders import (
+    find_split,
+    has_metadata,
+    list_classes,
+    read_class_folders,
+    read_described,
+)
 from lfrns_hub.reach import reach_hub
 from lfrns_hub.untrusted import short
 
 # Files of a split on disk, in the order of preference.
 SPLIT_FILES = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val", "dev", "test"),
-    "test": ("test", "validation", "valid", "val"),
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing"),
+    "test": ("test", "testing", "validation", "valid", "val", "eval", "evaluation"),
 }
 ARRAYS = ("uint8", "int32", "int64")  # of pictures from 0 to 255; as lists of Python come into a table
 SPLIT_NAMES = {stem for stems in SPLIT_FILES.values() for stem in stems}
+SHARD = re.compile(r"\d+-of-(\d+)")  # in the names of files that make up a split together
+logger = logging.getLogger(__name__)
 IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image", "pixel_values"), ("label", "fine_label", "labels")
 
 
@@ -30,35 +42,25 @@ def read_table(name: str, split: str, undivided: bool = False, streaming: bool =
     """
     import datasets
 
-    bar = datasets.is_progress_bar_enabled()
-    folder = Path(name)
+    folder, call = Path(name), f"load_data({name!r}, {split!r})"
     if folder.is_dir():
-        datasets.disable_progress_bar()
-        try:
-            files = parquet_files(folder, split)
-            if files:
-                files = [str(file) for file in files]
-                return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
-            place = split_folder(folder, split)
-            if place is not None:
-                if any(list_classes(place).values()) and not has_metadata(place):
-                    return read_class_folders(place, folder_classes(folder, split), streaming=streaming)
-                given = {"data_dir": str(place), "split": "train", "streaming": streaming}
-                return datasets.load_dataset("imagefolder", **given)
-            if undivided and any((classes := list_classes(folder)).values()):
-                return read_class_folders(folder, list(classes))
-        except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-            reason = str(error.__cause__ or error).splitlines()[0][:200]
-            raise ValueError(
-                f"load_data({name!r}, {split!r}): cannot be read as pictures ({short(reason, 200)}). Write the files "
-                "again, or give a folder of pictures."
-            ) from error
-        finally:
-            if bar:
-                datasets.enable_progress_bar()
+        files = parquet_files(folder, split)
+        if files:
+            _check_shards(files, call)
+            given = {"data_files": [glob.escape(str(file)) for file in files], "split": "train"}
+            with _reading(call):
+                return datasets.load_dataset("parquet", **given, streaming=streaming)
+        place = split_folder(folder, split)
+        if place is not None:
+            if has_metadata(place, call):
+                with _reading(call):
+                    return read_described(place, streaming=streaming)
+            return read_class_folders(place, folder_classes(folder, split), call, streaming=streaming)
+        if undivided and any((classes := list_classes(folder)).values()):
+            return read_class_folders(folder, list(classes), call)
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise ValueError(
-            f"load_data({name!r}, {split!r}): found {found}. The folder must hold {SPLIT_FILES[split][0]}-*.parquet "
+            f"{call}: found {found}. The folder must hold {SPLIT_FILES[split][0]}-*.parquet "
             f"or {SPLIT_FILES[split][0]}/<class>/<picture>; of one folder per class, --val-split 0.1 holds a tenth out."
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -70,7 +72,7 @@ def read_table(name: str, split: str, undivided: bool = False, streaming: bool =
         splits = datasets.get_dataset_split_names(name)
         wanted = next((s for s in SPLIT_FILES[split] if s in splits), None)
         if wanted is None:
-            raise ValueError(f"load_data({name!r}, {split!r}): it has the splits {', '.join(splits)}.")
+            raise ValueError(f"{call}: it has the splits {', '.join(splits)}.")
         return datasets.load_dataset(name, split=wanted, streaming=streaming)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(f"load_data({name!r}): the Hub has no such data, or not for you. Check the name.") from error
@@ -78,7 +80,7 @@ def read_table(name: str, split: str, undivided: bool = False, streaming: bool =
 
 def split_folder(folder: Path, split: str) -> Path | None:
     """Find the folder of a split."""
-    return next((folder / stem for stem in SPLIT_FILES[split] if is_split(folder / stem, SPLIT_NAMES)), None)
+    return find_split(folder, SPLIT_FILES[split], SPLIT_NAMES, f"load_data({str(folder)!r}, {split!r})")
 
 
 def folder_classes(folder: Path, split: str) -> list[str]:
@@ -94,6 +96,38 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
         if files:
             return files
     return []
+
+
+@contextlib.contextmanager
+def _reading(call: str) -> Iterator[None]:
+    """Turn what datasets raises over damaged files into one error; it draws no bars for files that are here."""
+    import datasets
+
+    bar = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bar()
+    try:
+        yield
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0][:200]
+        raise ValueError(
+            f"{call}: cannot be read as pictures ({short(reason, 200)}). Write the files again, or give a folder of "
+            "pictures."
+        ) from error
+    finally:
+        if bar:
+            datasets.enable_progress_bar()
+
+
+def _check_shards(files: list[Path], call: str) -> None:
+    """Refuse the files of a split of two writings, which would hold every row twice; warn where some are missing."""
+    totals = {int(found[1]) for file in files if (found := SHARD.search(file.stem))}
+    if len(totals) > 1:
+        raise ValueError(
+            f"{call}: {files[0].name} and {files[-1].name} are of two writings of the split, in {min(totals)} files "
+            f"and in {max(totals)}. Remove one of them."
+        )
+    if totals and len(files) != min(totals):
+        logger.warning("%s: %d of %d files are there: the split is not whole.", files[0].parent, len(files), *totals)
 
 
 def find_column(

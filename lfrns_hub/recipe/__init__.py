@@ -21,6 +21,7 @@ from lfrns_hub.recipe.results import (
     print_results,
     random_cut,
     random_plan,
+    without_folders,
 )
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "save_weights",
     "tidy",
     "whole_number",
+    "without_folders",
 ]

@@ -20,7 +20,7 @@ from lfrns_hub.runs import draft_of, entries, locked, put_in_place, written_asid
 from lfrns_hub.untrusted import read_json, short
 
 # What may differ between a run and its --resume: where it is told to write, and what comes after it.
-_NOT_THE_RUN = {"output_dir", "overwrite", "resume", "push_to_hub", "no_controls"}
+_NOT_THE_RUN = {"output_dir", "overwrite", "resume", "push_to_hub", "with_images", "no_controls"}
 
 
 def check_output_dir(

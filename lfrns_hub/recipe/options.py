@@ -106,6 +106,7 @@ def recipe_parser(
     add("--overwrite", action="store_true", help="remove the checkpoint and the run in the output folder first")
     add("--resume", action="store_true", help="go on where a run stopped; nothing to do where all is done")
     add("--push-to-hub", default=None, metavar="REPO", help="push the finished checkpoint, e.g. user/name")
+    add("--with-images", action="store_true", help="push clusters.png too, which shows some of the training images")
     add("--smoke", action="store_true", help="the whole way in under a minute, on a slice; figures mean nothing")
     parser.set_defaults(**{CODE: code_of(Path(path))})
     return parser

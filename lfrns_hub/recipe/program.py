@@ -85,19 +85,20 @@ def open_run(args: argparse.Namespace) -> tuple[Path, Any]:
     hold(directory, f"--output-dir {args.output_dir}", accelerator)
     check_same_run(directory, args)
     if args.resume and is_finished(directory):
-        finish(directory, accelerator, args.push_to_hub)
+        finish(directory, accelerator, args.push_to_hub, with_images=args.with_images)
         raise SystemExit(0)
     set_seed(args.seed)
     return directory, accelerator
 
 
-def finish(directory: Path, accelerator: Any, push_to_hub: str | None) -> None:
+def finish(directory: Path, accelerator: Any, push_to_hub: str | None, *, with_images: bool = False) -> None:
     """End a run whose checkpoint lies in its folder: tidy up, print what was measured, let all processes go, push.
 
     Args:
         directory: The output folder.
         accelerator: Of the run; the main process does it, the push last, for which no other has to wait.
         push_to_hub: Repo id, or None.
+        with_images: Push the picture of clusters as well, which shows some of the training images.
     """
     main_process = accelerator.is_main_process
     if main_process:
@@ -114,4 +115,4 @@ def finish(directory: Path, accelerator: Any, push_to_hub: str | None) -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if main_process and push_to_hub:
-        print(push(directory, push_to_hub))
+        print(push(directory, push_to_hub, with_images=with_images))

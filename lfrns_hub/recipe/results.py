@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from lfrns_hub.format.terminal import cell, plain_console
 from lfrns_hub.measure import Record, format_table
 from lfrns_hub.surgery import cut
 from lfrns_hub.units import SlimPlan, UnitGroup
+
+HOMES = ("home", "users")  # the folders above those that have a person's name
 
 
 def random_plan(plan: SlimPlan, groups: list[UnitGroup], seed: int) -> SlimPlan:
@@ -69,8 +70,29 @@ def describe_run(recipe: str) -> dict[str, str | None]:
         commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = None
-    typed = [re.sub(r"^(--[\w-]+=)?/(?:.*/)?([^/]+)/*$", r"\1\2", word) for word in sys.argv[1:]]
+    typed = map(without_folders, sys.argv[1:])
     return {"command": shlex.join(["accelerate", "launch", f"recipes/{path.name}", *typed]), "commit": commit}
+
+
+def without_folders(word: str) -> str:
+    """Return a word of a command line as others may see it: of a path, in whatever form, the last part alone.
+
+    A Hub id stays, unless a folder here has that name; a home folder is ~; a token of the Hub is left out.
+
+    Example:
+        >>> without_folders("--data-dir=C:\\\\Users\\\\me\\\\photos"), without_folders("local-dir:../me/net")
+        ('--data-dir=photos', 'net')
+        >>> without_folders("hf-hub:user/name"), without_folders("~me"), without_folders("--macs=0.5")
+        ('hf-hub:user/name', '~', '--macs=0.5')
+    """
+    option, value = re.fullmatch(r"(--?[\w-]+=)?(.*)", word, re.DOTALL).groups(default="")
+    hub_id = re.fullmatch(r"(?:hf[-_]hub:)?(\w[\w.-]*/\w[\w.-]*)(?:@[\w.-]+)?", value)
+    if not (hub_id and not Path(hub_id[1]).exists()):
+        path = re.sub(r"[?#].*|(?<=//)[^/]*@", "", value, flags=re.DOTALL) if "://" in value else value
+        *above, last = ["", *filter(None, re.split(r"[/\\]|%2f|%5c", path, flags=re.IGNORECASE))]
+        is_home = last.startswith("~") or (above and above[-1].lower() in HOMES)
+        value = "~" if is_home else last if last.strip(".") or not value else "."
+    return option + re.sub(r"hf_\w{16,}", "hf_...", value)
 
 
 def describe_data(data: str) -> dict[str, str | None]:
@@ -90,6 +112,8 @@ def describe_data(data: str) -> dict[str, str | None]:
 def draw_clusters(dense: nn.Module, result: Any, loader: Any, directory: Path) -> None:
     """Draw the cluster gallery where the checkpoint will lie, for its card; where there is none to draw, say why.
 
+    It shows images of the user's: that is said, and `push` leaves it where it is unless it is asked for.
+
     Args:
         dense: The dense model.
         result: What `slim` made of it.
@@ -102,17 +126,18 @@ def draw_clusters(dense: nn.Module, result: Any, loader: Any, directory: Path) -
     images = choose_images(loader)
     try:
         plot_clusters(dense, result, images, directory / "clusters.png")
+        print("clusters.png shows some of your images; a push leaves it out, but for --with-images.", file=sys.stderr)
     except ValueError as error:  # a picture less is no reason to lose a trained model
         print(f"No clusters.png. {error}", file=sys.stderr)
 
 
 def print_results(record: Record, rows: list[dict[str, Any]], where: Path) -> None:
     """Print what a finished run measured, dense against slim and the controls, and where the checkpoint lies."""
-    console = Console()
+    console = plain_console()
     console.print(format_table(record))
     if rows:
         controls = Table("beside it", "top-1 %", "images", title="Controls")
         for row in rows:
-            controls.add_row(escape(row["name"]), f"{row['top1_pct']:.2f}", str(row["images"]))
+            controls.add_row(cell(row["name"]), f"{row['top1_pct']:.2f}", str(row["images"]))
         console.print(controls)
     console.print(f"Checkpoint: {where}", soft_wrap=True, markup=False)
