@@ -3,14 +3,14 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from rich.markup import escape
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from lfrns_hub.measure.figures import KINDS, Figure, heads_of, word_of
 from lfrns_hub.measure.occasion import comparable_dense, why_no_dense
 from lfrns_hub.untrusted import parse_json, read_json, short
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # What is told as a number, or as nothing where it was not measured.
 FIGURES = (
@@ -107,11 +107,13 @@ class Record:
         return cls._from_fields(read_json(path, f"Record.load({str(path)!r})"))
 
 
-def format_table(record: Record) -> Table:
+def format_table(record: Record) -> "Table":
     """Lay a record out as a table: dense against slim, and what is left of a dense figure of the same occasion."""
+    from rich.table import Table  # here: rich is for tables alone
+
     fields = asdict(record)
     why = why_no_dense(fields)
-    table = Table(title=_title(record), caption=why and f"Dense not measured: {escape(short(why, 300))}.")
+    table = Table(title=_title(record), caption=why and f"Dense not measured: {_escape(short(why, 300))}.")
     for heading, justify in (("", "left"), ("dense", "right"), ("slim", "right"), ("slim / dense", "right")):
         table.add_column(heading, justify=justify)
     dense, slim = comparable_dense(fields), record.slim
@@ -135,9 +137,16 @@ def format_table(record: Record) -> Table:
     return table
 
 
+def _escape(text: str) -> str:
+    """Keep rich from reading a text as its markup."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
 def _figure_row(figure: Figure, head: str, before: float | None, after: float | None) -> tuple[str, ...]:
     """Lay out a figure of one head."""
-    label, shown = f"{escape(head)} {figure.label}".strip(), _text(after, figure.form)
+    label, shown = f"{_escape(head)} {figure.label}".strip(), _text(after, figure.form)
     if not figure.change:
         return label, "", shown, ""
     points = " points" if figure.change == "points" else ""
@@ -161,10 +170,10 @@ def _text(value: float | None, form: str) -> str:
 
 def _worst_row(word: str, head: str, worst: dict[str, Any] | None, names: Any) -> tuple[str, ...]:
     """Lay out the class or label that lost most."""
-    label = f"{escape(head)} worst {'label' if word == 'labels' else 'class'}".strip()
+    label = f"{_escape(head)} worst {'label' if word == 'labels' else 'class'}".strip()
     if worst is None:
         return f"{label}, %", "not measured", "not measured", ""
-    name = escape(short(str(names[worst["class"]] if names else worst["class"])))  # a data set's own word
+    name = _escape(short(str(names[worst["class"]] if names else worst["class"])))  # a data set's own word
     return (
         f"{label} ({name}), %",
         f"{worst['dense_pct']:.2f}",
