@@ -53,6 +53,7 @@ ALLOWED = {
     "lineage": {"reach"},
     "zoo": {"models", "pictures", "reach", "checkpoint", "lineage"},
     "checkpoint": {
+        "compat",
         "zoo",
         "pictures",
         "adapters",
@@ -75,6 +76,7 @@ ALLOWED = {
     "index": {"measure", "plots"},
     "coverage": {"slim", "self_check", "trace", "checkpoint", "measure", "zoo", "recipe"},
     "cli": {
+        "compat",
         "recipe",
         "measure",
         "latency",
@@ -95,11 +97,11 @@ ALLOWED = {
 # One door per dependency.
 DOORS = {
     "timm": {"zoo", "lineage", "pictures", "checkpoint", "models", "adapters", "coverage"},
-    "transformers": {"zoo", "pictures", "checkpoint", "adapters", "coverage"},
+    "transformers": {"compat", "zoo", "pictures", "checkpoint", "adapters", "coverage"},
     "datasets": {"pictures"},
     "accelerate": {"retrain", "responses", "contribution", "checkpoint"},
     "huggingface_hub": {"hub", "handwritten", "card", "reach", "lineage", "zoo", "pictures", "checkpoint"},
-    "typer": {"cli"},
+    "typer": {"cli", "compat"},
     "onnxruntime": {"export"},
     "matplotlib": {"plots", "gallery"},
 }
