@@ -4,6 +4,7 @@ A checkpoint takes this file along, so it imports nothing of the package.
 """
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import transformers
@@ -41,6 +42,20 @@ def command_error() -> type[Exception]:
     from click import ClickException
 
     return ClickException
+
+
+def vit_processor() -> type:
+    """Give the class that AutoImageProcessor opens for ViT, the one on tensors: its name ended in Fast."""
+    from transformers.models import vit
+
+    has_fast = find_spec(f"{vit.__name__}.image_processing_vit_fast") is not None
+    return vit.ViTImageProcessorFast if has_fast else vit.ViTImageProcessor
+
+
+class Classes(tuple):
+    """The several classes of one type: the pipelines of 5.0 ask what is registered for its name, a tuple too."""
+
+    __name__ = "classes"
 
 
 def names_here(

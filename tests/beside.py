@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 
-SIZES = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-             intermediate_size=64, num_labels=3)  # fmt: skip
+SIZES = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 64, "num_labels": 3}  # fmt: skip
 IMAGES = torch.randn(16, 3, 32, 32)
 
 

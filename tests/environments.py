@@ -115,7 +115,7 @@ def versions(python: Path, names: tuple[str, ...]) -> dict[str, str]:
 
 
 def run_chosen(python: Path) -> str:
-    """Run the chosen part of the suite, beside this Python as the one that writes and reads checkpoints: pytest's end."""
+    """Run the chosen part of the suite, which trades checkpoints with this Python, and return pytest's closing line."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LFRNS_OTHER_PYTHON": sys.executable}
     files = [f"tests/test_{name}.py" for name in CHOSEN]
     command = [python, "-m", "pytest", "-q", "--numprocesses=2", "--dist=loadfile", "--durations=5", *files]

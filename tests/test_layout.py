@@ -48,7 +48,7 @@ ALLOWED = {
         "latency",
     },
     "retrain": {"measure", "resume", "seeded", "cache", "self_check", "surgery", "taps"},
-    "pictures": {"reach"},
+    "pictures": {"compat", "reach"},
     "stream": {"pictures", "seeded"},
     "lineage": {"reach"},
     "zoo": {"models", "pictures", "reach", "checkpoint", "lineage"},

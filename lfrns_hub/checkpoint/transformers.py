@@ -36,6 +36,7 @@ from lfrns_hub.checkpoint.narrow_classes import (
 )
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
 from lfrns_hub.checkpoint.timm import own_source
+from lfrns_hub.compat import Classes
 from lfrns_hub.model_io.meaning import problem_type_of
 from lfrns_hub.narrow import describe, short
 from lfrns_hub.untrusted import bounded, read_headers, refuse_large, refusing
@@ -113,7 +114,7 @@ def narrow_classes(model_type: str) -> "dict[type[transformers.PreTrainedModel],
     stock_classes = stock_classes if isinstance(stock_classes, tuple) else (stock_classes,)
     classes = {stock: _add(narrow_class(stock, config_class, __name__)) for stock in stock_classes}
     # A tuple, as transformers has it for DeiT: the config's `architectures` says which.
-    value = tuple(classes.values()) if len(classes) > 1 else next(iter(classes.values()))
+    value = Classes(classes.values()) if len(classes) > 1 else next(iter(classes.values()))
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(config_class, value, exist_ok=True)
     if (stock := _stock_base(model_type)) is not None:
         base = _add(narrow_base(stock, next(iter(classes.values())), __name__))
