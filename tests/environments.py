@@ -174,7 +174,7 @@ def write_page() -> None:
         )
         gave = ", ".join(f"{name} {version}" for name, version in row.get("versions", {}).items())
         cells = [environment.name, asked, gave or row.get("refused", "not run"), row.get("suite", "not run")]
-        lines.append(" | ".join(["|", *cells, row.get("beside", ""), row.get("date", ""), "|"]).strip())
+        lines.append(f"| {' | '.join([*cells, row.get('beside', ''), row.get('date', '')])} |")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
     PAGE.write_text("\n".join([before + START, "", *lines, "", END + after]), encoding="utf-8")
