@@ -4,15 +4,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from PIL import Image
 
 from lfrns_hub.measure import main_figure
 from lfrns_hub.runs import written_aside
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = {"channel": "#0072B2", "head": "#D55E00", "neuron": "#009E73"}
@@ -32,6 +32,8 @@ def plot_widths(source: Any, path: str | Path) -> Path:
     Raises:
         ValueError: There are no widths in the source.
     """
+    from matplotlib.patches import Patch
+
     widths, kinds = _read_widths(source)
     if not widths:
         raise ValueError("plot_widths(): the source holds no widths. Give the record of a model that slim made.")
@@ -39,8 +41,7 @@ def plot_widths(source: Any, path: str | Path) -> Path:
     step = -(-len(names) // MAX_ROWS)
     rows = range(len(names))
     label_size = 8 if len(names) <= MAX_ROWS else 6
-    figure = Figure(figsize=(7.2, max(1.9, 1.1 + 0.2 * min(len(names), MAX_ROWS))), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure((7.2, max(1.9, 1.1 + 0.2 * min(len(names), MAX_ROWS))))
     axes = figure.add_subplot()
     axes.barh(rows, [1.0] * len(names), color=DENSE, height=0.84)
     shares = [kept / dense if dense else 0.0 for kept, dense in widths.values()]
@@ -112,8 +113,7 @@ def plot_ladder(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: s
         )
     timed = all(one.get("latency_ms") is not None for one in [*points, dense])
     sides = [("macs_g", "GMACs"), ("latency_ms", "latency, ms, batch 1")][: 1 + timed]
-    figure = Figure(figsize=(4.2 * len(sides), 3.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure((4.2 * len(sides), 3.2))
     for axes, (key, label) in zip(figure.subplots(1, len(sides), squeeze=False, sharey=True)[0], sides, strict=True):
         line = sorted(points, key=lambda one: one[key])
         axes.axhline(dense[shown.key], color=OTHER, linewidth=0.8, linestyle=":")
@@ -161,8 +161,7 @@ def plot_bench(timings: Sequence[dict[str, Any]], macs_ratio: float, path: str |
     runtimes = list(dict.fromkeys(one["runtime"] for one in timings))
     batches = list(dict.fromkeys(one["batch"] for one in timings))
     width = 0.8 / len(runtimes)
-    figure = Figure(figsize=(max(4.8, 1.4 + 0.75 * len(runtimes) * len(batches)), 3.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure((max(4.8, 1.4 + 0.75 * len(runtimes) * len(batches)), 3.4))
     axes = figure.add_subplot()
     for place, (runtime, colour) in enumerate(zip(runtimes, COLOURS.values(), strict=False)):
         own = [one for one in timings if one["runtime"] == runtime]
@@ -196,6 +195,16 @@ def plot_bench(timings: Sequence[dict[str, Any]], macs_ratio: float, path: str |
     with written_aside(Path(path)) as partial:
         figure.savefig(partial, format="png")
     return Path(path)
+
+
+def _figure(size: tuple[float, float]) -> "Figure":
+    """Open a figure of a size in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: slow to import, and a checkpoint needs none
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _read_widths(source: Any) -> tuple[dict[str, list[int]], dict[str, str]]:

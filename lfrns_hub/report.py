@@ -4,11 +4,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from lfrns_hub.batches import split_batch
@@ -16,6 +14,9 @@ from lfrns_hub.redundancy import MIN_R2, stand_ins
 from lfrns_hub.responses import Moments, integrity
 from lfrns_hub.taps import kept_channels
 from lfrns_hub.units import SlimPlan, UnitGroup
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @dataclass
@@ -202,7 +203,7 @@ def _round(made: dict[str, Any]) -> dict[str, Any]:
 class Clock:
     """Seconds of each step, and its line on the terminal."""
 
-    def __init__(self, bars: Progress | None):
+    def __init__(self, bars: "Progress | None"):
         self.bars, self.task = bars, None
         self.seconds: dict[str, float] = {}
         self.name, self.started = "", time.perf_counter()
@@ -227,10 +228,14 @@ class Clock:
 @contextmanager
 def clocked(show: bool) -> Iterator[Clock]:
     """Time the steps, with bars where `show`."""
-    bars = Progress(console=Console(stderr=True)) if show else None
-    clock = Clock(bars)
-    if bars:
+    bars = None
+    if show:
+        from rich.console import Console  # here: no bars, no rich
+        from rich.progress import Progress
+
+        bars = Progress(console=Console(stderr=True))
         bars.start()
+    clock = Clock(bars)
     try:
         yield clock
         clock.step("")

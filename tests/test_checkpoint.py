@@ -24,6 +24,9 @@ from transformers import (
 
 from lfrns_hub import checkpoint
 from lfrns_hub.narrow import describe, narrow
+from lfrns_hub.surgery import cut
+from lfrns_hub.trace import trace_model
+from lfrns_hub.units import SlimPlan
 
 TINY = {"image_size": 32, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 VITS = {
@@ -100,19 +103,11 @@ def slim_transformers(kind: str) -> nn.Module:
     model = VITS[kind]()
     for tensor in model.parameters():
         nn.init.normal_(tensor, std=0.2)
-    attentions = [module for module in model.modules() if hasattr(module, "q_proj")]
-    attention = attentions[0]
-    keep = list(range(attention.head_dim, attention.q_proj.out_features))
-    for part in (attention.q_proj, attention.k_proj, attention.v_proj):
-        for name in ("weight", "bias"):
-            select(part, name, keep, 0)
-        part.out_features = len(keep)
-    select(attention.o_proj, "weight", keep, 1)
-    attention.o_proj.in_features = len(keep)
-    attention.num_attention_heads -= 1
-    first, second = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".mlp." in n and ".1." in n]
-    cut_pair(first, second, list(range(0, first.out_features, 3)))
-    return model
+    groups = [group for group in trace_model(model, torch.randn(1, 3, 32, 32)).groups if not group.frozen_reason]
+    heads = next(group for group in groups if group.kind == "head")
+    neurons = [group for group in groups if group.kind == "neuron"][1]
+    plan = SlimPlan({heads.name: list(range(1, heads.size)), neurons.name: list(range(0, neurons.size, 3))})
+    return cut(model.eval(), [heads, neurons], plan)
 
 
 def answer(model: nn.Module, size: int, channels: int = 3) -> torch.Tensor:

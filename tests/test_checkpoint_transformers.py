@@ -21,7 +21,8 @@ from lfrns_hub.surgery import cut
 from lfrns_hub.trace import trace_model
 from lfrns_hub.units import SlimPlan
 
-CONFIGS = TRANSFORMERS_CONVNETS | TRANSFORMERS_VITS
+NAMES = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES  # of this release: an older one lacks some
+CONFIGS = {name: known for name, known in (TRANSFORMERS_CONVNETS | TRANSFORMERS_VITS).items() if name in NAMES}
 ONE_LAYER = {"num_hidden_layers": 1}
 TWO_STAGES = {"depths": [1, 1]}
 PYRAMID = {**TWO_STAGES, "num_encoder_blocks": 2, "hidden_sizes": [32, 48]}

@@ -52,11 +52,12 @@ ALLOWED = {
         "latency",
     },
     "retrain": {"measure", "resume", "seeded", "cache", "self_check", "surgery", "taps"},
-    "pictures": {"reach"},
+    "pictures": {"compat", "reach"},
     "stream": {"pictures", "seeded"},
     "lineage": {"reach"},
     "zoo": {"models", "pictures", "reach", "checkpoint", "lineage", "format"},
     "checkpoint": {
+        "compat",
         "zoo",
         "pictures",
         "adapters",
@@ -82,6 +83,7 @@ ALLOWED = {
     "index": {"measure", "plots", "runs"},
     "coverage": {"slim", "self_check", "trace", "checkpoint", "measure", "zoo", "recipe"},
     "cli": {
+        "compat",
         "recipe",
         "measure",
         "latency",
@@ -103,11 +105,11 @@ ALLOWED = {
 # One door per dependency.
 DOORS = {
     "timm": {"zoo", "lineage", "pictures", "checkpoint", "models", "adapters", "coverage"},
-    "transformers": {"zoo", "pictures", "checkpoint", "adapters", "coverage"},
+    "transformers": {"compat", "zoo", "pictures", "checkpoint", "adapters", "coverage"},
     "datasets": {"pictures"},
     "accelerate": {"retrain", "responses", "contribution", "checkpoint"},
     "huggingface_hub": {"hub", "handwritten", "card", "reach", "lineage", "zoo", "pictures", "checkpoint"},
-    "typer": {"cli"},
+    "typer": {"cli", "compat"},
     "onnxruntime": {"export"},
     "matplotlib": {"plots", "gallery"},
 }

@@ -30,12 +30,12 @@ from transformers import (
     SwinForImageClassification,
     Trainer,
     TrainingArguments,
-    ViTImageProcessor,
 )
 from ways_in import distance, logits, ways
 
 from lfrns_hub import checkpoint
 from lfrns_hub.checkpoint.remote_code import MODELING_FILE
+from lfrns_hub.compat import vit_processor
 
 TESTS = Path(__file__).parent
 EQUAL = 1e-5
@@ -91,7 +91,7 @@ def save_with_answers(kind: str, root: Path, seed: int = 0) -> tuple[Path, Path]
     torch.manual_seed(seed)
     build, size = KINDS[kind]
     model = build()
-    processor = ViTImageProcessor(size={"height": size, "width": size}) if library(kind) == "transformers" else None
+    processor = vit_processor()(size={"height": size, "width": size}) if library(kind) == "transformers" else None
     folder = checkpoint.save(model, root / kind, processor=processor)
     images = torch.randn(2, 3, size, size)
     save_file({"images": images, "logits": logits(model, images)}, root / f"{kind}.safetensors")

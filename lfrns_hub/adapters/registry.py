@@ -13,11 +13,13 @@ class Adapter:
         cls: Full name of the class.
         heads: Integer attributes that shrink in proportion when heads leave.
         frozen_heads: Why its forward cannot lose heads, or None.
+        if_stated: Leave out a module that has none of the attributes: another release of the library built it.
     """
 
     cls: str
     heads: tuple[str, ...] = ()
     frozen_heads: str | None = None
+    if_stated: bool = False
 
 
 ADAPTERS: dict[str, Adapter] = {}
@@ -63,8 +65,9 @@ def find_owner(model: nn.Module, layer: str) -> tuple[str, Adapter] | None:
     name = layer
     while name:
         name = name.rpartition(".")[0]
-        adapter = ADAPTERS.get(class_name(model.get_submodule(name)))
-        if adapter is not None:
+        module = model.get_submodule(name)
+        adapter = ADAPTERS.get(class_name(module))
+        if adapter is not None and not (adapter.if_stated and vars(module).keys().isdisjoint(adapter.heads)):
             return name, adapter
     return None
 

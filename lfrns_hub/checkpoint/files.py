@@ -1,10 +1,12 @@
 """What every layout has in common: config.json, model.safetensors, the card, and how a finished folder is published."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from lfrns_hub.handwritten import merge_cards
 from lfrns_hub.lineage import KEYS
 from lfrns_hub.measure import comparable_budgets, comparable_dense, main_figure
 from lfrns_hub.narrow import FORMAT_VERSION, computed_buffers, grown, short
+from lfrns_hub.plots import plot_ladder, plot_widths, shows_plan
 from lfrns_hub.untrusted import AGAIN, MAX_JSON_BYTES, read_headers, read_json, without_code
+
+logger = logging.getLogger(__name__)
 
 # What `save` writes, and what it may find of an earlier one.
 FILES = (
@@ -200,15 +205,16 @@ def write_card(draft: Path, record: Any, directory: Path, *, name: str, base: st
         base: The dense architecture.
         library: Which library builds it: timm, transformers or pytorch.
     """
-    from lfrns_hub.plots import plot_ladder, plot_widths, shows_plan  # here: matplotlib is slow to import
-
     config = read_config(draft)
     facts, record = config["slim"], read_record(record)
     setup = (record or {}).get("setup") or {}
     budgets, dense = comparable_budgets(record or {}), comparable_dense(record or {})
     if record is not None:
         (draft / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    has_plot = bool(facts.get("widths"))
+    can_draw = find_spec("matplotlib") is not None
+    if not can_draw:
+        logger.warning("The card of %s has no pictures: matplotlib is not installed.", directory)
+    has_plot = can_draw and bool(facts.get("widths"))
     if has_plot:
         plot_widths(facts, draft / "widths.png")
     gallery = directory / "clusters.png"
@@ -216,7 +222,7 @@ def write_card(draft: Path, record: Any, directory: Path, *, name: str, base: st
     if has_gallery:
         shutil.copyfile(gallery, draft / gallery.name)
     key = main_figure(dense).key
-    has_curve = len(budgets) > 1 and all(one.get(key) is not None for one in [*budgets, dense])
+    has_curve = can_draw and len(budgets) > 1 and all(one.get(key) is not None for one in [*budgets, dense])
     if has_curve:
         points = [{**one, "macs_g": one["macs_fraction"] * dense["macs_g"]} for one in budgets]
         plot_ladder(points, dense, draft / "curve.png")

@@ -1,6 +1,6 @@
 """Beside classes of transformers the narrow ones: the same, then narrowed by `config.lfrns`, and loaded strictly.
 
-A checkpoint takes this file along (see remote_code.py): of the package it may import narrow.py alone.
+A checkpoint takes this file along (see remote_code.py): of the package it may import narrow.py and compat.py alone.
 Models' classes stand in quotes: transformers takes a second to import them, and `import lfrns_hub` reads this file.
 """
 
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
+from lfrns_hub.compat import names_here
 from lfrns_hub.narrow import Shapes, carry_facts, narrow
 
 TYPE_PREFIX = "lfrns_"
@@ -74,7 +75,8 @@ def narrow_class(
         with no_init_weights() if on_meta else nullcontext():  # even without values, drawing them takes half the time
             stock.__init__(self, config, *args, **kwargs)
         sizes = getattr(config, "lfrns", None) or {}
-        narrow(self, _fit_head(self, config, sizes.get("shapes", {})), sizes.get("attrs", {}))
+        stated = _fit_head(self, config, sizes.get("shapes", {})), sizes.get("attrs", {})
+        narrow(self, *names_here(self, config, *stated))
         for part in self.modules():  # the narrowed tensors hold no values yet: initialise once more
             part.__dict__.pop("_is_hf_initialized", None)
         self.init_weights()

@@ -1,7 +1,7 @@
 """The file that a checkpoint takes along for `trust_remote_code=True`: it opens where lfrns_hub is not installed.
 
-It is put together from our own sources, so that no logic is there twice: narrow.py and what else the kind needs, each
-as it stands without its imports of the package, and a tail that names the classes.
+It is put together from our own sources, so that no logic is there twice: narrow.py, compat.py and what else the kind
+needs, each as it stands without its imports of the package, and a tail that names the classes.
 """
 
 import ast
@@ -12,7 +12,8 @@ from lfrns_hub.checkpoint.narrow_classes import CLASS_PREFIX, MODELING, own_name
 
 MODELING_FILE = f"{MODELING}.py"
 HERE = Path(__file__).parent
-NARROW, CLASSES, ENTRYPOINT = HERE.parent / "narrow.py", HERE / "narrow_classes.py", HERE / "entrypoint.py"
+NARROW, COMPAT = HERE.parent / "narrow.py", HERE.parent / "compat.py"
+CLASSES, ENTRYPOINT = HERE / "narrow_classes.py", HERE / "entrypoint.py"
 HEAD = '''"""Opens this checkpoint in transformers by trust_remote_code=True; made from the sources of lfrns_hub.
 
 No forward is overridden: stock classes, whose layers take the sizes that config.json states.
@@ -48,7 +49,13 @@ def write_code(folder: Path, names: dict[str, Any], base_source: Path | None = N
         return
     wraps_timm = config == "TimmWrapperConfig"
     imports, bodies = {"import transformers"}, []
-    for path in [NARROW, CLASSES, *([ENTRYPOINT] if wraps_timm else []), *([base_source] if base_source else [])]:
+    for path in [
+        NARROW,
+        COMPAT,
+        CLASSES,
+        *([ENTRYPOINT] if wraps_timm else []),
+        *([base_source] if base_source else []),
+    ]:
         outside, body = split_source(path)
         imports |= outside
         bodies.append(body)

@@ -1,10 +1,11 @@
 """transformers' layout: beside every image classifier a `lfrns_<type>`, the stock classes narrowed by `config.lfrns`.
 
-The configs are registered on import. The classes, and with them transformers' modeling files, a second and more to
-import, follow when the first config of their type is made, which is before AutoModelForImageClassification looks for
-them.
+The configs are registered on import by their names alone, and made when transformers asks for them. The classes, and
+with them transformers' modeling files, a second and more to import, follow when the first config of their type is made,
+which is before AutoModelForImageClassification looks for them.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -14,16 +15,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    PreTrainedConfig,
-    TimmWrapperConfig,
-)
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoModel, AutoModelForImageClassification, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES, model_type_to_module_name
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -43,6 +36,7 @@ from lfrns_hub.checkpoint.narrow_classes import (
 )
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
 from lfrns_hub.checkpoint.timm import own_source
+from lfrns_hub.compat import Classes
 from lfrns_hub.format.memory import bounded, bytes_for
 from lfrns_hub.model_io.meaning import problem_type_of
 from lfrns_hub.narrow import describe, short
@@ -69,32 +63,23 @@ DTYPES = (None, "float32", "float16", "bfloat16", "float64")
 WRAPPERS = tuple(CLASS_PREFIX + name for name in ("TimmWrapperForImageClassification", "TimmWrapperModel"))
 WRAPPER = "timm_wrapper"  # saved in timm's layout, see timm_wrapper.py
 TYPES = tuple(name for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES if name not in (*NOT_SAVED, WRAPPER))
+CONFIGS = {CLASS_PREFIX + CONFIG_MAPPING_NAMES[name]: name for name in (*TYPES, WRAPPER)}
 
 
-def _register(model_type: str) -> None:
-    """Generate and register the config of `lfrns_<type>`: the stock config with the sizes."""
-    stock = CONFIG_MAPPING[model_type]
-
-    def __new__(cls: type[PreTrainedConfig], *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        narrow_classes(model_type)
-        return object.__new__(cls)
-
-    config_class = _add(narrow_config(stock, __name__, _write_code, __new__=__new__))
-    AutoConfig.register(TYPE_PREFIX + model_type, config_class, exist_ok=True)
-
-
-def _register_wrapper() -> None:
-    """Register the config under which transformers opens folders in timm's layout."""
+@cache
+def _config_class(model_type: str) -> type[PreTrainedConfig]:
+    """Generate the config of `lfrns_<type>`: the stock config with the sizes, or of what wraps a timm model."""
 
     def __new__(cls: type[PreTrainedConfig], *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        wrapper_classes()
+        wrapper_classes() if model_type == WRAPPER else narrow_classes(model_type)
         return object.__new__(cls)
 
-    config_class = _add(narrow_config(TimmWrapperConfig, __name__, _write_code, __new__=__new__))
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    # The file has timm's own names, without the wrapper's prefix.
-    prefix = get_checkpoint_conversion_mapping(TimmWrapperConfig.model_type)
-    register_checkpoint_conversion_mapping(config_class.model_type, prefix, overwrite=True)
+    if model_type == WRAPPER:  # the file has timm's own names, without the wrapper's prefix
+        from transformers import conversion_mapping
+
+        prefix = conversion_mapping.get_checkpoint_conversion_mapping(WRAPPER)
+        conversion_mapping.register_checkpoint_conversion_mapping(TYPE_PREFIX + WRAPPER, prefix, overwrite=True)
+    return _add(narrow_config(CONFIG_MAPPING[model_type], __name__, _write_code, __new__=__new__))
 
 
 def _add(made: type) -> type:
@@ -112,7 +97,7 @@ def _write_code(config: PreTrainedConfig, folder: str | Path) -> None:
 @cache
 def wrapper_classes() -> "dict[str, type[transformers.PreTrainedModel]]":
     """Generate and register the classes under which transformers opens folders in timm's layout: by their names."""
-    config_class = CONFIG_MAPPING[TYPE_PREFIX + TimmWrapperConfig.model_type]
+    config_class = _config_class(WRAPPER)
     classes = {}
     for mapping, stock in (
         (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, transformers.TimmWrapperForImageClassification),
@@ -127,12 +112,12 @@ def wrapper_classes() -> "dict[str, type[transformers.PreTrainedModel]]":
 @cache
 def narrow_classes(model_type: str) -> "dict[type[transformers.PreTrainedModel], type[transformers.PreTrainedModel]]":
     """Generate and register the classes of `lfrns_<type>`: the narrow class by the stock class."""
-    config_class = CONFIG_MAPPING[TYPE_PREFIX + model_type]
+    config_class = _config_class(model_type)
     stock_classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[CONFIG_MAPPING[model_type]]
     stock_classes = stock_classes if isinstance(stock_classes, tuple) else (stock_classes,)
     classes = {stock: _add(narrow_class(stock, config_class, __name__)) for stock in stock_classes}
     # A tuple, as transformers has it for DeiT: the config's `architectures` says which.
-    value = tuple(classes.values()) if len(classes) > 1 else next(iter(classes.values()))
+    value = Classes(classes.values()) if len(classes) > 1 else next(iter(classes.values()))
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(config_class, value, exist_ok=True)
     if (stock := _stock_base(model_type)) is not None:
         base = _add(narrow_base(stock, next(iter(classes.values())), __name__))
@@ -147,7 +132,9 @@ def _stock_base(model_type: str) -> "type[transformers.PreTrainedModel] | None":
 
 
 def __getattr__(name: str) -> Any:
-    """Make the class that a pickled model or a worker process asks for by its name."""
+    """Make the class that transformers, a pickled model or a worker process asks for by its name."""
+    if name in CONFIGS:
+        return _config_class(CONFIGS[name])
     if name in WRAPPERS:
         wrapper_classes()
         return globals()[name]
@@ -293,6 +280,8 @@ def load_transformers(folder: Path) -> nn.Module:
         auto = AutoModel if is_base else AutoModelForImageClassification
         with bounded(*limits), torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
+        from transformers.core_model_loading import revert_weight_conversion  # here: slow to import
+
         # names on disk are transformers' own, older ones
         expected = revert_weight_conversion(model, model.state_dict(keep_vars=True))
     tensors = read_tensors(expected, folder)
@@ -374,6 +363,6 @@ def _no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-for _type in TYPES:
-    _register(_type)
-_register_wrapper()
+for _name, _type in CONFIGS.items():  # as transformers holds its own: a name, and the module to ask for it
+    CONFIG_MAPPING._mapping[TYPE_PREFIX + _type] = _name
+    CONFIG_MAPPING._modules[model_type_to_module_name(TYPE_PREFIX + _type)] = sys.modules[__name__]

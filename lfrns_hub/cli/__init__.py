@@ -5,11 +5,10 @@ A file per theme: `look` (before anything is changed), `make` (a slim checkpoint
 
 import sys
 
-import typer
-
 from lfrns_hub import recipe
 from lfrns_hub.cli import judge, look, make, ship  # noqa: F401  (they add their commands to the app)
 from lfrns_hub.cli.terminal import app
+from lfrns_hub.compat import command_error
 
 __all__ = ["app", "main"]
 
@@ -23,6 +22,6 @@ def _run() -> None:
     """Run a command; arguments that typer refuses end as any other bad input does."""
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="lfrns", standalone_mode=False) or 0)
-    except typer.TyperException as error:
+    except command_error() as error:
         said = error.format_message().rstrip(".")
         raise ValueError(f"lfrns {' '.join(sys.argv[1:])}: {said}. See --help.") from error

@@ -3,16 +3,17 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from lfrns_hub.format.terminal import cell
 from lfrns_hub.measure.figures import KINDS, Figure, heads_of, word_of
 from lfrns_hub.measure.occasion import comparable_dense, why_no_dense
 from lfrns_hub.runs import written_aside
 from lfrns_hub.untrusted import parse_json, read_json, short
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
 
 # What is told as a number, or as nothing where it was not measured.
 FIGURES = (
@@ -115,8 +116,10 @@ class Record:
         return cls._from_fields(read_json(path, f"Record.load({str(path)!r})"))
 
 
-def format_table(record: Record) -> Table:
+def format_table(record: Record) -> "Table":
     """Lay a record out as a table: dense against slim, and what is left of a dense figure of the same occasion."""
+    from rich.table import Table  # here: rich is for tables alone
+
     fields = asdict(record)
     why = why_no_dense(fields)
     caption = why and cell(f"Dense not measured: {short(why, 300)}.", 400, "table.caption")
@@ -144,7 +147,7 @@ def format_table(record: Record) -> Table:
     return table
 
 
-def _figure_row(figure: Figure, head: str, before: float | None, after: float | None) -> tuple[str | Text, ...]:
+def _figure_row(figure: Figure, head: str, before: float | None, after: float | None) -> "tuple[str | Text, ...]":
     """Lay out a figure of one head."""
     label, shown = cell(f"{head} {figure.label}".strip()), _text(after, figure.form)
     if not figure.change:
@@ -168,7 +171,7 @@ def _text(value: float | None, form: str) -> str:
     return "not measured" if value is None else format(value, form)
 
 
-def _worst_row(word: str, head: str, worst: dict[str, Any] | None, names: Any) -> tuple[str | Text, ...]:
+def _worst_row(word: str, head: str, worst: dict[str, Any] | None, names: Any) -> "tuple[str | Text, ...]":
     """Lay out the class or label that lost most."""
     label = f"{head} worst {'label' if word == 'labels' else 'class'}".strip()
     if worst is None:

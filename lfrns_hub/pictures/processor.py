@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
+from lfrns_hub.compat import vit_processor
 from lfrns_hub.pictures.model_input import input_size_of
 from lfrns_hub.reach import CONNECT_TIMEOUT_S, cached, hub_errors, reach_hub
 from lfrns_hub.untrusted import CODE_KEYS, read_json, refuse_large, short, without_code
@@ -109,8 +110,6 @@ def guess_processor(model: nn.Module) -> Any:
     """Make a processor for a transformers model that came with none; None for other models."""
     if not is_of_transformers(model):
         return None
-    from transformers import ViTImageProcessor
-
     channels, height, width = input_size_of(model)
     source = str(getattr(model.config, "_name_or_path", "") or "") or type(model).__name__
     logger.warning(
@@ -122,7 +121,7 @@ def guess_processor(model: nn.Module) -> Any:
         width,
     )
     half = [0.5] * channels
-    return ViTImageProcessor(size={"height": height, "width": width}, image_mean=half, image_std=half)
+    return vit_processor()(size={"height": height, "width": width}, image_mean=half, image_std=half)
 
 
 def write_processor(processor: Any, folder: Path) -> None:
