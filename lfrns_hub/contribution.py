@@ -222,6 +222,8 @@ class GateTraining:
                 loss = gate_loss(answer, self._dense[number], labels, share) / len(images)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss.item()} at step {self.done}. Check the images' scale.")
+                if not loss.requires_grad:  # all of them lie behind outputs that are not compared: auxiliary heads
+                    return [torch.zeros_like(gate) for gate in self.gates]
                 # Zero where the forward lets no gradient through, as by rounding.
                 return list(torch.autograd.grad(loss, self.gates, materialize_grads=True))
 

@@ -217,7 +217,7 @@ class Elimination:
             correlation.diagonal().add_(ridge)
             factor, failed = torch.linalg.cholesky_ex(correlation)
             ridge *= 10
-            if failed and ridge > 1:
+            if failed and ridge > 10 * len(scale):  # correlations are at most 1 each, so a ridge of D always holds
                 raise FloatingPointError(
                     f"the moments of {len(scale)} channels have no inverse: they are not finite, or of no network's "
                     "answers. Check the images' scale and the weights."

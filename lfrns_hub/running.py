@@ -36,7 +36,8 @@ def unwrap(model: Any, call: str) -> nn.Module:
         call: The public call, for the error.
     Raises:
         TypeError: It is no module.
-        ValueError: A module inside is compiled, the weights are sharded, scripted, quantised, or not there yet.
+        ValueError: A module inside is compiled, the weights are sharded, scripted, quantised, adapted by peft, or not
+            there yet.
     """
     given = f"{call}({type(model).__name__})"
     if not isinstance(model, nn.Module):
@@ -58,6 +59,8 @@ def unwrap(model: Any, call: str) -> nn.Module:
             f"{given}: {found} is quantised or prepared for it. Give the model in floating point; the slim one can be "
             "quantised."
         )
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ValueError(f"{given}: it has adapters of peft. Merge them first: model = model.merge_and_unload().")
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"{given}: {name} has no shape yet. Run one batch through the model first.")

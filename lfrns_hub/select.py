@@ -1,6 +1,7 @@
 """Clusters, contributions and a budget to a plan: merge below the budget, then restore what contributes most."""
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -107,7 +108,8 @@ def cluster_down(groups: Sequence[UnitGroup], merges: dict[str, Merges], ledger:
     heapq.heapify(heap)
     while not ledger.met():
         if not heap:
-            least = ", ".join(f"{b}={ledger.now[b] / ledger.dense[b]:.3f}" for b in ledger.budgets)
+            shares = {b: math.ceil(1000 * ledger.now[b] / ledger.dense[b]) / 1000 for b in ledger.budgets}  # these hold
+            least = ", ".join(f"{b}={share:g}" for b, share in shares.items())
             asked = ", ".join(f"{b}={v:g}" for b, v in ledger.budgets.items())
             raise ValueError(
                 f"the budget {asked} is not reachable: the smallest is {least}. Ask for more, or open more groups "

@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,5 @@ def _seeded() -> None:
     """Every test starts from the same random numbers, and with no precision that an earlier test has settled."""
     torch.manual_seed(0)
     AcceleratorState._reset_state(True)
+    if datasets := sys.modules.get("datasets"):  # a stream that ends waits for threads that read the Hub
+        datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0

@@ -221,11 +221,7 @@ def test_a_damaged_picture_has_unknown_labels_to_evaluate_on(labels: Any, kind: 
     assert data[1][1].tolist() == labels[1]
 
 
-def test_a_stream_reads_rows_and_names_and_refuses_what_it_would_have_to_look_through(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # it is for files of the Hub
-
+def test_a_stream_reads_rows_and_names_and_refuses_what_it_would_have_to_look_through(tmp_path: Path) -> None:
     def stream(name: str, labels: list[Any], kind: Any) -> Any:
         folder = write(tmp_path / name, "train", labels, kind)
         return stream_data(folder, "train", transform=plain, model=answering(3, MULTI, NAMES))

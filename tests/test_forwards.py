@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -386,6 +387,28 @@ def test_a_group_that_no_gradient_reaches_has_gates_that_learn_nothing():
     images = torch.randn(16, *IMAGES)
     result = lfrns.slim(model, [images], macs=0.6, fcr_steps=2, progress=False)
     assert result.report.macs_fraction <= 0.6
+
+
+def test_units_behind_an_auxiliary_output_alone_have_gates_that_learn_nothing():
+    """The first of several outputs alike is the one that is compared; and the smallest budget named is reachable."""
+
+    class Exits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.early = nn.Linear(48, 5)
+            self.late = nn.Sequential(nn.Linear(48, 12), nn.ReLU(), nn.Linear(12, 5))
+
+        def forward(self, x):
+            return [self.early(x.flatten(1)), self.late(x.flatten(1))]
+
+    torch.manual_seed(0)
+    model, images = Exits().eval(), torch.randn(20, 3, 4, 4)
+    with pytest.raises(ValueError, match="the smallest is macs=") as refused:
+        lfrns.slim(model, [images], macs=0.1, fcr_steps=2, progress=False)
+    smallest = float(re.search(r"macs=([\d.]+)\. Ask", str(refused.value))[1])
+    assert 0.1 < smallest < 0.5
+    result = lfrns.slim(model, [images], macs=smallest, fcr_steps=2, progress=False)
+    assert len(result.plan.keep["late.0"]) == 1 and result.report.macs_fraction <= smallest
 
 
 def test_a_forward_that_writes_to_what_an_activation_made_is_slimmed():

@@ -277,6 +277,31 @@ def test_a_base_that_was_saved_alone_takes_a_new_head(vit, tmp_path):
     assert other.classifier.weight.shape == (4, 32)
 
 
+def test_a_base_is_slimmed_once_more_and_every_door_opens_it(vit, tmp_path):
+    """Its config states the widths it has now, and of the head those that the classifier had."""
+    lfrns.save(vit, tmp_path / "whole")
+    body = lfrns.slim(
+        AutoModel.from_pretrained(tmp_path / "whole"), [IMAGES], macs=0.7, fcr_steps=2, progress=False
+    ).model
+    said = body(IMAGES)[0]
+    lfrns.save(body, tmp_path / "ours")
+    body.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path / "ours", tmp_path / "theirs"):
+        assert torch.equal(lfrns.load(folder)(IMAGES)[0], said)
+        assert torch.equal(AutoModel.from_pretrained(folder).eval()(IMAGES)[0], said)
+        assert AutoModelForImageClassification.from_pretrained(folder, num_labels=4)(IMAGES).logits.shape == (4, 4)
+
+
+def test_adapters_of_peft_are_to_be_merged_first(vit, tmp_path):
+    adapted = copy.deepcopy(vit)
+    kind = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    adapted.classifier = kind(adapted.classifier.in_features, adapted.classifier.out_features)
+    for call in (lambda: lfrns.save(adapted, tmp_path / "a"), lambda: lfrns.slim(adapted, [IMAGES], macs=0.9)):
+        with pytest.raises(ValueError, match=r"adapters of peft\. Merge them first"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_classifier_that_lost_its_head_is_still_damaged(vit, tmp_path):
     folder = lfrns.save(vit, tmp_path / "first")
     tensors = load_file(folder / "model.safetensors")

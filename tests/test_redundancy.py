@@ -154,3 +154,22 @@ def test_fold_of_a_repeated_channel_is_exact_and_of_one_that_does_not_hold_out_i
     assert best_fold(moments_of(fickle, 4, centred=False), weight, keep, leave) is None
     names, r2 = stand_ins(moments_of(rows, 4).matrix(), keep, leave, 1)
     assert names[0][0] == 0 and r2[0] > 0.99
+
+
+def test_a_channel_that_is_constant_up_to_rounding_counts_as_constant():
+    """Its variance is a difference of large numbers, which float32 sums leave at anything, below zero too."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 4)
+    about = torch.zeros(6, dtype=torch.float64)
+    moments = Moments.empty(layer, about)
+    rows = torch.randn(50, 6, dtype=torch.float64)
+    rows[:, 2] = 1000.0
+    moments.count += 50
+    moments.total += rows.sum(0)
+    moments.square += rows.T @ rows
+    moments.square[:, 2, 2] -= 1e-2  # 1e-10 of it
+    second = moments.matrix()
+    assert second[2].abs().max() == second[:, 2].abs().max() == 0
+    assert second[0, 0] == pytest.approx(float(rows[:, 0].var(correction=0)), rel=1e-6)
+    merges = eliminate([TapView(second, layer.weight.double().detach())], 6)
+    assert merges.order[0] == 2 and merges.cost[0] < 1e-9

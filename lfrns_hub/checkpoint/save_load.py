@@ -25,9 +25,11 @@ from lfrns_hub.checkpoint.timm_wrapper import (
 )
 from lfrns_hub.checkpoint.transformers import (
     TYPE_PREFIX,
+    carry_base,
     carry_transformers,
     fill_transformers,
     has_narrow_class,
+    is_narrow_base,
     is_transformers,
     load_transformers,
     write_transformers,
@@ -195,7 +197,9 @@ def carry_config(model: nn.Module) -> nn.Module:
         if is_wrapper(model):
             carry_wrapper(model)
         elif is_transformers(model):
-            if has_narrow_class(model):
+            if is_narrow_base(model):
+                carry_base(model)
+            elif has_narrow_class(model):
                 carry_transformers(model)
         elif hasattr(model, "num_classes") and (name := timm_base(model, None)) is not None:
             carry_timm(model, name)

@@ -156,9 +156,10 @@ def has_narrow_class(model: nn.Module) -> bool:
 
 def write_transformers(model: "transformers.PreTrainedModel", draft: Path, label_names: Sequence[str] | None) -> None:
     """Write transformers' config.json and weights, by its own save_pretrained."""
-    if type(model) is MODEL_MAPPING.get(type(model.config), None) and type(model).__name__.startswith(CLASS_PREFIX):
+    if is_narrow_base(model):
+        carry_base(model)
         with _no_progress_bar():
-            model.save_pretrained(draft)  # a narrow base: its config states the widths of the classifier it came from
+            model.save_pretrained(draft)
         return write_config(draft, read_config(draft), model)
     config = _narrow_config_of(model)
     if label_names is not None:
@@ -180,20 +181,45 @@ def carry_transformers(model: "transformers.PreTrainedModel") -> None:
     model.config.problem_type = config.problem_type
 
 
-def _narrow_config_of(model: "transformers.PreTrainedModel") -> PreTrainedConfig:
-    """Make the config that states a model's widths and its code."""
-    generated = _narrow_class_of(model)
+def is_narrow_base(model: "transformers.PreTrainedModel") -> bool:
+    """Say whether a model is what AutoModel takes out of a slim classifier."""
+    return type(model) is MODEL_MAPPING.get(type(model.config), None) and type(model).__name__.startswith(CLASS_PREFIX)
+
+
+def carry_base(model: "transformers.PreTrainedModel") -> None:
+    """Let the config of a model without a head state the widths that it has now; those of the head stay."""
+    generated = next(iter(narrow_classes(model.config.model_type.removeprefix(TYPE_PREFIX)).values()))
+    body, stated = generated.base_model_prefix, model.config.lfrns
+    _, skeleton = _dense_skeleton(model, generated)
+    shapes, attrs = describe(model, getattr(skeleton, body))
+
+    def merged(stated: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+        heads = {name: value for name, value in stated.items() if name != body and not name.startswith(body + ".")}
+        return heads | {f"{body}.{name}".removesuffix("."): value for name, value in now.items()}
+
+    facts = {"shapes": merged(stated["shapes"], shapes), "attrs": merged(stated["attrs"], attrs)}
+    model.config.lfrns, model.config.slim = stated | facts, facts_of(model)
+
+
+def _dense_skeleton(model: "transformers.PreTrainedModel", generated: type) -> tuple[PreTrainedConfig, nn.Module]:
+    """Make the config of a model without its widths, and the dense model of it on the meta device."""
     fields = model.config.to_dict()
     for key in ("model_type", "lfrns", "slim", "architectures", "transformers_version"):
         fields.pop(key, None)
     config = generated.config_class(**fields)
     with torch.device("meta"):
-        skeleton = generated(config)
+        return config, generated(config)
+
+
+def _narrow_config_of(model: "transformers.PreTrainedModel") -> PreTrainedConfig:
+    """Make the config that states a model's widths and its code."""
+    generated = _narrow_class_of(model)
+    config, skeleton = _dense_skeleton(model, generated)
     shapes, attrs = describe(model, skeleton)
     config.lfrns = {"shapes": shapes, "attrs": attrs, "num_labels": config.num_labels}
     config.problem_type = config.problem_type or problem_type_of(model)
     ours = auto_map(generated.config_class.__base__.__name__, generated.__base__.__name__, _exported_base(model))
-    config.auto_map = {**(fields.get("auto_map") or {}), **ours}
+    config.auto_map = {**(getattr(config, "auto_map", None) or {}), **ours}
     return config
 
 

@@ -71,6 +71,7 @@ def work(case: Case, sender: Any) -> None:
     except Exception as error:  # whatever a network does becomes its row
         sender.send({"reason": shorten(f"{type(error).__name__}: {error}")})
     finally:
+        sender.send({"seconds": time.process_time()})
         sender.close()
 
 
@@ -84,8 +85,8 @@ def receive(receiver: Any, row: Row) -> bool:
 
 
 def finish(row: Row, exitcode: int | None, seconds: float, limit: float | None) -> Row:
-    """Complete a row: how long it took, and why there is no more of it."""
-    row["seconds"] = seconds
+    """Complete a row: how long it took where the process could not say, and why there is no more of it."""
+    row.setdefault("seconds", seconds)
     if limit is not None:
         row["reason"] = f"stopped after {limit:g} s"
     elif exitcode:

@@ -35,7 +35,7 @@ well.
   1e-8 is allowed.
 - **reloaded**: largest difference of the outputs after saving and loading, over the largest output, float32; 1e-5 is
   allowed.
-- **s**: seconds, one thread, all steps.
+- **s**: seconds of processor time, one thread, all steps; of a network that was stopped, on the clock.
 
 Which timm module is a convnet, a ViT or a hybrid is our sorting: a hybrid has attention and stages of convolutions;
 networks without attention are with the ViTs where they work on a grid of patches, with the convnets where they have a
