@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from torch import distributed
 
 from lfrns_hub.handwritten import merge_cards
+from lfrns_hub.runs import settle
 from lfrns_hub.untrusted import read_json, short
 
 # Root of the client's HTTP errors, by way of one of them: the library under huggingface_hub changes between versions.
@@ -93,6 +94,7 @@ def push(
             f"push(revision={revision!r}, create_pr=True): a pull request is opened against the default branch. "
             "Give only one of them."
         )
+    settle(folder, _is_own)  # a save that was killed may have left its last step
     own = _own_files(folder, call, with_images=with_images)
     files: dict[str, Path | bytes] = {path.name: path for path in own}
     if not _is_main_process():

@@ -73,7 +73,7 @@ ALLOWED = {
         "handwritten",
         "runs",
     },
-    "hub": {"reach", "handwritten"},
+    "hub": {"reach", "handwritten", "runs"},
     "card": {"measure", "plots", "lineage"},
     "plots": {"measure", "runs"},
     "gallery": {"slim", "taps", "report", "redundancy", "plots", "runs"},
