@@ -89,6 +89,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     said = JOBS[sys.argv[1]]()
     away = float(said.split()[-2])
-    if not away < 0.1:
+    if not away < 0.25:  # eight bits, random weights
         raise SystemExit(f"{said}: that is another model")
     print(said)
