@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -142,12 +143,25 @@ def test_the_vit_recipe_makes_the_same_plan_on_one_and_on_two_processes(
     assert plans[0] == plans[1]
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_folder_that_is_not_empty_is_refused_and_left_as_it_is(name: str, repository: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_refused_and_left_as_it_is(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    done = launch(repository, name, "--smoke", "--output-dir", tmp_path)
+    done = launch(repository, "vit_digits", "--smoke", "--output-dir", tmp_path)
     assert done.returncode != 0
     assert re.search(r"FileExistsError: --output-dir .* is not empty\. Pass --resume", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_refuses_a_folder_that_is_not_empty(
+    name: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    path = str(repository / "recipes" / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [path, "--smoke", "--output-dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(path, run_name="__main__")
+    assert ended.value.code not in (0, None)
+    assert re.search(r"FileExistsError: --output-dir .* is not empty\. Pass --resume", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
