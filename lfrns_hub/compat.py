@@ -73,6 +73,8 @@ def names_here(
     Raises:
         ValueError: Another release stated a part that has no name here.
     """
+    if not (isinstance(shapes, dict) and isinstance(attrs, dict)):
+        return shapes, attrs  # a stranger's, which `narrow` refuses by name
     modules = dict(model.named_modules(remove_duplicate=False))
     if not _strangers(shapes, modules) and all(_states(modules.get(name), values) for name, values in attrs.items()):
         return shapes, attrs

@@ -54,7 +54,7 @@ def write_index(directory: str | Path, title: str) -> Path:
     directory = Path(directory)
     records, unread = _read_records(directory)
     if not records:
-        why = next(iter(unread.values()), "no subfolder has a record.json")
+        why = next((f"{name}: {why}" for name, why in unread.items()), "no subfolder has a record.json")
         raise ValueError(f"write_index({str(directory)!r}): {why.rstrip('.')}. Run lfrns slim first, or evaluate.")
     readme, whole = directory / "README.md", directory.resolve()
     with locked(whole, f"write_index({str(directory)!r})"), draft_of(whole) as draft:

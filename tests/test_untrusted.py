@@ -332,7 +332,7 @@ def test_a_record_of_wrong_types_is_refused(text: str, said: str) -> None:
 def test_an_index_over_a_record_without_its_cost_is_refused(tmp_path: Path) -> None:
     (tmp_path / "net").mkdir()
     (tmp_path / "net" / "record.json").write_text('{"slim": {"top1_pct": 1.0}}')
-    with pytest.raises(ValueError, match=r"record\.json of net has no macs_g\. Measure it again"):
+    with pytest.raises(ValueError, match=r"net: its record\.json has no macs_g\. Measure it again"):
         write_index(tmp_path, "x")
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
