@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 		recipes/vit_digits.py --output-dir out/vit_digits --resume
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q --numprocesses 2 --dist loadfile --durations 10
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 # Everything at its floor but torch, which is linked from the first environment, in a second one.
 test-floors: $(VENV)/installed

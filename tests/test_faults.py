@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lfrns_hub.retrain import retrain
 
-KILLS = int(os.environ.get("LFRNS_KILLS", "2"))  # 20 for the whole test, half an hour of two slow cores
+KILLS = int(os.environ.get("LFRNS_KILLS", "1"))  # 20 for the whole test, half an hour of two slow cores
 EVERY_CALL = bool(os.environ.get("LFRNS_FAULTS"))  # the fault table at every system call, half an hour
 
 

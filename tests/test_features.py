@@ -34,7 +34,7 @@ def dense_models() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     return {
         "resnet": create_dense("cifar_resnet20", num_classes=3),
-        "densenet": timm.create_model("densenet121", num_classes=3),
+        "densenet": timm.create_model("densenet121", block_config=(2, 2, 2, 2), num_classes=3),
         "mobilenet": timm.create_model("mobilenetv3_small_050", num_classes=3),
         "vit": timm.create_model("test_vit", img_size=32, num_classes=3),
         "flattened": Flattened(),
