@@ -317,6 +317,8 @@ def test_transformers_fine_tunes_with_another_number_of_classes(kind: str, saved
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_eager_and_sdpa_attention_of_transformers(attention: str, kind: str, saved: Saved) -> None:
     folder, answers = saved[kind]
+    if attention == "sdpa" and not type(checkpoint.load(folder))._supports_sdpa:
+        pytest.skip("this release of transformers has no such attention for it")
     model = AutoModelForImageClassification.from_pretrained(folder, attn_implementation=attention)
     assert model.config._attn_implementation == attention
     assert distance(model, load_file(answers)) <= EQUAL

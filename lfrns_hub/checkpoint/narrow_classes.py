@@ -139,8 +139,10 @@ def wrapper_class(
         if not self.timm_model.num_classes:  # AutoModel: the file has a classifier, the model none
             heads = config.pretrained_cfg.get("classifier") or ()
             heads = [heads] if isinstance(heads, str) else heads
-            ignored = {rf"^(timm_model\.)?{re.escape(head)}\." for head in heads}
-            self._keys_to_ignore_on_load_unexpected = (self._keys_to_ignore_on_load_unexpected or set()) | ignored
+            ignored = [rf"^(timm_model\.)?{re.escape(head)}\." for head in heads]
+            known = self._keys_to_ignore_on_load_unexpected  # a list in transformers 5.0, which may be None; now a set
+            kind = list if known is None else type(known)
+            self._keys_to_ignore_on_load_unexpected = kind([*(known or ()), *ignored])
         carry_facts(self, getattr(config, "slim", None))
 
     tell = _telling(stock)
