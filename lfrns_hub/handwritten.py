@@ -14,6 +14,7 @@ from huggingface_hub import CardData, RepoCard
 
 MARK_START = "<!-- lfrns_hub writes this section"  # what it is known by; the rest is for the reader
 MARK = f"{MARK_START} again at every save and push; write under a heading of your own, which stays -->"
+GENERATED = ("model-index", "model_name")  # of the weights that were there; `model_name` where there were no results
 UNKNOWN = "unknown"  # how a card says that nothing is known: no statement, so a person's stands
 
 
@@ -65,7 +66,7 @@ def merge_cards(new: str, old: str | None, *, local: bool = False) -> str:
     for section in sections:
         merged += [section, *after.pop(section.name, [])]
     if any(section.ours for section in before):
-        facts.pop("model-index", None)
+        facts = {key: value for key, value in facts.items() if key not in GENERATED}
     front = CardData(**_merge_facts(stated, facts)).to_yaml()
     return "\n\n".join([f"---\n{front}\n---", *(section.text for section in merged)]) + "\n"
 

@@ -112,7 +112,9 @@ def test_front_matter_of_people_is_kept_where_we_state_nothing():
 def test_results_of_replaced_weights_go():
     old = merge_cards(card(dataset="cifar10"), None)
     assert "model-index" in facts(old)
-    assert "model-index" not in facts(merge_cards(render_card(None, model_name="net", base="resnet50"), old))
+    without = render_card(None, model_name="net", base="resnet50")
+    assert "model-index" not in facts(merge_cards(without, old))
+    assert "model_name" not in facts(merge_cards(old, merge_cards(without, None)))
 
 
 @pytest.mark.parametrize("broken", ["---\ntags: [a\n---\n# net\n", "---\njust text\n---\n# net\n"])
