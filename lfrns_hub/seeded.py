@@ -86,7 +86,7 @@ class SeededBatches(Sampler):
             place += len(batch)
 
 
-def seeded_loader(loader: DataLoader, seed: int, order_seed: int) -> DataLoader:
+def seeded_loader(loader: DataLoader, seed: int, order_seed: int, *, pinned: bool = False) -> DataLoader:
     """Copy a loader so that order and augmentation are set by seeds.
 
     Args:
@@ -94,6 +94,7 @@ def seeded_loader(loader: DataLoader, seed: int, order_seed: int) -> DataLoader:
         seed: Of the augmentation. It covers python's, numpy's and torch's own random numbers, in transforms and in
             `collate_fn`; generators that a dataset keeps for itself are beyond it.
         order_seed: Of the order: epoch e is shuffled by `order_seed + e`.
+        pinned: Whether its batches are to lie in pinned memory, which a GPU fetches by itself.
     Returns:
         A loader of the same batches; its `batch_sampler.set_epoch` is to be called before each epoch.
     """
@@ -102,6 +103,7 @@ def seeded_loader(loader: DataLoader, seed: int, order_seed: int) -> DataLoader:
     kept = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
     kept += ("generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order")
     options = {name: getattr(loader, name) for name in kept if hasattr(loader, name)}
+    options["pin_memory"] = loader.pin_memory or pinned
     options["worker_init_fn"] = OwnGroup(loader.worker_init_fn)
     batches = SeededBatches(loader.batch_sampler, order_seed)
     return DataLoader(SeededImages(loader.dataset, seed), batch_sampler=batches, **options)

@@ -18,8 +18,10 @@ from lfrns_hub.answers import Answer, Outputs, read_answer, settle_by_loader
 from lfrns_hub.batches import split_batch
 from lfrns_hub.measure import evaluate, evaluating, main_figures
 from lfrns_hub.resume import Checkpoints, Position, caught_sigterm, told_anywhere
+from lfrns_hub.retrain.captured import CapturedSteps, Labels
 from lfrns_hub.retrain.features import Features, watch_features
 from lfrns_hub.retrain.loss import ask_teacher
+from lfrns_hub.retrain.losses import Losses
 from lfrns_hub.running import laid_out, settle_layout
 from lfrns_hub.seeded import apart, random_kept, rounds, seeded_loader
 from lfrns_hub.units import SlimPlan
@@ -41,9 +43,12 @@ class Epochs:
         self.images = images_per_epoch or len(loader.dataset)
         given = accelerator.dataloader_config.data_seed
         self.order_seed = seed if given is None else given
-        loader = seeded_loader(loader, seed, self.order_seed)
+        on_gpu = accelerator.device.type == "cuda" and not accelerator.dataloader_config.dispatch_batches
+        loader = seeded_loader(loader, seed, self.order_seed, pinned=on_gpu)
         self.batch_size = getattr(loader.batch_sampler, "batch_size", None)
-        self._order, self._loader = loader.batch_sampler, accelerator.prepare_data_loader(loader)
+        self._order = loader.batch_sampler
+        # On a GPU each step fetches its batch itself, once it has looked at the labels: nothing waits for the device.
+        self._loader = accelerator.prepare_data_loader(loader, device_placement=False if on_gpu else None)
         if self._streamed:
             step_images = self.batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
             self.batches = accelerator.gradient_accumulation_steps * math.ceil(self.images / step_images)
@@ -89,10 +94,16 @@ class Run:
     tracker: Callable[[dict[str, float], int], None] | None
     eval_loader: Any
     progress: bool
+    captured: str | None = "it is not asked for"  # why no step is recorded as a graph; None: where it can be
+    _next: int = 1  # step
     _rate: float = 0.0
     _settled: bool = False
     _features: Features | None = None
     _outputs: Outputs | None = None
+
+    def __post_init__(self) -> None:
+        self._losses = Losses(self.accelerator.device)
+        self._steps = CapturedSteps(self._learn, self.optimizer, self.captured)
 
     def train(self, epochs: int) -> None:
         """Take the epochs that are left."""
@@ -107,7 +118,7 @@ class Run:
             for epoch in range(at.epoch, epochs):
                 self.trained.train()
                 for images, labels in self.data.open(at):
-                    value, rate = self.step(images, labels, at)
+                    self.step(images, labels, at)
                     at.batch += 1
                     if not self.accelerator.sync_gradients:
                         continue
@@ -115,59 +126,71 @@ class Run:
                     if not self.accelerator.optimizer_step_was_skipped:
                         self.scheduler.step()
                     bar.update()
-                    bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}", lr=f"{rate:.2e}", refresh=False)
-                    _track(self.tracker, self.accelerator, {"loss": value, "learning_rate": rate}, at.step)
+                    self._tell(bar, epoch)
                     if self.checkpoints and not self.data.ended(at):
-                        self.keep(at, told)
+                        self.keep(at, told, bar)
+                self._tell(bar, epoch, wait=True)
                 self._gather_weights()
                 _average_buffers(self.whole, self.accelerator)
                 self.check_weights(self.whole, at)
                 at = Position(at.step, epoch + 1)
                 if self.checkpoints:
-                    self.keep(at, told, epoch_ended=True)
+                    self.keep(at, told, bar, epoch_ended=True)
                 if self.eval_loader is not None:
                     self.score(at, bar, epochs)
 
-    def step(self, images: Tensor, labels: Any, at: Position) -> tuple[float, float]:
-        """Learn from one batch, and give its loss and the rate."""
+    def step(self, images: Tensor, labels: Any, at: Position) -> None:
+        """Learn from one batch, and note its loss and the rate."""
+        rate = self.scheduler.get_last_lr()[0]
         with self.accelerator.accumulate(self.trained):
+            read = self._outputs.read_labels(labels, len(images), "retrain(loader)") if self._outputs else None
+            images = images.to(self.accelerator.device, non_blocking=True)
             if not self._settled:
                 settle_layout(images, self.model, self.teacher)
                 self._settled = True
             images = laid_out(images, self.model)
             self._watch(images)
-            with self.accelerator.autocast():
-                output = self.trained(images)
-                outputs = self._meaning(output, labels)
-                answer = read_answer(self.model, output, outputs, every_feature=True)
-                taught = ask_teacher(self.teacher, images, outputs)
-            loss = self.mix(answer, outputs.read_labels(labels, len(images), "retrain(loader)"), taught)
-            if self._features:
-                loss = loss + self.feature_weight * self._features.loss()
-            rate, value = self.scheduler.get_last_lr()[0], loss.item()
-            self._check_finite(f"loss is {value}", math.isfinite(value), at.step + 1, rate)
-            self.accelerator.backward(loss)
+            self._next, self._rate = at.step + 1, rate
+            if read is None:  # the first batch says what the outputs mean
+                loss = self._learn(images, labels)
+            else:
+                read = {name: v if v is None else v.to(images.device, non_blocking=True) for name, v in read.items()}
+                loss = self._steps.step(images, read, rate)
             if self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.trained.parameters(), self.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self._rate = rate
-        return value, rate
+                self._losses.note(loss, at.step + 1, rate)
+
+    def _learn(self, images: Tensor, labels: Labels | Any) -> Tensor:
+        """Take one step, and give the loss; labels are of each head, or at the first batch as they came."""
+        with self.accelerator.autocast():
+            output = self.trained(images)
+            if self._outputs is None:
+                self._outputs = self._meaning(output, labels)
+                labels = self._outputs.read_labels(labels, len(images), "retrain(loader)")
+            answer = read_answer(self.model, output, self._outputs, every_feature=True)
+            taught = ask_teacher(self.teacher, images, self._outputs)
+        loss = self.mix(answer, labels, taught)
+        if self._features:
+            loss = loss + self.feature_weight * self._features.loss()
+        if not self._losses.late:
+            self._check_loss(loss.item(), self._next, self._rate)
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients and math.isfinite(self.max_grad_norm):
+            self.accelerator.clip_grad_norm_(self.trained.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
 
     def _meaning(self, output: Any, labels: Any) -> Outputs:
-        """Say what the outputs mean, once: the same after the run was gone on with, and on every process."""
-        if self._outputs is None:
-            models = [self.whole, *filter(None, [self.teacher])]
-            with random_kept():
-                self._outputs = settle_by_loader(
-                    models, output, labels, self.data.given, "retrain", accelerator=self.accelerator
-                )
-            if self._outputs.are_features and self.eval_loader is not None:
-                raise ValueError(
-                    "retrain(eval_loader): the model answers with features, which no label scores. Leave it out, and "
-                    "pass the dense model to measure(model, loader, dense=dense)."
-                )
-        return self._outputs
+        """Say what the outputs mean: the same after the run was gone on with, and on every process."""
+        models = [self.whole, *filter(None, [self.teacher])]
+        with random_kept():
+            outputs = settle_by_loader(models, output, labels, self.data.given, "retrain", accelerator=self.accelerator)
+        if outputs.are_features and self.eval_loader is not None:
+            raise ValueError(
+                "retrain(eval_loader): the model answers with features, which no label scores. Leave it out, and "
+                "pass the dense model to measure(model, loader, dense=dense)."
+            )
+        return outputs
 
     def _watch(self, images: Tensor) -> None:
         """Find the feature map that the teacher teaches as well, on the first images."""
@@ -185,15 +208,17 @@ class Run:
             torch.compiler.reset()  # what was compiled of this class before knows no hooks
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away, and let what was recorded go."""
+        self._steps.close()
         if self._features:
             self._features.close()
 
-    def keep(self, at: Position, told: Any, *, epoch_ended: bool = False) -> None:
+    def keep(self, at: Position, told: Any, bar: tqdm, *, epoch_ended: bool = False) -> None:
         """Write a checkpoint where one is due, and end the program where SIGTERM has come."""
         stopping = not epoch_ended and told_anywhere(told, self.accelerator)
         if epoch_ended or stopping or self.checkpoints.due(at):
             if not epoch_ended:
+                self._tell(bar, at.epoch, wait=True)
                 self.check_weights(self.model, at)
             self.checkpoints.save(at, self.scheduler)
         if stopping or (epoch_ended and told_anywhere(told, self.accelerator)):
@@ -213,14 +238,26 @@ class Run:
 
     def check_weights(self, model: nn.Module, at: Position) -> None:
         """Stop where a step has left a weight that is not finite, before it is saved or given back."""
-        for name, weight in model.named_parameters():
-            finite = bool(weight.detach().isfinite().all())
-            self._check_finite(f"weight {name} is not finite", finite, at.step, self._rate)
+        weights = dict(model.named_parameters())
+        finite = {name: weight.detach().isfinite().all() for name, weight in weights.items()}
+        if finite and not all(torch.stack(list(finite.values())).tolist()):  # one wait for the device
+            name = next(name for name, value in finite.items() if not value)
+            self._stop(f"weight {name} is not finite", at.step, self._rate)
 
-    def _check_finite(self, what: str, finite: bool, step: int, rate: float) -> None:
-        """Stop before a loss or weights that are not finite spoil the rest; say where to go on from."""
-        if finite:
-            return
+    def _tell(self, bar: tqdm, epoch: int, *, wait: bool = False) -> None:
+        """Show the losses that have come, and hand them to the tracker; with `wait` those of all steps so far."""
+        for loss in self._losses.read(wait=wait):
+            self._check_loss(loss.value, loss.step, loss.rate)
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss.value:.3f}", lr=f"{loss.rate:.2e}", refresh=False)
+            _track(self.tracker, self.accelerator, {"loss": loss.value, "learning_rate": loss.rate}, loss.step)
+
+    def _check_loss(self, value: float, step: int, rate: float) -> None:
+        """Stop before a loss that is not finite spoils the rest."""
+        if not math.isfinite(value):
+            self._stop(f"loss is {value}", step, rate)
+
+    def _stop(self, what: str, step: int, rate: float) -> None:
+        """Say where to go on from after a loss or weights that are not finite."""
         last = self.checkpoints.last() if self.checkpoints else None
         raise FloatingPointError(
             f"retrain(learning_rate={self.learning_rate:g}): the {what} at step {step} of {self.steps}, rate "

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lfrns_hub.cache import digest
 from lfrns_hub.resume import Checkpoints, describe_model
+from lfrns_hub.retrain.captured import refuse_capture
 from lfrns_hub.retrain.choices import fill_defaults, make_optimizer, rate_at, ready_accelerator
 from lfrns_hub.retrain.loss import mixed_loss
 from lfrns_hub.retrain.run import Epochs, Run
@@ -43,6 +44,7 @@ def retrain(
     feature_weight: float = 0.0,
     gradient_accumulation_steps: int | None = None,
     mixed_precision: str | None = None,
+    compile: Literal["auto"] | bool = "auto",
     accelerator: Accelerator | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -80,6 +82,9 @@ def retrain(
             less, for a squared error has no bound.
         gradient_accumulation_steps: Batches per step. Default: the accelerator's, else 1.
         mixed_precision: "no", "fp16" or "bf16", for the accelerator built here. Default: as `make_accelerator`.
+        compile: "auto" records a step as one CUDA graph where that can be: on one GPU, one batch a step, in float32 or
+            bf16; batches of another shape, and models that draw random numbers on the CPU, take plain steps. The
+            weights are the same within rounding. True refuses where no graph can be recorded; False never does.
         accelerator: Default `make_accelerator`. What it has prepared before is released at the end.
         seed: With the same one, the same weights on CPU.
         progress: Show a bar on the main process.
@@ -105,6 +110,8 @@ def retrain(
     _check_arguments(
         model, epochs, teacher, warmup_fraction, label_smoothing, distill_weight, temperature, feature_weight
     )
+    if compile not in ("auto", True, False):
+        raise ValueError(f'retrain(compile={compile!r}): it must be "auto", True or False. The default is "auto".')
     if checkpoint_every < 1:
         raise ValueError(
             f"retrain(checkpoint_every={checkpoint_every}): it must be 1 or more steps. For epochs' ends "
@@ -125,6 +132,9 @@ def retrain(
     if epochs == 0:
         return model
     accelerator = ready_accelerator(accelerator, gradient_accumulation_steps, mixed_precision, seed)
+    no_graph = "compile=False" if compile is False else refuse_capture(accelerator)
+    if compile is True and no_graph:
+        raise ValueError(f'retrain(compile=True): {no_graph}. Leave it out: "auto" takes plain steps there.')
     set_seed(seed, device_specific=True)
     with laid_out_models(model, teacher), _as_before(model, accelerator):
         data = Epochs(loader, accelerator, seed, images_per_epoch)
@@ -170,7 +180,7 @@ def retrain(
             run = Run(
                 accelerator, data, whole, model, trained, teacher, prepared_optimizer, scheduler, mix,
                 feature_weight, plan, steps, learning_rate, max_grad_norm, checkpoints,
-                tracker, eval_loader, progress,
+                tracker, eval_loader, progress, no_graph,
             )  # fmt: skip
             run.train(epochs)
         finally:
