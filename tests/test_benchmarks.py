@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from importlib import metadata
@@ -227,3 +229,71 @@ def test_retraining_is_timed_beside_a_plain_loop(module):
     speeds = found["images_per_second"]
     assert found["ratio"] == pytest.approx([speeds["ours"] / speeds["plain"]] * 3)
     assert found["batch"] == 4 and not found["teacher"]
+
+
+def test_a_step_inside_a_step_is_counted_once_and_functions_are_their_own_again(module):
+    steps = module("gpu_steps")
+    before = {place: getattr(*steps.place_of(place)) for place in steps.WATCHED}
+    with pytest.raises(ZeroDivisionError), steps.watching("cpu") as watch:
+        assert [place for place, own in before.items() if getattr(*steps.place_of(place)) is own] == []
+        inner = watch.wrapped(lambda seconds: time.sleep(seconds), "inner")
+        outer = watch.wrapped(lambda: [inner(0.02), inner(0.02), time.sleep(0.01)], "outer")
+        inner(0.0)  # outside of all
+        with watch.step("whole"):
+            outer()
+            watch.wrapped(lambda: 1 / 0, "failing")()
+    assert {place: getattr(*steps.place_of(place)) for place in steps.WATCHED} == before
+    whole, outer, inner, failing = watch.rows()
+    assert (inner["step"], inner["calls"], failing["calls"]) == ("whole > outer > inner", 2, 1)
+    assert inner["own"] == inner["seconds"] >= 0.04
+    assert 0.01 <= outer["own"] == pytest.approx(outer["seconds"] - inner["seconds"], abs=2e-4)
+    assert sum(row["own"] for row in watch.rows()) == pytest.approx(whole["seconds"], abs=5e-4)
+
+
+def test_widths_off_the_line_are_told_by_their_multiple(module):
+    found = module("gpu_stairs").excess({64: 1.0, 65: 2.0, 96: 3.0, 128: 2.0})
+    assert found == {1: pytest.approx(2 / (65 / 64), abs=1e-3), 32: 2.0, 64: 1.0}
+
+
+def test_parts_of_the_gpu_benchmark_are_kept_as_they_come(module, tmp_path, monkeypatch, capsys):
+    gpu, out = module("gpu"), tmp_path / "gpu.json"
+
+    def fail(_: Any, row: dict[str, Any]) -> None:
+        row["before"] = 1
+        raise ValueError("a reason\nand more")
+
+    def hang(_: Any, row: dict[str, Any]) -> None:
+        try:
+            time.sleep(30)
+        except Exception:  # as a forward that may fail in any way is tried
+            row["swallowed"] = True
+
+    small = "vit_small_patch16_224"
+    own = [part for part in gpu.PARTS if part.network == small]
+    tried = [("fails", 0.0, fail), ("hangs", 0.0, hang), ("too long", 6000.0, fail)]
+    monkeypatch.setattr(gpu, "PARTS", [*own, *(gpu.Part(small, *one) for one in tried)])
+    monkeypatch.setattr(gpu, "LONGEST", 60.0)
+    limited = gpu.limited
+    monkeypatch.setattr(gpu, "limited", lambda seconds: limited(0.1 if "hangs" in capsys.readouterr().out else 60.0))
+    before = os.environ.get("LFRNS_CACHE")
+    gpu.main(["--smoke", "--only", f"{small} *", "--results", str(out)])
+    assert os.environ.get("LFRNS_CACHE") == before
+    ((card, entry),) = json.loads(out.read_text()).items()
+    assert card.endswith("(smoke)") and entry["left_out"] == [f"{small} too long"]
+    steps, forward, failed, hung = (
+        entry["parts"][f"{small} {what}"] for what in ("steps", "forward", "fails", "hangs")
+    )
+    assert failed["error"] == "ValueError: a reason" and failed["before"] == 1
+    assert hung["error"].startswith("CutOff: cut off after") and "swallowed" not in hung
+    for call in ("analyse", "cut"):
+        names = {row["step"] for row in steps[call]}
+        assert {"analyse": "analyse > trace > export", "cut": "cut > gates > steps"}[call] in names
+    assert set(forward["times"]) == {"eager, batch 4", "eager, batch 1"}
+    assert set(forward["models"]) == {gpu.DENSE, gpu.HALF, gpu.HALF_64}
+    assert forward["models"][gpu.HALF]["macs"] <= 0.5 and forward["models"][gpu.HALF]["bytes"] < 1
+    assert forward["times"]["eager, batch 1"][gpu.DENSE]["times_faster"] == [1.0, 1.0, 1.0]
+
+    gpu.main(["--table", "--results", str(out)])
+    page = capsys.readouterr().out
+    assert f"# {card}" in page and "Not finished: ValueError: a reason" in page and "too long" in page
+    assert "| &nbsp;&nbsp;trace |" in page and f"| {gpu.HALF_64} | " in page
