@@ -94,7 +94,8 @@ def seeded_loader(loader: DataLoader, seed: int, order_seed: int, *, pinned: boo
         seed: Of the augmentation. It covers python's, numpy's and torch's own random numbers, in transforms and in
             `collate_fn`; generators that a dataset keeps for itself are beyond it.
         order_seed: Of the order: epoch e is shuffled by `order_seed + e`.
-        pinned: Whether its batches are to lie in pinned memory, which a GPU fetches by itself.
+        pinned: Whether what workers load is to lie in pinned memory, which a GPU fetches by itself. Without workers
+            a dataset may have its images on the GPU already, which cannot be pinned.
     Returns:
         A loader of the same batches; its `batch_sampler.set_epoch` is to be called before each epoch.
     """
@@ -103,7 +104,7 @@ def seeded_loader(loader: DataLoader, seed: int, order_seed: int, *, pinned: boo
     kept = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
     kept += ("generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order")
     options = {name: getattr(loader, name) for name in kept if hasattr(loader, name)}
-    options["pin_memory"] = loader.pin_memory or pinned
+    options["pin_memory"] = loader.pin_memory or (pinned and loader.num_workers > 0)
     options["worker_init_fn"] = OwnGroup(loader.worker_init_fn)
     batches = SeededBatches(loader.batch_sampler, order_seed)
     return DataLoader(SeededImages(loader.dataset, seed), batch_sampler=batches, **options)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lfrns_hub as lfrns
-from lfrns_hub.retrain import captured, make_accelerator, train
+from lfrns_hub.retrain import captured, train
 from lfrns_hub.retrain.losses import LATE, Losses
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -92,6 +92,7 @@ def test_a_forward_that_draws_on_the_cpu_is_never_recorded(graphs):
     assert not graphs
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_a_forward_that_waits_for_the_gpu_is_trained_by_plain_steps():
     models = [make_net(waits=True) for _ in range(2)]
@@ -101,15 +102,11 @@ def test_a_forward_that_waits_for_the_gpu_is_trained_by_plain_steps():
 
 
 def test_what_cannot_be_recorded_is_said_where_it_is_asked_for():
-    if torch.cuda.is_available():
-        options = {"gradient_accumulation_steps": 2}
-    else:
-        options = {}
+    options = {"gradient_accumulation_steps": 2} if torch.cuda.is_available() else {}
     with pytest.raises(ValueError, match=r"retrain\(compile=True\): (graphs are recorded on|a step takes several)"):
         lfrns.retrain(make_net(), make_loader(), compile=True, progress=False, **options)
     with pytest.raises(ValueError, match=r"retrain\(compile='max'\): it must be"):
         lfrns.retrain(make_net(), make_loader(), compile="max", progress=False)
-    assert captured.refuse_capture(make_accelerator(seed=0, mixed_precision="no")) is None or not options
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_wherever_it_is_read():
