@@ -47,6 +47,7 @@ RESULTS = Path(__file__).parent / "results"
 TUNING_IMAGES = 2000
 CALIBRATION_IMAGES = 2000
 BATCH = 128
+PILLOW_ONE = 2**22  # its fixed point for bytes: 32 bits less 8 of a level and 2 of sums above it
 # Name here: model, weights file or folder, epochs of fine-tuning before anything else, retraining settings.
 TASKS: dict[str, dict[str, Any]] = {
     "resnet20": {"model": "cifar_resnet20", "weights": "resnet20_cifar10.safetensors"},
@@ -91,14 +92,12 @@ class Pictures(Dataset):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Give the model's input of some pixels."""
-        images, size = pixels.float(), self.preparation.size
-        if images.shape[-2:] != size:
-            options = {"mode": self.preparation.interpolation, "align_corners": False, "antialias": True}
-            images = torch.nn.functional.interpolate(images, size, **options).round_().clamp_(0, 255)
+        if pixels.shape[-2:] != self.preparation.size:
+            pixels = resize(pixels, self.preparation.size, self.preparation.interpolation)
         mean, std = (
             torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.preparation.mean, self.preparation.std)
         )
-        return (images / 255 - mean) / std
+        return (pixels.float() / 255 - mean) / std
 
     def part(self, chosen: Tensor, *, train: bool) -> "Pictures":
         """Give some of the pictures, [n] int64, with or without augmentation."""
@@ -107,6 +106,24 @@ class Pictures(Dataset):
     def loader(self, batch_size: int = 500, *, shuffle: bool = False) -> DataLoader:
         """Give the batches."""
         return DataLoader(self, batch_size, shuffle=shuffle, collate_fn=lambda batch: batch)
+
+
+def resize(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Resize [N, C, H, W] levels of 255 as pillow does: along the rows, then the columns, whole levels between."""
+    for new in reversed(size):
+        weights = resize_weights(pixels.shape[-1], new, interpolation, pixels.device)
+        levels = (pixels.double() @ weights).add_(PILLOW_ONE / 2).div_(PILLOW_ONE).floor_().clamp_(0, 255)
+        pixels = levels.transpose(-1, -2)
+    return pixels
+
+
+@functools.cache
+def resize_weights(old: int, new: int, interpolation: str, device: torch.device) -> Tensor:
+    """Give the weights [old, new] of pillow's filter, times PILLOW_ONE: whole numbers, whose sums are exact."""
+    options = {"mode": interpolation, "align_corners": False, "antialias": True}
+    unit = torch.eye(old, dtype=torch.float64)[None, None]
+    weights = torch.nn.functional.interpolate(unit, (old, new), **options)[0, 0]
+    return (weights * PILLOW_ONE).round().to(device)
 
 
 def crop_and_flip(pixels: Tensor) -> Tensor:
