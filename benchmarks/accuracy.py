@@ -248,7 +248,7 @@ class Bench:
                 settings = FINE_TUNING if self.weights() else FROM_SCRATCH
                 print(f"{self.options.task}: {epochs} epochs of the dense network", flush=True)
                 loader = self.train.loader(self.options.batch_size, shuffle=True)
-                lfrns.retrain(model, loader, epochs=epochs, **settings)
+                lfrns.retrain(model, loader, epochs=epochs, progress=self.options.progress, **settings)
                 torch.save(model.state_dict(), path)
         return model.float().eval()
 
