@@ -13,6 +13,7 @@ the same command goes on where it stopped. `--list` names the contestants, bench
 import argparse
 import copy
 import fcntl
+import functools
 import json
 import shlex
 import sys
@@ -27,15 +28,17 @@ import ours  # noqa: F401
 import peers  # noqa: F401
 import torch
 import torch_pruning_peers  # noqa: F401
-from case import Case, Contestant, NotSupported, contestants
+from case import Case, Contestant, NotInstalled, NotSupported, contestants
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import lfrns_hub as lfrns
 from lfrns_hub.measure import count_macs, count_params, evaluate
 from lfrns_hub.measure.latency import describe_setup, measure_latency
+from lfrns_hub.pictures import Preparation
 from lfrns_hub.recipe import describe_run
 from lfrns_hub.reconstruct import explained
+from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.surgery import recalibrate
 from lfrns_hub.trace import trace_model
 from lfrns_hub.zoo import create_dense, load_data, make_transform
@@ -44,18 +47,22 @@ RESULTS = Path(__file__).parent / "results"
 TUNING_IMAGES = 2000
 CALIBRATION_IMAGES = 2000
 BATCH = 128
+PILLOW_ONE = 2**22  # its fixed point for bytes: 32 bits less 8 of a level and 2 of sums above it
 # Name here: model, weights file or folder, epochs of fine-tuning before anything else, retraining settings.
 TASKS: dict[str, dict[str, Any]] = {
     "resnet20": {"model": "cifar_resnet20", "weights": "resnet20_cifar10.safetensors"},
     "resnet56": {"model": "cifar_resnet56", "weights": "resnet56_cifar10_png.safetensors", "dense_epochs": 3},
     "resnet110": {"model": "cifar_resnet110", "dense_epochs": 160},
-    "vgg16": {"model": "cifar_vgg16_bn", "dense_epochs": 160},
+    "resnet56_scratch": {"model": "cifar_resnet56", "weights": "resnet56_cifar10.safetensors"},
+    "vgg16": {"model": "cifar_vgg16_bn", "weights": "vgg16_bn_cifar10.safetensors"},
     "densenet40": {"model": "cifar_densenet40", "dense_epochs": 160},
-    "vit": {"folder": "vit_cifar10"},
+    "vit": {"folder": "vit_cifar10", "retraining": "vit"},
+    "vit_small": {"folder": "vit_small_cifar10", "retraining": "vit_small"},
 }
 RETRAINING = {
     "cnn": {"learning_rate": 0.02, "weight_decay": 5e-4},
     "vit": {"learning_rate": 5e-4, "weight_decay": 0.05},
+    "vit_small": {"learning_rate": 2e-5, "weight_decay": 0.05},  # well trained already: a high rate undoes that
 }
 FEATURE_WEIGHT = 100  # of the dense network's last feature map, in our rows
 FINE_TUNING = {"learning_rate": 0.02, "weight_decay": 5e-4}
@@ -63,15 +70,16 @@ FROM_SCRATCH = {"learning_rate": 0.1, "weight_decay": 1e-4}  # He et al. 2016, s
 
 
 class Pictures(Dataset):
-    """All pictures of a split as bytes on the device; a batch is cropped, flipped and normalised at once.
+    """All pictures of a split as bytes on the device; a batch is cropped, flipped, resized and normalised at once.
 
     Attributes:
-        pixels: [N, C, H, W], uint8.
+        pixels: [N, C, H, W], uint8, of the pictures' own size.
         labels: [N], int64.
+        preparation: How the model's images are made of pictures.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, mean: Tensor, std: Tensor, *, train: bool):
-        self.pixels, self.labels, self.mean, self.std, self.train = pixels, labels, mean, std, train
+    def __init__(self, pixels: Tensor, labels: Tensor, preparation: Preparation, *, train: bool):
+        self.pixels, self.labels, self.preparation, self.train = pixels, labels, preparation, train
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,15 +92,38 @@ class Pictures(Dataset):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Give the model's input of some pixels."""
-        return (pixels.float() / 255 - self.mean) / self.std
+        if pixels.shape[-2:] != self.preparation.size:
+            pixels = resize(pixels, self.preparation.size, self.preparation.interpolation)
+        mean, std = (
+            torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.preparation.mean, self.preparation.std)
+        )
+        return (pixels.float() / 255 - mean) / std
 
     def part(self, chosen: Tensor, *, train: bool) -> "Pictures":
         """Give some of the pictures, [n] int64, with or without augmentation."""
-        return Pictures(self.pixels[chosen], self.labels[chosen], self.mean, self.std, train=train)
+        return Pictures(self.pixels[chosen], self.labels[chosen], self.preparation, train=train)
 
     def loader(self, batch_size: int = 500, *, shuffle: bool = False) -> DataLoader:
         """Give the batches."""
         return DataLoader(self, batch_size, shuffle=shuffle, collate_fn=lambda batch: batch)
+
+
+def resize(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Resize [N, C, H, W] levels of 255 as pillow does: along the rows, then the columns, whole levels between."""
+    for new in reversed(size):
+        weights = resize_weights(pixels.shape[-1], new, interpolation, pixels.device)
+        levels = (pixels.double() @ weights).add_(PILLOW_ONE / 2).div_(PILLOW_ONE).floor_().clamp_(0, 255)
+        pixels = levels.transpose(-1, -2)
+    return pixels
+
+
+@functools.cache
+def resize_weights(old: int, new: int, interpolation: str, device: torch.device) -> Tensor:
+    """Give the weights [old, new] of pillow's filter, times PILLOW_ONE: whole numbers, whose sums are exact."""
+    options = {"mode": interpolation, "align_corners": False, "antialias": True}
+    unit = torch.eye(old, dtype=torch.float64)[None, None]
+    weights = torch.nn.functional.interpolate(unit, (old, new), **options)[0, 0]
+    return (weights * PILLOW_ONE).round().to(device)
 
 
 def crop_and_flip(pixels: Tensor) -> Tensor:
@@ -108,21 +139,37 @@ def crop_and_flip(pixels: Tensor) -> Tensor:
     return padded[images[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
-def read_pictures(data: str, split: str, model: nn.Module, device: torch.device) -> Pictures:
-    """Decode a split once."""
-    data_set = load_data(data, split, transform=lambda picture: torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+@functools.cache
+def decode(data: str, split: str, device: torch.device, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Decode a split once for all models: pixels [N, C, H, W], uint8, and labels [N]."""
+    options = {"transform": lambda picture: torch.from_numpy(np.array(picture)).permute(2, 0, 1), "limit": limit}
+    data_set = load_data(data, split, **options)
     pixels, labels = zip(*(data_set[i] for i in range(len(data_set))), strict=True)
-    normalise = make_transform(model, train=False)
-    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (normalise.mean, normalise.std))
-    return Pictures(torch.stack(pixels).to(device), torch.tensor(labels, device=device), mean, std, train=False)
+    return torch.stack(pixels).to(device), torch.tensor(labels, device=device)
+
+
+def read_pictures(data: str, split: str, model: nn.Module, device: torch.device, limit: int | None = None) -> Pictures:
+    """Give a split as a model is shown it."""
+    pixels, labels = decode(data, split, device, limit)
+    preparation = make_transform(model, train=False)
+    height, width = pixels.shape[-2:]
+    if (height, width) != preparation.size and (
+        height != width or preparation.resize not in (preparation.size[0], preparation.size)
+    ):
+        raise ValueError(f"{data}: {type(model).__name__} takes a part of pictures of {height}x{width}, not all of it.")
+    return Pictures(pixels, labels, preparation, train=False)
 
 
 class Store:
     """The finished cells of one task and budget, one JSON file; each cell is written as soon as it is there."""
 
-    def __init__(self, name: str):
-        self.path = RESULTS / f"{name}.json"
+    def __init__(self, name: str, folder: Path = RESULTS):
+        self.path = folder / f"{name}.json"
         self.content = json.loads(self.path.read_text()) if self.path.is_file() else {"cells": {}}
+
+    def describe(self, setup: dict[str, Any]) -> None:
+        """Note what the cells stand on; written with the next cell."""
+        self.content["setup"] = setup
 
     def get(self, *key: Any) -> dict[str, Any] | None:
         """Give a cell, or None where it is not measured."""
@@ -144,26 +191,25 @@ class Store:
 class Bench:
     """One task at one budget: its data, its dense network, and what becomes of each contestant."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace, store: Store | None = None):
         self.options, self.task = options, TASKS[options.task]
         self.device = torch.device(options.device)
-        budget = f"macs{options.macs:g}" + (f"-params{options.params:g}" if options.params else "")
-        self.name = f"{options.task}-{Path(options.data_dir).name.split('.')[0]}-{budget}"
-        self.store = Store(self.name)
+        self.name = name_of(options)
+        self.store = store or Store(self.name)
         self.cache = Path(options.cache) / self.name
         self.cache.mkdir(parents=True, exist_ok=True)
         model = self.build()
-        train = read_pictures(options.data_dir, "train", model, self.device)
+        train = read_pictures(options.data_dir, "train", model, self.device, options.limit)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(123)).to(self.device)
-        self.train = train.part(order[TUNING_IMAGES:], train=True)
-        self.tuning = train.part(order[:TUNING_IMAGES], train=False)
-        self.test = read_pictures(options.data_dir, "validation", model, self.device)
+        self.train = train.part(order[options.tuning_images :], train=True)
+        self.tuning = train.part(order[: options.tuning_images], train=False)
+        self.test = read_pictures(options.data_dir, "validation", model, self.device, options.limit)
         self.dense = self.train_dense(model)
         self.teacher = copy.deepcopy(self.dense).to(memory_format=torch.channels_last)
         self.example = self.test.normalise(self.test.pixels[:1])
         self.sites = trace_model(self.dense, self.example).sites
         self.dense_scores = evaluate(self.dense, self.test.loader(), progress=False)
-        self.store.content["setup"] = {
+        setup = {
             "task": options.task,
             "data": Path(options.data_dir).name,
             "macs": options.macs,
@@ -171,52 +217,64 @@ class Bench:
             "dense_top1_pct": self.dense_scores["top1_pct"],
             "dense_macs_m": count_macs(self.dense, self.example) / 1e6,
             "dense_params_m": count_params(self.dense) / 1e6,
-            "calibration_images": CALIBRATION_IMAGES,
+            "calibration_images": options.calibration_images,
             "retraining": self.retraining(),
             **describe_setup(self.dense, self.example, self.device),
         }
+        self.store.describe(setup)
 
     def build(self) -> nn.Module:
         """Build the dense network, with the weights that are given."""
-        folder = Path(self.options.weights_dir)
+        weights = self.weights()
         if "folder" in self.task:
-            return create_dense(str(folder / self.task["folder"])).to(self.device)
-        weights = folder / self.task["weights"] if self.task.get("weights") else None
+            return create_dense(str(weights)).float().to(self.device)
         classes = None if weights else self.options.classes
         return create_dense(self.task["model"], num_classes=classes, weights=weights).to(self.device)
+
+    def weights(self) -> Path | None:
+        """Give the file or folder of the weights, None where the network is trained from scratch."""
+        name = self.task.get("folder") or self.task.get("weights")
+        return Path(self.options.weights_dir) / name if name else None
 
     def train_dense(self, model: nn.Module) -> nn.Module:
         """Train or fine-tune the dense network first where the task says so; once for all budgets."""
         epochs = self.options.dense_epochs
         epochs = self.task.get("dense_epochs", 0) if epochs is None else epochs
         if epochs:
-            path = self.cache.parent / f"{self.options.task}-dense-{epochs}.pt"
+            path = self.cache.parent / f"{self.options.task}-{data_of(self.options)}-dense-{epochs}.pt"
             if path.is_file():
-                model.load_state_dict(torch.load(path, weights_only=True))
+                model.load_state_dict(torch.load(path, weights_only=True, map_location=self.device))
             else:
-                settings = FINE_TUNING if self.task.get("weights") else FROM_SCRATCH
+                settings = FINE_TUNING if self.weights() else FROM_SCRATCH
                 print(f"{self.options.task}: {epochs} epochs of the dense network", flush=True)
-                lfrns.retrain(model, self.train.loader(BATCH, shuffle=True), epochs=epochs, **settings)
+                loader = self.train.loader(self.options.batch_size, shuffle=True)
+                lfrns.retrain(model, loader, epochs=epochs, progress=self.options.progress, **settings)
                 torch.save(model.state_dict(), path)
         return model.float().eval()
 
     def retraining(self) -> dict[str, float]:
         """Give the settings of all retraining here."""
-        return RETRAINING["vit" if "folder" in self.task else "cnn"]
+        rate = self.options.learning_rate
+        return RETRAINING[self.task.get("retraining", "cnn")] | ({"learning_rate": rate} if rate else {})
 
     def case(self, seed: int) -> Case:
         """Give what a contestant gets: calibration images that training has seen and tuning has not."""
-        drawn = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_IMAGES]
-        images = self.train.pixels[drawn.to(self.device)]
-        labels = self.train.labels[drawn.to(self.device)]
-        return Case(self.dense, self.train.normalise(images), labels, self.options.macs, seed, self.options.params)
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+        drawn = order[: self.options.calibration_images].to(self.device)
+        images = self.train.normalise(self.train.pixels[drawn])
+        options = {"params": self.options.params, "fcr_steps": self.options.fcr_steps}
+        return Case(self.dense, images, self.train.labels[drawn], self.options.macs, seed, **options)
 
-    def prune(self, contestant: Contestant, case: Case) -> nn.Module | None:
-        """Run a contestant in all its settings, keep the best on the tuning images, and measure it; None: it cannot."""
+    def prune(self, contestant: Contestant, case: Case) -> nn.Module:
+        """Run a contestant in all its settings, keep the best on the tuning images, and measure it.
+
+        Raises:
+            NotSupported: It cannot, in no setting.
+        """
         path = self.cache / f"{contestant.name.replace('/', '-')}-{case.seed}.pt"
         cell = self.store.get(contestant.name, case.seed, 0)
         if cell and "reason" in cell:
-            return None
+            raise NotSupported(cell["reason"])
         if cell and path.is_file():
             return torch.load(path, weights_only=False, map_location=self.device)
         best, chosen, reasons = None, {}, []
@@ -225,6 +283,8 @@ class Bench:
             began = time.perf_counter()
             try:
                 model = contestant.function(case, **variant)
+            except NotInstalled:
+                raise
             except NotSupported as error:
                 reasons.append(str(error))
                 continue
@@ -241,21 +301,26 @@ class Bench:
                 if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
                     break
         if best is None:
-            self.store.put({"reason": "; ".join(dict.fromkeys(reasons))}, contestant.name, case.seed, 0)
-            return None
+            reason = "; ".join(dict.fromkeys(reasons))
+            self.store.put({"reason": reason}, contestant.name, case.seed, 0)
+            raise NotSupported(reason)
         torch.save(best, path)
-        latency = measure_latency({"dense": self.dense, "slim": best}, self.example)
-        fresh = {
-            "family": contestant.family,
-            **chosen,
-            **self.score(best),
-            "macs_fraction": case.kept_macs(best),
-            "params_fraction": count_params(best) / count_params(self.dense),
-            "latency_ratio": latency["slim"] / latency["dense"],
-            "variance_kept": explained(self.dense, best, self.sites, [b for b, _ in case.batches()]),
-        }
+        fresh = {"family": contestant.family, **chosen, **self.score(best), **self.compare(best, case)}
         self.store.put(fresh | self.how(), contestant.name, case.seed, 0)
         return best
+
+    def compare(self, model: nn.Module, case: Case) -> dict[str, Any]:
+        """Compare a pruned model's cost with the dense one's, and what its layers still express."""
+        latency = measure_latency({"dense": self.dense, "slim": model}, self.example)
+        return self.cost(model, case) | {
+            "latency_ratio": latency["slim"] / latency["dense"],
+            "variance_kept": explained(self.dense, model, self.sites, [b for b, _ in case.batches()]),
+        }
+
+    def cost(self, model: nn.Module, case: Case) -> dict[str, float]:
+        """Give the fractions of the dense cost that a model keeps."""
+        params = count_params(model) / count_params(self.dense)
+        return {"macs_fraction": case.kept_macs(model), "params_fraction": params}
 
     def score(self, model: nn.Module) -> dict[str, Any]:
         """Score a model on the test images, against the labels and against the dense network."""
@@ -272,7 +337,7 @@ class Bench:
         model, began = copy.deepcopy(pruned).to(memory_format=torch.channels_last), time.perf_counter()
         lfrns.retrain(
             model.requires_grad_(True),
-            self.train.loader(BATCH, shuffle=True),
+            self.train.loader(self.options.batch_size, shuffle=True),
             teacher=self.teacher if contestant.distil else None,
             feature_weight=FEATURE_WEIGHT if contestant.features else 0,
             epochs=epochs,
@@ -280,13 +345,23 @@ class Bench:
             progress=self.options.progress,
             **self.retraining(),
         )
-        cell = {**self.score(model), "seconds": time.perf_counter() - began}
+        trained = time.perf_counter() - began
+        figures = {
+            "epochs": epochs,
+            "images_per_second": epochs * len(self.train) / trained,
+            "batch_size": self.options.batch_size,
+            "learning_rate": self.retraining()["learning_rate"],
+            "mixed_precision": make_accelerator(seed=seed).mixed_precision,
+        }
+        cell = {**self.score(model), "seconds": time.perf_counter() - began, **figures}
         self.store.put(cell | self.how(), contestant.name, seed, epochs)
 
     def how(self) -> dict[str, Any]:
         """Tell how a cell was made."""
         words = ["python", "benchmarks/accuracy.py", self.options.task, "--macs", f"{self.options.macs:g}"]
         words += ["--params", f"{self.options.params:g}"] if self.options.params else []
+        words += ["--batch-size", str(self.options.batch_size)] if self.options.batch_size != BATCH else []
+        words += ["--learning-rate", f"{self.options.learning_rate:g}"] if self.options.learning_rate else []
         return {
             "command": shlex.join([*words, "--data-dir", Path(self.options.data_dir).name]),
             "commit": describe_run(__file__)["commit"],
@@ -303,28 +378,50 @@ class Bench:
                 wanted = [e for e in self.options.epochs if not self.store.get(contestant.name, seed, e)]
                 if not wanted:
                     continue
-                pruned = self.prune(contestant, case)
-                if pruned is None:
-                    print(f"{contestant.name}: {self.store.get(contestant.name, seed, 0)['reason']}", flush=True)
+                try:
+                    pruned = self.prune(contestant, case)
+                except NotSupported as error:
+                    print(f"{contestant.name}: {error}", flush=True)
                     continue
                 for epochs in wanted:
                     if epochs:
                         self.retrain(contestant, pruned, seed, epochs)
-                    cell = self.store.get(contestant.name, seed, epochs)
-                    note = f"{cell['top1_pct']:.2f} % in {cell['seconds']:.0f} s"
-                    print(f"{self.name} | {contestant.name} | seed {seed} | epochs {epochs}: {note}", flush=True)
+                    self.tell(contestant, seed, epochs)
+
+    def tell(self, contestant: Contestant, seed: int, epochs: int) -> None:
+        """Print a cell."""
+        cell = self.store.get(contestant.name, seed, epochs)
+        note = f"{cell['top1_pct']:.2f} % in {cell['seconds']:.0f} s"
+        print(f"{self.name} | {contestant.name} | seed {seed} | epochs {epochs}: {note}", flush=True)
+
+
+def data_of(options: argparse.Namespace) -> str:
+    """Name the data."""
+    return Path(options.data_dir).name.split(".")[0]
+
+
+def name_of(options: argparse.Namespace) -> str:
+    """Name a task at a budget, and whatever of the retraining was asked to be otherwise."""
+    words = [options.task, data_of(options), f"macs{options.macs:g}"]
+    words += [f"params{options.params:g}"] if options.params else []
+    words += [f"batch{options.batch_size}"] if options.batch_size != BATCH else []
+    words += [f"lr{options.learning_rate:g}"] if options.learning_rate else []
+    return "-".join(words)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    parser.set_defaults(limit=None, tuning_images=TUNING_IMAGES, calibration_images=CALIBRATION_IMAGES, fcr_steps=200)
     add("task", choices=TASKS, nargs="?", default="resnet20")
     add("--macs", type=float, default=0.5, help="fraction of the MACs to keep (default: %(default)s)")
     add("--params", type=float, default=None, help="fraction of the parameters to keep as well; our rows alone")
     add("--epochs", type=int, nargs="+", default=[0], help="retraining; 0 is right after the cut (default: 0)")
     add("--seeds", type=int, default=1, help="how many, from 0 (default: %(default)s)")
     add("--only", nargs="+", metavar="GLOB", default=None, help="contestants by name (default: all)")
+    add("--batch-size", type=int, default=BATCH, help="of retraining (default: %(default)s)")
+    add("--learning-rate", type=float, default=None, help="peak of retraining; default: as the task has it")
     add("--data-dir", default="uoft-cs/cifar10", help="folder of parquet, or a Hub id (default: %(default)s)")
     add("--weights-dir", default="weights", help="where the dense weights lie (default: %(default)s)")
     add("--dense-epochs", type=int, default=None, help="of the dense network before; default: as the task says")

@@ -14,6 +14,23 @@ class NotSupported(Exception):
     """A peer's public API does not take this model; the table says why."""
 
 
+class NotInstalled(NotSupported):
+    """A peer's package is not here; another machine may have it, so no table keeps this."""
+
+
+class Absent:
+    """Stands for a package that is not installed, and says so when it is used."""
+
+    def __init__(self, package: str):
+        self._package = package
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotInstalled(f"{self._package} is not installed")
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise NotInstalled(f"{self._package} is not installed")
+
+
 @dataclass(frozen=True)
 class Case:
     """One task, the same for every contestant.
@@ -25,6 +42,7 @@ class Case:
         seed: Of whatever a contestant draws.
         params: Fraction of the dense parameters to keep as well, or None; of our own contestants alone.
         batch_size: Images a batch.
+        fcr_steps: Of the method's gates; fewer only to try that a run goes through.
     """
 
     dense: nn.Module
@@ -34,6 +52,7 @@ class Case:
     seed: int
     params: float | None = None
     batch_size: int = 250
+    fcr_steps: int = 200
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         """Give the calibration images in batches, with their labels."""

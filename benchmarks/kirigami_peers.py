@@ -14,21 +14,26 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from case import Case, NotSupported, contestant
+from case import Absent, Case, NotSupported, contestant
 from peers import accumulate_gradients, as_dense, input_moments, lowest, search, shift_bias, trainable
 from torch import Tensor, nn
-from torch_kirigami import AxisRef, DependencyGraph
-from torch_kirigami.pruning import (
-    Candidate,
-    ChannelRatio,
-    GroupMagnitude,
-    PlanningContext,
-    Pruner,
-    WeightTaylor,
-)
 from transformers import ViTForImageClassification
 
 from lfrns_hub.models import CifarBasicBlock, CifarResNet, CifarVGG
+
+try:
+    from torch_kirigami import AxisRef, DependencyGraph
+    from torch_kirigami.pruning import (
+        Candidate,
+        ChannelRatio,
+        GroupMagnitude,
+        PlanningContext,
+        Pruner,
+        WeightTaylor,
+    )
+except ImportError:
+    AxisRef = DependencyGraph = Candidate = ChannelRatio = Absent("torch_kirigami")
+    GroupMagnitude = PlanningContext = Pruner = WeightTaylor = Absent("torch_kirigami")
 
 SCORES_A_CALL = 32  # as many impacts as it remembers, so that none is worked out twice
 CALIBRATION_ROWS = 4096  # of a batch; this and the next three are the defaults of its OSSCAR workflow

@@ -6,6 +6,7 @@ A control shares all but one thing with the method: `random units` has its width
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +25,20 @@ from lfrns_hub.trace import trace_model
 
 FEW = 500
 
-_plans: dict[tuple, SlimResult] = {}  # the controls take the method's widths, which are found once
+# The controls take the method's widths, which are found once for a dense network.
+_plans: WeakKeyDictionary[nn.Module, dict[tuple, SlimResult]] = WeakKeyDictionary()
 
 
 def slimmed(case: Case, **options: Any) -> SlimResult:
     """Run `slim` on a case, once for each of its settings."""
-    key = (id(case.dense), case.macs, case.params, case.seed, len(case.images), tuple(sorted(options.items())))
-    if key not in _plans:
-        _plans[key] = lfrns.slim(
+    options = {"fcr_steps": case.fcr_steps} | options
+    key = (case.macs, case.params, case.seed, len(case.images), tuple(sorted(options.items())))
+    plans = _plans.setdefault(case.dense, {})
+    if key not in plans:
+        plans[key] = lfrns.slim(
             case.dense, case.batches(), macs=case.macs, params=case.params, seed=case.seed, progress=False, **options
         )
-    return _plans[key]
+    return plans[key]
 
 
 def folded(case: Case, plan: lfrns.SlimPlan) -> nn.Module:
@@ -209,4 +213,10 @@ def taylor_units(case: Case, widths: str) -> nn.Module:
 @contestant("dense", "reference")
 def dense(case: Case) -> nn.Module:
     """The dense network itself; trained further for as long as the others."""
+    return case.copy()
+
+
+@contestant("dense, without a teacher", "reference", distil=False)
+def dense_alone(case: Case) -> nn.Module:
+    """The dense network itself; trained further on the labels alone."""
     return case.copy()

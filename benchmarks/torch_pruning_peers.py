@@ -9,15 +9,20 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
-import torch_pruning as tp
-from case import Case, NotSupported, contestant
+from case import Absent, Case, NotSupported, contestant
 from peers import accumulate_gradients, as_dense, search, trainable
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTAttention
 
 from lfrns_hub.batches import read_logits
 from lfrns_hub.models import CifarBasicBlock, CifarResNet
+
+try:
+    import torch_pruning as tp
+except ImportError:
+    tp = Absent("torch_pruning")
 
 # "inner": all but the residual channels, which for a ViT are MLP neurons and head dimensions, as `--bottleneck` of its
 # examples has it. Of ViTs alone: "neurons" only, "heads" (neurons and whole heads), "all" (residual channels too, the
@@ -37,8 +42,10 @@ def torch_pruning(
 ) -> nn.Module:
     """Prune to the budget, at once or in steps along its linear schedule, of which the last one is searched."""
     model = trainable(case.dense)
-    if scope != "inner" and not isinstance(model, ViTForImageClassification):
+    if scope != "inner" and not isinstance(model, (ViTForImageClassification, VisionTransformer)):
         raise NotSupported(f'scope "{scope}" is of ViTs alone')
+    if scope != "neurons" and isinstance(model, VisionTransformer):
+        raise NotSupported(f'scope "{scope}" takes a forward of its examples in place of timm\'s')
     if gradients:
         accumulate_gradients(model, case)
     found, ratio = search_ratio(case, model, importance, scope, options)
@@ -97,7 +104,7 @@ def ranking_scopes(
 
 def make_pruner(
     case: Case, model: nn.Module, importance: Callable, scope: str, options: dict, ratio: float, **more: object
-) -> tp.pruner.BasePruner:
+) -> "tp.pruner.BasePruner":
     """Trace a model; the widths of attention are given as the ViT examples give them."""
     attentions = [module for module in model.modules() if isinstance(module, ViTAttention)]
     with warnings.catch_warnings():
@@ -124,6 +131,9 @@ def ignored_layers(model: nn.Module, scope: str) -> list[nn.Module]:
     """Give the layers whose output channels stay: the classifier's, and those that the scope leaves out."""
     if isinstance(model, CifarResNet):
         return [model.linear, model.conv1, *(m.conv2 for m in model.modules() if isinstance(m, CifarBasicBlock))]
+    if isinstance(model, VisionTransformer):
+        neurons = {block.mlp.fc1 for block in model.blocks}
+        return [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m not in neurons]
     if not isinstance(model, ViTForImageClassification):
         return [model.get_classifier()]
     ignored = [model.classifier]
@@ -134,7 +144,7 @@ def ignored_layers(model: nn.Module, scope: str) -> list[nn.Module]:
     return ignored if scope == "all" else [*ignored, model.vit.embeddings.patch_embeddings.projection]
 
 
-def take_step(case: Case, model: nn.Module, pruner: tp.pruner.BasePruner) -> None:
+def take_step(case: Case, model: nn.Module, pruner: "tp.pruner.BasePruner") -> None:
     """Prune by one step, in place; then let attention state its widths, as the ViT examples do."""
     with torch.random.fork_rng():
         torch.manual_seed(case.seed)
