@@ -94,9 +94,7 @@ class Pictures(Dataset):
         """Give the model's input of some pixels."""
         if pixels.shape[-2:] != self.preparation.size:
             pixels = resize(pixels, self.preparation.size, self.preparation.interpolation)
-        mean, std = (
-            torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.preparation.mean, self.preparation.std)
-        )
+        mean, std = (on_device(values, pixels.device) for values in (self.preparation.mean, self.preparation.std))
         return (pixels.float() / 255 - mean) / std
 
     def part(self, chosen: Tensor, *, train: bool) -> "Pictures":
@@ -106,6 +104,12 @@ class Pictures(Dataset):
     def loader(self, batch_size: int = 500, *, shuffle: bool = False) -> DataLoader:
         """Give the batches."""
         return DataLoader(self, batch_size, shuffle=shuffle, collate_fn=lambda batch: batch)
+
+
+@functools.cache
+def on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Give a number for each channel, [C, 1, 1]."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def resize(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:

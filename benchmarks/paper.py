@@ -274,6 +274,7 @@ class Paper:
     def order(self) -> Iterator[tuple[int, int, str, float, float | None]]:
         """Give seed, epochs, network, MACs and parameters of what is wanted, in order of value."""
         chosen = [b for b in BUDGETS if b[0] in self.options.only_tasks and not self.is_missing(b[0])]
+        chosen = [b for b in chosen if not self.options.macs or b[1] in self.options.macs]
         given = [budget for budget in chosen if self.has_weights(budget[0])]
         for seed in range(self.options.seeds):
             parts = [given, [budget for budget in chosen if budget not in given]] if seed == 0 else [chosen]
@@ -457,6 +458,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--data-dir", default="uoft-cs/cifar10", help="folder of parquet, or a Hub id (default: %(default)s)")
     add("--weights-dir", default="weights", help="where the dense weights lie (default: %(default)s)")
     add("--only-tasks", nargs="+", choices=tasks, default=tasks, metavar="TASK", help=f"of {', '.join(tasks)}")
+    add("--macs", type=float, nargs="+", default=None, help="budgets of these MACs alone (default: all)")
     add("--contestants", nargs="+", metavar="GLOB", default=None, help="of `accuracy.py --list` (default: the paper's)")
     add("--epochs", type=int, nargs="+", default=None, help="of retraining, one length after the other (default: 2 10)")
     add("--seeds", type=int, default=len(SEEDS), help="how many, from 0 (default: %(default)s)")
