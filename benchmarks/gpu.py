@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [--minutes 6] [--only GLOB ...] [--results FILE]
     python benchmarks/gpu.py --smoke [--device cuda]
-    python benchmarks/gpu.py --table
+    python benchmarks/gpu.py --table                  # what is kept, in Markdown; --render: docs/gpu.md
 
 Random weights of seed 0, images of noise on the device: speed only, nothing is learned of accuracy; gates train for few
 steps but in "resnet50 steps". Forward passes have weights and images in bfloat16, convnets in channels_last, the time
@@ -29,7 +29,7 @@ from typing import Any
 import timm
 import torch
 from gpu_forward import bytes_moved, placed, time_forward, time_graphs
-from gpu_page import table
+from gpu_page import page, table
 from gpu_stairs import staircases
 from gpu_steps import rows_sum, watching
 from torch import nn
@@ -41,6 +41,8 @@ from lfrns_hub.running import memory_format_of
 from lfrns_hub.surgery import cut
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
+STEPS = RESULTS.parent / "speed" / "gpu_step.json"
+DOCUMENT = RESULTS.parents[2] / "docs" / "gpu.md"
 # And what stands in for each in a smoke test, with the pixels that it takes.
 NETWORKS = {
     "resnet50": ("test_resnet", 64),
@@ -450,6 +452,11 @@ def fresh_cache() -> Iterator[None]:
             os.environ.update({"LFRNS_CACHE": before} if before is not None else {})
 
 
+def render() -> str:
+    """Give docs/gpu.md."""
+    return page(*(json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, STEPS)))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure what fits into the minutes, or print what was measured."""
     began = time.perf_counter()
@@ -460,13 +467,15 @@ def main(arguments: list[str] | None = None) -> None:
     add("--results", type=Path, help="where results are kept (default: beside this file; of a smoke test: nowhere)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda, of a smoke test cpu")
     add("--smoke", action="store_true", help="tiny networks, one look at every path; figures mean nothing")
+    add("--render", action="store_true", help="write docs/gpu.md from what is kept and stop")
     add("--table", action="store_true", help="print what is there in Markdown and stop")
     add("--list", action="store_true", help="name the parts and stop")
     options = parser.parse_args(arguments)
     globs = options.only or [f"{name} *" for name in (SMOKED if options.smoke else NETWORKS)]
     parts = [part for part in PARTS if any(fnmatchcase(part.name, glob) for glob in globs)]
-    if options.table:
-        print(table(json.loads((options.results or RESULTS).read_text(encoding="utf-8"))))
+    if options.render or options.table:
+        path = options.results or RESULTS
+        DOCUMENT.write_text(render(), "utf-8") if options.render else print(table(json.loads(path.read_text("utf-8"))))
         return
     if options.list or not parts:
         names = [part.name for part in PARTS]

@@ -2,7 +2,37 @@
 
 from typing import Any
 
-SMALL_SHARE = 0.01  # of a call: steps below it are summed up
+SMALL_SHARE = 0.03  # of a call: steps below it are summed up
+INTRODUCTION = """# On a GPU
+
+Written by `python benchmarks/gpu.py --render` from benchmarks/results/gpu.json and speed/gpu_step.json, which hold
+every figure of `python benchmarks/gpu.py` and `python benchmarks/gpu_step.py`. Weights are random where it is said:
+such rows show speed alone, and say nothing of what a cut costs in accuracy.
+
+## A step of `retrain`, its loader included, beside the same step captured by hand on tensors that lie on the GPU
+
+With a teacher, in bf16 and channels_last; the loader decodes, crops and mirrors pictures in workers.
+"""
+
+
+def page(cards: dict[str, Any], steps: dict[str, Any]) -> str:
+    """Lay out all that was measured on GPUs: what gpu.py and gpu_step.py have kept."""
+    lines = [INTRODUCTION]
+    ways = list(next(iter(steps["cases"].values()))["milliseconds"]) if steps["cases"] else []
+    head = ["", *(f"{way}, ms" for way in ways), "workers", "turns", "GPU"]
+    lines += [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for name, case in steps["cases"].items():
+        first = next(key for key in case if key.startswith("ratio to "))
+        cells = [f"{case['milliseconds'][way]:.2f} ({case[first][way]:.2f}x)" for way in ways]
+        cells += [str(case["workers"]), str(case["turns"]), case["machine"]["gpu"]]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if apart := steps.get("apart"):
+        lines += [
+            "",
+            f"After 30 steps in float32, recorded steps end {apart['recorded']:.1g} of the distance travelled away from",
+            f"plain steps; the same plain steps, run again, {apart['plain again']:.1g}.",
+        ]
+    return "\n".join([*lines, "", table(cards)])
 
 
 def table(cards: dict[str, Any]) -> str:
@@ -11,9 +41,9 @@ def table(cards: dict[str, Any]) -> str:
     for card, entry in cards.items():
         setup = entry["setup"]
         versions = ", ".join(f"{name} {number}" for name, number in setup["versions"].items() if number)
-        lines += [f"# {card}", "", f"Weights: {setup['weights']}. Forward passes: {setup['forward']}.", "", versions]
+        lines += [f"## {card}", "", f"Weights: {setup['weights']}. Forward passes: {setup['forward']}.", "", versions]
         for name, row in entry["parts"].items():
-            lines += ["", f"## {name}", ""]
+            lines += ["", f"### {name}", ""]
             lines += [f"Not finished: {row['error']}", ""] if "error" in row else []
             lines += [f"{label}: {error}\n" for label, error in row.get("failed", {}).items()]
             lines += [*step_lines(row), *forward_lines(row), *stair_lines(row)]

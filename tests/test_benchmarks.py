@@ -293,6 +293,7 @@ def test_parts_of_the_gpu_benchmark_are_kept_as_they_come(module, tmp_path, monk
     assert forward["models"][gpu.HALF]["macs"] <= 0.5 and forward["models"][gpu.HALF]["bytes"] < 1
     assert forward["times"]["eager, batch 1"][gpu.DENSE]["times_faster"] == [1.0, 1.0, 1.0]
 
+    assert gpu.DOCUMENT.read_text(encoding="utf-8") == gpu.render(), "python benchmarks/gpu.py --render"
     gpu.main(["--table", "--results", str(out)])
     page = capsys.readouterr().out
     assert f"# {card}" in page and "Not finished: ValueError: a reason" in page and "too long" in page
