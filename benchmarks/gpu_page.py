@@ -29,7 +29,7 @@ def page(cards: dict[str, Any], steps: dict[str, Any]) -> str:
     if apart := steps.get("apart"):
         lines += [
             "",
-            f"After 30 steps in float32, recorded steps end {apart['recorded']:.1g} of the distance travelled away from",
+            f"After 30 steps in float32, recorded steps end {apart['recorded']:.1g} of the distance travelled from",
             f"plain steps; the same plain steps, run again, {apart['plain again']:.1g}.",
         ]
     return "\n".join([*lines, "", table(cards)])
