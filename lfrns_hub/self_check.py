@@ -351,14 +351,13 @@ def narrowing(model: nn.Module, groups: Sequence[UnitGroup], example_input: Tens
         rest = some[1:-1]
         if len(reasons) == 1 and None not in reasons:  # one class, one reason: its forward is to blame
             found.update((group.name, replace(group, frozen_reason=first.frozen_reason)) for group in rest)
-        elif reasons == {None}:
-            for group in rest:
-                found[group.name] = try_one(group)
         else:
             settle(rest[: len(rest) // 2])
             settle(rest[len(rest) // 2 :])
 
     free = [group for group in groups if group.frozen_reason is None]
+    if runs(network, groups, free, images) is None:
+        return list(groups)
     for alike in by_class(network, free):
         settle(alike)
     settled = [found[group.name] for group in groups]
