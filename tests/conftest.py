@@ -1,5 +1,6 @@
 """What all tests share: few threads, no talk to the Hub, and the real data where it lies beside the checkout."""
 
+import gc
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -54,6 +55,13 @@ def free_port() -> str:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return str(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """What modules have imported is no garbage: it is not looked through again, here or in forked children."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ of images. Weights are sparse files of zeros: a file's size counts, its values d
 """
 
 import contextlib
+import gc
 import inspect
 import json
 import os
@@ -216,6 +217,7 @@ def _within(build: Callable[[], Any]) -> Any:
 def in_child(function: Callable[[], str], more: int) -> str:
     """Run a function in a forked child that may map so many bytes more than it does: its answer, or how it ended."""
     read, write = os.pipe()
+    gc.freeze()  # the child would copy all that it looks through
     child = os.fork()
     if child == 0:
         os.close(read)

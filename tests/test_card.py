@@ -233,11 +233,13 @@ def test_the_snippets_of_a_card_run_as_they_stand(hub, tmp_path):
     net, vit = tmp_path / "net.lfrns50", tmp_path / "vit"
     checkpoint.save(slim_resnet(), net, label_names=names)
     checkpoint.save(slim_transformers("vit"), vit)
+    push = (
+        "import sys; from lfrns_hub.hub import push; [push(f, f'user/{f.rpartition(\"/\")[2]}') for f in sys.argv[1:]]"
+    )
+    done = run_client(hub.env, push, net, vit)
+    assert done.returncode == 0, done.stderr[-3000:]
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
     for folder, size, snippets in ((net, "64x64", 4), (vit, "32x32", 3)):
-        Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
-        push = "import sys; from lfrns_hub.hub import push; push(*sys.argv[1:])"
-        done = run_client(hub.env, push, folder, f"user/{folder.name}")
-        assert done.returncode == 0, done.stderr[-3000:]
         done = run_client(hub.env, f"import os; os.chdir({str(tmp_path)!r})\n{RUN_CARD}", f"user/{folder.name}", size)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.splitlines()[-1] == str(snippets)

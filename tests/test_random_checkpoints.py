@@ -7,7 +7,7 @@ import pytest
 import random_checkpoints
 
 WANTED = int(os.environ.get("LFRNS_CHECKPOINTS", "0"))
-COUNT = WANTED or 40
+COUNT = WANTED or 25
 
 
 @pytest.mark.slow
