@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
@@ -92,13 +93,32 @@ def test_a_forward_that_draws_on_the_cpu_is_never_recorded(graphs):
     assert not graphs
 
 
+def test_a_forward_that_waits_for_the_gpu_is_heard_and_other_warnings_pass(monkeypatch):
+    modes: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def compute() -> torch.Tensor:
+        warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+        warnings.warn("the user's own", UserWarning, stacklevel=1)
+        return torch.ones(())
+
+    with pytest.warns(UserWarning) as heard:
+        loss, waited = captured._watched(compute)
+    assert waited and float(loss) == 1 and modes == ["warn", 0]
+    assert [str(one.message) for one in heard] == ["the user's own"]
+    assert captured._watched(lambda: torch.ones(()))[1] is False
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.gpu
 @needs_gpu
-def test_a_forward_that_waits_for_the_gpu_is_trained_by_plain_steps():
-    models = [make_net(waits=True) for _ in range(2)]
+def test_a_forward_that_waits_for_the_gpu_is_trained_by_plain_steps(dropout):
+    models = [nn.Sequential(nn.Dropout(dropout), make_net(waits=True)) for _ in range(2)]
     for model, compile in zip(models, (False, "auto"), strict=True):
         lfrns.retrain(model, make_loader(), epochs=2, compile=compile, progress=False, mixed_precision="no")
-    torch.testing.assert_close(*(model.head.weight for model in models), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*(model[1].head.weight for model in models), rtol=1e-3, atol=1e-5)
 
 
 def test_what_cannot_be_recorded_is_said_where_it_is_asked_for():

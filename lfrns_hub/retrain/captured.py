@@ -6,6 +6,7 @@ at once. What it holds is what a plain step does, kernel by kernel, so the resul
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -76,9 +77,11 @@ class CapturedSteps:
             self._shape = shape
             return self._replay(images, labels, rate)
         before = get_random()
-        loss = self._learn(images, labels)
+        loss, waited = _watched(lambda: self._learn(images, labels))
         if not _same_random(before, get_random()):  # a graph would repeat what came of one draw
             self.reason = "the forward draws random numbers on the CPU"
+        elif waited and self._plain_steps[shape] == PLAIN_STEPS:  # what is made at first use may wait
+            self.reason = "the forward waits for the GPU"
         return loss
 
     def close(self) -> None:
@@ -116,6 +119,27 @@ def record(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = compute()
     return graph.replay, result
+
+
+def _watched(compute: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+    """Compute something, and return whether it waited for the GPU on the way, which nothing in a graph may.
+
+    To try the recording and fail is no way to find out: it leaves the GPU's random numbers unusable.
+    """
+    if not torch.cuda.is_available():
+        return compute(), False
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            result = compute()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    others = [one for one in heard if "synchronizing CUDA operation" not in str(one.message)]
+    for one in others:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return result, len(others) < len(heard)
 
 
 def _shape_of(images: Tensor, labels: Labels) -> Any:
