@@ -89,6 +89,10 @@ def test_cells_are_filled_told_and_not_filled_again(paper, arguments, tmp_path, 
     assert lines[3][0] == "resnet20, pictures (smoke)" and lines[3][5] == "1" and lines[3][-1] == "cpu"
 
 
+def test_the_page_is_that_of_the_kept_cells(paper):
+    assert paper.DOCUMENT.read_text(encoding="utf-8") == paper.render(), "python benchmarks/paper.py --render"
+
+
 def test_what_does_not_fit_is_left_out_and_what_outlasts_its_time_is_given_up(
     paper, arguments, tmp_path, capsys, monkeypatch
 ):
