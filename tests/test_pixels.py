@@ -474,3 +474,13 @@ def test_the_page_of_pixels_is_what_the_results_say(module: Any) -> None:  # noq
     assert processors.PAGE.read_text() == processors.render(content)
     assert not [row for row in content["pixels"] if processors.wrong(row)]
     assert not [row for row in content["trained"] if processors.wrong_model(row)]
+
+
+def test_a_long_picture_goes_through_a_processor_of_large_images(tmp_path: Path) -> None:
+    """Donut brings the shorter side to 1,920 pixels first: 74 million of them, which it makes small again."""
+    processor = transformers.DonutImageProcessor(size={"height": 2560, "width": 1920})
+    prepare = lambda picture: processor(images=picture, return_tensors="pt")["pixel_values"][0]  # noqa: E731
+    own = OwnPreparation(prepare, "RGB", (2560, 1920), training=False, flip=False)
+    assert own(Image.new("RGB", (700, 35))).shape == (3, 2560, 1920)
+    with pytest.raises(ValueError, match=r"3000 x 30 pixels, which is 368,640,000 where its shorter side has 1920"):
+        own(Image.new("RGB", (3000, 30)))
