@@ -156,9 +156,8 @@ class OwnPreparation:
 
         picture = in_mode(picture, self.mode)
         if not self.training:
-            refuse_long(
-                picture, min(self.size), 2 * MAX_PIXELS
-            )  # Donut's own, 20 times as long as wide, have 74 million
+            # A picture 20 times as long as wide has 74 million pixels on its way through Donut's own processor.
+            refuse_long(picture, min(self.size), 2 * MAX_PIXELS)
             return self.prepare(picture)
         return F.pil_to_tensor(F.resize(picture, list(self.size)) if self._is_small() else picture)
 

@@ -69,9 +69,7 @@ class CapturedSteps:
             try:
                 self._record(images, labels)
             except RuntimeError as error:
-                self.reason = f"the forward cannot be recorded ({str(error).partition(chr(10))[0]})"
-                logger.info("retrain: steps are plain, for %s", self.reason)
-                self.close()
+                self._stay_plain(f"the forward cannot be recorded ({str(error).partition(chr(10))[0]})")
                 self._optimizer.zero_grad()
                 return self._learn(images, labels)
             self._shape = shape
@@ -79,10 +77,16 @@ class CapturedSteps:
         before = get_random()
         loss, waited = _watched(lambda: self._learn(images, labels))
         if not _same_random(before, get_random()):  # a graph would repeat what came of one draw
-            self.reason = "the forward draws random numbers on the CPU"
+            self._stay_plain("the forward draws random numbers on the CPU")
         elif waited and self._plain_steps[shape] == PLAIN_STEPS:  # what is made at first use may wait
-            self.reason = "the forward waits for the GPU"
+            self._stay_plain("the forward waits for the GPU")
         return loss
+
+    def _stay_plain(self, reason: str) -> None:
+        """Record nothing from here on, and log why."""
+        self.reason = reason
+        logger.info("retrain: steps are plain, for %s", reason)
+        self.close()
 
     def close(self) -> None:
         """Let the graph and its memory go."""
@@ -124,7 +128,7 @@ def record(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 def _watched(compute: Callable[[], Tensor]) -> tuple[Tensor, bool]:
     """Compute something, and return whether it waited for the GPU on the way, which nothing in a graph may.
 
-    To try the recording and fail is no way to find out: it leaves the GPU's random numbers unusable.
+    To try the recording and fail is no way to find out: it may leave the GPU's random numbers unusable.
     """
     if not torch.cuda.is_available():
         return compute(), False

@@ -44,7 +44,7 @@ def retrain(
     feature_weight: float = 0.0,
     gradient_accumulation_steps: int | None = None,
     mixed_precision: str | None = None,
-    compile: Literal["auto"] | bool = "auto",
+    compile: Literal["auto", False] = "auto",
     accelerator: Accelerator | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -84,7 +84,7 @@ def retrain(
         mixed_precision: "no", "fp16" or "bf16", for the accelerator built here. Default: as `make_accelerator`.
         compile: "auto" records a step as one CUDA graph where that can be: on one GPU, one batch a step, in float32 or
             bf16; batches of another shape, and models that draw random numbers on the CPU, take plain steps. The
-            weights are the same within rounding. True refuses where no graph can be recorded; False never does.
+            weights are the same within rounding. False records nothing.
         accelerator: Default `make_accelerator`. What it has prepared before is released at the end.
         seed: With the same one, the same weights on CPU.
         progress: Show a bar on the main process.
@@ -110,8 +110,8 @@ def retrain(
     _check_arguments(
         model, epochs, teacher, warmup_fraction, label_smoothing, distill_weight, temperature, feature_weight
     )
-    if compile not in ("auto", True, False):
-        raise ValueError(f'retrain(compile={compile!r}): it must be "auto", True or False. The default is "auto".')
+    if compile not in ("auto", False):
+        raise ValueError(f'retrain(compile={compile!r}): it must be "auto" or False. The default is "auto".')
     if checkpoint_every < 1:
         raise ValueError(
             f"retrain(checkpoint_every={checkpoint_every}): it must be 1 or more steps. For epochs' ends "
@@ -133,8 +133,6 @@ def retrain(
         return model
     accelerator = ready_accelerator(accelerator, gradient_accumulation_steps, mixed_precision, seed)
     no_graph = "compile=False" if compile is False else refuse_capture(accelerator)
-    if compile is True and no_graph:
-        raise ValueError(f'retrain(compile=True): {no_graph}. Leave it out: "auto" takes plain steps there.')
     set_seed(seed, device_specific=True)
     with laid_out_models(model, teacher), _as_before(model, accelerator):
         data = Epochs(loader, accelerator, seed, images_per_epoch)
