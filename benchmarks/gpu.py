@@ -41,7 +41,7 @@ from lfrns_hub.running import memory_format_of
 from lfrns_hub.surgery import cut
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-STEPS = RESULTS.parent / "speed" / "gpu_step.json"
+STEPS = RESULTS.parent / "speed" / "gpu_retraining.json"
 DOCUMENT = RESULTS.parents[2] / "docs" / "gpu.md"
 # And what stands in for each in a smoke test, with the pixels that it takes.
 NETWORKS = {

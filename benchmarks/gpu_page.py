@@ -5,9 +5,9 @@ from typing import Any
 SMALL_SHARE = 0.03  # of a call: steps below it are summed up
 INTRODUCTION = """# On a GPU
 
-Written by `python benchmarks/gpu.py --render` from benchmarks/results/gpu.json and speed/gpu_step.json, which hold
-every figure of `python benchmarks/gpu.py` and `python benchmarks/gpu_step.py`. Weights are random where it is said:
-such rows show speed alone, and say nothing of what a cut costs in accuracy.
+Written by `python benchmarks/gpu.py --render` from benchmarks/results/gpu.json and speed/gpu_retraining.json, which
+hold every figure of `python benchmarks/gpu.py` and `python benchmarks/gpu_retraining.py`. Weights are random where it is
+said: such rows show speed alone, and say nothing of what a cut costs in accuracy.
 
 ## A step of `retrain`, its loader included, beside the same step captured by hand on tensors that lie on the GPU
 
@@ -16,7 +16,7 @@ With a teacher, in bf16 and channels_last; the loader decodes, crops and mirrors
 
 
 def page(cards: dict[str, Any], steps: dict[str, Any]) -> str:
-    """Lay out all that was measured on GPUs: what gpu.py and gpu_step.py have kept."""
+    """Lay out all that was measured on GPUs: what gpu.py and gpu_retraining.py have kept."""
     lines = [INTRODUCTION]
     ways = list(next(iter(steps["cases"].values()))["milliseconds"]) if steps["cases"] else []
     head = ["", *(f"{way}, ms" for way in ways), "workers", "turns", "GPU"]

@@ -1,6 +1,6 @@
 """A step of `retrain` on a GPU, loader included, beside the same step captured by hand on tensors that lie there.
 
-    python benchmarks/gpu_step.py [--data-dir DIR] [--model cifar_resnet56] [--batch 128 512] [--workers 12]
+    python benchmarks/gpu_retraining.py [--data-dir DIR] [--model cifar_resnet56] [--batch 128 512] [--workers 12]
 
 All with a teacher, in bf16 and channels_last, by SGD with Nesterov momentum, fused: (a) the step by hand, captured as a
 CUDA graph and replayed on one batch of noise; (b) the same step by hand, launched kernel by kernel; (c) `retrain` with
@@ -30,7 +30,7 @@ import lfrns_hub as lfrns
 from lfrns_hub.pictures import load_data, make_transform
 from lfrns_hub.trace import trace_model
 
-RESULTS = Path(__file__).parent / "results" / "speed" / "gpu_step.json"
+RESULTS = Path(__file__).parent / "results" / "speed" / "gpu_retraining.json"
 WARM_UP = 20  # steps
 
 
