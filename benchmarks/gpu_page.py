@@ -6,8 +6,8 @@ SMALL_SHARE = 0.03  # of a call: steps below it are summed up
 INTRODUCTION = """# On a GPU
 
 Written by `python benchmarks/gpu.py --render` from benchmarks/results/gpu.json and speed/gpu_retraining.json, which
-hold every figure of `python benchmarks/gpu.py` and `python benchmarks/gpu_retraining.py`. Weights are random where it is
-said: such rows show speed alone, and say nothing of what a cut costs in accuracy.
+hold every figure of `python benchmarks/gpu.py` and `python benchmarks/gpu_retraining.py`. Weights are random where it
+is said: such rows show speed alone, and say nothing of what a cut costs in accuracy.
 
 ## A step of `retrain`, its loader included, beside the same step captured by hand on tensors that lie on the GPU
 
