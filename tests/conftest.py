@@ -15,10 +15,15 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
+
+from lfrns_hub import plots
+from lfrns_hub.checkpoint import files
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -55,6 +60,26 @@ def free_port() -> str:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return str(listener.getsockname()[1])
+
+
+def stamp(source: Any, path: Path) -> Path:
+    """Stand in for plot_widths, which takes half of the time that a small checkpoint is saved in."""
+    Image.new("L", (1, 1)).save(path, format="PNG")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stamped() -> Iterator[None]:
+    """Checkpoints come with a stamp in place of the picture of widths; tests of the picture itself ask for `drawn`."""
+    files.plot_widths = stamp
+    yield
+    files.plot_widths = plots.plot_widths
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints come with the picture of their widths."""
+    monkeypatch.setattr(files, "plot_widths", plots.plot_widths)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,12 +1,10 @@
 """Small runs for the tests that stop them; a module, as the processes that run them import it."""
 
-import multiprocessing
 import os
 import random
 import runpy
 import sys
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,6 @@ from lfrns_hub.retrain import make_accelerator, retrain
 
 EPOCHS, IMAGES, BATCH = 3, 30, 4
 STEPS = EPOCHS * 8  # the last batch of an epoch has two images
-
-# Children of one process that has imported all: they start at once, and a kill leaves nothing behind in the tests'.
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["faulty_run", "lfrns_hub", "lfrns_hub.recipe", "sklearn.datasets"])
 
 
 class Pictures(Dataset):
@@ -76,44 +70,6 @@ def train(
         progress=False, **options,
     )  # fmt: skip
     return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def start(function: Callable, *arguments: Any, processes: int = 1, port: str = "") -> list[BaseProcess]:
-    """Start a function in children: of several each is a process of one run, and gets its rank first."""
-    children = []
-    for rank in range(processes):
-        place = (rank, processes, port) if processes > 1 else None
-        children.append(CHILDREN.Process(target=_run, args=(place, function, arguments)))
-        children[-1].start()
-    return children
-
-
-def end(children: list[BaseProcess], seconds: float = 240) -> list[int | None]:
-    """Wait for children and give their exit codes, None of one that hung; none is left behind."""
-    for child in children:
-        child.join(seconds)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-        child.join()
-    return codes
-
-
-def _run(place: tuple[int, int, str] | None, function: Callable, arguments: tuple[Any, ...]) -> None:
-    """Run a function, as one process of several where a place is given."""
-    torch.set_num_threads(1)
-    if place is not None:
-        rank, processes, port = place
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "yes"}
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        function = _with_rank(function, rank)
-    function(*arguments)
-
-
-def _with_rank(function: Callable, rank: int) -> Callable:
-    """Give a function that is called with the rank first."""
-    return lambda *arguments: function(rank, *arguments)
 
 
 def run_recipe(recipe: str, arguments: list[str], steps_file: str) -> None:

@@ -165,11 +165,12 @@ def test_what_was_loaded_can_be_saved_again(tmp_path):
         assert torch.equal(answer(second, size), answer(model, size))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_provenance_comes_back(tmp_path):
     model = slim_resnet()
     loaded = checkpoint.load(checkpoint.save(model, tmp_path / "slim"))
     assert loaded.lfrns_provenance == model.lfrns_provenance
-    assert (tmp_path / "slim" / "widths.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "slim" / "widths.png").stat().st_size > 5_000
 
 
 def test_timm_gives_a_new_head_new_input_channels_and_features(tmp_path):

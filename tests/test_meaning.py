@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from faulty_run import end, start
+from children import end, start
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
