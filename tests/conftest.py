@@ -30,7 +30,7 @@ SHARED = REPOSITORY.parent / "shared"
 
 # The networks are tiny: a second thread waits more than it works, and on a busy machine it makes a second a minute.
 torch.set_num_threads(1)
-# Tracing makes small objects by the million, which end by themselves: looking for them every 700 is a tenth of the time.
+# Tracing makes small objects by the million, which end by themselves: to look for them every 700 costs a tenth.
 gc.set_threshold(50_000, 20, 20)
 
 
