@@ -21,11 +21,11 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from lfrns_hub.contribution import answer_gated, answer_to, gate_loss, learn_contributions, make_gates
-from lfrns_hub.costs import measure_costs
+from lfrns_hub.method.costs import measure_costs
+from lfrns_hub.method.fcr import answer_gated, answer_to, gate_loss, learn_contributions, make_gates
+from lfrns_hub.method.redundancy import find_merges
+from lfrns_hub.method.responses import Moments, held_out
 from lfrns_hub.options import choose_groups
-from lfrns_hub.redundancy import find_merges
-from lfrns_hub.responses import Moments, held_out
 from lfrns_hub.slim import CLUSTER_TO, analysis_copy, cluster, observe, views
 from lfrns_hub.trace import trace_model
 from lfrns_hub.units import UnitGroup

@@ -17,10 +17,10 @@ import timm
 import torch
 from torch import nn
 
-from lfrns_hub.contribution import GateTraining
 from lfrns_hub.measure import describe_setup, take_turns
-from lfrns_hub.responses import collect
-from lfrns_hub.running import memory_format_of
+from lfrns_hub.method.fcr import GateTraining
+from lfrns_hub.method.responses import collect
+from lfrns_hub.model_io.model import memory_format_of
 from lfrns_hub.slim import analysis_copy
 from lfrns_hub.trace import trace_model
 

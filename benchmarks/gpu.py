@@ -37,7 +37,7 @@ from torch import nn
 import lfrns_hub as lfrns
 from lfrns_hub.measure import count_macs
 from lfrns_hub.measure.latency import _PACKAGES, _version, cpu_name
-from lfrns_hub.running import memory_format_of
+from lfrns_hub.model_io.model import memory_format_of
 from lfrns_hub.surgery import cut
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"

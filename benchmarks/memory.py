@@ -19,7 +19,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
 import lfrns_hub as lfrns
-from lfrns_hub.contribution import learn_contributions
+from lfrns_hub.method.fcr import learn_contributions
 
 IMAGES, BATCH, CHECKPOINT_EVERY = 512, 16, 100
 

@@ -83,7 +83,7 @@ def throughput_turns(name: str, batch: int, options: Namespace) -> Turns:
     import torch
 
     import lfrns_hub as lfrns
-    from lfrns_hub.running import memory_format_of
+    from lfrns_hub.model_io.model import memory_format_of
 
     model, calibration = network(name, options), noise(options, BATCH)
     slim = lfrns.slim(model, calibration, macs=0.5, fcr_steps=0, fold=False, progress=False).model

@@ -14,11 +14,11 @@ from case import Case, contestant
 from torch import Tensor, nn
 
 import lfrns_hub as lfrns
-from lfrns_hub import responses
-from lfrns_hub.batches import read_logits
-from lfrns_hub.contribution import learn_contributions
+from lfrns_hub.method import responses
+from lfrns_hub.method.fcr import learn_contributions
+from lfrns_hub.method.reconstruct import reconstruct
+from lfrns_hub.model_io.batches import read_logits
 from lfrns_hub.recipe import random_plan
-from lfrns_hub.reconstruct import reconstruct
 from lfrns_hub.slim import SlimResult
 from lfrns_hub.surgery import cut
 from lfrns_hub.trace import trace_model

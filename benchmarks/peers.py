@@ -12,7 +12,7 @@ from case import Case, NotSupported, contestant
 from torch import Tensor, nn
 
 import lfrns_hub as lfrns
-from lfrns_hub.batches import read_logits
+from lfrns_hub.model_io.batches import read_logits
 from lfrns_hub.surgery import cut
 
 NEAR = 0.002  # of the dense MACs: nearer below the budget is not worth another try

@@ -81,7 +81,7 @@ def size_up(name: str) -> dict[str, object]:
 
     import lfrns_hub as lfrns
     from lfrns_hub.measure import count_macs, count_params
-    from lfrns_hub.taps import channel_count
+    from lfrns_hub.method.taps import channel_count
 
     with torch.device("meta"):
         model = timm.create_model(name).eval()

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTAttention
 
-from lfrns_hub.batches import read_logits
+from lfrns_hub.model_io.batches import read_logits
 from lfrns_hub.models import CifarBasicBlock, CifarResNet
 
 try:

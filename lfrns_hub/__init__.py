@@ -1,7 +1,6 @@
 """Low functional redundancy network slimming for timm and transformers image classifiers."""
 
 from lfrns_hub import models  # noqa: F401  (registers the CIFAR networks with timm)
-from lfrns_hub.adapters import list_adapters, register_adapter, widths
 from lfrns_hub.checkpoint import load, save
 from lfrns_hub.hub import push
 from lfrns_hub.latency import LatencySetup
@@ -9,6 +8,7 @@ from lfrns_hub.measure import Record, measure
 from lfrns_hub.retrain import retrain
 from lfrns_hub.slim import analyse, check, find_units, slim
 from lfrns_hub.trace import register_op
+from lfrns_hub.trace.adapters import list_adapters, register_adapter, widths
 from lfrns_hub.units import SlimPlan, UnitGroup
 
 __version__ = "0.1.0"

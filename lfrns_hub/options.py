@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lfrns_hub.batches import check_finite, iterate, shuffle_images
+from lfrns_hub.format.untrusted import short
 from lfrns_hub.latency import LatencySetup
-from lfrns_hub.responses import HELD_OUT_EVERY
-from lfrns_hub.running import dtype_of
+from lfrns_hub.method.responses import HELD_OUT_EVERY
+from lfrns_hub.model_io.batches import check_finite, iterate, shuffle_images
+from lfrns_hub.model_io.model import dtype_of
 from lfrns_hub.units import UnitGroup
-from lfrns_hub.untrusted import short
 
 KINDS = ("channel", "head", "neuron")
 

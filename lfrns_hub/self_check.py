@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.batches import flatten_output, read_tensors
-from lfrns_hub.narrow import meta_copy, model_copy
-from lfrns_hub.running import in_double, same_draw
+from lfrns_hub.format.narrow import meta_copy, model_copy
+from lfrns_hub.model_io.batches import flatten_output, read_tensors
+from lfrns_hub.model_io.model import in_double, same_draw
 from lfrns_hub.surgery import cut, masked
 from lfrns_hub.trace import Trace, trace_model
 from lfrns_hub.trace.divisions import clusters, ways

@@ -9,21 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.answers import check_differentiable, understand
-from lfrns_hub.cache import Cache
 from lfrns_hub.checkpoint import carry_config
-from lfrns_hub.contribution import learn_contributions
-from lfrns_hub.costs import measure_costs
-from lfrns_hub.judge import Judge
+from lfrns_hub.format.narrow import model_copy
 from lfrns_hub.latency import LatencyMeter, LatencyModel, LatencySetup, search
 from lfrns_hub.measure import count_macs, count_params
-from lfrns_hub.narrow import model_copy
-from lfrns_hub.options import KINDS, check_budgets, check_cut, check_example, check_options, choose_groups, read_loader
-from lfrns_hub.reconstruct import reconstruct
-from lfrns_hub.redundancy import Merges, TapView, find_merges, weight_rows
-from lfrns_hub.report import SlimReport, added_up, clocked, measure_integrity, provenance, report_group
-from lfrns_hub.responses import Moments, collect, held_out
-from lfrns_hub.running import (
+from lfrns_hub.method.costs import measure_costs
+from lfrns_hub.method.fcr import learn_contributions
+from lfrns_hub.method.recalibrate import Judge
+from lfrns_hub.method.reconstruct import reconstruct
+from lfrns_hub.method.redundancy import Merges, TapView, find_merges, weight_rows
+from lfrns_hub.method.report import SlimReport, added_up, clocked, measure_integrity, provenance, report_group
+from lfrns_hub.method.responses import Moments, collect, held_out
+from lfrns_hub.method.select import Ledger, cluster_down, restore
+from lfrns_hub.model_io.answers import check_differentiable, understand
+from lfrns_hub.model_io.model import (
     as_input,
     device_of,
     dtype_of,
@@ -34,7 +33,8 @@ from lfrns_hub.running import (
     settle_layout,
     unwrap,
 )
-from lfrns_hub.select import Ledger, cluster_down, restore
+from lfrns_hub.options import KINDS, check_budgets, check_cut, check_example, check_options, choose_groups, read_loader
+from lfrns_hub.runs.cache import Cache
 from lfrns_hub.self_check import CheckReport, Proof, narrowing, self_check, settled_trace
 from lfrns_hub.surgery import cut, recalibrated
 from lfrns_hub.trace import Trace

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.batches import read_logits
-from lfrns_hub.narrow import model_copy, read_widths, set_width
-from lfrns_hub.responses import Moments, best_fold, fitting, fold_offset
-from lfrns_hub.running import as_input
-from lfrns_hub.taps import channel_count, kept_channels, multiplier, watched
+from lfrns_hub.format.narrow import model_copy, read_widths, set_width
+from lfrns_hub.method.responses import Moments, best_fold, fitting, fold_offset
+from lfrns_hub.method.taps import channel_count, kept_channels, multiplier, watched
+from lfrns_hub.model_io.batches import read_logits
+from lfrns_hub.model_io.model import as_input
 from lfrns_hub.units import SlimPlan, UnitGroup, forget
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lfrns_hub.untrusted import parse_json, short
+from lfrns_hub.format.untrusted import parse_json, short
 
 
 @dataclass(frozen=True)

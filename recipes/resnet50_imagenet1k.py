@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
 from lfrns_hub.measure import evaluate
-from lfrns_hub.stream import stream_data
+from lfrns_hub.pictures.stream import stream_data
 from lfrns_hub.zoo import check_images, create_dense, guard_against_chance, load_data, make_transform
 
 CALIBRATION_IMAGES = 2000

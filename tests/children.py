@@ -16,7 +16,7 @@ import torch
 
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload([
-    "faulty_run", "lfrns_hub", "lfrns_hub.recipe", "lfrns_hub.stream", "datasets", "sklearn.datasets",
+    "faulty_run", "lfrns_hub", "lfrns_hub.recipe", "lfrns_hub.pictures.stream", "datasets", "sklearn.datasets",
     "torch._export", "matplotlib.pyplot", "transformers.models.vit.modeling_vit",
 ])  # fmt: skip
 

@@ -31,14 +31,14 @@ from safetensors.torch import load_file, save_file
 
 import lfrns_hub as lfrns
 from lfrns_hub import cli, plots, recipe
-from lfrns_hub.cache import Cache
 from lfrns_hub.checkpoint import save_load
-from lfrns_hub.index import write_index
+from lfrns_hub.hub.index import write_index
 from lfrns_hub.latency.layer_times import LayerTable
 from lfrns_hub.measure import Record
 from lfrns_hub.recipe import folder as run_folder
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.runs import atomic
+from lfrns_hub.runs.cache import Cache
 
 PR_SET_CHILD_SUBREAPER = 36
 WIDTHS = {"widths": {"layer1.0.conv1": [8, 16]}, "kinds": {"layer1.0.conv1": "channel"}}
@@ -321,7 +321,7 @@ def watched(states: int, root: Path) -> None:
         return noted
 
     atomic.rename_synced = noting(atomic.rename_synced)
-    index = sys.modules["lfrns_hub.index"]
+    index = sys.modules["lfrns_hub.hub.index"]
     for module in (save_load, run_folder, index):
         module.put_in_place = noting(module.put_in_place)
 

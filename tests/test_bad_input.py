@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lfrns_hub as lfrns
 from lfrns_hub import checkpoint, cli
-from lfrns_hub.bench import bench
-from lfrns_hub.export import export
 from lfrns_hub.measure import Record, evaluate
+from lfrns_hub.runtimes.bench import bench
+from lfrns_hub.runtimes.export import export
 from lfrns_hub.surgery import cut
 from lfrns_hub.zoo import (
     check_images,

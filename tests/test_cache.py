@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lfrns_hub as lfrns
-from lfrns_hub import contribution
-from lfrns_hub.cache import Cache, digest
+from lfrns_hub.method import fcr
+from lfrns_hub.runs.cache import Cache, digest
 
 steps = importlib.import_module("lfrns_hub.slim")  # the name in the package is the function's
 
@@ -91,7 +91,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, *functions: str) -> None:
         def fail(*_: Any, name: str = name, **__: Any) -> None:
             raise AssertionError(f"{name} was done again")
 
-        monkeypatch.setattr(contribution if name == "gate_loss" else steps, name, fail)
+        monkeypatch.setattr(fcr if name == "gate_loss" else steps, name, fail)
 
 
 def test_what_was_kept_is_not_done_again_and_gives_the_same(
@@ -141,7 +141,7 @@ def test_another_content_is_not_taken_for_it(
 def test_gates_go_on_where_they_stopped(
     dense: nn.Module, tmp_path: Path, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, seen = contribution.gate_loss, []
+    plain, seen = fcr.gate_loss, []
 
     def stop_at(step: int, what: Any) -> None:
         def counted(*arguments: Any) -> Any:
@@ -150,7 +150,7 @@ def test_gates_go_on_where_they_stopped(
                 what()
             return plain(*arguments)
 
-        monkeypatch.setattr(contribution, "gate_loss", counted)
+        monkeypatch.setattr(fcr, "gate_loss", counted)
 
     def fail() -> None:
         raise RuntimeError("stopped")

@@ -12,7 +12,7 @@ from test_checkpoint import slim_resnet, slim_transformers
 from test_hub import run_client
 
 from lfrns_hub import checkpoint
-from lfrns_hub.card import _with_prefix, render_card
+from lfrns_hub.hub.card import _with_prefix, render_card
 from lfrns_hub.plots import plot_widths
 
 __all__ = ["hub"]

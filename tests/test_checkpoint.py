@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from lfrns_hub import checkpoint
-from lfrns_hub.narrow import describe, narrow
+from lfrns_hub.format.narrow import describe, narrow
 from lfrns_hub.surgery import cut
 from lfrns_hub.trace import trace_model
 from lfrns_hub.units import SlimPlan

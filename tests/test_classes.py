@@ -12,7 +12,7 @@ from PIL import Image
 from test_pictures import plain, values_of, write_parquet
 from torch import nn
 
-from lfrns_hub.stream import stream_data
+from lfrns_hub.pictures.stream import stream_data
 from lfrns_hub.zoo import load_data
 
 STRING, INT = datasets.Value("string"), datasets.Value("int64")

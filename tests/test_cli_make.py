@@ -160,7 +160,7 @@ def test_a_checkpoint_is_retrained_and_evaluated_in_place(zoo: Path, monkeypatch
 
 
 def test_bench_times_both_models_in_turns(zoo: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr("lfrns_hub.bench.installed", lambda package: False)
+    monkeypatch.setattr("lfrns_hub.runtimes.bench.installed", lambda package: False)
     # In processes that build the model anew: test_export.py looks at these.
     peaks = dict.fromkeys((1, 4), 5.0)
     monkeypatch.setattr("lfrns_hub.cli.judge.peak_memory", lambda build, arguments, shape, batches, **where: peaks)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lfrns_hub import cli
-from lfrns_hub.stream import stream_data
+from lfrns_hub.pictures.stream import stream_data
 from lfrns_hub.zoo import load_data
 
 MULTI, SINGLE, NUMBERS = "multi_label_classification", "single_label_classification", "regression"

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 import lfrns_hub as lfrns
-from lfrns_hub import responses
-from lfrns_hub.answers import read_answer
-from lfrns_hub.costs import estimated, first_images, measure_costs, measured, spread
-from lfrns_hub.redundancy import RIDGE, Merges, eliminate
-from lfrns_hub.responses import collect, fold_matrix, fold_offset
+from lfrns_hub.method import responses
+from lfrns_hub.method.costs import estimated, first_images, measure_costs, measured, spread
+from lfrns_hub.method.redundancy import RIDGE, Merges, eliminate
+from lfrns_hub.method.responses import collect, fold_matrix, fold_offset
+from lfrns_hub.model_io.answers import read_answer
 from lfrns_hub.slim import analysis_copy, views
 from lfrns_hub.trace import trace_model
 

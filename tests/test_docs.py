@@ -13,8 +13,8 @@ from hub_server import hub
 from typer.testing import CliRunner
 
 from lfrns_hub import cli
-from lfrns_hub.adapters import registry
-from lfrns_hub.trace import rules
+from lfrns_hub.trace import adapters as registry
+from lfrns_hub.trace.rules import registry as rules
 
 __all__ = ["hub"]
 COLUMNS = 100  # of the tables in the page

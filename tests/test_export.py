@@ -11,10 +11,10 @@ from matplotlib.image import imread
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from lfrns_hub import export as module
-from lfrns_hub.bench import bench, format_timings, peak_memory, size_on_disk
-from lfrns_hub.export import export, open_runner
 from lfrns_hub.plots import plot_bench
+from lfrns_hub.runtimes import export as module
+from lfrns_hub.runtimes.bench import bench, format_timings, peak_memory, size_on_disk
+from lfrns_hub.runtimes.export import export, open_runner
 from lfrns_hub.zoo import create_skeleton
 
 IMAGES = torch.zeros(1, 3, 8, 8)
@@ -108,13 +108,13 @@ def test_bench_leaves_out_what_does_not_compile_or_export_and_says_why(monkeypat
         raise RuntimeError("no\ncompiler")
 
     monkeypatch.setattr(torch, "compile", refuses)
-    monkeypatch.setattr("lfrns_hub.bench.installed", lambda package: package == "onnx")
+    monkeypatch.setattr("lfrns_hub.runtimes.bench.installed", lambda package: package == "onnx")
     found = bench(Net(4), Net(8), IMAGES, batches=(2,), runs=1, warmup=0)
     assert [one.runtime for one in found.timings] == ["eager"]
     assert found.left_out["compiled, batch 2"] == "RuntimeError: no compiler"
     assert found.left_out["onnxruntime"].startswith("onnxscript, onnxruntime not installed: pip install")
-    monkeypatch.setattr("lfrns_hub.bench.installed", lambda package: True)
-    monkeypatch.setattr("lfrns_hub.bench.export", refuses)
+    monkeypatch.setattr("lfrns_hub.runtimes.bench.installed", lambda package: True)
+    monkeypatch.setattr("lfrns_hub.runtimes.bench.export", refuses)
     found = bench(Net(4), Net(8), IMAGES, batches=(2,), runs=1, warmup=0)
     assert found.left_out["onnxruntime"] == "RuntimeError: no compiler"
 
@@ -153,7 +153,7 @@ def build():
 
 
 def test_a_bench_stops_when_its_seconds_are_over_and_compiles_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lfrns_hub.bench.installed", lambda package: False)
+    monkeypatch.setattr("lfrns_hub.runtimes.bench.installed", lambda package: False)
     passes = []
     dense = Net(8)
     dense.register_forward_hook(lambda *_: passes.append(1))

@@ -15,14 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import lfrns_hub as lfrns
-from lfrns_hub.batches import read_logits
-from lfrns_hub.contribution import learn_contributions
-from lfrns_hub.running import default_dtype, in_channels_last, same_draw
+from lfrns_hub.method.fcr import learn_contributions
+from lfrns_hub.model_io.batches import read_logits
+from lfrns_hub.model_io.model import default_dtype, in_channels_last, same_draw
 from lfrns_hub.self_check import waking
 from lfrns_hub.surgery import cut
 from lfrns_hub.trace import graph
 from lfrns_hub.trace.forward import watch_forward
-from lfrns_hub.trace.rules import find_rule
+from lfrns_hub.trace.rules.registry import find_rule
 from lfrns_hub.units import SlimPlan, UnitGroup
 
 

@@ -29,10 +29,10 @@ from transformers import ViTConfig
 
 import lfrns_hub as lfrns
 from lfrns_hub import checkpoint
+from lfrns_hub.format.untrusted import refusing
 from lfrns_hub.measure import Record
 from lfrns_hub.pictures import make_transform
 from lfrns_hub.units import SlimPlan
-from lfrns_hub.untrusted import refusing
 
 CASES = int(os.environ.get("LFRNS_FUZZ_CASES", "40"))
 SECONDS = 20

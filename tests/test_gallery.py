@@ -12,9 +12,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lfrns_hub as lfrns
 from lfrns_hub.checkpoint import save
-from lfrns_hub.gallery import Cluster, choose_images, correlations, find_clusters, plot_clusters, read_maps, strips
+from lfrns_hub.method.report import GroupReport, SlimReport
 from lfrns_hub.plots import mark_of, shows_plan
-from lfrns_hub.report import GroupReport, SlimReport
+from lfrns_hub.plots.clusters import (
+    Cluster,
+    choose_images,
+    correlations,
+    find_clusters,
+    plot_clusters,
+    read_maps,
+    strips,
+)
 from lfrns_hub.slim import SlimResult
 from lfrns_hub.units import SlimPlan
 

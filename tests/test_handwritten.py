@@ -3,8 +3,8 @@
 import pytest
 from huggingface_hub import RepoCard
 
-from lfrns_hub.card import render_card
-from lfrns_hub.handwritten import MARK, merge_cards
+from lfrns_hub.hub.card import render_card
+from lfrns_hub.hub.handwritten import MARK, merge_cards
 
 
 def card(name: str = "net", **setup: object) -> str:

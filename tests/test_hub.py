@@ -23,7 +23,7 @@ from transformers import ViTImageProcessor
 
 from lfrns_hub import checkpoint
 from lfrns_hub.checkpoint.files import FILES
-from lfrns_hub.hub import NAMES, _own_files, push
+from lfrns_hub.hub.push import NAMES, _own_files, push
 from lfrns_hub.plots import mark_of
 
 __all__ = ["hub"]
@@ -515,7 +515,7 @@ def test_only_the_main_process_pushes(monkeypatch, net, rank, group):
     def reach(**options: object) -> None:
         raise Reached
 
-    monkeypatch.setattr("lfrns_hub.hub.HfApi", reach)
+    monkeypatch.setattr("lfrns_hub.hub.push.HfApi", reach)
     monkeypatch.setenv("RANK", "0" if group else str(rank))
     if group:
         distributed.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from lfrns_hub.index import checkpoint_name, refresh_index, write_index
+from lfrns_hub.hub.index import checkpoint_name, refresh_index, write_index
 from lfrns_hub.measure import Record
 from lfrns_hub.plots import plot_ladder
 

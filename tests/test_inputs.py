@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import lfrns_hub as lfrns
-from lfrns_hub.answers import FEATURES_READ, read_answer
-from lfrns_hub.batches import find_logits, flatten_output, read_logits, read_tensors
 from lfrns_hub.measure import evaluate
-from lfrns_hub.running import as_input
+from lfrns_hub.model_io.answers import FEATURES_READ, read_answer
+from lfrns_hub.model_io.batches import find_logits, flatten_output, read_logits, read_tensors
+from lfrns_hub.model_io.model import as_input
 
 
 class Small(nn.Module):

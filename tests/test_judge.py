@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lfrns_hub.judge import Judge
+from lfrns_hub.method.recalibrate import Judge
 
 
 class Counted(nn.Module):

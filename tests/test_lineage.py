@@ -15,7 +15,7 @@ from test_checkpoint import slim_resnet, slim_transformers
 from transformers import ViTConfig, ViTForImageClassification
 
 import lfrns_hub as lfrns
-from lfrns_hub.lineage import base_facts
+from lfrns_hub.hub.lineage import base_facts
 from lfrns_hub.zoo import create_dense
 
 __all__ = ["hub"]

@@ -16,9 +16,9 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from test_card import RECORD
 
-from lfrns_hub.card import render_card
 from lfrns_hub.format.markdown import code, escape, plain, web_link
-from lfrns_hub.index import write_index
+from lfrns_hub.hub.card import render_card
+from lfrns_hub.hub.index import write_index
 from lfrns_hub.measure import Record
 
 CASES = int(os.environ.get("LFRNS_FUZZ_CASES", "40"))

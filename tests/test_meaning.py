@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lfrns_hub as lfrns
-from lfrns_hub.answers import Outputs, probe, read_answer, settle, settle_by_loader
-from lfrns_hub.batches import split_batch
-from lfrns_hub.card import render_card
+from lfrns_hub.hub.card import render_card
 from lfrns_hub.measure import Record, evaluate, format_table
+from lfrns_hub.model_io.answers import Outputs, probe, read_answer, settle, settle_by_loader
+from lfrns_hub.model_io.batches import split_batch
 from lfrns_hub.model_io.meaning import Classes, Features, Labels, Quantities
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.retrain.loss import mixed_loss

@@ -24,7 +24,7 @@ from lfrns_hub.format import memory
 from lfrns_hub.format.memory import MemoryBudget, bounded, is_placeholder
 from lfrns_hub.pictures import ImageData, decode_picture, input_size_of, load_data, make_transform
 from lfrns_hub.pictures.preparation import OwnPreparation
-from lfrns_hub.stream import stream_data
+from lfrns_hub.pictures.stream import stream_data
 from lfrns_hub.zoo import create_base, create_dense, read_weights
 
 MEGABYTE = 10**6

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lfrns_hub.card import render_card
+from lfrns_hub.hub.card import render_card
 from lfrns_hub.measure import Record, evaluate, format_table, measure, weights_id
 from lfrns_hub.measure.occasion import comparable_controls, comparable_dense, image_keys, images_id, why_no_dense
 

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from transformers import AutoModel, AutoModelForImageClassification
 
 import lfrns_hub as lfrns
-from lfrns_hub.narrow import model_copy
+from lfrns_hub.format.narrow import model_copy
 from lfrns_hub.surgery import cut, masked
 from lfrns_hub.trace.forward import watch_forward
 from lfrns_hub.units import SlimPlan, UnitGroup

@@ -382,7 +382,7 @@ def test_labels_beyond_the_head_and_empty_loaders_are_refused() -> None:
 def test_a_picture_is_prepared_alone_as_in_a_batch_and_where_it_stands_sets_the_augmentation(tmp_path: Path) -> None:
     from torch.utils.data import DataLoader, Subset
 
-    from lfrns_hub.seeded import seeded_loader
+    from lfrns_hub.runs.seeded import seeded_loader
 
     for name, size in (("cifar_resnet20", 32), ("test_resnet", 160)):
         transform = make_transform(timm.create_model(name), train=True)

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 
 import lfrns_hub as lfrns
+from lfrns_hub.pictures.stream import stream_data
 from lfrns_hub.retrain import make_accelerator, retrain
-from lfrns_hub.stream import stream_data
 
 BATCH, EPOCHS = 8, 5  # of one process of two; 64 images: 20 steps
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lfrns_hub as lfrns
-from lfrns_hub.reconstruct import count_places, explained, kept_outputs, patches, reconstruct, solve
+from lfrns_hub.method.reconstruct import count_places, explained, kept_outputs, patches, reconstruct, solve
 from lfrns_hub.surgery import cut
 from lfrns_hub.trace import trace_model
 

@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lfrns_hub.answers import read_answer
 from lfrns_hub.measure import evaluate
+from lfrns_hub.model_io.answers import read_answer
 from lfrns_hub.retrain import make_accelerator, retrain
 from lfrns_hub.retrain.choices import choose_optimizer, make_optimizer, rate_at
 from lfrns_hub.retrain.loss import mixed_loss

@@ -15,7 +15,7 @@ from torch import nn
 
 import lfrns_hub as lfrns
 from lfrns_hub.checkpoint import holds_ours, is_own, prepared
-from lfrns_hub.handwritten import MARK
+from lfrns_hub.hub.handwritten import MARK
 from lfrns_hub.recipe import save_trained
 from lfrns_hub.runs import atomic, draft_of, locked, put_in_place, settle
 

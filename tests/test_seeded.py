@@ -11,7 +11,7 @@ import torch
 from faulty_run import Pictures, mix
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
-from lfrns_hub.seeded import apart, rounds, seeded_loader
+from lfrns_hub.runs.seeded import apart, rounds, seeded_loader
 
 
 def batches(loader: DataLoader, epoch: int, seed: int = 0) -> list[torch.Tensor]:

@@ -8,8 +8,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lfrns_hub.pictures.stream import stream_data
 from lfrns_hub.retrain import retrain
-from lfrns_hub.stream import stream_data
 
 FILES, IN_EACH = 4, 10
 
@@ -79,7 +79,7 @@ def test_front_is_labelled_and_the_same_everywhere(folder):
 @pytest.mark.parametrize("files", [1, 5])
 def test_the_front_shows_all_files_and_says_where_it_shows_few_classes(files, tmp_path, caplog, monkeypatch):
     """Ten classes, sorted, each of 30 pictures; a buffer of 40 sees all files or the first two classes of the one."""
-    monkeypatch.setattr("lfrns_hub.stream.SHUFFLE_BUFFER", 40)
+    monkeypatch.setattr("lfrns_hub.pictures.stream.SHUFFLE_BUFFER", 40)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
     for file in range(files):
         labels = [row * 10 // 300 for row in range(300 * file // files, 300 * (file + 1) // files)]

@@ -20,11 +20,11 @@ from transformers import ViTImageProcessor
 
 import lfrns_hub as lfrns
 from lfrns_hub import checkpoint
-from lfrns_hub.index import write_index
+from lfrns_hub.format.narrow import narrow, short
+from lfrns_hub.format.untrusted import MAX_JSON_BYTES, read_json
+from lfrns_hub.hub.index import write_index
 from lfrns_hub.measure import Record, format_table
-from lfrns_hub.narrow import narrow, short
 from lfrns_hub.units import SlimPlan
-from lfrns_hub.untrusted import MAX_JSON_BYTES, read_json
 from lfrns_hub.zoo import create_base, read_weights
 
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lfrns_hub as lfrns
-from lfrns_hub.adapters import registry
 from lfrns_hub.surgery import cut
+from lfrns_hub.trace import adapters as registry
 from lfrns_hub.trace import trace_model
 from lfrns_hub.units import UnitGroup
 

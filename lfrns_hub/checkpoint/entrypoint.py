@@ -12,7 +12,7 @@ from timm.models import is_model, load_pretrained, model_entrypoint, register_mo
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from lfrns_hub.narrow import FORMAT_VERSION, Attrs, Shapes, carry_facts, narrow, short
+from lfrns_hub.format.narrow import FORMAT_VERSION, Attrs, Shapes, carry_facts, narrow, short
 
 TIMM_NAME = "lfrns_slim"  # what timm prints to people who lack the package
 

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lfrns_hub.card import read_record, render_card
 from lfrns_hub.checkpoint.narrow_classes import own_names
 from lfrns_hub.checkpoint.remote_code import MODELING_FILE
-from lfrns_hub.handwritten import merge_cards
-from lfrns_hub.lineage import KEYS
+from lfrns_hub.format.narrow import FORMAT_VERSION, computed_buffers, grown, short
+from lfrns_hub.format.untrusted import AGAIN, MAX_JSON_BYTES, read_headers, read_json, without_code
+from lfrns_hub.hub.card import read_record, render_card
+from lfrns_hub.hub.handwritten import merge_cards
+from lfrns_hub.hub.lineage import KEYS
 from lfrns_hub.measure import comparable_budgets, comparable_dense, main_figure
-from lfrns_hub.narrow import FORMAT_VERSION, computed_buffers, grown, short
 from lfrns_hub.plots import plot_ladder, plot_widths, shows_plan
-from lfrns_hub.untrusted import AGAIN, MAX_JSON_BYTES, read_headers, read_json, without_code
 
 logger = logging.getLogger(__name__)
 

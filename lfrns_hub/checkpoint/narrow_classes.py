@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from lfrns_hub.compat import names_here
-from lfrns_hub.narrow import Shapes, carry_facts, narrow
+from lfrns_hub.format.narrow import Shapes, carry_facts, narrow
 
 TYPE_PREFIX = "lfrns_"
 CLASS_PREFIX = "Lfrns"

@@ -43,13 +43,13 @@ from lfrns_hub.checkpoint.transformers import (
     load_transformers,
     write_transformers,
 )
+from lfrns_hub.format.narrow import carry_facts, short
+from lfrns_hub.format.untrusted import refusing
 from lfrns_hub.hub import fetch
-from lfrns_hub.lineage import base_facts
-from lfrns_hub.narrow import carry_facts, short
+from lfrns_hub.hub.lineage import base_facts
+from lfrns_hub.model_io.model import unwrap
 from lfrns_hub.pictures import find_processor, write_processor
-from lfrns_hub.running import unwrap
 from lfrns_hub.runs import draft_of, entries, locked, put_in_place, settle
-from lfrns_hub.untrusted import refusing
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from lfrns_hub.checkpoint.entrypoint import TIMM_NAME, lfrns_slim
 from lfrns_hub.checkpoint.files import facts_of, match_dtype, read_tensors, write_config, write_weights
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
 from lfrns_hub.format.memory import bounded, bytes_for, is_placeholder
+from lfrns_hub.format.narrow import describe, short
+from lfrns_hub.format.untrusted import read_headers, refuse_large, refusing, size_of
 from lfrns_hub.model_io.meaning import problem_type_of
-from lfrns_hub.narrow import describe, short
 from lfrns_hub.pictures import check_settings, data_config_of
-from lfrns_hub.untrusted import read_headers, refuse_large, refusing, size_of
 
 MAX_ARGUMENT = 1 << 16
 NOT_BASE_ARGS = ("base", "shapes", "attrs", "slim", "num_classes", "pretrained_cfg", "pretrained", "cache_dir")

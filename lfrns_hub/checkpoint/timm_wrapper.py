@@ -14,7 +14,7 @@ from lfrns_hub.checkpoint.files import facts_of, read_config, write_config
 from lfrns_hub.checkpoint.narrow_classes import TYPE_PREFIX
 from lfrns_hub.checkpoint.timm import WRAPPER_MAP, WRAPPER_TYPE, load_timm, model_args, timm_base, write_timm
 from lfrns_hub.checkpoint.transformers import is_transformers, refuse_outside, wrapper_classes
-from lfrns_hub.untrusted import refuse_large, refusing
+from lfrns_hub.format.untrusted import refuse_large, refusing
 
 
 def is_wrapper(model: nn.Module) -> bool:

@@ -38,9 +38,9 @@ from lfrns_hub.checkpoint.remote_code import auto_map, write_code
 from lfrns_hub.checkpoint.timm import own_source
 from lfrns_hub.compat import Classes
 from lfrns_hub.format.memory import bounded, bytes_for
+from lfrns_hub.format.narrow import describe, short
+from lfrns_hub.format.untrusted import Header, read_headers, refuse_large, refusing, size_of
 from lfrns_hub.model_io.meaning import problem_type_of
-from lfrns_hub.narrow import describe, short
-from lfrns_hub.untrusted import Header, read_headers, refuse_large, refusing, size_of
 
 # Image classifiers that build what they wrap by name, so that a subclass has nothing to narrow; what to save instead.
 NOT_SAVED = {

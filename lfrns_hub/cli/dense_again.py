@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from lfrns_hub.format.untrusted import read_json
 from lfrns_hub.latency import cache_directory
 from lfrns_hub.measure import weights_id
 from lfrns_hub.recipe import load_weights
 from lfrns_hub.runs import written_aside
-from lfrns_hub.untrusted import read_json
 from lfrns_hub.zoo import create_base, create_dense
 
 NOT_FOUND = (

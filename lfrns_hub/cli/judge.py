@@ -12,8 +12,6 @@ from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
-from lfrns_hub.bench import bench as time_models
-from lfrns_hub.bench import format_timings, peak_memory, size_on_disk
 from lfrns_hub.cli.dense_again import find_dense, remember_dense
 from lfrns_hub.cli.terminal import (
     MAX_UNREADABLE,
@@ -33,7 +31,7 @@ from lfrns_hub.cli.terminal import (
     read_list,
     show,
 )
-from lfrns_hub.index import refresh_index
+from lfrns_hub.hub.index import refresh_index
 from lfrns_hub.measure import (
     COUNTED,
     Record,
@@ -46,6 +44,8 @@ from lfrns_hub.measure import (
 )
 from lfrns_hub.pictures import load_processor
 from lfrns_hub.retrain import make_accelerator
+from lfrns_hub.runtimes.bench import bench as time_models
+from lfrns_hub.runtimes.bench import format_timings, peak_memory, size_on_disk
 from lfrns_hub.zoo import check_images, create_base, create_dense, create_skeleton, example_input
 
 

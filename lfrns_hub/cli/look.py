@@ -35,7 +35,7 @@ from lfrns_hub.cli.terminal import (
     read_budgets,
     show,
 )
-from lfrns_hub.index import cells, columns
+from lfrns_hub.hub.index import cells, columns
 from lfrns_hub.measure import measure_each
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.slim import survey

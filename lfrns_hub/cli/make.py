@@ -48,7 +48,7 @@ from lfrns_hub.cli.terminal import (
     read_budgets,
     show,
 )
-from lfrns_hub.index import checkpoint_name, write_index
+from lfrns_hub.hub.index import checkpoint_name, write_index
 from lfrns_hub.measure import Record, format_table, main_figure, measure_each
 from lfrns_hub.pictures import load_processor
 from lfrns_hub.retrain import make_accelerator

@@ -8,8 +8,8 @@ import typer
 
 import lfrns_hub as lfrns
 from lfrns_hub.cli.terminal import Folder, Json, WithImages, app, examples, load_slim, show
-from lfrns_hub.export import EXAMPLE_IMAGES, FORMATS
-from lfrns_hub.export import export as write_export
+from lfrns_hub.runtimes.export import EXAMPLE_IMAGES, FORMATS
+from lfrns_hub.runtimes.export import export as write_export
 from lfrns_hub.zoo import example_input
 
 

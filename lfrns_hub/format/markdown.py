@@ -6,7 +6,7 @@ This is the one place that escapes. A template whose values pass through `finish
 import re
 from typing import Any
 
-from lfrns_hub.untrusted import short
+from lfrns_hub.format.untrusted import short
 
 MAX_TEXT = 1000  # characters of one value
 LEFT_OUT = "(link left out)"

@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lfrns_hub.untrusted import AGAIN
+from lfrns_hub.format.untrusted import AGAIN
 
 SPARE_BYTES = 512 << 20  # what any file may take beside its own size: the tables of the largest Swin take 0.1 GB
 DENSE_TIMES = 4  # the size of a slim file, for the dense model that it was cut from

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lfrns_hub.untrusted import short
+from lfrns_hub.format.untrusted import short
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.cache import digest
+from lfrns_hub.format.untrusted import read_json
 from lfrns_hub.latency.setup import LatencySetup
 from lfrns_hub.runs import written_aside
-from lfrns_hub.untrusted import read_json
+from lfrns_hub.runs.cache import digest
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the dense width, where a layer is timed; one step as well

@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.cache import digest
+from lfrns_hub.format.narrow import model_copy
 from lfrns_hub.latency.layer_times import LayerShape, LayerTable
 from lfrns_hub.latency.machine import Machine
 from lfrns_hub.latency.predict import LatencyModel, layer_costs, observe_shapes
 from lfrns_hub.latency.setup import LatencySetup
-from lfrns_hub.narrow import model_copy
-from lfrns_hub.running import as_input
+from lfrns_hub.model_io.model import as_input
+from lfrns_hub.runs.cache import digest
 from lfrns_hub.surgery import cut
 from lfrns_hub.units import SlimPlan, UnitGroup
 

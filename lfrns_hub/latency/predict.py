@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from lfrns_hub.batches import read_tensors
 from lfrns_hub.latency.layer_times import LAYERS, LayerShape, LayerTable, LayerTimes
-from lfrns_hub.running import evaluating
+from lfrns_hub.model_io.batches import read_tensors
+from lfrns_hub.model_io.model import evaluating
 from lfrns_hub.units import UnitGroup
 
 Axes = list[tuple[dict[str, int], int]]  # of each axis: positions a unit of each group on it, and all its positions

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lfrns_hub.format.untrusted import short
 from lfrns_hub.measure import cpu_name
-from lfrns_hub.running import dtype_of
-from lfrns_hub.untrusted import short
+from lfrns_hub.model_io.model import dtype_of
 
 
 @dataclass(frozen=True)

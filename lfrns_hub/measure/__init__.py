@@ -15,7 +15,7 @@ from lfrns_hub.measure.occasion import (
 )
 from lfrns_hub.measure.record import Record, format_table
 from lfrns_hub.measure.score import evaluate, prepare_loader
-from lfrns_hub.running import evaluating
+from lfrns_hub.model_io.model import evaluating
 
 __all__ = [
     "COUNTED",

@@ -12,7 +12,7 @@ from lfrns_hub.measure.latency import describe_setup, latency_on_main
 from lfrns_hub.measure.occasion import new_occasion, weights_id
 from lfrns_hub.measure.record import Record
 from lfrns_hub.measure.score import answer, merged
-from lfrns_hub.running import device_of, evaluating, unwrap
+from lfrns_hub.model_io.model import device_of, evaluating, unwrap
 
 
 def measure(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from lfrns_hub.narrow import model_copy
-from lfrns_hub.running import as_input, unwrap
+from lfrns_hub.format.narrow import model_copy
+from lfrns_hub.model_io.model import as_input, unwrap
 
 # torch counts the fused attention of GPUs; that of CPUs is missing from its table and would count as nothing.
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

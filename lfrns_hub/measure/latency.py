@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.running import as_input, dtype_of, evaluating
+from lfrns_hub.model_io.model import as_input, dtype_of, evaluating
 
 _PACKAGES = ("lfrns_hub", "torch", "timm", "transformers", "accelerate")
 MIN_TURNS = 5

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lfrns_hub.format.terminal import cell
+from lfrns_hub.format.untrusted import parse_json, read_json, short
 from lfrns_hub.measure.figures import KINDS, Figure, heads_of, word_of
 from lfrns_hub.measure.occasion import comparable_dense, why_no_dense
 from lfrns_hub.runs import written_aside
-from lfrns_hub.untrusted import parse_json, read_json, short
 
 if TYPE_CHECKING:
     from rich.table import Table

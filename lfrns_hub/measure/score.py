@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lfrns_hub.answers import Answer, Outputs, probe, read_answer, settle_by_loader
-from lfrns_hub.batches import LABEL_KEYS, UNREADABLE, check_finite, iterate
 from lfrns_hub.measure.figures import kind_of, worst
 from lfrns_hub.measure.occasion import image_keys, images_id
+from lfrns_hub.model_io.answers import Answer, Outputs, probe, read_answer, settle_by_loader
+from lfrns_hub.model_io.batches import LABEL_KEYS, UNREADABLE, check_finite, iterate
 from lfrns_hub.model_io.meaning import Classes, Labels
-from lfrns_hub.running import as_input, device_of, evaluating, unwrap
+from lfrns_hub.model_io.model import as_input, device_of, evaluating, unwrap
 
 NO_LABELS = (
     "evaluate(loader) got a batch without labels: accuracy needs them. Yield (images, labels), or dicts with one of "

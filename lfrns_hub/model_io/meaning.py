@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lfrns_hub.batches import UNREADABLE
+from lfrns_hub.model_io.batches import UNREADABLE
 
 CALIBRATED_BY = 256  # images whose answers give the variance of a quantity
 

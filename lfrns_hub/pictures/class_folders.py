@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lfrns_hub.untrusted import short
+from lfrns_hub.format.untrusted import short
 
 logger = logging.getLogger(__name__)
 

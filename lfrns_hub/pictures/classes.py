@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lfrns_hub.batches import UNREADABLE, find_logits
+from lfrns_hub.format.untrusted import short
+from lfrns_hub.model_io.batches import UNREADABLE, find_logits
 from lfrns_hub.pictures.model_input import class_names_of, example_input
 from lfrns_hub.pictures.tables import parquet_files, read_table
-from lfrns_hub.untrusted import short
 
 logger = logging.getLogger(__name__)
 MAX_CLASSES = 1 << 20

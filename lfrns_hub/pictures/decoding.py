@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from lfrns_hub.untrusted import short
+from lfrns_hub.format.untrusted import short
 
 # No format that pillow hands to another program (EPS), and none of documents.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.batches import UNREADABLE, check_finite, iterate, read_logits, split_batch
+from lfrns_hub.format.untrusted import short
+from lfrns_hub.model_io.batches import UNREADABLE, check_finite, iterate, read_logits, split_batch
 from lfrns_hub.model_io.meaning import Classes, said_meaning
 from lfrns_hub.pictures.model_input import input_size_of, num_classes_of
-from lfrns_hub.untrusted import short
 
 GUARD_IMAGES = 2000
 

@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lfrns_hub.batches import UNREADABLE
+from lfrns_hub.format.untrusted import refuse_shortage, short
+from lfrns_hub.model_io.batches import UNREADABLE
 from lfrns_hub.pictures.decoding import as_bytes
 from lfrns_hub.pictures.preparation import OwnPreparation, Preparation
-from lfrns_hub.untrusted import refuse_shortage, short
 
 # Decoded pictures are kept up to this many bytes a dataset; CIFAR's 50,000 need 0.15 GB.
 MAX_CACHE_BYTES = 1 << 30

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.batches import UNREADABLE
+from lfrns_hub.format.untrusted import short
+from lfrns_hub.model_io.batches import UNREADABLE
 from lfrns_hub.model_io.meaning import PROBLEMS, Features, LabelForm, Labelled, Labels, Quantities, said_meaning
 from lfrns_hub.pictures.classes import WORDS, Classes, is_same_name, item_of, read_classes, read_order
-from lfrns_hub.untrusted import short
 
 # What labels each meaning takes, for errors.
 TAKEN = {

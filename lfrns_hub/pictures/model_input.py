@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.untrusted import short
+from lfrns_hub.format.untrusted import short
 
 MAX_NUMBERS = 1 << 26  # of an image: four channels of 4,096 x 4,096 pixels
 

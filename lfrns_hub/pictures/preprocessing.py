@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import nn
 
+from lfrns_hub.format.untrusted import short
 from lfrns_hub.pictures.model_input import input_size_of
 from lfrns_hub.pictures.preparation import OwnPreparation, Preparation
 from lfrns_hub.pictures.processor import (
@@ -21,7 +22,6 @@ from lfrns_hub.pictures.processor import (
     is_of_transformers,
 )
 from lfrns_hub.pictures.proof import Geometry, for_training, guess_geometries, prove
-from lfrns_hub.untrusted import short
 
 # What was proved of a pipeline, by all that its settings say: of each model it is asked for training, test and more.
 _PROVED: dict[str, Preparation | OwnPreparation] = {}

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lfrns_hub.format.untrusted import short
 from lfrns_hub.pictures.preparation import SMALL, OwnPreparation, Preparation
-from lfrns_hub.untrusted import short
 
 # Width and height of the probes besides the image's own: smaller than any image and larger, twenty times wider than
 # high, with odd margins.

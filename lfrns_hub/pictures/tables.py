@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lfrns_hub.format.untrusted import short
+from lfrns_hub.hub.reach import reach_hub
 from lfrns_hub.pictures.class_folders import (
     find_split,
     has_metadata,
@@ -15,8 +17,6 @@ from lfrns_hub.pictures.class_folders import (
     read_class_folders,
     read_described,
 )
-from lfrns_hub.reach import reach_hub
-from lfrns_hub.untrusted import short
 
 # Files of a split on disk, in the order of preference.
 SPLIT_FILES = {

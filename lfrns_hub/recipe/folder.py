@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lfrns_hub.checkpoint import holds_ours, is_own, refuse_foreign, save
+from lfrns_hub.format.untrusted import read_json, short
 from lfrns_hub.recipe.options import CODE
 from lfrns_hub.runs import draft_of, entries, locked, put_in_place, written_aside
-from lfrns_hub.untrusted import read_json, short
 
 # What may differ between a run and its --resume: where it is told to write, and what comes after it.
 _NOT_THE_RUN = {"output_dir", "overwrite", "resume", "push_to_hub", "with_images", "no_controls"}

@@ -12,14 +12,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from lfrns_hub.format.untrusted import short
 from lfrns_hub.hub import push
 from lfrns_hub.measure import Record, comparable_controls
 from lfrns_hub.recipe.folder import check_output_dir, check_same_run, is_finished, tidy
 from lfrns_hub.recipe.results import print_results
-from lfrns_hub.resume import Stopped
 from lfrns_hub.retrain import make_accelerator, set_seed
 from lfrns_hub.runs import locked
-from lfrns_hub.untrusted import short
+from lfrns_hub.runs.checkpoints import Stopped
 
 # What a user can cause and mend; anything else is a bug and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, SafetensorError)

@@ -120,7 +120,7 @@ def draw_clusters(dense: nn.Module, result: Any, loader: Any, directory: Path) -
         loader: One image of each class is shown.
         directory: The output folder, there or not.
     """
-    from lfrns_hub.gallery import choose_images, plot_clusters  # here: matplotlib is slow to import
+    from lfrns_hub.plots.clusters import choose_images, plot_clusters  # here: matplotlib is slow to import
 
     directory.mkdir(parents=True, exist_ok=True)
     images = choose_images(loader)

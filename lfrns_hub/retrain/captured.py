@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor
 
-from lfrns_hub.seeded import get_random
+from lfrns_hub.runs.seeded import get_random
 
 PLAIN_STEPS = 3  # before the recording: momentum, workspaces and the choice of kernels are made at first use
 Labels = dict[str, Tensor | None]

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.running import evaluating
+from lfrns_hub.method.taps import channel_count, kept_channels
+from lfrns_hub.model_io.model import evaluating
 from lfrns_hub.self_check import settled_trace
 from lfrns_hub.surgery import removed_at_taps
-from lfrns_hub.taps import channel_count, kept_channels
 from lfrns_hub.units import SlimPlan, UnitGroup
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.answers import Answer, Outputs, read_answer
+from lfrns_hub.model_io.answers import Answer, Outputs, read_answer
 
 
 def ask_teacher(teacher: nn.Module | None, images: Tensor, outputs: Outputs) -> Answer | None:

@@ -14,16 +14,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lfrns_hub.answers import Answer, Outputs, read_answer, settle_by_loader
-from lfrns_hub.batches import split_batch
 from lfrns_hub.measure import evaluate, evaluating, main_figures
-from lfrns_hub.resume import Checkpoints, Position, caught_sigterm, told_anywhere
+from lfrns_hub.model_io.answers import Answer, Outputs, read_answer, settle_by_loader
+from lfrns_hub.model_io.batches import split_batch
+from lfrns_hub.model_io.model import laid_out, settle_layout
 from lfrns_hub.retrain.captured import CapturedSteps, Labels
 from lfrns_hub.retrain.features import Features, watch_features
 from lfrns_hub.retrain.loss import ask_teacher
 from lfrns_hub.retrain.losses import Losses
-from lfrns_hub.running import laid_out, settle_layout
-from lfrns_hub.seeded import apart, random_kept, rounds, seeded_loader
+from lfrns_hub.runs.checkpoints import Checkpoints, Position, caught_sigterm, told_anywhere
+from lfrns_hub.runs.seeded import apart, random_kept, rounds, seeded_loader
 from lfrns_hub.units import SlimPlan
 
 

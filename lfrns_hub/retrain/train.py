@@ -15,13 +15,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from lfrns_hub.cache import digest
-from lfrns_hub.resume import Checkpoints, describe_model
+from lfrns_hub.model_io.model import laid_out_models
 from lfrns_hub.retrain.captured import refuse_capture
 from lfrns_hub.retrain.choices import fill_defaults, make_optimizer, rate_at, ready_accelerator
 from lfrns_hub.retrain.loss import mixed_loss
 from lfrns_hub.retrain.run import Epochs, Run
-from lfrns_hub.running import laid_out_models
+from lfrns_hub.runs.cache import digest
+from lfrns_hub.runs.checkpoints import Checkpoints, describe_model
 from lfrns_hub.units import SlimPlan
 
 

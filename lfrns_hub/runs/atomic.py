@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lfrns_hub.format.untrusted import read_json, short
 from lfrns_hub.runs.places import name_of, place_of
-from lfrns_hub.untrusted import read_json, short
 
 PARTIAL = ".partial"
 JOURNAL = ".lfrns-next"  # in a folder: the files of a change that was decided and is not complete

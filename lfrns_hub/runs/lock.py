@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from lfrns_hub.format.untrusted import short
 from lfrns_hub.runs.atomic import sweep
 from lfrns_hub.runs.places import name_of, place_of
-from lfrns_hub.untrusted import short
 
 try:
     import fcntl

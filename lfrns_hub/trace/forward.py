@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.batches import read_tensors
-from lfrns_hub.narrow import loose_tensors, meta_copy, model_copy
-from lfrns_hub.running import as_input, same_draw
+from lfrns_hub.format.narrow import loose_tensors, meta_copy, model_copy
+from lfrns_hub.model_io.batches import read_tensors
+from lfrns_hub.model_io.model import as_input, same_draw
 from lfrns_hub.units import Cache, forget
 
 TORCHS = frozenset(vars(nn.Module()))  # what torch itself keeps on a module: parameters, hooks, the mode

@@ -11,14 +11,14 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lfrns_hub.narrow import feature_entries
-from lfrns_hub.trace import elementwise, layers, movement, products  # noqa: F401  (they register their rules)
+from lfrns_hub.format.narrow import feature_entries
 from lfrns_hub.trace.divisions import read_divisions
 from lfrns_hub.trace.forward import watch_forward
 from lfrns_hub.trace.groups import MacsModel, read_groups, unit_places
 from lfrns_hub.trace.ids import NONE, IdTable
 from lfrns_hub.trace.programs import answers, export, export_training, first_line, needed
-from lfrns_hub.trace.rules import find_rule
+from lfrns_hub.trace.rules import elementwise, layers, movement, products  # noqa: F401  (they register their rules)
+from lfrns_hub.trace.rules.registry import find_rule
 from lfrns_hub.trace.sites import Site, find_sites
 from lfrns_hub.trace.widths import note_features, note_unread
 from lfrns_hub.units import UnitGroup

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.adapters.registry import find_adapter, find_owner
+from lfrns_hub.trace.adapters import find_adapter, find_owner
 from lfrns_hub.trace.ids import NONE, Axis, IdTable, resolve
 from lfrns_hub.trace.widths import group_widths
 from lfrns_hub.units import Slice, Tap, UnitGroup, Width

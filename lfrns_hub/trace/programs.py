@@ -12,9 +12,9 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from lfrns_hub.batches import read_tensors
-from lfrns_hub.narrow import kept_tensors, meta_copy, model_copy
-from lfrns_hub.running import same_draw
+from lfrns_hub.format.narrow import kept_tensors, meta_copy, model_copy
+from lfrns_hub.model_io.batches import read_tensors
+from lfrns_hub.model_io.model import same_draw
 from lfrns_hub.units import Cache, forget
 
 TRAINING_IMAGES = 4  # a BatchNorm of single values cannot train on one image

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.narrow import feature_entries
+from lfrns_hub.format.narrow import feature_entries
 from lfrns_hub.trace.ids import NONE, Literal, as_rows, resolve, varies
 from lfrns_hub.units import Width
 

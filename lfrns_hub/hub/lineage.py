@@ -1,0 +1,93 @@
+"""Where published weights come from: the Hub id of the dense model, and its licence as its publisher states it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import hf_hub_download, hf_hub_url, metadata_load
+
+from lfrns_hub.hub.reach import CONNECT_TIMEOUT_S, cached, reach_hub
+
+KEYS = ("base_model", "license", "license_name", "license_link")
+# Of the licences that timm names, those that the Hub has an identifier for; it refuses a card with any other.
+HUB_LICENSES = {
+    "apache-2.0",
+    "apple-amlr",
+    "apple-ascl",
+    "bsd-3-clause",
+    "cc-by-4.0",
+    "cc-by-nc-4.0",
+    "fair-noncommercial-research-license",
+    "gemma",
+    "mit",
+}
+
+
+def base_facts(name: str) -> dict[str, str]:
+    """Say of published weights where they come from and under which licence, as their publisher states it.
+
+    Args:
+        name: A timm name with weights ("resnet50.a1_in1k"), a Hub id ("user/name", "hf-hub:user/name@revision"), or a
+            folder ("local-dir:" may stand before it), whose README.md is asked.
+    Returns:
+        Of `base_model` (Hub id), `license` (the Hub's identifier, "other" with a `license_name` and perhaps a
+        `license_link`) what is known; what is not, a Hub that cannot be reached within seconds included, is left out.
+    Raises:
+        ValueError: Neither a timm name, a Hub id nor a folder.
+
+    Example:
+        >>> base_facts("resnet50.a1_in1k")
+        {'base_model': 'timm/resnet50.a1_in1k', 'license': 'apache-2.0'}
+    """
+    folder = Path(name.removeprefix("local-dir:"))
+    if folder.is_dir():
+        return _stated(folder / "README.md")
+    repo_id = re.sub(r"^hf[-_]hub:", "", name).partition("@")[0]
+    timm_name = repo_id.removeprefix("timm/")
+    if timm.is_model(timm_name):
+        cfg = timm.get_pretrained_cfg(timm_name) if timm.is_model_pretrained(timm_name) else None
+        found = {"base_model": cfg.hf_hub_id, **_license(cfg.license)} if cfg else {}
+        return {key: value for key, value in found.items() if value}
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        return _stated(_fetch_card(repo_id), repo_id) | {"base_model": repo_id}
+    raise ValueError(
+        f"base_model={name!r}: neither a timm name, a Hub id (user/name) nor a folder. Name the weights that the dense "
+        "model was loaded from, or leave it out: the card then says unknown."
+    )
+
+
+def _license(timm_license: str | None) -> dict[str, str]:
+    """Put timm's word for a licence into the Hub's."""
+    if not timm_license or timm_license == "unknown":
+        return {}
+    known = timm_license in HUB_LICENSES
+    return {"license": timm_license} if known else {"license": "other", "license_name": timm_license}
+
+
+def _fetch_card(repo_id: str) -> Path | None:
+    """Find a model's card in the cache or on the Hub; None where there is none or no way to it."""
+    try:
+        if (path := cached(repo_id, "README.md")) is None:
+            reach_hub(f"the card of {repo_id}")
+            path = Path(hf_hub_download(repo_id, "README.md", etag_timeout=CONNECT_TIMEOUT_S))
+    except Exception:  # of the client's dozen whichever it is: a card that cannot be had leaves the licence unknown
+        return None
+    return path
+
+
+def _stated(card: Path | None, repo_id: str | None = None) -> dict[str, str]:
+    """Read what a card's front matter says, if there is one that can be read; a link to a file of the repository."""
+    if card is None or not card.is_file():
+        return {}
+    try:
+        front: Any = metadata_load(card) or {}
+    except Exception:  # YAML that cannot be parsed states nothing
+        return {}
+    stated = {key: front[key] for key in KEYS if isinstance(front.get(key), str) and front[key] != "unknown"}
+    if stated.get("license") != "other":  # what the Hub has an identifier for needs no name and no link
+        stated = {key: value for key, value in stated.items() if key in ("base_model", "license")}
+    link = stated.pop("license_link", "")
+    if "://" not in link:  # a file beside that card, not beside ours
+        link = hf_hub_url(repo_id, link) if repo_id and link else ""
+    return stated | ({"license_link": link} if link else {})

@@ -1,0 +1,307 @@
+"""To the Hub and from it: the one place that speaks huggingface_hub's HTTP."""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from torch import distributed
+
+from lfrns_hub.format.untrusted import read_json, short
+from lfrns_hub.hub.handwritten import merge_cards
+from lfrns_hub.runs import settle
+
+# Root of the client's HTTP errors, by way of one of them: the library under huggingface_hub changes between versions.
+TransportError = HfHubHTTPError.__bases__[0]
+WEIGHTS, INDEX, GALLERY = "model.safetensors", "model.safetensors.index.json", "clusters.png"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# What a checkpoint consists of, whoever wrote it: `save`, save_pretrained, the Trainer, timm. No pickle goes up or
+# comes down, nor does a state of training, which names folders of the machine.
+NAMES = (
+    "README.md",
+    "config.json",
+    "record.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "modeling_lfrns.py",
+    "widths.png",
+    "curve.png",
+    GALLERY,
+    WEIGHTS,
+    INDEX,
+)
+# Of an earlier push they stay where the folder has no such file; all others would be false beside new weights.
+KEPT = ("README.md", "config.json")
+AGAIN = "Push the folder again."
+MAX_LISTED = 8  # names in a message
+logger = logging.getLogger(__name__)
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    with_images: bool = False,
+) -> str | None:
+    """Upload a saved checkpoint as one commit: the repository then holds all of it, or is as it was.
+
+    What a checkpoint consists of is sent, by name; what else lies in the folder stays there and is named in a warning.
+    Of a card that is in the repository already, the sections and the front matter that people wrote are kept (see
+    `handwritten.merge_cards`), as are files that are not a checkpoint's.
+
+    Args:
+        folder: What `save` wrote.
+        repo_id: "user/name"; made if it is not there.
+        private: The repository must be private, and is made so if it is new.
+        revision: Branch to commit to, made of the default branch if it is not there, or "refs/pr/N".
+        commit_message: What the commit says.
+        create_pr: Open a pull request against the default branch instead of committing to it.
+        token: Of the Hub; by default the one that `hf auth login` stored.
+        with_images: Send clusters.png as well, and let the card show it: there are your training images in it.
+    Returns:
+        Address of the commit, or of the pull request. Of several processes only the main one pushes, and the others
+        get None at once.
+    Raises:
+        FileNotFoundError: The folder is not a saved checkpoint, or lacks a shard that its index names.
+        ValueError: A file of the folder is a link to elsewhere, the id is none, both a revision and a pull request are
+            asked for, the repository is public where private is asked for, or the front matter of a card cannot be
+            read.
+        ConnectionError: The Hub could not be reached, refused, or had somebody else's commit meanwhile.
+    Example:
+        >>> push("out", "user/resnet50.lfrns50", private=True)  # doctest: +SKIP
+        'https://huggingface.co/user/resnet50.lfrns50/commit/...'
+    """
+    folder = Path(folder)
+    call = f"push({str(folder)!r}, {repo_id!r})"
+    if create_pr and revision is not None:
+        raise ValueError(
+            f"push(revision={revision!r}, create_pr=True): a pull request is opened against the default branch. "
+            "Give only one of them."
+        )
+    settle(folder, _is_own)  # a save that was killed may have left its last step
+    own = _own_files(folder, call, with_images=with_images)
+    files: dict[str, Path | bytes] = {path.name: path for path in own}
+    if not _is_main_process():
+        return None
+    _name_others(folder, files.keys(), call)
+
+    api = HfApi(token=token, library_name="lfrns_hub")
+    with _one_message(call, api):
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        head, has_branch = _find_head(api, repo_id, revision)
+        there = {file.rfilename for file in head.siblings or []}
+        card = None
+        if "README.md" in there:
+            card = Path(api.hf_hub_download(repo_id, "README.md", revision=head.sha)).read_text(encoding="utf-8-sig")
+    if private and not head.private:
+        raise ValueError(
+            f"push({str(folder)!r}, {repo_id!r}, private=True): the repository exists and is public. Make it private "
+            "in its settings, or push to another name."
+        )
+
+    if "README.md" in files:
+        try:
+            new = (folder / "README.md").read_text(encoding="utf-8")
+            files["README.md"] = merge_cards(new if GALLERY in files else _without_gallery(new), card).encode()
+        except ValueError as error:
+            raise ValueError(f"{call}: {error}") from error
+    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=source) for name, source in files.items()]
+    gone = [name for name in sorted(there - files.keys()) if _is_own(name) and name not in KEPT]
+    removals = [CommitOperationDelete(name) for name in gone]
+    with _one_message(call, api, "If there is no new pull request, push the folder again." if create_pr else AGAIN):
+        if not has_branch:
+            api.preupload_lfs_files(repo_id, additions, free_memory=False)  # first: if it fails, there is no branch
+            api.create_branch(repo_id, branch=revision, revision=head.sha, exist_ok=True)
+        # Not upload_folder, which makes several commits of a folder.
+        commit = api.create_commit(
+            repo_id,
+            [*removals, *additions],
+            commit_message=commit_message or f"Upload {folder.resolve().name}",
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=head.sha,  # the Hub refuses if somebody else has committed since
+        )
+    return commit.pr_url or commit.commit_url
+
+
+def _own_files(folder: Path, call: str, *, with_images: bool = False) -> list[Path]:
+    """List what of a folder is a checkpoint's, by name, shards by their index; what else lies there stays at home.
+
+    A link that leads out of the folder could send anything: only those of the Hub's own cache are followed.
+    """
+    needed = ["config.json", *_weights_of(folder, call)]
+    for name in needed:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{call}: it has no {name}. Push a folder that lfrns_hub.save wrote.")
+    others = set(NAMES) - {WEIGHTS, INDEX, *([] if with_images else [GALLERY])}
+    files = [folder / name for name in sorted(others.union(needed)) if (folder / name).is_file()]
+    home = folder.resolve()
+    homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    for path in files:
+        if not any(path.resolve().is_relative_to(one) for one in homes):
+            raise ValueError(
+                f"{call}: {path.name} is a link that leads out of the folder. Put the file itself there, or remove it."
+            )
+    return files
+
+
+def _weights_of(folder: Path, call: str) -> list[str]:
+    """Name the files that hold a folder's weights: model.safetensors, else the index of shards and those it names."""
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
+        return [WEIGHTS]
+    shards = read_json(folder / INDEX, call).get("weight_map")
+    shards = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+    strange = next((name for name in shards if not SHARD.fullmatch(name)), None)
+    if strange is not None or not shards:
+        raise ValueError(
+            f"{call}: {INDEX} names {short(strange or 'no file')}, where model-00001-of-00002.safetensors and the like "
+            "are needed. Save the model again."
+        )
+    return [INDEX, *shards]
+
+
+def _name_others(folder: Path, sent: Iterable[str], call: str) -> None:
+    """Warn of what lies in a folder and is not sent."""
+    others = sorted({path.name for path in folder.iterdir()} - set(sent))
+    if GALLERY in others:
+        logger.warning("%s: %s shows training images and is not sent; with_images=True (lfrns push: --with-images) "
+                       "sends it.", call, GALLERY)  # fmt: skip
+        others.remove(GALLERY)
+    if others:
+        more = f" and {len(others) - MAX_LISTED} more" if len(others) > MAX_LISTED else ""
+        named = ", ".join(short(name) for name in others[:MAX_LISTED])
+        logger.warning("%s: no part of a checkpoint and not sent: %s%s.", call, named, more)
+
+
+def _without_gallery(card: str) -> str:
+    """Take the picture of clusters out of a card that goes where the picture does not."""
+    return re.sub(rf"^!\[[^\]\n]*\]\({re.escape(GALLERY)}\)\n*", "", card, flags=re.MULTILINE)
+
+
+def fetch(repo_id: str, *, revision: str | None = None) -> Path:
+    """Download a checkpoint into the Hub's cache, or find it there, and compare it with the Hub's checksums.
+
+    Args:
+        repo_id: "user/name".
+        revision: Branch, tag or commit.
+    Returns:
+        Folder of the snapshot.
+    Raises:
+        FileNotFoundError: Neither a folder nor an id of a repository that can be seen.
+        ConnectionError: The Hub cannot be reached or fails, and the cache does not hold it.
+        ValueError: A file is not the one that the Hub has; the next call downloads it again.
+    """
+    call = f"load({repo_id!r})" if revision is None else f"load({repo_id!r}, revision={revision!r})"
+    endpoint = HfApi().endpoint
+    try:
+        folder = Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=[*NAMES, "model-*-of-*.safetensors"], etag_timeout=5
+            )
+        )
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{call}: neither a folder nor a Hub id of the form user/name.") from error
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"{call}: no such folder here, and {endpoint} cannot be reached. Give a local folder, "
+            "or download the repository once while there is a network."
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{call}: no such folder, and {endpoint} says: {_first_line(error)}. Check the name and the revision, or "
+            "log in with `hf auth login` if it is private."
+        ) from error
+    except (TransportError, OSError) as error:
+        raise ConnectionError(
+            f"{call}: {endpoint} did not give all of it: {_first_line(error)}. Load it again: what has arrived is "
+            "not downloaded twice."
+        ) from error
+    _refuse_damaged(folder, call)
+    return folder
+
+
+def _refuse_damaged(folder: Path, call: str) -> None:
+    """Compare the LFS files of a snapshot with their SHA-256, and take a wrong one out of the cache.
+
+    The client compares no more than sizes. Its cache names an LFS file by the SHA-256 that the repository's metadata
+    gives, so that this needs no network. (Where there are no symbolic links, the cache has no such name.)
+    """
+    for path in folder.iterdir():
+        blob = path.resolve()
+        if not re.fullmatch(r"[0-9a-f]{64}", blob.name):
+            continue
+        with blob.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != blob.name:
+            path.unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
+            raise ValueError(
+                f"{call}: {path.name} is damaged: its SHA-256 is {found[:12]}..., the repository's is "
+                f"{blob.name[:12]}.... It was taken out of the cache: load again to download it anew."
+            )
+
+
+def _find_head(api: HfApi, repo_id: str, revision: str | None) -> tuple[ModelInfo, bool]:
+    """Give the commit that a push builds on, and whether the revision is there."""
+    try:
+        return api.model_info(repo_id, revision=revision), True
+    except RevisionNotFoundError:
+        return api.model_info(repo_id), False
+
+
+@contextmanager
+def _one_message(call: str, api: HfApi, again: str = AGAIN) -> Iterator[None]:
+    """Turn whatever the client raises during a push into one error."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f"{call}: {_first_line(error)}. A Hub id has the form user/name.") from error
+    except (TransportError, OSError, RuntimeError, ValueError) as error:
+        # The client wraps what stopped an upload into a RuntimeError, and cannot parse some servers' errors.
+        origin = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        status = getattr(getattr(origin, "response", None), "status_code", None)
+        way_out = {
+            401: "Log in with `hf auth login`, then push the folder again.",
+            403: "Log in with `hf auth login`, with a token that may write there, then push the folder again.",
+            429: "Wait a few minutes, then push the folder again.",
+        }.get(status, again)
+        raise ConnectionError(
+            f"{call}: {api.endpoint} did not take it: {_first_line(origin)}. The repository holds all of this push or "
+            f"none of it. {way_out}"
+        ) from error
+
+
+def _is_main_process() -> bool:
+    """Tell whether this is the first of the processes that run together."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"  # launched together, but the group is not made yet
+
+
+def _is_own(name: str) -> bool:
+    """Return whether a file of a repository is a checkpoint's."""
+    return name in NAMES or SHARD.fullmatch(name) is not None
+
+
+def _first_line(error: BaseException) -> str:
+    """Give the first line of the client's message and what the server said, or the error's class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = getattr(error, "server_message", None)
+    parts = [lines[0] if lines else type(error).__name__, *([said.strip()] if said else [])]
+    return " ".join(parts).rstrip(".")

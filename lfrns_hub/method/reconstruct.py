@@ -1,0 +1,443 @@
+"""Fold: fit the weights of a cut network, layer after layer, so that every layer answers what the dense one's does.
+
+N images, r positions sampled of each, C channels, P entries that one output reads (input channels x kernel), O outputs,
+G conv groups.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lfrns_hub.format.narrow import model_copy
+from lfrns_hub.method.responses import HELD_OUT_EVERY, RIDGES, add_products, mirror
+from lfrns_hub.method.taps import channels_last
+from lfrns_hub.model_io.model import device_of
+from lfrns_hub.trace.sites import Site
+from lfrns_hub.units import SlimPlan, UnitGroup
+
+ROWS_PER_ENTRY = 4  # at least
+MAX_ROWS = 65536
+ROWS_SHARE = 4.0  # of the MACs of all images, for the products of rows beyond that; fewer cost accuracy
+TARGETS = 2**24  # figures kept for one layer: rows x outputs, 64 MiB
+MAX_ENTRIES = 4608  # 512 channels under a 3x3 kernel: 170 MB of moments, seconds to solve
+MAX_BYTES = 2**30  # of the largest activation: all images run at once
+CHUNK = 16384  # rows in one product
+PRIOR_ROWS = (
+    8  # what the start weighs, in rows at an entry's typical peak: units that hardly ever fire stay as they are
+)
+
+
+def reconstruct(
+    dense: nn.Module,
+    slim: nn.Module,
+    sites: Sequence[Site],
+    groups: Sequence[UnitGroup],
+    plan: SlimPlan,
+    batches: Sequence[Tensor],
+    *,
+    seed: int = 0,
+    accelerator: Any = None,
+) -> nn.Module:
+    """Give a copy of a cut network whose layers were fitted to the dense one's outputs, on its own inputs.
+
+    One pass: when a layer is about to run, all layers before it have been fitted, so it is fitted to make up for what
+    they could not. Where its output is added to another tensor (a residual sum), it also makes up for that tensor's
+    difference from the dense network's. A layer keeps its weights where held-out images say that they are better.
+
+    Args:
+        dense: The dense network, in eval mode.
+        slim: What `cut` made of it.
+        sites: The layers, from the trace, in the order in which they run.
+        groups, plan: What was cut.
+        batches: Images [N, C, H, W]; four batches of five fit, the fifth chooses the ridge.
+        seed: Of the sampled positions.
+        accelerator: Given, each process takes its share of the images and the sums are reduced.
+    Returns:
+        A new model; weights, biases and the running means of BatchNorms differ from `slim`'s.
+    Source: Least squares on the layers' outputs is He et al. 2017 (channel pruning), on the slim network's own inputs
+        Zhang et al. 2016 (asymmetric reconstruction); the sums' compensation and the single pass are ours.
+    """
+    slim = model_copy(slim).eval()
+    kept = {site.module: kept_outputs(dense, site.module, groups, plan) for site in sites}
+    fit_layers(dense, slim, sites, kept, batches, Layer.write, seed=seed, accelerator=accelerator)
+    return slim
+
+
+def explained(
+    dense: nn.Module, model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor], *, seed: int = 0
+) -> dict[str, float]:
+    """Give how much of each dense layer's output the inputs of a narrower model's layer can still express.
+
+    Args:
+        dense, model: Networks with the same layers of other widths; which units a layer lost need not be known.
+        sites: The dense network's layers, from its trace.
+        batches: Images [N, C, H, W]; four batches of five fit a weight, the fifth tells what it explains.
+        seed: Of the sampled positions.
+    Returns:
+        Share of the variance of the outputs, of their second moment where the layer has neither bias nor norm; at
+        most 1, below 0 where a constant would do better.
+    """
+    shares = {}
+    kept = {site.module: torch.arange(dense.get_submodule(site.module).weight.shape[0]) for site in sites}
+    alone = [Site(site.module, site.norm) for site in sites]
+    fit_layers(dense, model, alone, kept, batches, lambda layer, fit: shares.update({layer.name: fit.share}), seed=seed)
+    return shares
+
+
+@dataclass
+class Fit:
+    """What came of fitting one layer.
+
+    Attributes:
+        weight: [G, O / G, P], float64.
+        offset: [O], or None where the layer has no place for one.
+        share: Of the targets' variance on held-out images, what the weight explains.
+        changed: Whether it differs from where it started.
+    """
+
+    weight: Tensor
+    offset: Tensor | None
+    share: float
+    changed: bool
+
+
+class Layer:
+    """One layer of the narrow network and what its dense counterpart answers.
+
+    Attributes:
+        name, module: The narrow layer.
+        kept: Outputs of the dense layer that are compared, [O], int64.
+        scale: What the norm and the layer scales behind it multiply its outputs by, [O].
+        positions: Sampled output positions of each image, [N, r], int64.
+        targets: What it should answer there, [N, r, O], float32.
+    """
+
+    def __init__(self, site: Site, dense: nn.Module, slim: nn.Module, kept: Tensor, positions: Tensor):
+        self.site, self.name, self.kept, self.positions = site, site.module, kept, positions
+        self.module = slim.get_submodule(site.module)
+        self.norm = slim.get_submodule(site.norm) if site.norm else None
+        self.scale = torch.ones(len(kept), device=positions.device)
+        if site.norm:
+            norm = dense.get_submodule(site.norm)
+            gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach()
+            self.scale = (gain / (norm.running_var + norm.eps).sqrt())[kept]
+        for name in site.scales:
+            self.scale = self.scale * dense.get_parameter(name).detach().flatten()[kept]
+        self.targets = torch.zeros(*positions.shape, len(kept), device=positions.device)
+
+    def take(self, value: Tensor, images: slice | Tensor = slice(None)) -> Tensor:
+        """Give the rows of `value` at the sampled positions of its images, [n, r, C].
+
+        Args:
+            value: Of those images, [..., C], image after image: [n, T, C], or windows of them [n x windows, T, C].
+            images: Which of all images they are.
+        """
+        index = self.positions[images]
+        rows = value.reshape(len(index), -1, value.shape[-1])
+        return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1])).float()
+
+    def of_sum(self, other: Tensor) -> Tensor:
+        """Give what the layer would have to answer to stand for `other` [n, r, O] in the sum behind it."""
+        small = self.scale.abs() < 1e-2 * self.scale.abs().median()
+        return torch.where(small, 0, other / torch.where(small, 1, self.scale))
+
+    def entries(self, value: Tensor, images: Tensor) -> Tensor:
+        """Give what each sampled output of some images reads, [G, n r, P + 1]; the last entry is 1."""
+        if isinstance(self.module, nn.Linear):
+            whole = value.reshape(len(self.positions), -1, value.shape[-1])
+            rows = self.take(whole[images], images).flatten(0, 1)[:, None]
+        else:
+            rows = patches(self.module, value[images].float(), self.positions[images])
+        return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2).transpose(0, 1)
+
+    def fit(self, value: Tensor, held: Tensor, total: Callable[[Tensor], Tensor]) -> Fit:
+        """Fit a weight to the targets.
+
+        Args:
+            value: All inputs of the layer.
+            held: Which images choose the ridge, [N], bool; the others fit.
+            total: Sums a tensor over the processes.
+        """
+        groups = getattr(self.module, "groups", 1)
+        start = self.start(groups)
+        inner = start.new_zeros(2, groups, start.shape[2], start.shape[2])
+        cross, square = start.new_zeros(2, *start.shape), start.new_zeros(2, *start.shape[:2])
+        fourth = start.new_zeros(groups, start.shape[2])
+        step = max(1, CHUNK // self.positions.shape[1])
+        for at in range(0, len(held), step):
+            for part in (0, 1):
+                images = (held[at : at + step] == bool(part)).nonzero().flatten() + at
+                if len(images):
+                    rows = self.entries(value, images)
+                    wanted = self.targets[images].flatten(0, 1).T.reshape(groups, -1, rows.shape[1])
+                    add_products(inner[part], rows)
+                    cross[part] += (wanted @ rows).cpu()
+                    square[part] += wanted.square().sum(2, dtype=torch.float64).cpu()
+                    if part == 0:
+                        fourth += rows.square().square_().sum(1, dtype=torch.float64).cpu()
+        mirror(inner)
+        inner, cross, square, fourth = total(inner), total(cross), total(square), total(fourth)
+        has_offset = self.norm is not None or self.module.bias is not None
+        if not has_offset:
+            inner, cross, start, fourth = inner[..., :-1, :-1], cross[..., :-1], start[..., :-1], fourth[..., :-1]
+        judge = int(bool(inner[1].any()))  # one batch alone has no held-out part
+        cost = self.scale.double().square().cpu().view(groups, -1)
+
+        def error(weight: Tensor) -> float:
+            known = (weight * (2 * cross[judge] - weight @ inner[judge])).sum(2)
+            return float((cost * (square[judge] - known)).sum())
+
+        own = inner[0].diagonal(dim1=-2, dim2=-1).clamp(min=0)
+        prior = PRIOR_ROWS * fourth / own.clamp(min=1e-30) + 1e-9 * own.amax(-1, keepdim=True) + 1e-30
+        best, least = start, error(start)
+        for ridge in reversed(RIDGES):  # the error has one valley: what comes after it is not solved for
+            fit = solve(inner[0], cross[0], start, ridge * own + prior)
+            if (now := error(fit)) >= least:
+                break
+            best, least = fit, now
+        whole = square[judge]
+        if has_offset:
+            whole = whole - cross[judge][..., -1].square() / inner[judge][:, -1:, -1]
+        share = 1 - error(best) / max(float((cost * whole).sum()), 1e-30)
+        if has_offset:
+            return Fit(best[..., :-1], best[..., -1].flatten(), share, best is not start)
+        return Fit(best, None, share, best is not start)
+
+    def start(self, groups: int) -> Tensor:
+        """Give the layer's weight and offset, where the ridge draws to, [G, O / G, P + 1]; zero in other widths."""
+        weight, bias = self.module.weight.detach().double().cpu(), self.module.bias
+        if len(weight) != len(self.kept):
+            return weight.new_zeros(groups, len(self.kept) // groups, weight[0].numel() + 1)
+        offset = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.detach().double().cpu()
+        return torch.cat([weight.reshape(groups, len(weight) // groups, -1), offset.view(groups, -1, 1)], 2)
+
+    def write(self, fit: Fit) -> None:
+        """Set the layer's weight; its offset goes into the bias, or into the norm's running mean."""
+        if not fit.changed:
+            return
+        self.module.weight.copy_(fit.weight.reshape(self.module.weight.shape))
+        if self.module.bias is not None:
+            self.module.bias.copy_(fit.offset)
+        elif fit.offset is not None:
+            self.norm.running_mean -= fit.offset.to(self.norm.running_mean)
+
+
+@torch.no_grad()
+def fit_layers(
+    dense: nn.Module,
+    slim: nn.Module,
+    sites: Sequence[Site],
+    kept: dict[str, Tensor],
+    batches: Sequence[Tensor],
+    use: Callable[[Layer, Fit], None],
+    *,
+    seed: int,
+    accelerator: Any = None,
+) -> None:
+    """Run the dense network for the targets, then the narrow one; hand on each layer's fit just before it runs."""
+    device = device_of(dense)
+    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    numbers = [number for number, batch in enumerate(batches) if batch.shape[1:] == batches[0].shape[1:]]
+    batches = [batches[number] for number in numbers]
+    every_image = torch.cat(batches)
+    places = count_places(dense, sites, every_image[:2].to(device))
+    sites = [s for s in sites if s.module in places and fittable(slim.get_submodule(s.module))]
+    if not sites:
+        return
+    largest = max(places[s.module] * len(dense.get_submodule(s.module).weight) for s in sites)
+    most = max(1, MAX_BYTES // (4 * largest))
+    is_held = [number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for number in numbers]
+    held = torch.cat([torch.full((len(batch),), is_last) for batch, is_last in zip(batches, is_held, strict=True)])
+    if not held.any():  # fewer than five batches
+        held = torch.arange(len(held)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    chosen = torch.arange(len(held))[:: -(-len(held) // (most * ranks))][rank::ranks]
+    images, held = every_image[chosen].to(device), held[chosen].to(device)
+
+    layers = []
+    macs = len(images) * ranks * sum(places[s.module] * slim.get_submodule(s.module).weight.numel() for s in sites)
+    for number, site in enumerate(sites):
+        entries, outputs = slim.get_submodule(site.module).weight[0].numel() + 1, len(kept[site.module])
+        cheap = int(ROWS_SHARE * macs / len(sites) / entries**2)
+        wanted = max(ROWS_PER_ENTRY * entries, min(MAX_ROWS, TARGETS // outputs, cheap))
+        count = min(places[site.module], -(-wanted // (len(images) * ranks)))
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * ranks + rank)
+        drawn = [torch.randperm(places[site.module], generator=generator)[:count] for _ in images]
+        positions = torch.stack(drawn).to(device)
+        layers.append(Layer(site, dense, slim, kept[site.module].to(device), positions))
+
+    def total(tensor: Tensor) -> Tensor:
+        return accelerator.reduce(tensor.to(device), "sum").cpu() if ranks > 1 else tensor
+
+    step = max(map(len, batches))
+    for at in range(0, len(images), step):
+        part = slice(at, at + step)
+
+        def add(layer: Layer, value: Tensor, part: slice = part) -> None:
+            layer.targets[part] += layer.take(value, part)[..., layer.kept]
+
+        def add_other(layer: Layer, value: Tensor, part: slice = part) -> None:
+            layer.targets[part] += layer.of_sum(layer.take(value, part)[..., layer.kept])
+
+        with watching(dense, layers, on_output=add, on_other=add_other):
+            dense(images[part])
+
+    def take_off(layer: Layer, value: Tensor) -> None:
+        layer.targets -= layer.of_sum(layer.take(value))
+
+    def fit(layer: Layer, value: Tensor) -> None:
+        use(layer, layer.fit(value, held, total))
+        layer.targets = layer.positions = None
+
+    with watching(slim, layers, on_input=fit, on_other=take_off):
+        slim(images)
+
+
+def fittable(module: nn.Module) -> bool:
+    """Whether a layer's entries can be gathered and its moments be kept."""
+    padding, mode = getattr(module, "padding", 0), getattr(module, "padding_mode", "zeros")
+    return module.weight[0].numel() <= MAX_ENTRIES and not isinstance(padding, str) and mode == "zeros"
+
+
+def kept_outputs(dense: nn.Module, name: str, groups: Sequence[UnitGroup], plan: SlimPlan) -> Tensor:
+    """Give the outputs of a dense layer that a plan keeps, [O], int64."""
+    stays = torch.ones(dense.get_submodule(name).weight.shape[0], dtype=torch.bool)
+    for group in groups:
+        for part in group.slices:
+            if part.tensor == f"{name}.weight" and part.dim == 0:
+                stays[part.index[plan.removed(group)].flatten()] = False
+    return stays.nonzero().flatten()
+
+
+def count_places(model: nn.Module, sites: Sequence[Site], images: Tensor) -> dict[str, int]:
+    """Count the outputs [O] that each layer gives for one image.
+
+    Args:
+        model: The dense network.
+        sites: Its layers.
+        images: Two images, [2, C, H, W]; of one alone nothing can be told, and any order is taken for right.
+    Returns:
+        Layers whose outputs come image after image: a layer that sees positions first, or windows of all images in
+        turn, is left out, for rows of two networks could not be paired.
+    """
+
+    def outputs(some: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        handles = []
+        for site in sites:
+
+            def note(module: nn.Module, _inputs: Any, output: Any, name: str = site.module) -> None:
+                if isinstance(output, Tensor):  # a class of the user's own may answer otherwise
+                    found[name] = channels_last(module, output)
+
+            handles.append(model.get_submodule(site.module).register_forward_hook(note))
+        try:
+            model(some)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    alone, together = outputs(images[:1]), outputs(images)
+    places = {}
+    for name, one in alone.items():
+        both = together[name]
+        if both.numel() != len(images) * one.numel():
+            continue
+        if isinstance(model.get_submodule(name), nn.Linear):
+            both = both.reshape(len(images), -1, both.shape[-1])
+        if len(both) == len(images):
+            rows = one.reshape(-1, one.shape[-1])
+            if (both[0].reshape(rows.shape) - rows).norm() <= 1e-2 * rows.norm():
+                places[name] = len(rows)
+    return places
+
+
+@contextmanager
+def watching(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    *,
+    on_input: Callable[[Layer, Tensor], None] | None = None,
+    on_output: Callable[[Layer, Tensor], None] | None = None,
+    on_other: Callable[[Layer, Tensor], None],
+) -> Iterator[None]:
+    """Call functions with each layer's input, its output and the other summand, the last two with channels last."""
+    handles = []
+
+    def watch(name: str, kind: str, function: Callable[[Tensor], None]) -> None:
+        module = model.get_submodule(name)
+        if kind == "input":
+            hook = module.register_forward_pre_hook(
+                lambda _module, args, kwargs: function(
+                    next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+                ),
+                with_kwargs=True,
+            )
+        else:
+            hook = module.register_forward_hook(
+                lambda _module, _args, output: function(output[0] if isinstance(output, tuple) else output)
+            )
+        handles.append(hook)
+
+    try:
+        for layer in layers:
+            if layer.site.other:
+                first = layer.site.other_first
+                watch(
+                    *layer.site.other,
+                    lambda t, layer=layer, first=first: on_other(layer, t.movedim(1, -1) if first else t),
+                )
+            if on_output:
+                watch(layer.name, "output", lambda t, layer=layer: on_output(layer, channels_last(layer.module, t)))
+            if on_input:
+                watch(layer.name, "input", lambda t, layer=layer: on_input(layer, t))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def patches(conv: nn.Module, value: Tensor, positions: Tensor) -> Tensor:
+    """Give what a convolution reads for some of its outputs.
+
+    Args:
+        conv: A convolution of 1 to 3 dimensions, padded with zeros.
+        value: Its input, [n, C, ...].
+        positions: Outputs of each image, [n, r], int64.
+    Returns:
+        Rows [n r, G, C / G x kernel], in the order of a weight's entries.
+    """
+    padded = F.pad(value, [side for pad in reversed(conv.padding) for side in (pad, pad)])
+    sizes = padded.shape[2:]
+    reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    outputs = [(size - r - 1) // s + 1 for size, r, s in zip(sizes, reach, conv.stride, strict=True)]
+    index = positions.new_zeros(*positions.shape, 1)
+    for axis, coordinate in enumerate(torch.unravel_index(positions, outputs)):
+        taps = torch.arange(conv.kernel_size[axis], device=value.device) * conv.dilation[axis]
+        here = coordinate[..., None] * conv.stride[axis] + taps  # [n, r, kernel]
+        index = (index[..., None] * sizes[axis] + here[..., None, :]).flatten(2)
+    flat = padded.flatten(2).mT
+    rows = flat[torch.arange(len(flat), device=value.device)[:, None, None], index]  # [n, r, kernel, C]
+    return rows.flatten(0, 1).mT.reshape(index.shape[:2].numel(), conv.groups, -1)
+
+
+def solve(inner: Tensor, cross: Tensor, start: Tensor, pull: Tensor) -> Tensor:
+    """Give the weight [G, O / G, P] of least squared error, drawn to where it starts.
+
+    Args:
+        inner: Products of the entries, [G, P, P].
+        cross: Products of the targets with the entries, [G, O / G, P].
+        start: Where it is drawn to.
+        pull: How strongly, as a sum of squares of each entry, [G, P].
+    Returns:
+        The weight; where it started, if rounding leaves the system without a solution.
+    """
+    factor, failed = torch.linalg.cholesky_ex(inner + torch.diag_embed(pull))
+    if failed.any():
+        return start
+    return torch.cholesky_solve((cross + start * pull[:, None]).mT, factor).mT

@@ -1,0 +1,412 @@
+"""Run images, keep running moments per tap, and what a consumer's output error costs in loss.
+
+N rows (images x positions), D input channels of a consumer, O its outputs. Nothing of size N x D is kept.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfrns_hub.method.taps import channel_count, channels_last, watched
+from lfrns_hub.model_io.answers import read_answer
+from lfrns_hub.model_io.batches import read_tensors, split_batch
+from lfrns_hub.model_io.model import as_input, differentiated, return_memory
+
+HELD_OUT_EVERY = 5  # every fifth batch chooses the ridge; the others fit (their images: shuffle_images)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+ROWS_PER_CHANNEL = 4  # at least: what a covariance needs that is to be inverted
+MOMENTS_SHARE = 0.05  # of the forward passes' MACs, for the products of rows
+BLOCK = 256  # channels; the products of a wider tap are symmetric in blocks of an eighth
+MAX_MOMENT_BYTES = 2**33  # in memory; beyond it they lie in a file, of which the system keeps in memory what it can
+WIDE = 512  # channels; moments of more are kept, inverted and solved in float32, at half the memory and time
+WEIGHED_EVERY = 32  # images, of which one is differentiated for the loss weights
+LEAST_WEIGHED = 8
+
+
+@dataclass
+class Moments:
+    """First and second moments of a consumer's input, the fitting part and the held-out part apart.
+
+    Attributes:
+        centred: Whether the consumer has no padding, so that covariances and an offset are right.
+        count, total: Rows, [2], and their sum [2, D], float64; first fit, then held out.
+        square: Sum of the products of rows about `about`, [2, D, D]; float64, of more than WIDE channels float32.
+        about: Near the mean, [D], float64: where the mean is large, products about zero lose what differs between rows.
+        loss_weight: What one unit of squared error at each output costs in loss, [O], float64.
+    """
+
+    centred: bool
+    count: Tensor
+    total: Tensor
+    square: Tensor
+    about: Tensor
+    loss_weight: Tensor
+
+    @classmethod
+    def empty(cls, module: nn.Module, about: Tensor, file: str | None = None) -> "Moments":
+        """Give the moments of a consumer before any image.
+
+        Args:
+            module: The consumer.
+            about: As the attribute.
+            file: Where `square` lies, mapped; in memory if None.
+        """
+        width = channel_count(module)
+        count, total, loss_weight = (
+            torch.zeros(shape, dtype=torch.float64) for shape in ((2,), (2, width), (module.weight.shape[0],))
+        )
+        dtype, shape = square_dtype(width), (2, width, width)
+        if file is None:
+            square = torch.zeros(shape, dtype=dtype)
+        else:
+            square = torch.from_file(file, shared=True, size=2 * width**2, dtype=dtype).view(shape)
+        return cls(is_unpadded(module), count, total, square, about, loss_weight)
+
+    @property
+    def width(self) -> int:
+        """Number of input channels D."""
+        return self.total.shape[1]
+
+    def matrix(self, part: int | None = None, channels: Tensor | None = None) -> Tensor:
+        """Give the covariance, or for a padded consumer the raw second moment, [D, D], float64; float32 if `square` is.
+
+        Args:
+            part: 0 the fitting images, 1 the held-out ones, None both.
+            channels: Of these alone, int64; None all.
+        """
+        if part is None or self.count[part] == 0:
+            count, total, square = self.count.sum(), self.total.sum(0), self.square.sum(0)
+        else:
+            count, total, square = self.count[part], self.total[part], self.square[part]
+        about = self.about
+        if channels is not None:
+            total, about, square = total[channels], about[channels], square[channels][:, channels]
+        second, mean = square / count, total / count
+        if self.centred:
+            off = (mean - about).to(second.dtype)
+            size = second.diagonal().clone()
+            return without_noise(second.addr_(off, off, alpha=-1), size)
+        raw = second.double() + torch.outer(about, mean) + torch.outer(mean, about) - torch.outer(about, about)
+        return without_noise(raw.to(second.dtype), second.diagonal() + about.square().to(second.dtype))
+
+    def mean(self) -> Tensor:
+        """Give the mean of each channel over all images, [D], float64."""
+        return self.total.sum(0) / self.count.sum()
+
+
+def without_noise(second: Tensor, size: Tensor) -> Tensor:
+    """Zero, in place, the channels of a moment matrix [D, D] whose own moment is the rounding of a difference.
+
+    Args:
+        size: Diagonal of what was subtracted from, [D]. Images are float32, whose sums err by about 1e-7 of it.
+    """
+    noise = second.diagonal() <= 1e-6 * size
+    if noise.any():
+        second[noise] = 0
+        second[:, noise] = 0
+    return second
+
+
+def held_out(batches: Sequence[Any]) -> list[Any]:
+    """Give the batches that nothing is fitted to, every fifth; all of them where there are fewer than five."""
+    return list(batches)[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or list(batches)
+
+
+def fitting(batches: Sequence[Any]) -> list[Any]:
+    """Give the batches that are not held out."""
+    return [batch for number, batch in enumerate(batches) if number % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
+
+
+def is_unpadded(module: nn.Module) -> bool:
+    """Whether every output position of a consumer sees only real inputs."""
+    return isinstance(module, nn.Linear) or (not isinstance(module.padding, str) and not any(module.padding))
+
+
+def square_dtype(width: int) -> torch.dtype:
+    """Give the dtype in which the second moments of so many channels are kept."""
+    return torch.float64 if width <= WIDE else torch.float32
+
+
+def empty_moments(modules: dict[str, nn.Module], means: dict[str, Tensor]) -> dict[str, Moments]:
+    """Give the moments of some consumers before any image, mapped from files where they are too many for memory.
+
+    The files lie in the folder for temporary files (TMPDIR), have no name any more, and go with the moments.
+    """
+    figures = sum(2 * len(mean) ** 2 * square_dtype(len(mean)).itemsize for mean in means.values())
+    if figures <= MAX_MOMENT_BYTES:
+        return {name: Moments.empty(modules[name], mean) for name, mean in means.items()}
+    with tempfile.TemporaryDirectory(prefix="lfrns-moments-") as folder:
+        return {
+            name: Moments.empty(modules[name], mean, f"{folder}/{number}")
+            for number, (name, mean) in enumerate(means.items())
+        }
+
+
+def collect(
+    model: nn.Module,
+    taps: Sequence[str],
+    batches: Sequence[Any],
+    *,
+    macs: float,
+    seed: int,
+    accelerator: Any = None,
+) -> dict[str, Moments]:
+    """Run the images once and keep the moments at each tap.
+
+    All rows of all images are more than the moments need, and cost as much as the network itself. Of each tap so many
+    are drawn that their products cost a twentieth of the passes, but at least four for each channel.
+
+    Args:
+        model: The dense network, in eval mode.
+        taps: Names of consumers.
+        batches: Batches as the user's loader yields them; labels are not needed.
+        macs: Of the forward pass of one image.
+        seed: Of the rows drawn and of the labels drawn from the model's own predictions.
+        accelerator: Given, each process takes its share of the batches and the sums are reduced.
+    Returns:
+        Moments per consumer; those that read the same tensor share them.
+    Source: Moments of the features as DESIGN.md section 4; the loss weights are the diagonal of the Fisher
+        information at the consumers' outputs, with labels drawn from the model's own distribution (`drawn_loss`), on
+        one image of WEIGHED_EVERY.
+    """
+    modules = {name: model.get_submodule(name) for name in taps}
+    images_of = [split_batch(batch)[0] for batch in batches]
+    readers, means = first_readers(model, taps, as_input(images_of[0][:1], model))
+    moments = empty_moments(modules, means)
+    count = sum(map(len, images_of))
+    rows = {
+        name: max(ROWS_PER_CHANNEL * m.width / count, MOMENTS_SHARE * macs / len(moments) / m.width**2)
+        for name, m in moments.items()
+    }
+    loss_weights = {name: torch.zeros(len(m.weight), dtype=torch.float64) for name, m in modules.items()}
+    weighed, to_weigh = torch.zeros(1, dtype=torch.float64), max(LEAST_WEIGHED, count // WEIGHED_EVERY)
+    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    for number, images in enumerate(images_of):
+        weighing = min(len(images), to_weigh)
+        to_weigh -= weighing
+        if number % ranks != rank:
+            continue
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        part = int(number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
+        pieces = [*images[:weighing].split(backward_share(len(images))), images[weighing:]] if weighing else [images]
+        for place, some in enumerate(pieces):
+            some = as_input(some, model)
+            observe = {
+                name: partial(accumulate, m, ceil(rows[name] * len(some)), part, generator)
+                for name, m in moments.items()
+            }
+            with watched(model, observe):
+                if weighing and place < len(pieces) - 1:
+                    add_loss_weights(model, modules, loss_weights, some, generator)
+                    weighed += len(some)
+                elif len(some):
+                    with torch.no_grad():
+                        model(some)
+            if place == len(pieces) - 2:
+                return_memory()  # of backward passes
+    for m in moments.values():
+        mirror(m.square)
+    if ranks > 1:
+        sums = [t for m in moments.values() for t in (m.count, m.total, m.square)]
+        for tensor in [*sums, *loss_weights.values(), weighed]:
+            tensor.copy_(accelerator.reduce(tensor.to(accelerator.device), "sum").cpu())
+    return {
+        name: replace(
+            moments[readers[name]],
+            centred=is_unpadded(module),
+            loss_weight=loss_weights[name] / weighed.clamp(min=1),
+        )
+        for name, module in modules.items()
+    }
+
+
+def backward_share(batch: int) -> int:
+    """Give so many images of a batch that their backward pass, which keeps all activations, takes no more memory."""
+    return max(1, batch // 32)
+
+
+def first_readers(model: nn.Module, taps: Sequence[str], image: Tensor) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Tell which consumers read the same tensors, at every call, by one image.
+
+    Returns:
+        For each consumer the first one that reads what it reads, often itself; and for each of these the mean of each
+        channel, [D], float64.
+    """
+    read: dict[str, list[Tensor]] = {name: [] for name in taps}
+    with watched(model, {name: lambda _, value, name=name: read[name].append(value) for name in taps}), torch.no_grad():
+        model(image)
+    firsts: dict[tuple[int, ...], str] = {}
+    # Tensors that are held here have each an id of their own.
+    readers = {name: firsts.setdefault(tuple(map(id, values)) or (name,), name) for name, values in read.items()}
+    means = {}
+    for name in firsts.values():
+        module = model.get_submodule(name)
+        rows = [channels_last(module, value).reshape(-1, channel_count(module)).double() for value in read[name]]
+        means[name] = torch.cat(rows).mean(0).cpu() if rows else torch.zeros(channel_count(module)).double()
+    return readers, means
+
+
+def accumulate(
+    moments: Moments, wanted: int, part: int, generator: torch.Generator, module: nn.Module, value: Tensor
+) -> None:
+    """Add a seeded subsample of rows of a consumer's input to the moments, products in float32; see `add_products`."""
+    value = channels_last(module, value.detach())
+    lead, width = value.shape[:-1], value.shape[-1]
+    if lead.numel() > wanted:
+        drawn = torch.randint(lead.numel(), (wanted,), generator=generator).to(value.device)
+        rows = value[torch.unravel_index(drawn, lead)].float()
+        rows -= moments.about.to(rows)  # in place: a copy already
+    else:
+        rows = value.reshape(-1, width).float()
+        rows = rows - moments.about.to(rows)
+    with torch.autocast(rows.device.type, enabled=False):
+        moments.count[part] += len(rows)
+        moments.total[part] += rows.sum(0, dtype=torch.float64).cpu() + len(rows) * moments.about
+        add_products(moments.square[part], rows)
+
+
+def add_products(square: Tensor, rows: Tensor) -> None:
+    """Add the products of rows to `square`, but for blocks below the diagonal, in place.
+
+    Args:
+        square: [..., D, D], on the CPU.
+        rows: [..., N, D], float32.
+    """
+    width = rows.shape[-1]
+    block = max(BLOCK, -(-width // 8))
+    for at in range(0, width, block):
+        of_block, some = square[..., at : at + block, at:], rows[..., at : at + block].mT
+        if rows.ndim == 2 and of_block.dtype == rows.dtype and of_block.device == rows.device:
+            of_block.addmm_(some, rows[:, at:])
+        else:
+            of_block += (some @ rows[..., at:]).cpu()
+
+
+def mirror(square: Tensor) -> None:
+    """Fill in the blocks below the diagonal that `add_products` leaves out, [..., D, D], in place."""
+    block = max(BLOCK, -(-square.shape[-1] // 8))
+    for at in range(block, square.shape[-1], block):
+        square[..., at : at + block, :at] = square[..., :at, at : at + block].mT
+
+
+def add_loss_weights(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    loss_weights: dict[str, Tensor],
+    images: Tensor,
+    generator: torch.Generator,
+) -> None:
+    """Add each consumer output's squared gradient, summed over positions and images, to its loss weight."""
+    if not images.is_floating_point():  # nothing to differentiate by: all outputs weigh alike
+        with torch.no_grad():
+            model(images)
+        for weight in loss_weights.values():
+            weight += len(images)
+        return
+    outputs: dict[str, Any] = {}
+    handles = [
+        module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
+        for name, module in modules.items()
+    ]
+
+    def passes() -> dict[str, tuple[Tensor, Tensor | None]]:
+        loss = read_answer(model, model(images.detach().requires_grad_())).drawn_loss(generator)
+        firsts = {name: next(iter(read_tensors(out)), None) for name, out in outputs.items()}  # of a tuple, too
+        seen = {name: out for name, out in firsts.items() if out is not None and out.requires_grad}  # others: no image
+        gradients = torch.autograd.grad(loss, list(seen.values()), allow_unused=True) if seen else ()
+        return {name: (out, gradient) for (name, out), gradient in zip(seen.items(), gradients, strict=True)}
+
+    try:
+        with torch.enable_grad():
+            found = differentiated(passes)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, (output, gradient) in found.items():
+        if gradient is not None:
+            rows = channels_last(modules[name], gradient)
+            channels = output.shape[-1 if rows.shape == output.shape else 1]
+            loss_weights[name] += rows.reshape(-1, channels).square().sum(0, dtype=torch.float64).cpu()
+
+
+def fold_matrix(second: Tensor, keep: Tensor, leave: Tensor, ridge: float) -> Tensor:
+    """Give the least-squares estimate of cut channels from kept ones, [cut, K].
+
+    Args:
+        second: Covariance or second moment [D, D].
+        keep, leave: Channels kept [K] and cut [cut].
+        ridge: Relative to each kept channel's own variance.
+    """
+    kept = second[keep][:, keep]
+    scale = kept.diagonal().clamp(min=1e-30)
+    system = kept + torch.diag(ridge * scale + 1e-12 * scale.max())
+    factor, failed = torch.linalg.cholesky_ex(system)
+    cross = second[keep][:, leave]
+    return (torch.linalg.solve(system, cross) if failed else torch.cholesky_solve(cross, factor)).T
+
+
+def weight_products(weight_OD: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Give the products of a consumer's weights, summed over outputs and taps of the kernel, [D, D]."""
+    flat = weight_OD.to(dtype)
+    flat = flat.flatten(2).permute(0, 2, 1).flatten(0, 1) if flat.ndim > 2 else flat
+    return flat.T @ flat
+
+
+def output_error(second: Tensor, products: Tensor, keep: Tensor, leave: Tensor, fold: Tensor | None) -> float:
+    """Give the squared error at a consumer's outputs when cut channels are estimated by `fold` from kept ones.
+
+    Args:
+        second: Covariance or second moment of all channels, [D, D].
+        products: `weight_products` of the channels cut, [cut, cut].
+        keep, leave: Channels kept [K] and cut [cut].
+        fold: The estimate [cut, K], or None for nothing.
+    """
+    removed = second[leave][:, leave]
+    if fold is not None:
+        cross = fold @ second[keep][:, leave]
+        removed = removed - cross - cross.T + fold @ second[keep][:, keep] @ fold.T
+    return float((products * removed).sum())
+
+
+def best_fold(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> Tensor | None:
+    """Choose the ridge on the held-out images; None where no fold is the best.
+
+    Args:
+        moments: Of the consumer's input.
+        weight: The consumer's weight [O, D, ...].
+        keep, leave: Channels kept [K] and cut [cut].
+    Returns:
+        The fold [cut, K] in the dtype of the moments' matrix, or None.
+    """
+    if len(leave) == 0:
+        return None
+    fit, held = moments.matrix(0), moments.matrix(1)
+    products = weight_products(weight[:, leave.to(weight.device)].cpu(), held.dtype)
+    errors = {None: output_error(held, products, keep, leave, None)}
+    for ridge in RIDGES:
+        errors[ridge] = output_error(held, products, keep, leave, fold_matrix(fit, keep, leave, ridge))
+    ridge = min(errors, key=lambda r: errors[r])
+    return None if ridge is None else fold_matrix(fit, keep, leave, ridge)
+
+
+def fold_offset(moments: Moments, keep: Tensor, leave: Tensor, fold: Tensor) -> Tensor:
+    """Give the constant that completes a centred fold, [cut]."""
+    mean = moments.mean()
+    return mean[leave] - fold.double() @ mean[keep]
+
+
+def integrity(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> float:
+    """Give the share of a consumer's output variance on held-out images that the kept channels explain, in [0, 1]."""
+    fold = best_fold(moments, weight, keep, leave)
+    held = moments.matrix(1)
+    products = weight_products(weight.cpu(), held.dtype)
+    every = torch.arange(moments.width)
+    whole = output_error(held, products, every[:0], every, None)
+    lost = output_error(held, products[leave][:, leave], keep, leave, fold)
+    return max(0.0, 1.0 - lost / whole) if whole > 0 else 1.0

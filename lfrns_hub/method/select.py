@@ -1,0 +1,199 @@
+"""Clusters, contributions and a budget to a plan: merge below the budget, then restore what contributes most."""
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from lfrns_hub.latency import LatencyModel
+from lfrns_hub.method.redundancy import Merges
+from lfrns_hub.trace.groups import MacsModel
+from lfrns_hub.units import UnitGroup
+
+Terms = list[tuple[Any, list[tuple[dict[str, int], int]]]]  # what evaluates them knows the first of each
+
+
+@dataclass
+class Ledger:
+    """What the network costs at the present widths, and what one unit of a group more or less changes.
+
+    Attributes:
+        budgets: Fraction of the dense cost to keep, by "macs", "params" and "latency".
+        removed: Units removed so far, by group.
+        latency: What predicts it, where it is among the budgets.
+        stepped: Whether latency goes in the hardware's whole steps, as in truth, or each unit has its share of one.
+    """
+
+    cost: MacsModel
+    budgets: dict[str, float]
+    removed: dict[str, int] = field(default_factory=dict)
+    latency: LatencyModel | None = None
+    stepped: bool = False
+
+    def __post_init__(self) -> None:
+        terms: dict[str, Terms] = {"macs": self.cost.macs_terms, "params": self.cost.params_terms}
+        if self.latency:
+            terms["latency"] = self.latency.stepped if self.stepped else self.latency.terms
+        self.terms = {name: terms[name] for name in self.budgets}
+        self.dense = {name: self.evaluate(name, t, {}) for name, t in self.terms.items()}
+        self.now = {name: self.evaluate(name, t, self.removed) for name, t in self.terms.items()}
+        self.of_group: dict[str, dict[str, Terms]] = {name: {} for name in self.budgets}
+        for budget, items in self.terms.items():
+            for term in items:
+                for group in {group for widths, _ in term[1] for group in widths}:
+                    self.of_group[budget].setdefault(group, []).append(term)
+
+    def evaluate(self, budget: str, terms: Terms, removed: dict[str, int]) -> float:
+        """Sum terms of one cost when `removed` units of each group are gone."""
+        return (self.latency if budget == "latency" else self.cost).evaluate(terms, removed)
+
+    def change(self, budget: str, group: str, units: int) -> float:
+        """Give the change of one cost when `units` more of a group are removed (negative: restored)."""
+        items = self.of_group[budget].get(group, [])
+        after = {**self.removed, group: self.removed.get(group, 0) + units}
+        return self.evaluate(budget, items, after) - self.evaluate(budget, items, self.removed)
+
+    def excess(self, budget: str) -> float:
+        """Give by how much a cost is above its budget, as a fraction of dense."""
+        return self.now[budget] / self.dense[budget] - self.budgets[budget]
+
+    def apply(self, group: str, units: int) -> None:
+        """Remove units of a group (negative: restore)."""
+        for budget in self.budgets:
+            self.now[budget] += self.change(budget, group, units)
+        self.removed[group] = self.removed.get(group, 0) + units
+
+    def share(self, group: str, units: int, over: Sequence[str]) -> float:
+        """Give the mean fraction of dense cost that `units` of a group stand for, over the named budgets."""
+        return sum(abs(self.change(b, group, units)) / self.dense[b] for b in over) / max(1, len(over))
+
+    def in_steps(self, latency: float) -> "Ledger":
+        """Give a copy for a predicted latency, which then goes in the hardware's whole steps."""
+        budgets = self.budgets | {"latency": latency}
+        return replace(self, budgets=budgets, removed=dict(self.removed), stepped=True)
+
+    def met(self) -> bool:
+        """Whether every budget is met."""
+        return all(self.excess(b) <= 1e-12 for b in self.budgets)
+
+
+def cluster_down(groups: Sequence[UnitGroup], merges: dict[str, Merges], ledger: Ledger, widths: str) -> dict[str, int]:
+    """Merge the cheapest units of all groups until the budgets are met; returns how many merges of each group.
+
+    Args:
+        groups: Groups that may be cut.
+        merges: Their hierarchies.
+        ledger: At dense widths; at the clustered ones when this returns.
+        widths: "global": one threshold of cost per MAC for all groups; "uniform": the same share of each group;
+            "distance": one threshold of cost, whatever it saves.
+    Raises:
+        ValueError: All merges together do not meet the budgets.
+    """
+    taken = {group.name: 0 for group in groups}
+    sizes = {group.name: group.size for group in groups}
+
+    def score(name: str) -> float:
+        if widths == "uniform":
+            return (taken[name] + 1) / sizes[name]
+        cost = merges[name].cost[taken[name]]
+        if widths == "distance":
+            return cost
+        over = [b for b in ledger.budgets if ledger.excess(b) > 0] or list(ledger.budgets)
+        return cost / max(ledger.share(name, 1, over), 1e-30)
+
+    heap = [(score(g.name), i, g.name) for i, g in enumerate(groups) if merges[g.name].order]
+    heapq.heapify(heap)
+    while not ledger.met():
+        if not heap:
+            shares = {b: math.ceil(1000 * ledger.now[b] / ledger.dense[b]) / 1000 for b in ledger.budgets}  # these hold
+            least = ", ".join(f"{b}={share:g}" for b, share in shares.items())
+            asked = ", ".join(f"{b}={v:g}" for b, v in ledger.budgets.items())
+            raise ValueError(
+                f"the budget {asked} is not reachable: the smallest is {least}. Ask for more, or open more groups "
+                "(kinds=, exclude=, min_keep=)."
+            )
+        _, i, name = heapq.heappop(heap)
+        now = score(name)
+        if heap and now > heap[0][0]:
+            heapq.heappush(heap, (now, i, name))  # savings have shrunk since it was scored
+            continue
+        ledger.apply(name, 1)
+        taken[name] += 1
+        if taken[name] < len(merges[name].order):
+            heapq.heappush(heap, (score(name), i, name))
+    return taken
+
+
+def rounding(group: UnitGroup, round_to: int | str, latency: LatencyModel | None = None) -> int:
+    """Give the multiple that a group's width prefers: the hardware's step where it was measured."""
+    if round_to == "auto" and latency and group.kind != "head" and latency.multiples[group.name] > 1:
+        return latency.multiples[group.name]
+    if round_to == "auto":
+        return 8 if group.size >= 128 and group.kind in ("channel", "neuron") else 1
+    return int(round_to) if group.kind != "head" else 1
+
+
+def restore(
+    groups: Sequence[UnitGroup],
+    pruning_set: dict[str, list[int]],
+    contributions: dict[str, Tensor],
+    ledger: Ledger,
+    round_to: int | str,
+) -> dict[str, list[int]]:
+    """Give units of the pruning set back, by contribution per cost, until the budgets are full.
+
+    Args:
+        groups: Groups that are cut.
+        pruning_set: Units of each group that are merged into others.
+        contributions: Contribution of each unit, [U], per group.
+        ledger: At the clustered widths; at the final ones when this returns.
+        round_to: "auto" or a multiple that widths prefer; the budget outranks it.
+    Returns:
+        Units restored, per group.
+    """
+    waiting = {
+        g.name: sorted(pruning_set[g.name], key=lambda u, n=g.name: (-float(contributions[n][u]), u)) for g in groups
+    }
+    restored: dict[str, list[int]] = {g.name: [] for g in groups}
+    kept = {g.name: g.size - len(pruning_set[g.name]) for g in groups}
+    multiple = {g.name: rounding(g, round_to, ledger.latency) for g in groups}
+
+    def package(name: str, size: int) -> int:
+        width = kept[name] + len(restored[name])
+        return min(len(waiting[name]), size - width % size)
+
+    def give_back(name: str, count: int) -> bool:
+        added = {b: ledger.change(b, name, -count) / ledger.dense[b] for b in ledger.budgets}
+        # What adds nothing fits any budget: the rest of a step that is paid for already.
+        if count <= 0 or any(more > 1e-12 and ledger.excess(b) + more > 1e-12 for b, more in added.items()):
+            return False
+        ledger.apply(name, -count)
+        restored[name] += waiting[name][:count]
+        waiting[name] = waiting[name][count:]
+        return True
+
+    def fill(sizes: dict[str, int]) -> None:
+        def score(name: str) -> float:
+            count = package(name, sizes[name])
+            gain = sum(float(contributions[name][u]) for u in waiting[name][:count])
+            return -gain / max(ledger.share(name, -count, list(ledger.budgets)), 1e-30)
+
+        heap = [(score(g.name), i, g.name) for i, g in enumerate(groups) if waiting[g.name]]
+        heapq.heapify(heap)
+        while heap:
+            _, i, name = heapq.heappop(heap)
+            if give_back(name, package(name, sizes[name])) and waiting[name]:
+                heapq.heappush(heap, (score(name), i, name))
+
+    for group in groups:
+        if multiple[group.name] > 1 and (kept[group.name] % multiple[group.name]):
+            give_back(group.name, package(group.name, multiple[group.name]))
+    fill(multiple)
+    if any(size > 1 for size in multiple.values()) and min(-ledger.excess(b) for b in ledger.budgets) > 0.01 * min(
+        ledger.budgets.values()
+    ):
+        fill(dict.fromkeys(multiple, 1))
+    return restored

@@ -1,0 +1,5 @@
+"""Images for cards: widths, budgets, timings, clusters (which are imported by their own path: they run the model)."""
+
+from lfrns_hub.plots.charts import COLOURS, OTHER, mark_of, plot_bench, plot_ladder, plot_widths, shows_plan
+
+__all__ = ["COLOURS", "OTHER", "mark_of", "plot_bench", "plot_ladder", "plot_widths", "shows_plan"]

@@ -1,0 +1,243 @@
+"""What the steps of `slim` gave, kept in a folder by the content of what they were made from."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lfrns_hub.runs import remove, written_aside
+from lfrns_hub.runs.checkpoints import Stopped, caught_sigterm, told_anywhere
+
+VERSIONS = [version(name) for name in ("torch", "timm", "transformers")]
+KEPT = 2  # contents: the last that was used, and the one before
+STEPS_BETWEEN = 20  # of the gates' training, between two times that it is saved
+_FILE = re.compile(r"[a-z]+-([0-9a-f]{16})-[0-9a-f]{16}\.safetensors(\.partial)?")  # content, then what the step adds
+
+
+class Cache:
+    """Results of expensive steps, in one folder that all processes see, or in none.
+
+    What a content gave stays as long as no two others were used after it: then its files are removed.
+
+    Args:
+        directory: The folder, there or not; None keeps nothing. It may be removed at any time.
+        accelerator: Of the run, or None.
+        content: What everything kept hangs on: the model, images, options; this package's code and versions of torch,
+            timm and transformers are added. Another content finds nothing here.
+        call: The public call, for the error.
+    """
+
+    def __init__(self, directory: str | os.PathLike | None, accelerator: Any, *content: Any, call: str = "slim"):
+        self.directory, self.accelerator = None if directory is None else Path(directory), accelerator
+        self._call = call
+        processes = accelerator.num_processes if accelerator else 1
+        if directory is not None:
+            code = [path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py"))]
+            self._content = digest(code, VERSIONS, processes, *content)
+
+    def keep(self, name: str, compute: Callable[[], Any], *content: Any) -> Any:
+        """Give what was kept, or compute and keep it.
+
+        Args:
+            name: Of the step.
+            compute: Gives dicts (names to values), lists, tensors, numbers, strings and None, nested as they may be.
+            content: What it hangs on besides that of the cache. A function has no content to compare: never kept.
+        Returns:
+            What `compute` gives, or gave then, bit by bit; tensors on the CPU where they were kept.
+        Raises:
+            OSError: It could not be written. What was kept before is there still.
+        """
+        if self.directory is None or any(callable(part) for part in content):
+            return compute()
+        path = self._path(name, content)
+        found = self._read(path)
+        if found is None:
+            found = compute()
+            self._write(path, found)
+        return found
+
+    @contextlib.contextmanager
+    def training(self, name: str, *content: Any) -> Iterator["Training | None"]:
+        """Keep the state of a short training while it runs; None where nothing is kept.
+
+        Args:
+            name: Of the step.
+            content: What the training hangs on besides that of the cache.
+        """
+        if self.directory is None:
+            yield None
+            return
+        with caught_sigterm() as told:
+            yield Training(self, self._path(name, content), told)
+
+    def _path(self, name: str, content: tuple[Any, ...]) -> Path:
+        """Give the file of a step."""
+        return self.directory / f"{name}-{self._content}-{digest(*content)}.safetensors"
+
+    def _read(self, path: Path) -> Any:
+        """Give what a file holds, None where one of the processes does not find it whole."""
+        found = None
+        # Damaged in any way it is made again: cut short, without metadata, with values of another file.
+        damaged = (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+        with contextlib.suppress(*damaged):
+            if path.is_file():  # a pipe would never end
+                found = _open(path)
+                os.utime(path)
+        if self.accelerator is not None:
+            missing = torch.tensor([int(found is None)], device=self.accelerator.device)
+            if int(self.accelerator.reduce(missing, "sum").item()):
+                return None
+        return found and found[0]
+
+    def _write(self, path: Path, value: Any) -> None:
+        """Keep a value, by the main process."""
+
+        def write() -> None:
+            tensors: dict[str, Tensor] = {}
+            text = json.dumps(_split(value, tensors))
+            tensors = dict(sorted(tensors.items()))
+            with written_aside(path) as partial:
+                save_file(tensors, partial, metadata={"value": text, "digest": digest(text, tensors)})
+            self._sweep()
+
+        self._on_main(write)
+
+    def _sweep(self) -> None:
+        """Remove what belongs to no content of the last two that were used, half-written files too."""
+        used: dict[str, float] = {self._content: math.inf}
+        files = [(path, found[1]) for path in self.directory.iterdir() if (found := _FILE.fullmatch(path.name))]
+        for path, content in files:
+            with contextlib.suppress(FileNotFoundError):  # another program swept too
+                used[content] = max(used.get(content, 0.0), path.stat().st_mtime)
+        kept = sorted(used, key=used.__getitem__)[-KEPT:]
+        for path, content in files:
+            if content not in kept:
+                remove(path)
+
+    def _on_main(self, work: Callable[[], None]) -> None:
+        """Do something on the main process, and raise on all where it failed."""
+        error = None
+        if self.accelerator is None or self.accelerator.is_main_process:
+            try:
+                work()
+            except (OSError, SafetensorError) as failed:
+                error = failed
+        failures = torch.tensor([int(error is not None)])
+        if self.accelerator is not None:
+            failures = self.accelerator.reduce(failures.to(self.accelerator.device), "sum")
+        if int(failures.item()):
+            raise OSError(
+                f"{self._call}(checkpoint_dir={str(self.directory)!r}): the folder cannot be written to "
+                f"({error or 'on the main process'}). What was kept there before is there still. Make room, or name "
+                "another folder."
+            ) from error
+
+
+def _open(path: Path) -> tuple[Any] | None:
+    """Return what a file holds, in a tuple; None where it is not what was written."""
+    with safe_open(path, "pt") as file:
+        stored, tensors = file.metadata(), {key: file.get_tensor(key) for key in sorted(file.keys())}
+    if stored["digest"] != digest(stored["value"], tensors):
+        return None
+    return (_join(json.loads(stored["value"]), tensors),)
+
+
+class Training:
+    """The state of a short training, kept now and then; `load` at its start, `after` each step."""
+
+    def __init__(self, cache: Cache, path: Path, told: Any):
+        self._cache, self._path, self._told = cache, path, told
+
+    def load(self) -> Any:
+        """Give the state that was kept last, None where there is none."""
+        return self._cache._read(self._path)
+
+    def after(self, step: int, state: Callable[[], Any], *, last: bool) -> None:
+        """Keep the state every twenty steps and at the end; after a SIGTERM too, and end the program with exit code 0.
+
+        Args:
+            step: Steps done.
+            last: Whether these are all.
+            state: Gives what `load` is to give, as `Cache.keep` takes it.
+        """
+        accelerator = self._cache.accelerator
+        stopping = told_anywhere(self._told, accelerator)
+        if stopping or last or step % STEPS_BETWEEN == 0:
+            self._cache._write(self._path, state())
+        if stopping:
+            if accelerator is None or accelerator.is_main_process:
+                where = f"step {step} of the gates' training, saved in {self._cache.directory}"
+                print(f"SIGTERM: stopped after {where}. The same call goes on from there.", file=sys.stderr, flush=True)
+            raise Stopped(0)
+
+
+def digest(*parts: Any) -> str:
+    """Give a hash, 16 hex digits, of tensors' bytes, models, and plain data.
+
+    Example:
+        >>> digest(torch.zeros(2), {"a": 1}) == digest(torch.zeros(2), {"a": 1}) != digest(torch.zeros(3), {"a": 1})
+        True
+    """
+    hashed = hashlib.blake2b(digest_size=8)
+
+    def add(part: Any) -> None:
+        if isinstance(part, nn.Module):
+            modules = {type(module).__module__ for module in part.modules()}  # a forward pass is in no repr
+            files = [getattr(sys.modules.get(name), "__file__", None) for name in sorted(modules)]
+            add([Path(file).read_bytes() for file in files if file])
+            add([type(part).__qualname__, repr(part), dict(part.named_parameters()), dict(part.named_buffers())])
+            add([str(p.device.type) for p in part.parameters()])  # another device gives other roundings
+        elif isinstance(part, Tensor):
+            hashed.update(f"tensor {part.dtype} {list(part.shape)} ".encode())
+            hashed.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(part, dict):
+            hashed.update(f"dict {len(part)} ".encode())
+            for key, value in part.items():
+                add(key)
+                add(value)
+        elif isinstance(part, (list, tuple)):
+            hashed.update(f"list {len(part)} ".encode())
+            for value in part:
+                add(value)
+        else:
+            text = repr(part)
+            hashed.update(f"{type(part).__name__} {len(text)} {text} ".encode())
+
+    add(parts)
+    return hashed.hexdigest()
+
+
+def _split(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Give the JSON of a value, its tensors put into `tensors` and their names in their places."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": {key: _split(part, tensors) for key, part in value.items()}}
+    if isinstance(value, list):
+        return [_split(part, tensors) for part in value]
+    return value
+
+
+def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo `_split`."""
+    if isinstance(value, list):
+        return [_join(part, tensors) for part in value]
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {key: _join(part, tensors) for key, part in value["dict"].items()}
+    return value

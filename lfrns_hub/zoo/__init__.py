@@ -1,0 +1,31 @@
+"""Dense models by name and with their weights, and the images they take."""
+
+from lfrns_hub.pictures import (
+    ImageData,
+    check_images,
+    example_input,
+    guard_against_chance,
+    input_size_of,
+    load_data,
+    make_transform,
+    num_classes_of,
+    set_preprocessing,
+)
+from lfrns_hub.zoo.dense import create_base, create_dense, create_skeleton
+from lfrns_hub.zoo.weights import read_weights
+
+__all__ = [
+    "ImageData",
+    "check_images",
+    "create_base",
+    "create_dense",
+    "create_skeleton",
+    "example_input",
+    "guard_against_chance",
+    "input_size_of",
+    "load_data",
+    "make_transform",
+    "num_classes_of",
+    "read_weights",
+    "set_preprocessing",
+]

@@ -1,0 +1,253 @@
+"""Dense models by name, with their weights or as skeletons: the door to timm and transformers."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from lfrns_hub import models  # noqa: F401  registers cifar_* with timm
+from lfrns_hub.format.memory import bounded, bytes_for
+from lfrns_hub.format.untrusted import AGAIN, read_headers, read_json, refusing, size_of
+from lfrns_hub.hub.lineage import base_facts
+from lfrns_hub.hub.reach import cached, hub_errors, reach_hub
+from lfrns_hub.pictures import num_classes_of
+from lfrns_hub.zoo.names import call_builder, read_config, refuse_oversized, resolve
+from lfrns_hub.zoo.weights import fit_head, load_strictly, read_weights, rows_of
+
+# Transformers ids whose shape is that of the type's default configuration: their units can be listed without a network.
+DEFAULT_CONFIGS = {
+    "google/vit-base-patch16-224-in21k": "vit",
+    "google/vit-base-patch16-224": "vit",
+    "facebook/deit-base-patch16-224": "deit",
+    "facebook/dinov2-base": "dinov2",
+    "facebook/convnext-tiny-224": "convnext",
+    "microsoft/resnet-50": "resnet",
+}
+
+
+def create_dense(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "cpu",
+    pretrained: bool | None = None,
+) -> nn.Module:
+    """Build a dense model by name, with its weights.
+
+    Args:
+        name: timm name ("resnet50", "hf-hub:...", "local-dir:..."), a Hub repo id, a folder with a config.json of timm
+            or transformers, or "package.module:function".
+        num_classes: Of the head; a head that does not fit is replaced by a fresh, random one. None: as the weights say,
+            0 where they hold a backbone without a head.
+        weights: Safetensors or .pth file that replaces the published weights; its keys must fit strictly.
+        device: Where the model goes.
+        pretrained: Whether published weights are fetched; None: where there are some and `weights` gives no others.
+    Returns:
+        The model, in eval mode. Its `lfrns_base` says where published weights came from, for the card (see
+        `lineage.base_facts`); it is empty of weights from elsewhere.
+    Raises:
+        ValueError: Unknown name, or weights that do not fit.
+        ConnectionError: The Hub is needed and cannot be reached.
+
+    Example:
+        >>> create_dense("cifar_resnet20", num_classes=7).linear.out_features
+        7
+    """
+    state = read_weights(weights) if weights is not None else None
+    fetch = state is None if pretrained is None else pretrained and state is None
+    kind, source = resolve(name)
+    refuse_oversized(kind, source, f"create_dense({name!r})")
+    published = fetch and kind != "function" and (":" in source or kind != "timm" or timm.is_model_pretrained(source))
+    if kind == "function":
+        model = call_builder(name, num_classes)
+    elif kind == "transformers":
+        model = _load_transformers(name, source, num_classes, state, fetch)
+        state = None
+    else:
+        model = _load_timm(name, source, None if state is not None else num_classes, fetch, required=bool(pretrained))
+    if state is not None:
+        rebuild = call_builder if kind == "function" else lambda name, n: _load_timm(name, source, n, False)
+        model = fit_head(model, lambda n: rebuild(name, n), state)
+        load_strictly(model, state, f"create_dense({name!r}, weights={str(weights)!r})")
+    if num_classes is not None and num_classes != num_classes_of(model):
+        if not hasattr(model, "reset_classifier"):
+            raise ValueError(
+                f"create_dense({name!r}, num_classes={num_classes}): it answers {num_classes_of(model)} classes. "
+                "Let the function take num_classes."
+            )
+        model.reset_classifier(num_classes)
+    model.lfrns_base = base_facts(name) if published else {}
+    return model.to(device).eval()
+
+
+def create_skeleton(name: str, *, device: str | torch.device = "cpu") -> nn.Module:
+    """Build a model with random weights and without a network, to look at its units.
+
+    Args:
+        name: As for `create_dense`; of Hub repo ids only those in the local cache or in DEFAULT_CONFIGS. Also a
+            transformers model type ("vit", "dinov2") for its default configuration.
+        device: "meta" builds it without memory.
+    Returns:
+        The model, in eval mode.
+
+    Example:
+        >>> create_skeleton("resnet50", device="meta").fc.out_features
+        1000
+    """
+    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as TYPES
+
+    published = re.fullmatch(r"(?:hf[-_]hub:)?timm/([\w.-]+)", name)
+    if published and timm.is_model(published[1]):
+        name = published[1]
+    model_type = DEFAULT_CONFIGS.get(name, name)
+    with torch.device(device):
+        if model_type in TYPES and not Path(name).is_dir() and not cached(name):
+            config = AutoConfig.for_model(model_type)
+            return AutoModelForImageClassification.from_config(config).eval()
+        kind, source = resolve(name)
+        if kind == "function":
+            return call_builder(name, None).eval()
+        if kind == "transformers":
+            return AutoModelForImageClassification.from_config(read_config(source)).eval()
+        return _load_timm(name, source, None, False).eval()
+
+
+def create_base(directory: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
+    """Build the dense network that a checkpoint was cut from, with random weights: for its size and its speed.
+
+    Args:
+        directory: What `lfrns_hub.save` wrote of a timm or transformers model.
+        device: Where it is built; "meta" without memory.
+    Returns:
+        The dense model, in eval mode.
+    Raises:
+        ValueError: The folder holds no such checkpoint, or a dense model of more than 0.5 GB and four times its size.
+    """
+    from transformers import AutoModelForImageClassification
+
+    from lfrns_hub.checkpoint import lfrns_slim
+    from lfrns_hub.checkpoint.timm import read_timm
+    from lfrns_hub.checkpoint.transformers import read_transformers
+
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{str(directory)!r}: it has no config.json. Give a folder that lfrns slim wrote.")
+    call = f"create_base({str(directory)!r})"
+    config, headers = read_json(path, call), read_headers(Path(directory), call)
+    if config.get("architecture") == "lfrns_slim":
+        args, cfg = read_timm(Path(directory), call)
+        dense_args = {key: value for key, value in args.items() if key not in ("shapes", "attrs")}
+        build = partial(lfrns_slim, pretrained_cfg=cfg, **dense_args)
+    elif str(config.get("model_type", "")).startswith("lfrns_"):
+        dense = read_transformers(Path(directory), call, headers)
+        dense.lfrns = {}
+        build = partial(AutoModelForImageClassification.from_config, dense, trust_remote_code=False)
+    else:
+        raise ValueError(
+            f"{str(directory)!r}: its config.json does not say which dense model it was cut from. Name it by --dense."
+        )
+    takes_memory = torch.device(device).type != "meta"
+    with refusing(call, f"{AGAIN} If you know its dense model, name that (lfrns: --dense)."):
+        most = bytes_for(size_of(headers), dense=takes_memory)
+        with bounded(len(headers), most, dense=takes_memory), torch.device("meta"):
+            model = build()
+        if takes_memory:
+            with torch.device(device):
+                model = build()
+    return model.eval()
+
+
+def _load_timm(name: str, source: str, num_classes: int | None, fetch: bool, *, required: bool = False) -> nn.Module:
+    """Build a model with timm, with published weights where `fetch` is set and there are some."""
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    if source.startswith(("local-dir:", "hf-hub:")):
+        with hub_errors(f"the weights of {name}") if source.startswith("hf-hub:") else contextlib.nullcontext():
+            return timm.create_model(source, pretrained=fetch, **options)
+    published = timm.is_model_pretrained(source)
+    if required and not published:
+        raise ValueError(f"create_dense({name!r}, pretrained=True): timm has no weights of it. Give weights=FILE.")
+    if not (fetch and published):
+        return timm.create_model(source, pretrained=False, **options)
+    cfg = timm.get_pretrained_cfg(source)
+    if not (cfg.hf_hub_id and cached(cfg.hf_hub_id, "model.safetensors")):
+        reach_hub(f"the weights of {name}")
+    with hub_errors(f"the weights of {name}"):
+        return timm.create_model(source, pretrained=True, **options)
+
+
+def _load_transformers(
+    name: str, source: str, num_classes: int | None, state: dict[str, Tensor] | None, fetch: bool
+) -> nn.Module:
+    """Build an image classifier with transformers; only the head may be missing from its weights."""
+    from transformers import AutoModelForImageClassification
+
+    config = read_config(source)
+    if state is None and not fetch:
+        if num_classes is not None:
+            config.num_labels = num_classes
+        return AutoModelForImageClassification.from_config(config)
+
+    def load(num_labels: int | None) -> tuple[nn.Module, dict[str, Any]]:
+        options: dict[str, Any] = {
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+            "trust_remote_code": False,
+        }
+        built = read_config(source)
+        if num_labels is not None and num_labels != built.num_labels:
+            built.num_labels = num_labels
+        if state is None:
+            return AutoModelForImageClassification.from_pretrained(source, config=built, **options)
+        # from_pretrained, not load_state_dict: names on disk are converted to the modules' by transformers.
+        cls = type(AutoModelForImageClassification.from_config(built))
+        return cls.from_pretrained(None, config=built, state_dict=dict(state), **options)
+
+    if num_classes is None and state is not None:
+        with torch.device("meta"):
+            own = AutoModelForImageClassification.from_config(config).state_dict()
+        num_classes = rows_of(state, own, "classifier.weight") or rows_of(state, own, "head.weight")
+    with _quiet_transformers(), hub_errors(f"the weights of {name}"):
+        model, info = load(num_classes)
+        missing = sorted(info["missing_keys"])
+        headless = bool(missing) and all(_is_head(key) for key in missing)
+        if headless and num_classes is None:
+            model, _ = load(0)
+    mismatched = sorted(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])
+    wrong = [key for key in missing + mismatched if not _is_head(key)]
+    # A backbone brings its own pooler, which a classifier does not use.
+    wrong += [key for key in sorted(info["unexpected_keys"]) if not headless]
+    if wrong:
+        raise ValueError(
+            f"model {name!r}: the weights do not fit a {type(model).__name__}: {', '.join(wrong[:4])} "
+            f"({len(wrong)} in all) are missing, unexpected or of another shape."
+        )
+    return model
+
+
+def _is_head(key: str) -> bool:
+    return key.startswith(("classifier.", "head."))
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence the load report: what it says is checked, and raised where it matters."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
