@@ -35,11 +35,11 @@ from torch.utils.data import DataLoader, Dataset
 import lfrns_hub as lfrns
 from lfrns_hub.measure import count_macs, count_params, evaluate
 from lfrns_hub.measure.latency import describe_setup, measure_latency
+from lfrns_hub.method.recalibrate import recalibrate
 from lfrns_hub.method.reconstruct import explained
 from lfrns_hub.pictures import Preparation
 from lfrns_hub.recipe import describe_run
 from lfrns_hub.retrain import make_accelerator
-from lfrns_hub.surgery import recalibrate
 from lfrns_hub.trace import trace_model
 from lfrns_hub.zoo import create_dense, load_data, make_transform
 

@@ -17,9 +17,9 @@ import lfrns_hub as lfrns
 from lfrns_hub.method import responses
 from lfrns_hub.method.fcr import learn_contributions
 from lfrns_hub.method.reconstruct import reconstruct
+from lfrns_hub.method.report import SlimResult
 from lfrns_hub.model_io.batches import read_logits
 from lfrns_hub.recipe import random_plan
-from lfrns_hub.slim import SlimResult
 from lfrns_hub.surgery import cut
 from lfrns_hub.trace import trace_model
 

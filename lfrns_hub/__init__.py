@@ -6,7 +6,8 @@ from lfrns_hub.hub import push
 from lfrns_hub.latency import LatencySetup
 from lfrns_hub.measure import Record, measure
 from lfrns_hub.retrain import retrain
-from lfrns_hub.slim import analyse, check, find_units, slim
+from lfrns_hub.self_check import check, find_units
+from lfrns_hub.slim import analyse, slim
 from lfrns_hub.trace import register_op
 from lfrns_hub.trace.adapters import list_adapters, register_adapter, widths
 from lfrns_hub.units import SlimPlan, UnitGroup

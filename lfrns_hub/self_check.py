@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from lfrns_hub.format.narrow import meta_copy, model_copy
 from lfrns_hub.model_io.batches import flatten_output, read_tensors
-from lfrns_hub.model_io.model import in_double, same_draw
+from lfrns_hub.model_io.model import (
+    as_input,
+    in_double,
+    refuse_meta,
+    same_draw,
+    unwrap,
+)
+from lfrns_hub.options import check_example
 from lfrns_hub.surgery import cut, masked
 from lfrns_hub.trace import Trace, trace_model
 from lfrns_hub.trace.divisions import clusters, ways
@@ -443,3 +450,55 @@ def train_once(model: nn.Module, images: Tensor) -> None:
     with torch.enable_grad(), same_draw(), in_double():
         answers = read_tensors(model(torch.cat([images, images.flip(0)])))
         sum(answer.square().mean() for answer in answers).backward()
+
+
+def find_units(model: nn.Module, example_input: Tensor) -> list[UnitGroup]:
+    """Find all groups of units of a model, frozen ones with the reason.
+
+    Args:
+        model: Any image network that torch.export runs, whatever it answers; untouched. Its weights may be on the meta
+            device; where they have values they tell how a forward that divides channels by itself may narrow. Wrappers
+            of torch.compile and DDP come off.
+        example_input: Images [N, C, H, W]; only the shape counts, and whether they are floating-point.
+    Returns:
+        Groups in the order of the network, named as in the plain module.
+    Raises:
+        TypeError: It is no module.
+        ValueError: The model cannot be exported on such images.
+    """
+    return survey(model, example_input)[0]
+
+
+def survey(model: nn.Module, example_input: Tensor) -> tuple[list[UnitGroup], dict[str, float]]:
+    """Find all groups, as `find_units` does, and the share of the model's MACs that each of them has a hand in.
+
+    Args:
+        model, example_input: As for `find_units`.
+    Returns:
+        The groups, and by name the fraction of MACs in layers that make or read a group's units. Shares overlap: most
+        layers read one group and make another.
+    """
+    model = unwrap(model, "find_units")
+    example = as_input(check_example(example_input, "find_units"), model)
+    trace = settled_trace(model, example)
+    dense = trace.cost.macs({})
+    shares = {g.name: 1 - trace.cost.macs({g.name: g.size}) / dense if dense else 0.0 for g in trace.groups}
+    return narrowing(model, trace.groups, example), shares
+
+
+def check(model: nn.Module, example_input: Tensor) -> CheckReport:
+    """Run the self-check alone: cut every exact group of a randomised copy at random, compare with masking.
+
+    Args:
+        model: Any image network, as for `find_units`, but with weights; untouched. The copy is in float64 on the CPU.
+        example_input: Images [N, C, H, W].
+    Returns:
+        Largest error over the largest output (float64), and the groups that failed.
+    Raises:
+        TypeError: It is no module.
+        ValueError: The model is on the meta device, or as `find_units`.
+    """
+    model = unwrap(model, "check")
+    refuse_meta(model, "check")
+    example = as_input(check_example(example_input, "check"), model)
+    return self_check(model, settled_trace(model, example).groups, example)[1]

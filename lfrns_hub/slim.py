@@ -1,8 +1,8 @@
-"""The one call: trace, responses, redundancy, contribution, select, surgery, in reading order."""
+"""The one call: trace, self-check, and the steps of `method/`, in reading order."""
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,17 +11,19 @@ from torch import Tensor, nn
 
 from lfrns_hub.checkpoint import carry_config
 from lfrns_hub.format.narrow import model_copy
-from lfrns_hub.latency import LatencyMeter, LatencyModel, LatencySetup, search
+from lfrns_hub.latency import LatencyMeter, LatencySetup, search
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.method.costs import measure_costs
-from lfrns_hub.method.fcr import learn_contributions
-from lfrns_hub.method.recalibrate import Judge
+from lfrns_hub.method.fcr import contribute
+from lfrns_hub.method.provenance import added_up, provenance
+from lfrns_hub.method.recalibrate import Judge, recalibrated
 from lfrns_hub.method.reconstruct import reconstruct
-from lfrns_hub.method.redundancy import Merges, TapView, find_merges, weight_rows
-from lfrns_hub.method.report import SlimReport, added_up, clocked, measure_integrity, provenance, report_group
+from lfrns_hub.method.redundancy import Merges, find_merges, views
+from lfrns_hub.method.report import SlimReport, SlimResult, measure_integrity, report_group
 from lfrns_hub.method.responses import Moments, collect, held_out
-from lfrns_hub.method.select import Ledger, cluster_down, restore
+from lfrns_hub.method.select import CLUSTER_TO, cluster, merge_costs, restored_plan
 from lfrns_hub.model_io.answers import check_differentiable, understand
+from lfrns_hub.model_io.batches import Batches
 from lfrns_hub.model_io.model import (
     as_input,
     device_of,
@@ -33,77 +35,13 @@ from lfrns_hub.model_io.model import (
     settle_layout,
     unwrap,
 )
-from lfrns_hub.options import KINDS, check_budgets, check_cut, check_example, check_options, choose_groups, read_loader
+from lfrns_hub.options import KINDS, check_budgets, check_cut, check_options, choose_groups, read_loader
 from lfrns_hub.runs.cache import Cache
-from lfrns_hub.self_check import CheckReport, Proof, narrowing, self_check, settled_trace
-from lfrns_hub.surgery import cut, recalibrated
+from lfrns_hub.runs.progress import clocked
+from lfrns_hub.self_check import CheckReport, Proof, self_check, settled_trace
+from lfrns_hub.surgery import cut
 from lfrns_hub.trace import Trace
 from lfrns_hub.units import SlimPlan, UnitGroup, forget
-
-CLUSTER_TO = 0.8  # of the budget; what lies between it and the budget is restored by contribution
-
-Batches = Sequence[tuple[Tensor, Any]]  # images in the dtype of the analysis, labels as the loader has them
-
-
-@dataclass
-class SlimResult:
-    """The slim model, the plan that made it and the report."""
-
-    model: nn.Module
-    plan: SlimPlan
-    report: SlimReport
-
-
-def find_units(model: nn.Module, example_input: Tensor) -> list[UnitGroup]:
-    """Find all groups of units of a model, frozen ones with the reason.
-
-    Args:
-        model: Any image network that torch.export runs, whatever it answers; untouched. Its weights may be on the meta
-            device; where they have values they tell how a forward that divides channels by itself may narrow. Wrappers
-            of torch.compile and DDP come off.
-        example_input: Images [N, C, H, W]; only the shape counts, and whether they are floating-point.
-    Returns:
-        Groups in the order of the network, named as in the plain module.
-    Raises:
-        TypeError: It is no module.
-        ValueError: The model cannot be exported on such images.
-    """
-    return survey(model, example_input)[0]
-
-
-def survey(model: nn.Module, example_input: Tensor) -> tuple[list[UnitGroup], dict[str, float]]:
-    """Find all groups, as `find_units` does, and the share of the model's MACs that each of them has a hand in.
-
-    Args:
-        model, example_input: As for `find_units`.
-    Returns:
-        The groups, and by name the fraction of MACs in layers that make or read a group's units. Shares overlap: most
-        layers read one group and make another.
-    """
-    model = unwrap(model, "find_units")
-    example = as_input(check_example(example_input, "find_units"), model)
-    trace = settled_trace(model, example)
-    dense = trace.cost.macs({})
-    shares = {g.name: 1 - trace.cost.macs({g.name: g.size}) / dense if dense else 0.0 for g in trace.groups}
-    return narrowing(model, trace.groups, example), shares
-
-
-def check(model: nn.Module, example_input: Tensor) -> CheckReport:
-    """Run the self-check alone: cut every exact group of a randomised copy at random, compare with masking.
-
-    Args:
-        model: Any image network, as for `find_units`, but with weights; untouched. The copy is in float64 on the CPU.
-        example_input: Images [N, C, H, W].
-    Returns:
-        Largest error over the largest output (float64), and the groups that failed.
-    Raises:
-        TypeError: It is no module.
-        ValueError: The model is on the meta device, or as `find_units`.
-    """
-    model = unwrap(model, "check")
-    refuse_meta(model, "check")
-    example = as_input(check_example(example_input, "check"), model)
-    return self_check(model, settled_trace(model, example).groups, example)[1]
 
 
 def slim(
@@ -524,97 +462,3 @@ def observe(
     """Run the images and keep the moments at every tap of the chosen groups."""
     taps = list(dict.fromkeys(tap.module for group in chosen for tap in group.taps))
     return collect(dense, taps, batches, macs=macs, seed=seed, accelerator=accelerator)
-
-
-def views(model: nn.Module, group: UnitGroup, moments: dict[str, Moments]) -> list[TapView]:
-    """Give what each consumer sees of a group."""
-    seen = []
-    for tap in group.taps:
-        weight, of_tap, channels = model.get_submodule(tap.module).weight, moments[tap.module], tap.index.flatten()
-        second = of_tap.matrix(channels=channels)
-        seen.append(TapView(second, weight_rows(weight, channels, of_tap.loss_weight, second.dtype)))
-    return seen
-
-
-def cluster(
-    chosen: Sequence[UnitGroup],
-    merges: dict[str, Merges],
-    trace: Trace,
-    budgets: dict[str, float],
-    widths: str,
-    to: float,
-    latency: LatencyModel | None = None,
-    refuted: dict[str, str] | None = None,
-) -> tuple[dict[str, list[int]], dict[str, list[int]], Ledger]:
-    """Cluster below the budgets: representatives and pruning set of each group, and the ledger at those widths.
-
-    Raises:
-        ValueError: The budgets are out of reach; of the groups `refuted` it says why they stay whole.
-    """
-    full = Ledger(trace.cost, budgets, latency=latency)
-    try:
-        full_taken = cluster_down(chosen, merges, full, widths)
-    except ValueError as error:
-        whole = "; ".join(f"{name} stays whole: {why}" for name, why in list((refuted or {}).items())[:3])
-        raise ValueError(f"{error}{f' {whole}.' if whole else ''}") from None
-    ledger = Ledger(trace.cost, {name: value * to for name, value in budgets.items()}, latency=latency)
-    try:
-        taken = cluster_down(chosen, merges, ledger, widths) if to < 1 else full_taken
-        if to == 1:
-            ledger = full
-    except ValueError:  # reachable, though not with room to restore
-        taken, ledger = full_taken, full
-    ledger.budgets = budgets
-    pruning_set = {g.name: merges[g.name].order[: taken[g.name]] for g in chosen}
-    keep = {g.name: sorted(set(range(g.size)).difference(pruning_set[g.name])) for g in chosen}
-    return keep, pruning_set, ledger
-
-
-def contribute(
-    contribution: Any,
-    dense: nn.Module,
-    chosen: Sequence[UnitGroup],
-    keep: dict[str, list[int]],
-    batches: Batches,
-    moments: dict[str, Moments],
-    merges: dict[str, Merges],
-    steps: int,
-    fold: bool,
-    accelerator: Any,
-    advance: Callable[[int], None],
-    cache: Cache,
-) -> dict[str, Tensor]:
-    """Give the contribution of each unit, by FCR, by a function, or by the cost of merging it."""
-    if callable(contribution):
-        return contribution(dense, chosen, keep, batches, moments)
-    if contribution == "cost" or steps == 0:
-        return merge_costs(chosen, merges)
-    standing = moments if fold else {}
-    with cache.training("gates", keep, [labels for _, labels in batches], steps, fold) as training:
-        return learn_contributions(
-            dense, chosen, keep, batches, standing, steps=steps, accelerator=accelerator, progress=advance,
-            training=training,
-        )  # fmt: skip
-
-
-def merge_costs(chosen: Sequence[UnitGroup], merges: dict[str, Merges]) -> dict[str, Tensor]:
-    """Give what merging each unit costs, [U] per group, infinite where it is never merged."""
-    by_cost = {}
-    for group in chosen:
-        by_cost[group.name] = torch.full((group.size,), float("inf"), dtype=torch.float64)
-        for unit, cost in zip(merges[group.name].order, merges[group.name].cost, strict=True):
-            by_cost[group.name][unit] = cost
-    return by_cost
-
-
-def restored_plan(
-    chosen: Sequence[UnitGroup],
-    keep: dict[str, list[int]],
-    pruning_set: dict[str, list[int]],
-    contributions: dict[str, Tensor],
-    ledger: Ledger,
-    round_to: int | str,
-) -> tuple[SlimPlan, dict[str, list[int]]]:
-    """Restore from the pruning set and give the plan."""
-    restored = restore(chosen, pruning_set, contributions, ledger, round_to)
-    return SlimPlan({g.name: sorted(keep[g.name] + restored[g.name]) for g in chosen}), restored

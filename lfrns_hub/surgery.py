@@ -1,6 +1,6 @@
-"""Cut: make the layers physically narrower by a plan, and fold what was cut into the consumers' weights.
+"""Cut: make the layers physically narrower by a plan.
 
-The only file that edits weights. The result consists of the stock module classes; no forward is overridden.
+The only file that narrows. The result consists of the stock module classes; no forward is overridden.
 """
 
 from collections import Counter, defaultdict
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.format.narrow import model_copy, read_widths, set_width
-from lfrns_hub.method.responses import Moments, best_fold, fitting, fold_offset
+from lfrns_hub.method.fold import fold
+from lfrns_hub.method.responses import Moments
 from lfrns_hub.method.taps import channel_count, kept_channels, multiplier, watched
-from lfrns_hub.model_io.batches import read_logits
-from lfrns_hub.model_io.model import as_input
 from lfrns_hub.units import SlimPlan, UnitGroup, forget
 
 
@@ -68,7 +67,6 @@ def masked(model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan) -> Ite
 
 
 FOLDED = ("weight", "bias")  # what `fold` writes to
-STATISTICS_BATCH = 32  # images at least of which BatchNorm takes statistics at once: of few they are noise, of one none
 
 
 def cut(
@@ -160,86 +158,3 @@ def sync_stated(slim: nn.Module, dense: nn.Module, shrinking: Sequence[UnitGroup
             entries = list(read_widths(module)[attribute])
             entries[entry] = dense_value[entry] - less
             set_width(module, attribute, entries)
-
-
-def fold(consumer: nn.Module, moments: Moments, keep: Tensor) -> None:
-    """Add the cut channels, as far as the kept ones express them, to a consumer's weights, in place.
-
-    Kept channels stand for themselves exactly. A padded convolution takes no offset: it would be wrong at the border.
-
-    Args:
-        consumer: A linear or convolution, still of its dense width D.
-        moments: Its input's moments.
-        keep: Channels that stay, [K], int64.
-    """
-    leaves = torch.ones(moments.width, dtype=torch.bool)
-    leaves[keep] = False
-    leave = leaves.nonzero().flatten()
-    weights = best_fold(moments, consumer.weight.detach(), keep, leave)  # [cut, K]
-    if weights is None:
-        return
-    with torch.no_grad():
-        old = consumer.weight.detach().to(weights.dtype)
-        added = torch.einsum("oc...,ck->ok...", old[:, leave], weights.to(old.device))
-        new = old.clone()
-        new[:, keep] += added
-        if moments.centred and consumer.bias is not None:
-            offset = fold_offset(moments, keep, leave, weights).to(old.device)  # [cut]
-            per_output = old[:, leave].flatten(2).sum(2) if old.ndim > 2 else old[:, leave]
-            consumer.bias += (per_output.double() @ offset).to(consumer.bias)
-        consumer.weight.copy_(new)
-
-
-def joined(batches: Sequence[Tensor], least: int) -> list[Tensor]:
-    """Join batches of one size of image that follow each other until each has so many images; a short rest joins too.
-
-    Example:
-        >>> [len(batch) for batch in joined([torch.zeros(n, 3, 4, 4) for n in (2, 2, 2, 40, 1)], 4)]
-        [6, 41]
-    """
-    together: list[list[Tensor]] = []
-    for images in batches:
-        last = together[-1] if together and together[-1][0].shape[1:] == images.shape[1:] else None
-        if last and (sum(map(len, last)) < least or len(images) < least):
-            last.append(images)
-        else:
-            together.append([images])
-    return [torch.cat(some) if len(some) > 1 else some[0] for some in together]
-
-
-def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
-    """Give a copy whose BatchNorm statistics are those of the images.
-
-    Args:
-        model: A network with BatchNorm.
-        batches: Images, each [N, C, H, W]; their statistics are averaged. One alone of its size has none and is left
-            out.
-    """
-    together = [images for images in joined(batches, STATISTICS_BATCH) if len(images) > 1]
-    result = model_copy(model).eval()
-    norms, befores = (
-        [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-        for network in (result, model)
-    )
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for images in together:
-            read_logits(result(as_input(images, result)))
-    for norm, before in zip(norms, befores, strict=True):
-        norm.momentum = before.momentum
-        norm.num_batches_tracked.copy_(before.num_batches_tracked)
-    return result.train(model.training)
-
-
-def recalibrated(model: nn.Module, batches: list[Tensor]) -> list[nn.Module]:
-    """Return the copy that `recalibrate` makes on the images not held out; none without BatchNorm or such images."""
-    fit = fitting(batches)
-    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    return (
-        [recalibrate(model, fit).eval()]
-        if normed and max(map(len, joined(fit, STATISTICS_BATCH)), default=0) > 1
-        else []
-    )

@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lfrns_hub as lfrns
+from lfrns_hub.method.recalibrate import recalibrated
 from lfrns_hub.method.responses import fitting, held_out
 from lfrns_hub.model_io.batches import shuffle_images
 from lfrns_hub.options import read_loader
-from lfrns_hub.surgery import recalibrated
 
 EVERY = 5
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import lfrns_hub as lfrns
-from lfrns_hub.method.fcr import Gate, answer_gated, gate_loss, is_plain, learn_contributions, make_gates
-from lfrns_hub.method.responses import Moments, best_fold, collect, fold_offset
+from lfrns_hub.method.fcr import gate_loss, learn_contributions
+from lfrns_hub.method.fold import best_fold, fold_offset
+from lfrns_hub.method.gates import Gate, answer_gated, is_plain, make_gates
+from lfrns_hub.method.responses import Moments, collect
 from lfrns_hub.method.taps import channel_count, kept_channels
 from lfrns_hub.model_io.answers import read_answer
 from lfrns_hub.units import Tap, UnitGroup

@@ -8,10 +8,11 @@ from torch import nn
 import lfrns_hub as lfrns
 from lfrns_hub.method import responses
 from lfrns_hub.method.costs import estimated, first_images, measure_costs, measured, spread
-from lfrns_hub.method.redundancy import RIDGE, Merges, eliminate
-from lfrns_hub.method.responses import collect, fold_matrix, fold_offset
+from lfrns_hub.method.fold import fold_matrix, fold_offset
+from lfrns_hub.method.redundancy import RIDGE, Merges, eliminate, views
+from lfrns_hub.method.responses import collect
 from lfrns_hub.model_io.answers import read_answer
-from lfrns_hub.slim import analysis_copy, views
+from lfrns_hub.slim import analysis_copy
 from lfrns_hub.trace import trace_model
 
 

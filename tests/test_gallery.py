@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lfrns_hub as lfrns
 from lfrns_hub.checkpoint import save
-from lfrns_hub.method.report import GroupReport, SlimReport
+from lfrns_hub.method.report import GroupReport, SlimReport, SlimResult
 from lfrns_hub.plots import mark_of, shows_plan
 from lfrns_hub.plots.clusters import (
     Cluster,
@@ -23,7 +23,6 @@ from lfrns_hub.plots.clusters import (
     read_maps,
     strips,
 )
-from lfrns_hub.slim import SlimResult
 from lfrns_hub.units import SlimPlan
 
 

@@ -17,8 +17,8 @@ from lfrns_hub.latency import meter as meter_file
 from lfrns_hub.latency.layer_times import LayerShape, LayerTable, LayerTimes, find_step, grid
 from lfrns_hub.latency.machine import Machine, spread, watched_layers
 from lfrns_hub.latency.predict import observe_shapes
+from lfrns_hub.method.provenance import added_up
 from lfrns_hub.method.redundancy import Merges
-from lfrns_hub.method.report import added_up
 from lfrns_hub.method.select import Ledger, cluster_down, restore
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.units import SlimPlan

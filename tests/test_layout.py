@@ -10,108 +10,38 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "lfrns_hub"
 RECIPES = PACKAGE.parent / "recipes"
 
-# What every module may import: data, how a batch and an answer look, how a model comes and is copied.
-COMMON = {"units", "batches", "answers", "model_io", "running", "untrusted", "narrow", "format"}
-# What else each may; a module that is not named here may import COMMON alone.
-ALLOWED = {
-    "untrusted": {"narrow"},
-    "format": set(),
-    "trace": {"adapters", "narrow"},
-    "responses": {"taps"},
-    "runs": set(),
-    "measure": {"runs"},
-    "resume": {"runs"},
-    "cache": {"resume", "runs"},
-    "contribution": {"taps", "responses", "cache"},
-    "costs": {"taps", "responses", "redundancy", "contribution"},
-    "latency": {"measure", "cache", "runs", "surgery"},
-    "options": {"latency", "responses"},
-    "select": {"trace", "responses", "redundancy", "latency"},
-    "surgery": {"taps", "adapters", "narrow", "responses"},
-    "reconstruct": {"taps", "trace", "responses"},
-    "judge": {"responses"},
-    "self_check": {"narrow", "surgery", "trace"},
-    "report": {"taps", "responses", "redundancy"},
-    "slim": {
-        "trace",
-        "self_check",
-        "report",
-        "responses",
-        "redundancy",
-        "contribution",
-        "costs",
-        "select",
-        "surgery",
-        "reconstruct",
-        "judge",
-        "taps",
-        "measure",
-        "options",
-        "checkpoint",
-        "cache",
-        "latency",
-    },
-    "retrain": {"measure", "resume", "seeded", "cache", "self_check", "surgery", "taps"},
-    "pictures": {"compat", "reach"},
-    "stream": {"pictures", "seeded"},
-    "lineage": {"reach"},
-    "zoo": {"models", "pictures", "reach", "checkpoint", "lineage", "format"},
-    "checkpoint": {
-        "compat",
-        "zoo",
-        "pictures",
-        "adapters",
-        "surgery",
-        "narrow",
-        "format",
-        "models",
-        "card",
-        "hub",
-        "plots",
-        "lineage",
-        "measure",
-        "handwritten",
-        "runs",
-    },
-    "hub": {"reach", "handwritten", "runs"},
-    "card": {"measure", "plots", "lineage"},
-    "plots": {"measure", "runs"},
-    "gallery": {"slim", "taps", "report", "redundancy", "plots", "runs"},
-    "recipe": {"measure", "gallery", "resume", "hub", "retrain", "surgery", "checkpoint", "runs"},
-    "export": {"runs"},
-    "bench": {"export", "measure"},
-    "index": {"measure", "plots", "runs"},
-    "coverage": {"slim", "self_check", "trace", "checkpoint", "measure", "zoo", "recipe"},
-    "cli": {
-        "compat",
-        "recipe",
-        "measure",
-        "latency",
-        "checkpoint",
-        "runs",
-        "retrain",
-        "pictures",
-        "zoo",
-        "coverage",
-        "slim",
-        "plots",
-        "export",
-        "bench",
-        "index",
-    },
-    "__main__": {"cli"},
-    "__init__": {"adapters", "trace", "latency", "slim", "retrain", "measure", "checkpoint", "hub", "models"},
-}
+# The rooms of the package, floor by floor: each imports what lies on a lower floor alone.
+FLOORS = (
+    {"compat", "format", "models"},
+    {"units", "model_io", "runs"},
+    {"trace", "measure"},
+    {"method", "runtimes"},
+    {"surgery"},
+    {"latency"},
+    {"options"},
+    {"self_check"},
+    {"plots", "retrain"},
+    {"hub"},
+    {"pictures"},
+    {"checkpoint"},
+    {"zoo", "slim", "recipe"},
+    {"coverage", "__init__"},
+    {"cli"},
+    {"__main__"},
+)
+# The steps of the method, in reading order: each imports those before it alone.
+STEPS = ("taps", "responses", "redundancy", "fold", "gates", "costs", "select", "fcr", "reconstruct", "recalibrate",
+         "report", "provenance")  # fmt: skip
 # One door per dependency.
 DOORS = {
-    "timm": {"zoo", "lineage", "pictures", "checkpoint", "models", "adapters", "coverage"},
-    "transformers": {"compat", "zoo", "pictures", "checkpoint", "adapters", "coverage"},
+    "timm": {"zoo", "hub", "pictures", "checkpoint", "models", "coverage"},
+    "transformers": {"compat", "zoo", "pictures", "checkpoint", "coverage"},
     "datasets": {"pictures"},
-    "accelerate": {"retrain", "responses", "contribution", "checkpoint"},
-    "huggingface_hub": {"hub", "handwritten", "card", "reach", "lineage", "zoo", "pictures", "checkpoint"},
+    "accelerate": {"retrain", "checkpoint"},
+    "huggingface_hub": {"hub", "zoo", "pictures", "checkpoint"},
     "typer": {"cli", "compat"},
-    "onnxruntime": {"export"},
-    "matplotlib": {"plots", "gallery"},
+    "onnxruntime": {"runtimes"},
+    "matplotlib": {"plots"},
 }
 # What takes long to import and only some calls need.
 LATE = {"datasets", "matplotlib", "onnxruntime", "pandas", "scipy", "sklearn"} | {
@@ -158,22 +88,26 @@ def edges(path: Path) -> set[str]:
     return found - {module_of(path)} - (set() if plain else {""})
 
 
+def test_the_floors_have_every_room_once() -> None:
+    rooms = [room for floor in FLOORS for room in floor]
+    assert sorted(rooms) == sorted(MODULES)
+    assert sorted(STEPS) == sorted(path.stem for path in (PACKAGE / "method").glob("[!_]*.py"))
+    assert len(list(PACKAGE.glob("*.py"))) <= 9
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_only_what_lies_before_it(path: Path) -> None:
-    allowed = COMMON | ALLOWED.get(module_of(path), set())
-    # `from lfrns_hub import recipe` names the package too; where the module is allowed, so is that.
-    strange = edges(path) - allowed - {""}
-    assert not strange, f"{path.name} imports {sorted(strange)}; allowed: {sorted(allowed)}"
+def test_a_room_imports_from_lower_floors_alone(path: Path) -> None:
+    own = next(number for number, floor in enumerate(FLOORS) if module_of(path) in floor)
+    below = set().union(*FLOORS[:own])
+    # `from lfrns_hub import recipe` names the package too; where the room is allowed, so is that.
+    strange = edges(path) - below - {""}
+    assert not strange, f"{path.name} imports {sorted(strange)}, which do not lie below {module_of(path)}"
 
 
-def test_no_module_imports_itself_through_others() -> None:
-    graph: dict[str, set[str]] = {}
-    for path in FILES:
-        if module_of(path) not in ("__init__", "__main__"):
-            graph.setdefault(module_of(path), set()).update(edges(path) - {""})
-    while free := {name for name, targets in graph.items() if not targets & graph.keys()}:
-        graph = {name: targets for name, targets in graph.items() if name not in free}
-    assert not graph, f"a circle of imports among {sorted(graph)}"
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_of_the_method_imports_those_before_it_alone(step: str) -> None:
+    names = {name.split(".")[2] for name in imported(PACKAGE / "method" / f"{step}.py") if ".method." in name}
+    assert names <= set(STEPS[: STEPS.index(step)])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from lfrns_hub.method.fold import best_fold, fold_matrix, integrity, output_error, weight_products
 from lfrns_hub.method.redundancy import RIDGE, TapView, agglomerate, eliminate, stand_ins, unit_correlation, weight_rows
-from lfrns_hub.method.responses import Moments, best_fold, fold_matrix, integrity, output_error, weight_products
+from lfrns_hub.method.responses import Moments
 
 
 def moments_of(rows: torch.Tensor, outputs: int, centred: bool = True) -> Moments:

@@ -15,7 +15,7 @@ from ways_in import logits
 
 import lfrns_hub as lfrns
 from lfrns_hub import checkpoint
-from lfrns_hub.method.report import added_up
+from lfrns_hub.method.provenance import added_up
 
 
 def dense_resnet() -> nn.Module:

@@ -38,7 +38,7 @@ from lfrns_hub.cli.terminal import (
 from lfrns_hub.hub.index import cells, columns
 from lfrns_hub.measure import measure_each
 from lfrns_hub.retrain import make_accelerator
-from lfrns_hub.slim import survey
+from lfrns_hub.self_check import survey
 from lfrns_hub.units import UnitGroup
 from lfrns_hub.zoo import create_dense, create_skeleton, example_input, set_preprocessing
 

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from lfrns_hub.checkpoint import load, save
 from lfrns_hub.coverage.cases import Case, build
 from lfrns_hub.measure import count_macs
-from lfrns_hub.self_check import settled_trace
-from lfrns_hub.slim import SlimResult, check, slim
+from lfrns_hub.method.report import SlimResult
+from lfrns_hub.self_check import check, settled_trace
+from lfrns_hub.slim import slim
 from lfrns_hub.trace import Trace
 from lfrns_hub.units import UnitGroup
 

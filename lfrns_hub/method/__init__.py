@@ -1,14 +1,17 @@
-"""The method, one file a step, in the order of docs/method.md; nothing is imported here.
+"""The method, a file a step; docs/method.md has the equations. Each file reads those above it alone; slim.py runs them.
 
-| step | file |
-|---|---|
-| what the layers around a group read, and the modules that hook them | taps |
-| moments of those inputs, Fisher weights of the outputs | responses |
-| functional distance, elimination, clusters by correlation | redundancy |
-| what a merge costs at the network's answers | costs |
-| the FCR unit: gates, their training, the contributions | fcr |
-| clusters, the pruning set, what is restored | select |
-| fold layer after layer | reconstruct |
-| BatchNorm statistics, where that is better | recalibrate |
-| what was found, kept and lost | report |
+| step | file | in the paper's words |
+|---|---|---|
+| the layers that read a group, and how they are watched | taps | |
+| moments of what they read, Fisher weights of what they answer | responses | feature maps |
+| which units others stand in for: functional distance, elimination | redundancy | feature clustering |
+| what kept units express of cut ones, by least squares; integrity | fold | integrity of features' functions |
+| a gate a unit | gates | FCR unit |
+| what a merge costs in loss | costs | |
+| clusters, the pruning set, what is restored from it | select | pruning set, restore |
+| the gates' training, each unit's contribution | fcr | feature contribution ranking |
+| folding layer after layer | reconstruct | |
+| BatchNorm statistics; which candidate is nearest to the dense model | recalibrate | |
+| what was found, kept and lost | report | |
+| what checkpoint and card say of it | provenance | |
 """

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.method.fcr import Gate, answer_gated, answer_to
+from lfrns_hub.method.fold import fold_matrix, fold_offset
+from lfrns_hub.method.gates import Gate, answer_gated, answer_to
 from lfrns_hub.method.redundancy import RIDGE, Merges
-from lfrns_hub.method.responses import Moments, backward_share, fold_matrix, fold_offset
+from lfrns_hub.method.responses import Moments, backward_share
 from lfrns_hub.method.taps import channel_count, channels_last, kept_channels, watched
 from lfrns_hub.model_io.answers import Answer, read_answer
 from lfrns_hub.model_io.model import device_of, differentiated

@@ -1,13 +1,15 @@
-"""Which of several slim models is nearest to the dense one, by the images that nothing was fitted to."""
+"""BatchNorm statistics taken again, and which of several slim models is nearest to the dense one on held-out images."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lfrns_hub.method.responses import held_out
+from lfrns_hub.format.narrow import model_copy
+from lfrns_hub.method.responses import fitting, held_out
 from lfrns_hub.model_io.answers import read_answer
-from lfrns_hub.model_io.model import device_of, same_draw
+from lfrns_hub.model_io.batches import read_logits
+from lfrns_hub.model_io.model import as_input, device_of, same_draw
 
 
 class Judge:
@@ -40,3 +42,61 @@ class Judge:
     def nearest(self, candidates: Sequence[nn.Module]) -> nn.Module:
         """Give the model that diverges least, the first of equals."""
         return min(candidates, key=self.divergence)
+
+
+STATISTICS_BATCH = 32  # images at least of which BatchNorm takes statistics at once: of few they are noise, of one none
+
+
+def joined(batches: Sequence[Tensor], least: int) -> list[Tensor]:
+    """Join batches of one size of image that follow each other until each has so many images; a short rest joins too.
+
+    Example:
+        >>> [len(batch) for batch in joined([torch.zeros(n, 3, 4, 4) for n in (2, 2, 2, 40, 1)], 4)]
+        [6, 41]
+    """
+    together: list[list[Tensor]] = []
+    for images in batches:
+        last = together[-1] if together and together[-1][0].shape[1:] == images.shape[1:] else None
+        if last and (sum(map(len, last)) < least or len(images) < least):
+            last.append(images)
+        else:
+            together.append([images])
+    return [torch.cat(some) if len(some) > 1 else some[0] for some in together]
+
+
+def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
+    """Give a copy whose BatchNorm statistics are those of the images.
+
+    Args:
+        model: A network with BatchNorm.
+        batches: Images, each [N, C, H, W]; their statistics are averaged. One alone of its size has none and is left
+            out.
+    """
+    together = [images for images in joined(batches, STATISTICS_BATCH) if len(images) > 1]
+    result = model_copy(model).eval()
+    norms, befores = (
+        [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+        for network in (result, model)
+    )
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        for images in together:
+            read_logits(result(as_input(images, result)))
+    for norm, before in zip(norms, befores, strict=True):
+        norm.momentum = before.momentum
+        norm.num_batches_tracked.copy_(before.num_batches_tracked)
+    return result.train(model.training)
+
+
+def recalibrated(model: nn.Module, batches: list[Tensor]) -> list[nn.Module]:
+    """Return the copy that `recalibrate` makes on the images not held out; none without BatchNorm or such images."""
+    fit = fitting(batches)
+    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    return (
+        [recalibrate(model, fit).eval()]
+        if normed and max(map(len, joined(fit, STATISTICS_BATCH)), default=0) > 1
+        else []
+    )

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfrns_hub.format.narrow import model_copy
-from lfrns_hub.method.responses import HELD_OUT_EVERY, RIDGES, add_products, mirror
+from lfrns_hub.method.fold import RIDGES
+from lfrns_hub.method.responses import HELD_OUT_EVERY, add_products, mirror
 from lfrns_hub.method.taps import channels_last
 from lfrns_hub.model_io.model import device_of
 from lfrns_hub.trace.sites import Site

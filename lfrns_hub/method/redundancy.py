@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lfrns_hub.method.responses import Moments
+from lfrns_hub.units import UnitGroup
 
 RIDGE = 1e-3  # of each channel's own variance: what the moments of a few thousand rows can tell apart
 MIN_R2 = 0.5  # from here on a removed unit counts as redundant, below as weak
@@ -358,3 +361,13 @@ def stand_ins(second: Tensor, keep: Tensor, leave: Tensor, width: int) -> tuple[
     strength = (fold.square() * scale[kept][:, None]).view(len(keep), width, len(leave), width).sum((1, 3))  # [K, cut]
     names = [keep[strength[:, i].topk(min(3, len(keep))).indices].tolist() for i in range(len(leave))]
     return names, r2.tolist()
+
+
+def views(model: nn.Module, group: UnitGroup, moments: dict[str, Moments]) -> list[TapView]:
+    """Give what each consumer sees of a group."""
+    seen = []
+    for tap in group.taps:
+        weight, of_tap, channels = model.get_submodule(tap.module).weight, moments[tap.module], tap.index.flatten()
+        second = of_tap.matrix(channels=channels)
+        seen.append(TapView(second, weight_rows(weight, channels, of_tap.loss_weight, second.dtype)))
+    return seen

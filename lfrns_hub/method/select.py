@@ -4,16 +4,35 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from lfrns_hub.latency import LatencyModel
 from lfrns_hub.method.redundancy import Merges
+from lfrns_hub.trace import Trace
 from lfrns_hub.trace.groups import MacsModel
-from lfrns_hub.units import UnitGroup
+from lfrns_hub.units import SlimPlan, UnitGroup
 
-Terms = list[tuple[Any, list[tuple[dict[str, int], int]]]]  # what evaluates them knows the first of each
+Terms = list[tuple[Any, list[tuple[dict[str, int], int]]]]  # the cost that evaluates a term alone reads its first part
+
+
+class SteppedCost(Protocol):
+    """A cost that hardware pays in whole steps of a width, as it does latency.
+
+    Attributes:
+        terms: Each unit has its share of a step.
+        stepped: The same in whole steps.
+        multiples: Units of each group that make a step.
+    """
+
+    terms: Terms
+    stepped: Terms
+    multiples: dict[str, int]
+
+    def evaluate(self, terms: Terms, removed: dict[str, int]) -> float:
+        """Sum terms when `removed` units of each group are gone."""
+        ...
 
 
 @dataclass
@@ -30,7 +49,7 @@ class Ledger:
     cost: MacsModel
     budgets: dict[str, float]
     removed: dict[str, int] = field(default_factory=dict)
-    latency: LatencyModel | None = None
+    latency: SteppedCost | None = None
     stepped: bool = False
 
     def __post_init__(self) -> None:
@@ -127,7 +146,7 @@ def cluster_down(groups: Sequence[UnitGroup], merges: dict[str, Merges], ledger:
     return taken
 
 
-def rounding(group: UnitGroup, round_to: int | str, latency: LatencyModel | None = None) -> int:
+def rounding(group: UnitGroup, round_to: int | str, latency: SteppedCost | None = None) -> int:
     """Give the multiple that a group's width prefers: the hardware's step where it was measured."""
     if round_to == "auto" and latency and group.kind != "head" and latency.multiples[group.name] > 1:
         return latency.multiples[group.name]
@@ -197,3 +216,63 @@ def restore(
     ):
         fill(dict.fromkeys(multiple, 1))
     return restored
+
+
+CLUSTER_TO = 0.8  # of the budget; what lies between it and the budget is restored by contribution
+
+
+def cluster(
+    chosen: Sequence[UnitGroup],
+    merges: dict[str, Merges],
+    trace: Trace,
+    budgets: dict[str, float],
+    widths: str,
+    to: float,
+    latency: SteppedCost | None = None,
+    refuted: dict[str, str] | None = None,
+) -> tuple[dict[str, list[int]], dict[str, list[int]], Ledger]:
+    """Cluster below the budgets: representatives and pruning set of each group, and the ledger at those widths.
+
+    Raises:
+        ValueError: The budgets are out of reach; of the groups `refuted` it says why they stay whole.
+    """
+    full = Ledger(trace.cost, budgets, latency=latency)
+    try:
+        full_taken = cluster_down(chosen, merges, full, widths)
+    except ValueError as error:
+        whole = "; ".join(f"{name} stays whole: {why}" for name, why in list((refuted or {}).items())[:3])
+        raise ValueError(f"{error}{f' {whole}.' if whole else ''}") from None
+    ledger = Ledger(trace.cost, {name: value * to for name, value in budgets.items()}, latency=latency)
+    try:
+        taken = cluster_down(chosen, merges, ledger, widths) if to < 1 else full_taken
+        if to == 1:
+            ledger = full
+    except ValueError:  # reachable, though not with room to restore
+        taken, ledger = full_taken, full
+    ledger.budgets = budgets
+    pruning_set = {g.name: merges[g.name].order[: taken[g.name]] for g in chosen}
+    keep = {g.name: sorted(set(range(g.size)).difference(pruning_set[g.name])) for g in chosen}
+    return keep, pruning_set, ledger
+
+
+def merge_costs(chosen: Sequence[UnitGroup], merges: dict[str, Merges]) -> dict[str, Tensor]:
+    """Give what merging each unit costs, [U] per group, infinite where it is never merged."""
+    by_cost = {}
+    for group in chosen:
+        by_cost[group.name] = torch.full((group.size,), float("inf"), dtype=torch.float64)
+        for unit, cost in zip(merges[group.name].order, merges[group.name].cost, strict=True):
+            by_cost[group.name][unit] = cost
+    return by_cost
+
+
+def restored_plan(
+    chosen: Sequence[UnitGroup],
+    keep: dict[str, list[int]],
+    pruning_set: dict[str, list[int]],
+    contributions: dict[str, Tensor],
+    ledger: Ledger,
+    round_to: int | str,
+) -> tuple[SlimPlan, dict[str, list[int]]]:
+    """Restore from the pruning set and give the plan."""
+    restored = restore(chosen, pruning_set, contributions, ledger, round_to)
+    return SlimPlan({g.name: sorted(keep[g.name] + restored[g.name]) for g in chosen}), restored

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Batches = Sequence[tuple[Tensor, Any]]  # images in the dtype of the analysis, labels as the loader has them
 # Label of a picture that could not be read: `F.cross_entropy` ignores it, and evaluation leaves the picture out.
 UNREADABLE = -100
 # Where the labels of a dict may stand: as transformers' collators, datasets and torch's own examples name them.

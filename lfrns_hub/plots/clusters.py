@@ -18,13 +18,13 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from lfrns_hub.method.redundancy import MIN_R2
-from lfrns_hub.method.report import GroupReport
+from lfrns_hub.method.report import GroupReport, SlimResult
 from lfrns_hub.method.taps import channels_last, watched
 from lfrns_hub.model_io.batches import UNREADABLE, iterate
 from lfrns_hub.model_io.model import as_input, evaluating, unwrap
 from lfrns_hub.plots import COLOURS, OTHER, mark_of
 from lfrns_hub.runs import written_aside
-from lfrns_hub.slim import SlimResult, find_units
+from lfrns_hub.self_check import find_units
 from lfrns_hub.units import UnitGroup
 
 MAX_CLUSTERS = 4
