@@ -20,8 +20,7 @@ from torch import nn
 from lfrns_hub.measure import describe_setup, take_turns
 from lfrns_hub.method.fcr import GateTraining
 from lfrns_hub.method.responses import collect
-from lfrns_hub.model_io.model import memory_format_of
-from lfrns_hub.slim import analysis_copy
+from lfrns_hub.model_io.model import analysis_copy, memory_format_of
 from lfrns_hub.trace import trace_model
 
 RESULTS = Path(__file__).parent / "results" / "speed" / "fcr_step.json"

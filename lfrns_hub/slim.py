@@ -1,49 +1,37 @@
 """The one call: trace, self-check, and the steps of `method/`, in reading order."""
 
-import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lfrns_hub.checkpoint import carry_config
-from lfrns_hub.format.narrow import model_copy
-from lfrns_hub.latency import LatencyMeter, LatencySetup, search
-from lfrns_hub.measure import count_macs, count_params
+from lfrns_hub.analysis import Analysis
+from lfrns_hub.format.door import call, public
+from lfrns_hub.latency import LatencySetup
+from lfrns_hub.measure import count_macs
 from lfrns_hub.method.costs import measure_costs
-from lfrns_hub.method.fcr import contribute
-from lfrns_hub.method.provenance import added_up, provenance
-from lfrns_hub.method.recalibrate import Judge, recalibrated
-from lfrns_hub.method.reconstruct import reconstruct
 from lfrns_hub.method.redundancy import Merges, find_merges, views
-from lfrns_hub.method.report import SlimReport, SlimResult, measure_integrity, report_group
-from lfrns_hub.method.responses import Moments, collect, held_out
-from lfrns_hub.method.select import CLUSTER_TO, cluster, merge_costs, restored_plan
+from lfrns_hub.method.report import SlimResult
+from lfrns_hub.method.responses import Moments, held_out, observe
 from lfrns_hub.model_io.answers import check_differentiable, understand
-from lfrns_hub.model_io.batches import Batches
 from lfrns_hub.model_io.model import (
+    analysis_copy,
     as_input,
     device_of,
-    dtype_of,
-    in_channels_last,
-    memory_format_of,
     refuse_meta,
     return_memory,
     settle_layout,
     unwrap,
 )
-from lfrns_hub.options import KINDS, check_budgets, check_cut, check_options, choose_groups, read_loader
+from lfrns_hub.options import KINDS, CutOptions, FindOptions, RunOptions, choose_groups, read_loader
 from lfrns_hub.runs.cache import Cache
 from lfrns_hub.runs.progress import clocked
-from lfrns_hub.self_check import CheckReport, Proof, self_check, settled_trace
-from lfrns_hub.surgery import cut
-from lfrns_hub.trace import Trace
-from lfrns_hub.units import SlimPlan, UnitGroup, forget
+from lfrns_hub.self_check import self_check, settled_trace
+from lfrns_hub.units import UnitGroup
 
 
+@public
 def slim(
     model: nn.Module,
     loader: Any,
@@ -119,37 +107,12 @@ def slim(
         OSError: checkpoint_dir cannot be written to.
     Source: Fang and Yin 2025; each step's docstring says what is ours.
     """
-    budgets = check_budgets(macs, params, latency, contribution, call="slim")
-    check_cut(fcr_steps, round_to, latency, latency_setup, call="slim")
-    analysis = analyse(
-        model,
-        loader,
-        preset=preset,
-        kinds=kinds,
-        groups=groups,
-        exclude=exclude,
-        distance=distance,
-        widths=widths,
-        min_keep=min_keep,
-        approximate=approximate,
-        accelerator=accelerator,
-        seed=seed,
-        device=device,
-        progress=progress,
-        checkpoint_dir=checkpoint_dir,
-        _call="slim",
-    )
-    return analysis.cut(
-        **budgets,
-        latency_setup=latency_setup,
-        contribution=contribution,
-        fcr_steps=fcr_steps,
-        restore=restore,
-        fold=fold,
-        round_to=round_to,
-    )
+    given = locals()
+    how = CutOptions.of(given)
+    return _analyse(model, loader, FindOptions.of(given), RunOptions.of(given)).cut_by(how)
 
 
+@public
 def analyse(
     model: nn.Module,
     loader: Any,
@@ -167,7 +130,6 @@ def analyse(
     device: Any = None,
     progress: bool = True,
     checkpoint_dir: str | os.PathLike | None = None,
-    _call: str = "analyse",
 ) -> "Analysis":
     """Do the part of `slim` that no budget changes: trace, self-check, responses, the cost of every merge.
 
@@ -180,285 +142,66 @@ def analyse(
         TypeError: The model is no module.
         ValueError: A name or option does not fit, or the loader is empty.
     """
-    if preset == "paper":
-        distance, widths = "correlation", "distance"
-    check_options(preset, kinds, widths, min_keep, call=_call)
-    model = unwrap(model, _call)
-    refuse_meta(model, _call)
-    with clocked(progress and (accelerator is None or accelerator.is_main_process)) as clock:
-        dense = analysis_copy(model, accelerator.device if accelerator else device or device_of(model))
-        batches = read_loader(loader, dense, seed, call=_call)
+    given = locals()
+    return _analyse(model, loader, FindOptions.of(given), RunOptions.of(given))
+
+
+def _analyse(model: nn.Module, loader: Any, find: FindOptions, run: RunOptions) -> "Analysis":
+    """Trace, self-check, run the images, and find what every merge costs."""
+    model = unwrap(model, call())
+    refuse_meta(model, call())
+    with clocked(run.shows_progress) as clock:
+        dense = analysis_copy(model, run.accelerator.device if run.accelerator else run.device or device_of(model))
+        batches = read_loader(loader, dense, run.seed)
         example = batches[0][0][:1]
         settle_layout(example, dense)
 
         clock.step("trace")
         trace = settled_trace(dense, example)
         trace.cost.complete(count_macs(dense, example))
-        check_differentiable(dense, as_input(example, dense), _call)
-        batches = understand(dense, batches, _call)
+        check_differentiable(dense, as_input(example, dense), call())
+        batches = understand(dense, batches, call())
+
         clock.step("self-check")
-        every, checked = self_check(dense, trace.groups, example, seed)
+        every, checked = self_check(dense, trace.groups, example, run.seed)
         return_memory()
-        chosen = choose_groups(every, kinds, groups, exclude, approximate, min_keep, call=_call)
+        chosen = choose_groups(every, find)
 
         clock.step("responses")
         images, names = [images for images, _ in batches], [group.name for group in chosen]
-        cache = Cache(checkpoint_dir, accelerator, dense, images, [names, repr(dense.lfrns_outputs)], seed, call=_call)
+        outputs = repr(dense.lfrns_outputs)
+        cache = Cache(run.checkpoint_dir, run.accelerator, dense, images, [names, outputs], run.seed)
         macs = trace.cost.macs({})
-        kept = cache.keep("moments", lambda: as_data(observe(dense, chosen, batches, macs, seed, accelerator)))
+        kept = cache.keep("moments", lambda: as_data(observe(dense, chosen, batches, macs, run.seed, run.accelerator)))
         moments = {name: Moments(**fields) for name, fields in kept.items()}
 
         clock.step("redundancy")
         return_memory()
-
-        def find() -> dict[str, Merges]:
-            merges = {
-                g.name: find_merges(views(dense, g, moments), g.size, distance, min(min_keep, g.size)) for g in chosen
-            }
-            if distance == "functional" and widths == "global":
-                held, count = held_out(images), sum(map(len, images))
-                return measure_costs(dense, chosen, merges, held, count, moments, seed=seed, accelerator=accelerator)
-            return merges
-
-        kept = cache.keep("merges", lambda: as_data(find()), distance, widths, min_keep)
+        kept = cache.keep(
+            "merges", lambda: as_data(_merges(dense, chosen, images, moments, find, run)),
+            find.distance, find.widths, find.min_keep,
+        )  # fmt: skip
         merges = {name: Merges(**fields) for name, fields in kept.items()}
     return Analysis(
-        model, dense, batches, trace, every, checked, chosen, moments, merges,
-        preset, widths, accelerator, seed, progress, cache, clock.seconds,
+        model=model, dense=dense, batches=batches, trace=trace, every=every, checked=checked, chosen=chosen,
+        moments=moments, merges=merges, find=find, run=run, cache=cache, seconds=clock.seconds,
     )  # fmt: skip
 
 
+def _merges(
+    dense: nn.Module, chosen: Sequence[UnitGroup], images: Sequence[Tensor], moments: dict[str, Moments],
+    find: FindOptions, run: RunOptions,
+) -> dict[str, Merges]:  # fmt: skip
+    """Find the order in which each group's units merge, and what each merge costs."""
+    merges = {
+        g.name: find_merges(views(dense, g, moments), g.size, find.distance, min(find.min_keep, g.size)) for g in chosen
+    }
+    if find.distance == "functional" and find.widths == "global":
+        held, count = held_out(images), sum(map(len, images))
+        return measure_costs(dense, chosen, merges, held, count, moments, seed=run.seed, accelerator=run.accelerator)
+    return merges
+
+
 def as_data(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Give dataclasses by name as plain data that a cache keeps."""
+    """Return dataclasses by name as plain data that a cache keeps."""
     return {name: dict(vars(result)) for name, result in results.items()}
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """What is known of a model before a budget is named; `cut` is the rest of `slim`.
-
-    Attributes:
-        model: The dense model, as it came.
-        dense: Its copy for the analysis, never changed by a cut.
-        batches: The calibration images and labels.
-        trace: Every group's place in the graph, MACs and parameters as functions of widths.
-        every, chosen: All groups, and those that are cut.
-        checked: What the self-check found.
-        moments, merges: Responses at each tap, by consumer, and the cost of each merge, by group.
-        preset, widths, accelerator, seed, progress: As `analyse` was told.
-        cache: Where results are kept.
-        seconds: What each step took.
-    """
-
-    model: nn.Module
-    dense: nn.Module
-    batches: Batches
-    trace: Trace
-    every: list[UnitGroup]
-    checked: CheckReport
-    chosen: list[UnitGroup]
-    moments: dict[str, Moments]
-    merges: dict[str, Merges]
-    preset: str
-    widths: str
-    accelerator: Any
-    seed: int
-    progress: bool
-    cache: Cache
-    seconds: dict[str, float]
-
-    def smallest(self) -> dict[str, float]:
-        """Give the fraction of the dense MACs and parameters that is left when all units go that may."""
-        cost, removed = self.trace.cost, {name: len(merges.order) for name, merges in self.merges.items()}
-        return {"macs": cost.macs(removed) / cost.macs({}), "params": cost.params(removed) / cost.params({})}
-
-    def cut(
-        self,
-        *,
-        macs: float | None = None,
-        params: float | None = None,
-        latency: float | None = None,
-        latency_setup: LatencySetup | None = None,
-        contribution: Any = "fcr",
-        fcr_steps: int = 200,
-        restore: bool = True,
-        fold: bool = True,
-        round_to: int | str = "auto",
-    ) -> SlimResult:
-        """Cluster, train the gates, restore, cut and fold at one budget; the analysis serves the next as well.
-
-        Args:
-            macs, params, latency, latency_setup, contribution, fcr_steps, restore, fold, round_to: As for `slim`.
-        Returns:
-            As `slim`, and equal to what it gives.
-        Raises:
-            ValueError: A budget or option does not fit, or the budget is not reachable.
-        """
-        budgets = check_budgets(macs, params, latency, contribution, call="Analysis.cut")
-        check_cut(fcr_steps, round_to, latency, latency_setup, call="Analysis.cut")
-        dense, moments, batches = self.dense, self.moments, self.batches
-        example, accelerator = batches[0][0][:1], self.accelerator
-        steps, fold = fcr_steps if restore else 0, fold and self.preset != "paper"
-        to, multiple = (CLUSTER_TO, round_to) if restore else (1.0, 1)
-        meter, at = None, budgets  # at: as predicted; the measured latency is met by another than the one asked for
-        proof, checked, every, chosen = None, CheckReport(), self.every, self.chosen
-        contributions: dict[str, Tensor] | None = None
-        with clocked(self.progress and (accelerator is None or accelerator.is_main_process)) as clock:
-            if latency is not None:
-                clock.step("latency")
-                setup = (latency_setup or LatencySetup()).resolved(self.model, device_of(dense))
-                meter = LatencyMeter(
-                    dense,
-                    self.every,
-                    chosen,
-                    example,
-                    setup,
-                    channels_last=in_channels_last(self.model),
-                    accelerator=accelerator,
-                )
-            while True:  # until the plan is proved; a group that refutes it is frozen, and the units are chosen again
-                timed = (budgets, to, multiple, meter and meter.setup.describe(), sorted(checked.frozen))
-                if meter:
-                    clock.step("latency")
-                    first = functools.partial(self.meet_latency, meter, chosen, budgets, to, multiple)
-                    at = budgets | {"latency": self.cache.keep("latency", first, *timed)}
-
-                clock.step("clusters")
-                model = meter.predicted if meter else None
-                keep, pruning_set, clustered = cluster(
-                    chosen, self.merges, self.trace, at, self.widths, to, model, checked.frozen
-                )
-
-                if contributions is None:
-                    clock.step("FCR gates", steps if steps and contribution == "fcr" else 1)
-                    contributions = contribute(
-                        contribution, dense, chosen, keep, batches, moments, self.merges, steps, fold, accelerator,
-                        clock.advance, self.cache,
-                    )  # fmt: skip
-
-                clock.step("restore")
-                ledger = clustered
-                restored_by = functools.partial(
-                    restored_plan, chosen, keep, pruning_set, contributions, round_to=multiple
-                )
-                if meter:
-                    predicted = functools.partial(
-                        search,
-                        lambda fraction, by=restored_by, of=clustered: by(ledger=of.in_steps(fraction))[0],
-                        meter.ratio,
-                        latency,
-                        start=at["latency"],
-                    )
-                    fraction = self.cache.keep("latency", predicted, *timed, at, keep, contributions)
-                    ledger = clustered.in_steps(fraction)
-                plan, restored = restored_by(ledger=ledger)
-
-                clock.step("proof")
-                proof = proof or Proof(dense, self.every, example, self.seed)
-                refuted = proof.refuted(plan, checked)
-                if not refuted:
-                    break
-                checked.frozen |= refuted
-                every, chosen = (frozen_with(groups, refuted) for groups in (every, chosen))
-                chosen = [group for group in chosen if group.frozen_reason is None]
-            del proof
-
-            clock.step("cut and fold")
-            result = cut(dense, every, plan)
-            finished = self.cache.keep("weights", lambda: self.finish(result, plan, fold), plan.keep, fold)
-            forget(result, [cache for group in self.every for cache in group.caches]).load_state_dict(finished["state"])
-
-            clock.step("report")
-            whole = measure_integrity(dense, chosen, plan, moments)
-            report = SlimReport(
-                [report_group(g, plan, moments, len(restored[g.name]), whole) for g in chosen],
-                count_macs(result, example) / count_macs(dense, example),
-                count_params(result) / count_params(dense),
-                budgets,
-                sum(len(r) for r in restored.values()),
-                finished["folded"],
-                finished["recalibrated"],
-                {g.name: g.frozen_reason for g in every if g.frozen_reason},
-                {"largest_error": checked.largest_error, "moved": checked.moved},
-            )
-            if meter:
-                report.latency_fraction, report.latency = meter.ratio(plan), meter.tell(plan, chosen)
-        report.seconds = self.seconds | clock.seconds
-        result = typed_as(result, self.model).eval()
-        outputs = result.__dict__.pop("lfrns_outputs")
-        made = provenance(report, plan, chosen, self.preset, self.seed, fcr_steps, batches)
-        made |= getattr(self.model, "lfrns_base", {}) | ({"output": outputs.word} if outputs.sure else {})
-        result.lfrns_provenance = added_up(getattr(self.model, "lfrns_provenance", None), made)
-        return SlimResult(carry_config(result), plan, report)
-
-    def meet_latency(
-        self,
-        meter: LatencyMeter,
-        chosen: Sequence[UnitGroup],
-        budgets: dict[str, float],
-        to: float,
-        multiple: int | str,
-    ) -> float:
-        """Find the predicted fraction of latency at which the measured one is met, units ranked by cost meanwhile."""
-        contributions = merge_costs(chosen, self.merges)
-
-        def plan_at(fraction: float) -> SlimPlan:
-            at = budgets | {"latency": fraction}
-            keep, gone, ledger = cluster(chosen, self.merges, self.trace, at, self.widths, to, meter.predicted)
-            ledger = ledger.in_steps(fraction)
-            return restored_plan(chosen, keep, gone, contributions, ledger, multiple)[0]
-
-        every = {group.name: len(self.merges[group.name].order) for group in chosen}
-        least = meter.predicted.fraction(every) + 1e-9  # a ledger adds up in another order
-        return search(plan_at, meter.ratio, budgets["latency"], start=budgets["latency"], least=least)
-
-    def finish(self, plain: nn.Module, plan: SlimPlan, fold: bool) -> dict[str, Any]:
-        """Fold and recalibrate a cut model, each where it is better: its state, and whether each was."""
-        images, how = [images for images, _ in self.batches], {"seed": self.seed, "accelerator": self.accelerator}
-        judge, candidates = Judge(self.dense, images), [plain]
-        if fold:  # channel by channel, then layer after layer from there
-            by_channel = cut(self.dense, self.every, plan, self.moments)
-            by_layer = reconstruct(self.dense, by_channel, self.trace.sites, self.every, plan, images, **how)
-            candidates = [by_layer, by_channel, plain]
-        result = judge.nearest(candidates)
-        final = judge.nearest([result, *recalibrated(result, images)])
-        return {
-            "state": dict(final.state_dict()), "folded": result is not plain, "recalibrated": final is not result,
-        }  # fmt: skip
-
-
-def frozen_with(groups: Sequence[UnitGroup], reasons: dict[str, str]) -> list[UnitGroup]:
-    """Return the groups, those that have a reason here frozen."""
-    return [replace(group, frozen_reason=reasons.get(group.name, group.frozen_reason)) for group in groups]
-
-
-def analysis_copy(model: nn.Module, device: Any) -> nn.Module:
-    """Copy a model for the analysis: on the device, in eval mode, float32 or better, no weight trainable.
-
-    A convnet's kernels have their channels last, in which convolutions run up to thrice as fast.
-    """
-    dense = model_copy(model).to(device=device, dtype=torch.promote_types(dtype_of(model), torch.float32))
-    dense.to(memory_format=memory_format_of(dense)).zero_grad(set_to_none=True)
-    return dense.eval().requires_grad_(False)
-
-
-def typed_as(result: nn.Module, model: nn.Module) -> nn.Module:
-    """Give each tensor of a slim model its dense dtype and layout, and each parameter its requires_grad, in place."""
-    dense = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, tensor in [*result.named_parameters(), *result.named_buffers()]:
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dense[name].dtype if name in dense else dtype_of(model))
-        if name not in dense or dense[name].is_contiguous():
-            # Of one channel every layout counts as contiguous, and kernels are chosen by the strides.
-            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-    for name, parameter in result.named_parameters():
-        parameter.requires_grad_(dense[name].requires_grad if name in dense else True)
-    return result
-
-
-def observe(
-    dense: nn.Module, chosen: Sequence[UnitGroup], batches: Batches, macs: float, seed: int, accelerator: Any
-) -> dict[str, Moments]:
-    """Run the images and keep the moments at every tap of the chosen groups."""
-    taps = list(dict.fromkeys(tap.module for group in chosen for tap in group.taps))
-    return collect(dense, taps, batches, macs=macs, seed=seed, accelerator=accelerator)

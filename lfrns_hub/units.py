@@ -2,8 +2,8 @@
 
 import copy
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -164,3 +164,8 @@ class SlimPlan:
         """Give the ascending indices of a group's units that leave."""
         kept = set(self.kept(group))
         return [i for i in range(group.size) if i not in kept]
+
+
+def frozen_with(groups: Sequence[UnitGroup], reasons: dict[str, str]) -> list[UnitGroup]:
+    """Return the groups, those that have a reason here frozen."""
+    return [replace(group, frozen_reason=reasons.get(group.name, group.frozen_reason)) for group in groups]

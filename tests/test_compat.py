@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification
 from ways_in import distance, logits
 
 from lfrns_hub import checkpoint
-from lfrns_hub.compat import RENAMED, command_error
+from lfrns_hub.format.compat import RENAMED, command_error
 
 KINDS = ("vit", "deit", "dinov2")
 

@@ -12,7 +12,7 @@ from lfrns_hub.method.fold import fold_matrix, fold_offset
 from lfrns_hub.method.redundancy import RIDGE, Merges, eliminate, views
 from lfrns_hub.method.responses import collect
 from lfrns_hub.model_io.answers import read_answer
-from lfrns_hub.slim import analysis_copy
+from lfrns_hub.model_io.model import analysis_copy
 from lfrns_hub.trace import trace_model
 
 

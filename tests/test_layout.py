@@ -12,7 +12,7 @@ RECIPES = PACKAGE.parent / "recipes"
 
 # The rooms of the package, floor by floor: each imports what lies on a lower floor alone.
 FLOORS = (
-    {"compat", "format", "models"},
+    {"format", "models"},
     {"units", "model_io", "runs"},
     {"trace", "measure"},
     {"method", "runtimes"},
@@ -24,7 +24,8 @@ FLOORS = (
     {"hub"},
     {"pictures"},
     {"checkpoint"},
-    {"zoo", "slim", "recipe"},
+    {"zoo", "analysis", "recipe"},
+    {"slim"},
     {"coverage", "__init__"},
     {"cli"},
     {"__main__"},
@@ -35,11 +36,11 @@ STEPS = ("taps", "responses", "redundancy", "fold", "gates", "costs", "select", 
 # One door per dependency.
 DOORS = {
     "timm": {"zoo", "hub", "pictures", "checkpoint", "models", "coverage"},
-    "transformers": {"compat", "zoo", "pictures", "checkpoint", "coverage"},
+    "transformers": {"format", "zoo", "pictures", "checkpoint", "coverage"},
     "datasets": {"pictures"},
     "accelerate": {"retrain", "checkpoint"},
     "huggingface_hub": {"hub", "zoo", "pictures", "checkpoint"},
-    "typer": {"cli", "compat"},
+    "typer": {"cli", "format"},
     "onnxruntime": {"runtimes"},
     "matplotlib": {"plots"},
 }

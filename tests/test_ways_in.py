@@ -35,7 +35,7 @@ from ways_in import distance, logits, ways
 
 from lfrns_hub import checkpoint
 from lfrns_hub.checkpoint.remote_code import MODELING_FILE
-from lfrns_hub.compat import vit_processor
+from lfrns_hub.format.compat import vit_processor
 
 TESTS = Path(__file__).parent
 EQUAL = 1e-5

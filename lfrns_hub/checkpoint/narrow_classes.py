@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from lfrns_hub.compat import names_here
+from lfrns_hub.format.compat import names_here
 from lfrns_hub.format.narrow import Shapes, carry_facts, narrow
 
 TYPE_PREFIX = "lfrns_"

@@ -12,7 +12,7 @@ from lfrns_hub.checkpoint.narrow_classes import CLASS_PREFIX, MODELING, own_name
 
 MODELING_FILE = f"{MODELING}.py"
 HERE = Path(__file__).parent
-NARROW, COMPAT = HERE.parent / "format" / "narrow.py", HERE.parent / "compat.py"
+NARROW, COMPAT = HERE.parent / "format" / "narrow.py", HERE.parent / "format" / "compat.py"
 CLASSES, ENTRYPOINT = HERE / "narrow_classes.py", HERE / "entrypoint.py"
 HEAD = '''"""Opens this checkpoint in transformers by trust_remote_code=True; made from the sources of lfrns_hub.
 

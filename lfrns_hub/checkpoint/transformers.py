@@ -36,7 +36,7 @@ from lfrns_hub.checkpoint.narrow_classes import (
 )
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
 from lfrns_hub.checkpoint.timm import own_source
-from lfrns_hub.compat import Classes
+from lfrns_hub.format.compat import Classes
 from lfrns_hub.format.memory import bounded, bytes_for
 from lfrns_hub.format.narrow import describe, short
 from lfrns_hub.format.untrusted import Header, read_headers, refuse_large, refusing, size_of

@@ -8,7 +8,7 @@ import sys
 from lfrns_hub import recipe
 from lfrns_hub.cli import judge, look, make, ship  # noqa: F401  (they add their commands to the app)
 from lfrns_hub.cli.terminal import app
-from lfrns_hub.compat import command_error
+from lfrns_hub.format.compat import command_error
 
 __all__ = ["app", "main"]
 

@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
+from lfrns_hub.analysis import Analysis
 from lfrns_hub.format.terminal import plain_console
 from lfrns_hub.format.untrusted import read_json, short
 from lfrns_hub.method.report import SlimResult
 from lfrns_hub.pictures import MAX_UNREADABLE
-from lfrns_hub.slim import Analysis
 from lfrns_hub.zoo import (
     ImageData,
     check_images,

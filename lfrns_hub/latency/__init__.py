@@ -1,9 +1,10 @@
 """Latency budgets: what each layer takes by width, measured; what a plan will take, predicted; what it takes, timed."""
 
+from lfrns_hub.latency.budget import LatencyBudget
 from lfrns_hub.latency.layer_times import cache_directory
 from lfrns_hub.latency.meter import LatencyMeter
 from lfrns_hub.latency.predict import LatencyModel
 from lfrns_hub.latency.search import search
 from lfrns_hub.latency.setup import LatencySetup
 
-__all__ = ["LatencyMeter", "LatencyModel", "LatencySetup", "cache_directory", "search"]
+__all__ = ["LatencyBudget", "LatencyMeter", "LatencyModel", "LatencySetup", "cache_directory", "search"]

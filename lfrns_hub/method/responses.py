@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lfrns_hub.method.taps import channel_count, channels_last, watched
 from lfrns_hub.model_io.answers import read_answer
-from lfrns_hub.model_io.batches import read_tensors, split_batch
+from lfrns_hub.model_io.batches import Batches, read_tensors, split_batch
 from lfrns_hub.model_io.model import as_input, differentiated, return_memory
+from lfrns_hub.units import UnitGroup
 
 HELD_OUT_EVERY = 5  # every fifth batch chooses the ridge; the others fit (their images: shuffle_images)
 ROWS_PER_CHANNEL = 4  # at least: what a covariance needs that is to be inverted
@@ -332,3 +333,11 @@ def add_loss_weights(
             rows = channels_last(modules[name], gradient)
             channels = output.shape[-1 if rows.shape == output.shape else 1]
             loss_weights[name] += rows.reshape(-1, channels).square().sum(0, dtype=torch.float64).cpu()
+
+
+def observe(
+    dense: nn.Module, chosen: Sequence[UnitGroup], batches: Batches, macs: float, seed: int, accelerator: Any
+) -> dict[str, Moments]:
+    """Run the images and keep the moments at every tap of the chosen groups."""
+    taps = list(dict.fromkeys(tap.module for group in chosen for tap in group.taps))
+    return collect(dense, taps, batches, macs=macs, seed=seed, accelerator=accelerator)

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
-from lfrns_hub.compat import vit_processor
+from lfrns_hub.format.compat import vit_processor
 from lfrns_hub.format.untrusted import CODE_KEYS, read_json, refuse_large, short, without_code
 from lfrns_hub.hub.reach import CONNECT_TIMEOUT_S, cached, hub_errors, reach_hub
 from lfrns_hub.pictures.model_input import input_size_of

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lfrns_hub.format.door import call
 from lfrns_hub.runs import remove, written_aside
 from lfrns_hub.runs.checkpoints import Stopped, caught_sigterm, told_anywhere
 
@@ -36,12 +37,11 @@ class Cache:
         accelerator: Of the run, or None.
         content: What everything kept hangs on: the model, images, options; this package's code and versions of torch,
             timm and transformers are added. Another content finds nothing here.
-        call: The public call, for the error.
     """
 
-    def __init__(self, directory: str | os.PathLike | None, accelerator: Any, *content: Any, call: str = "slim"):
+    def __init__(self, directory: str | os.PathLike | None, accelerator: Any, *content: Any):
         self.directory, self.accelerator = None if directory is None else Path(directory), accelerator
-        self._call = call
+        self._call = call("slim")
         processes = accelerator.num_processes if accelerator else 1
         if directory is not None:
             code = [path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py"))]
