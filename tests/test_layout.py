@@ -1,6 +1,7 @@
 """Imports point one way, and each large dependency has its door: read from the source, so nothing can slip in."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,11 @@ def test_recipes_and_the_command_line_use_public_names_only(path: Path) -> None:
             and node.value.id in ("lfrns", "recipe")
         ):
             assert not node.attr.startswith("_")
+
+
+def test_one_file_registers_hooks() -> None:
+    found = [path.relative_to(PACKAGE) for path in FILES if re.search(r"\.register_\w*hook\(", path.read_text())]
+    assert found == [Path("model_io", "hooks.py")]
 
 
 def test_no_module_is_a_drawer_for_anything() -> None:
