@@ -205,7 +205,7 @@ class Layer:
         whole = square[judge]
         if has_offset:
             whole = whole - cross[judge][..., -1].square() / inner[judge][:, -1:, -1]
-        share = 1 - error(best) / max(float((cost * whole).sum()), 1e-30)
+        share = 1 - least / max(float((cost * whole).sum()), 1e-30)
         if has_offset:
             return Fit(best[..., :-1], best[..., -1].flatten(), share, best is not start)
         return Fit(best, None, share, best is not start)
