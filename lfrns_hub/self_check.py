@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lfrns_hub.format.narrow import meta_copy, model_copy
 from lfrns_hub.model_io.batches import flatten_output, read_tensors
+from lfrns_hub.model_io.hooks import hooked
 from lfrns_hub.model_io.model import (
     as_input,
     in_double,
@@ -219,12 +220,8 @@ def waking(model: nn.Module) -> Iterator[None]:
         return (output.movedim(axis, -1) * scale + shift).movedim(-1, axis)
 
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    hooks = [m.register_forward_hook(wake) for m in model.modules() if isinstance(m, layers)]
-    try:
+    with hooked(outputs=[(module, wake) for module in model.modules() if isinstance(module, layers)]):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def random_plan(groups: Sequence[UnitGroup], generator: torch.Generator) -> SlimPlan:

@@ -298,3 +298,8 @@ def test_parts_of_the_gpu_benchmark_are_kept_as_they_come(module, tmp_path, monk
     page = capsys.readouterr().out
     assert f"# {card}" in page and "Not finished: ValueError: a reason" in page and "too long" in page
     assert "| &nbsp;&nbsp;trace |" in page and f"| {gpu.HALF_64} | " in page
+
+
+def test_published_figures_are_those_of_the_records(module: Any) -> None:
+    published = module("published")
+    assert [path.name for path, text in published.render().items() if path.read_text(encoding="utf-8") != text] == []

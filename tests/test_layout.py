@@ -1,6 +1,7 @@
 """Imports point one way, and each large dependency has its door: read from the source, so nothing can slip in."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,39 @@ def test_recipes_and_the_command_line_use_public_names_only(path: Path) -> None:
             and node.value.id in ("lfrns", "recipe")
         ):
             assert not node.attr.startswith("_")
+
+
+# Functions of more than 60 lines, each with the reason.
+LONG = {
+    "cli/make.py slim": "the order of a whole run, as a user reads it in its progress",
+    "hub/card.py render_card": "one call that names every field of card.md",
+    "retrain/train.py retrain": "checks the arguments of a public call, then runs it",
+}
+# Functions of more than twelve parameters: public calls, commands, and timm's entry point, which takes a network's own.
+WIDE = {
+    "slim.py slim", "slim.py analyse", "retrain/train.py retrain", "cli/make.py slim", "cli/make.py retrain",
+    "cli/look.py curve", "checkpoint/entrypoint.py lfrns_slim",
+}  # fmt: skip
+
+
+def test_functions_are_short_and_take_few_parameters() -> None:
+    long, wide = set(), set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                name = f"{path.relative_to(PACKAGE)} {node.name}"
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                if body and node.end_lineno - body[0].lineno >= 60:
+                    long.add(name)
+                if sum(map(len, (node.args.posonlyargs, node.args.args, node.args.kwonlyargs))) > 12:
+                    wide.add(name)
+    assert long == LONG.keys() and wide == WIDE
+    assert len((PACKAGE / "slim.py").read_text(encoding="utf-8").splitlines()) <= 260
+
+
+def test_one_file_registers_hooks() -> None:
+    found = [path.relative_to(PACKAGE) for path in FILES if re.search(r"\.register_\w*hook\(", path.read_text())]
+    assert found == [Path("model_io", "hooks.py")]
 
 
 def test_no_module_is_a_drawer_for_anything() -> None:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lfrns_hub.latency.layer_times import LAYERS, LayerShape
 from lfrns_hub.latency.setup import LatencySetup
 from lfrns_hub.measure import forward_passes, take_turns, wait_for
+from lfrns_hub.model_io.hooks import on_input, on_output
 
 Layer = tuple[LayerShape, int, int]  # and its output and input channels
 
@@ -118,11 +119,11 @@ def _watch(model: nn.Module, device: torch.device, laps: dict[str, list[float]])
             mine.append(0.0)
         mine[-1] += ms
 
-    hooks = [model.register_forward_pre_hook(begin)]
+    hooks = [on_input(model, begin)]
     for name, module in model.named_modules():
         if isinstance(module, LAYERS):
-            hooks.append(module.register_forward_pre_hook(start))
-            hooks.append(module.register_forward_hook(lambda *_, mine=laps[name]: stop(mine)))
+            hooks.append(on_input(module, start))
+            hooks.append(on_output(module, lambda *_, mine=laps[name]: stop(mine)))
     return hooks
 
 

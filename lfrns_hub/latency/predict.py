@@ -10,6 +10,7 @@ from torch import nn
 
 from lfrns_hub.latency.layer_times import LAYERS, LayerShape, LayerTable, LayerTimes
 from lfrns_hub.model_io.batches import read_tensors
+from lfrns_hub.model_io.hooks import hooked
 from lfrns_hub.model_io.model import evaluating
 from lfrns_hub.units import UnitGroup
 
@@ -48,17 +49,10 @@ def observe_shapes(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[t
         if inputs and answers:  # a keyword argument is for no hook to see
             shapes[name].append((tuple(inputs[0].shape), answers[0].numel()))
 
-    hooks = [
-        module.register_forward_hook(lambda _, inputs, output, name=name: note(name, inputs, output))
-        for name, module in model.named_modules()
-        if isinstance(module, LAYERS)
-    ]
-    try:
-        with evaluating(model):
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)]
+    noting = [(module, lambda _, inputs, output, name=name: note(name, inputs, output)) for name, module in layers]
+    with hooked(outputs=noting), evaluating(model):
+        run()
     return shapes
 
 

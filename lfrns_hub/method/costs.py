@@ -18,6 +18,7 @@ from lfrns_hub.method.redundancy import RIDGE, Merges
 from lfrns_hub.method.responses import Moments, backward_share
 from lfrns_hub.method.taps import channel_count, channels_last, kept_channels, watched
 from lfrns_hub.model_io.answers import Answer, read_answer
+from lfrns_hub.model_io.hooks import on_gradient
 from lfrns_hub.model_io.model import device_of, differentiated
 from lfrns_hub.units import UnitGroup
 
@@ -168,7 +169,7 @@ def estimated(
     def sloped(slopes: Tensor, of_tap: list[Change], module: nn.Module, value: Tensor) -> Tensor:
         value = value.clone()  # so that its gradient is this consumer's alone
         if value.requires_grad:
-            value.register_hook(partial(add_slopes, slopes, of_tap, module, value.detach()))
+            on_gradient(value, partial(add_slopes, slopes, of_tap, module, value.detach()))
         return value
 
     def slopes_of(number: int, piece: Tensor) -> Tensor:

@@ -3,12 +3,43 @@
 D input channels of a consumer, K kept and R cut of them; O its outputs.
 """
 
+from typing import NamedTuple, Self
+
 import torch
 from torch import Tensor, nn
 
 from lfrns_hub.method.responses import Moments
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+class Blocks(NamedTuple):
+    """The blocks of a covariance or second moment: kept [K, K], kept with cut [K, cut], cut [cut, cut]."""
+
+    kept: Tensor
+    cross: Tensor
+    removed: Tensor
+
+    @classmethod
+    def of(cls, second: Tensor, keep: Tensor, leave: Tensor) -> Self:
+        """Gather them once: of a wide layer that takes as long as solving does."""
+        rows = second[keep]
+        return cls(rows[:, keep], rows[:, leave], second[leave][:, leave])
+
+    def solved(self, ridge: float) -> Tensor:
+        """Return the fold [cut, K]; see `fold_matrix`."""
+        scale = self.kept.diagonal().clamp(min=1e-30)
+        system = self.kept + torch.diag(ridge * scale + 1e-12 * scale.max())
+        factor, failed = torch.linalg.cholesky_ex(system)
+        return (torch.linalg.solve(system, self.cross) if failed else torch.cholesky_solve(self.cross, factor)).T
+
+    def error(self, products: Tensor, fold: Tensor | None) -> float:
+        """Return the squared error at the consumer's outputs; see `output_error`."""
+        removed = self.removed
+        if fold is not None:
+            cross = fold @ self.cross
+            removed = removed - cross - cross.T + fold @ self.kept @ fold.T
+        return float((products * removed).sum())
 
 
 def fold_matrix(second: Tensor, keep: Tensor, leave: Tensor, ridge: float) -> Tensor:
@@ -19,12 +50,7 @@ def fold_matrix(second: Tensor, keep: Tensor, leave: Tensor, ridge: float) -> Te
         keep, leave: Channels kept [K] and cut [cut].
         ridge: Relative to each kept channel's own variance.
     """
-    kept = second[keep][:, keep]
-    scale = kept.diagonal().clamp(min=1e-30)
-    system = kept + torch.diag(ridge * scale + 1e-12 * scale.max())
-    factor, failed = torch.linalg.cholesky_ex(system)
-    cross = second[keep][:, leave]
-    return (torch.linalg.solve(system, cross) if failed else torch.cholesky_solve(cross, factor)).T
+    return Blocks.of(second, keep, leave).solved(ridge)
 
 
 def weight_products(weight_OD: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -43,11 +69,7 @@ def output_error(second: Tensor, products: Tensor, keep: Tensor, leave: Tensor, 
         keep, leave: Channels kept [K] and cut [cut].
         fold: The estimate [cut, K], or None for nothing.
     """
-    removed = second[leave][:, leave]
-    if fold is not None:
-        cross = fold @ second[keep][:, leave]
-        removed = removed - cross - cross.T + fold @ second[keep][:, keep] @ fold.T
-    return float((products * removed).sum())
+    return Blocks.of(second, keep, leave).error(products, fold)
 
 
 def best_fold(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> Tensor | None:
@@ -62,13 +84,15 @@ def best_fold(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> 
     """
     if len(leave) == 0:
         return None
-    fit, held = moments.matrix(0), moments.matrix(1)
-    products = weight_products(weight[:, leave.to(weight.device)].cpu(), held.dtype)
-    errors = {None: output_error(held, products, keep, leave, None)}
+    fit, held = (Blocks.of(moments.matrix(part), keep, leave) for part in (0, 1))
+    products = weight_products(weight[:, leave.to(weight.device)].cpu(), held.kept.dtype)
+    best, least = None, held.error(products, None)
     for ridge in RIDGES:
-        errors[ridge] = output_error(held, products, keep, leave, fold_matrix(fit, keep, leave, ridge))
-    ridge = min(errors, key=lambda r: errors[r])
-    return None if ridge is None else fold_matrix(fit, keep, leave, ridge)
+        fold = fit.solved(ridge)
+        error = held.error(products, fold)
+        if error < least:
+            best, least = fold, error
+    return best
 
 
 def fold_offset(moments: Moments, keep: Tensor, leave: Tensor, fold: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from lfrns_hub.format.narrow import model_copy
 from lfrns_hub.method.fold import RIDGES
 from lfrns_hub.method.responses import HELD_OUT_EVERY, add_products, mirror
 from lfrns_hub.method.taps import channels_last
+from lfrns_hub.model_io.hooks import OnInput, OnOutput, hooked
 from lfrns_hub.model_io.model import device_of
 from lfrns_hub.trace.sites import Site
 from lfrns_hub.units import SlimPlan, UnitGroup
@@ -204,7 +205,7 @@ class Layer:
         whole = square[judge]
         if has_offset:
             whole = whole - cross[judge][..., -1].square() / inner[judge][:, -1:, -1]
-        share = 1 - error(best) / max(float((cost * whole).sum()), 1e-30)
+        share = 1 - least / max(float((cost * whole).sum()), 1e-30)
         if has_offset:
             return Fit(best[..., :-1], best[..., -1].flatten(), share, best is not start)
         return Fit(best, None, share, best is not start)
@@ -328,19 +329,16 @@ def count_places(model: nn.Module, sites: Sequence[Site], images: Tensor) -> dic
 
     def outputs(some: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        handles = []
-        for site in sites:
 
-            def note(module: nn.Module, _inputs: Any, output: Any, name: str = site.module) -> None:
+        def note(name: str) -> OnOutput:
+            def noted(module: nn.Module, _inputs: Any, output: Any) -> None:
                 if isinstance(output, Tensor):  # a class of the user's own may answer otherwise
                     found[name] = channels_last(module, output)
 
-            handles.append(model.get_submodule(site.module).register_forward_hook(note))
-        try:
+            return noted
+
+        with hooked(outputs=[(model.get_submodule(site.module), note(site.module)) for site in sites]):
             model(some)
-        finally:
-            for handle in handles:
-                handle.remove()
         return found
 
     alone, together = outputs(images[:1]), outputs(images)
@@ -368,39 +366,35 @@ def watching(
     on_other: Callable[[Layer, Tensor], None],
 ) -> Iterator[None]:
     """Call functions with each layer's input, its output and the other summand, the last two with channels last."""
-    handles = []
+    inputs: list[tuple[nn.Module, OnInput]] = []
+    outputs: list[tuple[nn.Module, OnOutput]] = []
 
     def watch(name: str, kind: str, function: Callable[[Tensor], None]) -> None:
+        def on_arguments(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            function(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+
+        def on_answer(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            function(output[0] if isinstance(output, tuple) else output)
+
         module = model.get_submodule(name)
         if kind == "input":
-            hook = module.register_forward_pre_hook(
-                lambda _module, args, kwargs: function(
-                    next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-                ),
-                with_kwargs=True,
-            )
+            inputs.append((module, on_arguments))
         else:
-            hook = module.register_forward_hook(
-                lambda _module, _args, output: function(output[0] if isinstance(output, tuple) else output)
-            )
-        handles.append(hook)
+            outputs.append((module, on_answer))
 
-    try:
-        for layer in layers:
-            if layer.site.other:
-                first = layer.site.other_first
-                watch(
-                    *layer.site.other,
-                    lambda t, layer=layer, first=first: on_other(layer, t.movedim(1, -1) if first else t),
-                )
-            if on_output:
-                watch(layer.name, "output", lambda t, layer=layer: on_output(layer, channels_last(layer.module, t)))
-            if on_input:
-                watch(layer.name, "input", lambda t, layer=layer: on_input(layer, t))
+    for layer in layers:
+        if layer.site.other:
+            first = layer.site.other_first
+            watch(
+                *layer.site.other,
+                lambda t, layer=layer, first=first: on_other(layer, t.movedim(1, -1) if first else t),
+            )
+        if on_output:
+            watch(layer.name, "output", lambda t, layer=layer: on_output(layer, channels_last(layer.module, t)))
+        if on_input:
+            watch(layer.name, "input", lambda t, layer=layer: on_input(layer, t))
+    with hooked(inputs=inputs, outputs=outputs):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def patches(conv: nn.Module, value: Tensor, positions: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lfrns_hub.method.taps import channel_count, channels_last, watched
 from lfrns_hub.model_io.answers import read_answer
 from lfrns_hub.model_io.batches import Batches, read_tensors, split_batch
+from lfrns_hub.model_io.hooks import OnOutput, hooked
 from lfrns_hub.model_io.model import as_input, differentiated, return_memory
 from lfrns_hub.units import UnitGroup
 
@@ -310,10 +311,9 @@ def add_loss_weights(
             weight += len(images)
         return
     outputs: dict[str, Any] = {}
-    handles = [
-        module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
-        for name, module in modules.items()
-    ]
+
+    def note(name: str) -> OnOutput:
+        return lambda _module, _inputs, output: outputs.__setitem__(name, output)
 
     def passes() -> dict[str, tuple[Tensor, Tensor | None]]:
         loss = read_answer(model, model(images.detach().requires_grad_())).drawn_loss(generator)
@@ -322,12 +322,8 @@ def add_loss_weights(
         gradients = torch.autograd.grad(loss, list(seen.values()), allow_unused=True) if seen else ()
         return {name: (out, gradient) for (name, out), gradient in zip(seen.items(), gradients, strict=True)}
 
-    try:
-        with torch.enable_grad():
-            found = differentiated(passes)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(outputs=[(module, note(name)) for name, module in modules.items()]), torch.enable_grad():
+        found = differentiated(passes)
     for name, (output, gradient) in found.items():
         if gradient is not None:
             rows = channels_last(modules[name], gradient)

@@ -1,10 +1,13 @@
-"""Hooks on the inputs of consumers: where units are observed, gated and masked. Gone when the caller is done."""
+"""The inputs of consumers: where units are observed, gated and masked."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lfrns_hub.model_io.hooks import OnInput, hooked
 
 
 def channels_last(module: nn.Module, value: Tensor) -> Tensor:
@@ -30,19 +33,16 @@ def watched(model: nn.Module, hooks: dict[str, Callable[[nn.Module, Tensor], Ten
         model: The network; it is as before when the context ends, also by an error.
         hooks: Consumer name to `f(module, input)`, which returns the input to use instead, or None.
     """
-    handles = []
-    try:
-        for name, function in hooks.items():
 
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], function: Callable = function) -> object:
-                changed = function(module, inputs[0])
-                return None if changed is None else (changed, *inputs[1:])
+    def first(function: Callable[[nn.Module, Tensor], Tensor | None]) -> OnInput:
+        def on_first(module: nn.Module, inputs: tuple[Any, ...], _others: dict[str, Any]) -> tuple[Any, ...] | None:
+            changed = function(module, inputs[0])
+            return None if changed is None else (changed, *inputs[1:])
 
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
+        return on_first
+
+    with hooked(inputs=[(model.get_submodule(name), first(function)) for name, function in hooks.items()]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def multiplier(factor: Tensor) -> Callable[[nn.Module, Tensor], Tensor]:

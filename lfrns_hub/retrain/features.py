@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.method.taps import channel_count, kept_channels
+from lfrns_hub.model_io.hooks import hooked, on_output
 from lfrns_hub.model_io.model import evaluating
 from lfrns_hub.self_check import settled_trace
 from lfrns_hub.surgery import removed_at_taps
@@ -35,7 +36,7 @@ class Features:
         self.module, self.axis, self.kept = module, axis, kept
         self._seen: dict[str, Tensor] = {}
         self._handles = [
-            network.get_submodule(module).register_forward_hook(self._note(whose))
+            on_output(network.get_submodule(module), self._note(whose))
             for whose, network in (("model", model), ("teacher", teacher))
         ]
 
@@ -112,24 +113,22 @@ def find_last_map(model: nn.Module, images: Tensor) -> LastMap | None:
     """Run images through a model, in eval mode, and find its last feature map; None: it has none."""
     found: list[LastMap] = []
 
-    def started(module: nn.Module, _inputs: Any, name: str) -> None:
+    names = {module: name for name, module in model.named_modules()}
+
+    def started(module: nn.Module, *_: Any) -> None:
         if found:
-            found[0].later.append(name)
+            found[0].later.append(names[module])
 
-    def ended(module: nn.Module, _inputs: Any, output: Any, name: str) -> None:
+    def ended(module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and sum(size > 1 for size in output.shape[1:]) > 1:
-            found[:] = [LastMap(name, output.shape, [])]
+            found[:] = [LastMap(names[module], output.shape, [])]
 
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda m, i, name=name: started(m, i, name)))
-        handles.append(module.register_forward_hook(lambda m, i, o, name=name: ended(m, i, o, name)))
-    try:
-        with torch.no_grad(), evaluating(model):
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        hooked(inputs=[(module, started) for module in names], outputs=[(module, ended) for module in names]),
+        torch.no_grad(),
+        evaluating(model),
+    ):
+        model(images)
     return found[0] if found else None
 
 

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lfrns_hub.format.narrow import kept_tensors, meta_copy, model_copy
 from lfrns_hub.model_io.batches import read_tensors
+from lfrns_hub.model_io.hooks import hooked, on_output
 from lfrns_hub.model_io.model import same_draw
 from lfrns_hub.units import Cache, forget
 
@@ -64,10 +65,9 @@ def export_training(
     images = images[:1].expand(TRAINING_IMAGES, *images.shape[1:])
     fresh = meta_copy if _device_of(network).type == "meta" else cpu_copy  # a forward may leave tensors on the copy
     trial, called = forget(fresh(model), caches).train(), []
-    for layer in _unread_layers(network, program):
-        trial.get_submodule(layer).register_forward_pre_hook(lambda module, _inputs: called.append(module))
+    unread = [trial.get_submodule(layer) for layer in _unread_layers(network, program)]
     try:
-        with torch.no_grad(), same_draw():
+        with torch.no_grad(), same_draw(), hooked(inputs=[(layer, lambda m, *_: called.append(m)) for layer in unread]):
             outputs = read_tensors(trial(torch.zeros_like(images, device=_device_of(trial))))
         shapes = [node.meta["val"].shape[1:] for node in answers(program)]
         if not called and [output.shape[1:] for output in outputs] == shapes:
@@ -147,7 +147,7 @@ def cpu_copy(model: nn.Module) -> nn.Module:
 
 def _answering_tensors(network: nn.Module) -> nn.Module:
     """Let a copy answer with a tuple of tensors: torch.export takes no dataclass that it does not know."""
-    network.register_forward_hook(lambda _module, _inputs, output: tuple(read_tensors(output)))
+    on_output(network, lambda _module, _inputs, output: tuple(read_tensors(output)))
     return network
 
 
