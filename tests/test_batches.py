@@ -123,7 +123,7 @@ def test_batches_are_let_go_one_after_another() -> None:
 
 def test_labels_in_some_batches_alone_are_refused() -> None:
     with pytest.raises(ValueError, match="some batches have labels and others have none"):
-        read_loader([(numbered(4), torch.arange(4)), numbered(4)], nn.Flatten(), 0, call="slim")
+        read_loader([(numbered(4), torch.arange(4)), numbered(4)], nn.Flatten(), 0)
 
 
 def test_a_sorted_loader_and_a_shuffled_one_make_the_same_slim_model() -> None:

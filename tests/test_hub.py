@@ -515,7 +515,7 @@ def test_only_the_main_process_pushes(monkeypatch, net, rank, group):
     def reach(**options: object) -> None:
         raise Reached
 
-    monkeypatch.setattr("lfrns_hub.hub.push.HfApi", reach)
+    monkeypatch.setattr(sys.modules["lfrns_hub.hub.push"], "HfApi", reach)
     monkeypatch.setenv("RANK", "0" if group else str(rank))
     if group:
         distributed.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
