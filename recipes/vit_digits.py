@@ -55,6 +55,7 @@ def main() -> None:
     parser = recipe.recipe_parser(
         __doc__, path=__file__, model=None, macs=0.5, epochs=12, batch_size=64, dense_epochs=40
     )
+    parser.add_argument("--no-controls", action="store_true", help="slim only, nothing trained beside it")
     args = parser.parse_args()
     if args.data_dir:
         raise ValueError(f"--data-dir {args.data_dir}: the digits ship with scikit-learn. For yours: vit_cifar100.py.")
@@ -128,14 +129,15 @@ def main() -> None:
         recipe.save_trained(result.model, out, **saving)
 
     # Beside it, equally trained: as many units drawn at random; and the slim shape from scratch, for all epochs.
-    groups = lfrns.find_units(dense, images[:1])
-    drawn = recipe.random_cut(dense, result.plan, groups, args.seed)
-    add_row("random plan, same widths, cut alone, not retrained", drawn)
-    lfrns.retrain(drawn, train_loader, seed=args.seed, checkpoint_dir=work / "random plan", **retraining)
-    add_row("random plan, same widths, equally retrained", drawn)
-    set_seed(args.seed + 1)
-    scratch = cut(build_dense(), groups, result.plan) if not args.model else None
-    if scratch is not None:
+    if not args.no_controls:
+        groups = lfrns.find_units(dense, images[:1])
+        drawn = recipe.random_cut(dense, result.plan, groups, args.seed)
+        add_row("random plan, same widths, cut alone, not retrained", drawn)
+        lfrns.retrain(drawn, train_loader, seed=args.seed, checkpoint_dir=work / "random plan", **retraining)
+        add_row("random plan, same widths, equally retrained", drawn)
+    if not args.no_controls and not args.model:
+        set_seed(args.seed + 1)
+        scratch = cut(build_dense(), groups, result.plan)
         lfrns.retrain(
             scratch,
             train_loader,

@@ -12,6 +12,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
+import datasets
 import torch
 
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -45,6 +46,7 @@ def end(children: list[BaseProcess], seconds: float = 240) -> list[int | None]:
 def _run(place: tuple[int, int, str] | None, function: Callable, arguments: tuple[Any, ...]) -> None:
     """Run a function, as one process of several where a place is given."""
     gc.freeze()  # what was imported is no garbage, and looking through it takes a second each time
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # a stream that ends waits for threads that read the Hub
     torch.set_num_threads(1)
     if place is not None:
         rank, processes, port = place

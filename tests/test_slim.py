@@ -95,8 +95,8 @@ def test_half_a_resnet20_keeps_most_of_its_accuracy_without_training(shared: Pat
     dense = create_dense("cifar_resnet20", weights=str(shared / "weights" / "resnet20_cifar10.safetensors"))
     transform = make_transform(dense, train=False)
     data = str(shared / "data" / "cifar10")
-    calibration = DataLoader(load_data(data, "train", transform=transform, limit=1000), 250)
-    test = DataLoader(load_data(data, "validation", transform=transform, limit=500), 250)
+    calibration = DataLoader(load_data(data, "train", transform=transform, limit=600), 200)
+    test = DataLoader(load_data(data, "validation", transform=transform, limit=400), 200)
     result = lfrns.slim(dense, calibration, macs=0.5, fcr_steps=10, progress=False)
     score = evaluate(result.model, test, teacher=dense, progress=False)
     assert 0.49 < result.report.macs_fraction <= 0.5
