@@ -85,30 +85,30 @@ class Pictures(Dataset):
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Give a batch: images [n, C, H, W] float32, normalised, and labels [n]."""
+        """Return a batch: images [n, C, H, W] float32, normalised, and labels [n]."""
         index = torch.as_tensor(indices, device=self.pixels.device)
         pixels = self.pixels[index]
         return self.normalise(crop_and_flip(pixels) if self.train else pixels), self.labels[index]
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Give the model's input of some pixels."""
+        """Return the model's input of some pixels."""
         if pixels.shape[-2:] != self.preparation.size:
             pixels = resize(pixels, self.preparation.size, self.preparation.interpolation)
         mean, std = (on_device(values, pixels.device) for values in (self.preparation.mean, self.preparation.std))
         return (pixels.float() / 255 - mean) / std
 
     def part(self, chosen: Tensor, *, train: bool) -> "Pictures":
-        """Give some of the pictures, [n] int64, with or without augmentation."""
+        """Return some of the pictures, [n] int64, with or without augmentation."""
         return Pictures(self.pixels[chosen], self.labels[chosen], self.preparation, train=train)
 
     def loader(self, batch_size: int = 500, *, shuffle: bool = False) -> DataLoader:
-        """Give the batches."""
+        """Return the batches."""
         return DataLoader(self, batch_size, shuffle=shuffle, collate_fn=lambda batch: batch)
 
 
 @functools.cache
 def on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Give a number for each channel, [C, 1, 1]."""
+    """Return a number for each channel, [C, 1, 1]."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
@@ -123,7 +123,7 @@ def resize(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
 
 @functools.cache
 def resize_weights(old: int, new: int, interpolation: str, device: torch.device) -> Tensor:
-    """Give the weights [old, new] of pillow's filter, times PILLOW_ONE: whole numbers, whose sums are exact."""
+    """Return the weights [old, new] of pillow's filter, times PILLOW_ONE: whole numbers, whose sums are exact."""
     options = {"mode": interpolation, "align_corners": False, "antialias": True}
     unit = torch.eye(old, dtype=torch.float64)[None, None]
     weights = torch.nn.functional.interpolate(unit, (old, new), **options)[0, 0]
@@ -153,7 +153,7 @@ def decode(data: str, split: str, device: torch.device, limit: int | None = None
 
 
 def read_pictures(data: str, split: str, model: nn.Module, device: torch.device, limit: int | None = None) -> Pictures:
-    """Give a split as a model is shown it."""
+    """Return a split as a model is shown it."""
     pixels, labels = decode(data, split, device, limit)
     preparation = make_transform(model, train=False)
     height, width = pixels.shape[-2:]
@@ -176,7 +176,7 @@ class Store:
         self.content["setup"] = setup
 
     def get(self, *key: Any) -> dict[str, Any] | None:
-        """Give a cell, or None where it is not measured."""
+        """Return a cell, or None where it is not measured."""
         return self.content["cells"].get(" | ".join(map(str, key)))
 
     def put(self, cell: dict[str, Any], *key: Any) -> None:
@@ -236,7 +236,7 @@ class Bench:
         return create_dense(self.task["model"], num_classes=classes, weights=weights).to(self.device)
 
     def weights(self) -> Path | None:
-        """Give the file or folder of the weights, None where the network is trained from scratch."""
+        """Return the file or folder of the weights, None where the network is trained from scratch."""
         name = self.task.get("folder") or self.task.get("weights")
         return Path(self.options.weights_dir) / name if name else None
 
@@ -257,12 +257,12 @@ class Bench:
         return model.float().eval()
 
     def retraining(self) -> dict[str, float]:
-        """Give the settings of all retraining here."""
+        """Return the settings of all retraining here."""
         rate = self.options.learning_rate
         return RETRAINING[self.task.get("retraining", "cnn")] | ({"learning_rate": rate} if rate else {})
 
     def case(self, seed: int) -> Case:
-        """Give what a contestant gets: calibration images that training has seen and tuning has not."""
+        """Return what a contestant gets: calibration images that training has seen and tuning has not."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
         drawn = order[: self.options.calibration_images].to(self.device)
         images = self.train.normalise(self.train.pixels[drawn])
@@ -322,7 +322,7 @@ class Bench:
         }
 
     def cost(self, model: nn.Module, case: Case) -> dict[str, float]:
-        """Give the fractions of the dense cost that a model keeps."""
+        """Return the fractions of the dense cost that a model keeps."""
         params = count_params(model) / count_params(self.dense)
         return {"macs_fraction": case.kept_macs(model), "params_fraction": params}
 

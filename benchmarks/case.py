@@ -55,15 +55,15 @@ class Case:
     fcr_steps: int = 200
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Give the calibration images in batches, with their labels."""
+        """Return the calibration images in batches, with their labels."""
         return list(zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True))
 
     def example(self) -> Tensor:
-        """Give one image, [1, C, H, W]."""
+        """Return one image, [1, C, H, W]."""
         return self.images[:1]
 
     def part(self, images: int) -> "Case":
-        """Give the same case with fewer calibration images, in smaller batches."""
+        """Return the same case with fewer calibration images, in smaller batches."""
         few = self.images[:images], self.labels[:images]
         return replace(self, images=few[0], labels=few[1], batch_size=max(1, images // 10))
 
@@ -72,7 +72,7 @@ class Case:
         return copy.deepcopy(self.dense)
 
     def kept_macs(self, model: nn.Module) -> float:
-        """Give a model's MACs as a fraction of the dense one's: one counter for all contestants."""
+        """Return a model's MACs as a fraction of the dense one's: one counter for all contestants."""
         return count_macs(model, self.example()) / count_macs(self.dense, self.example())
 
 

@@ -54,7 +54,7 @@ class Clustered:
 
     @torch.no_grad()
     def true_changes(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Give by how much the mean loss falls when a unit of the pruning set is opened alone, per group."""
+        """Return by how much the mean loss falls when a unit of the pruning set is opened alone, per group."""
         gates, hooks = make_gates(self.dense, self.groups, self.keep, self.moments)
         target = answer_to(self.dense, images)
 
@@ -81,7 +81,7 @@ class Clustered:
 
 
 def norm_scores(case: Case, groups: list[UnitGroup]) -> dict[str, Tensor]:
-    """Give the absolute BatchNorm scale of each unit; zero where it has none."""
+    """Return the absolute BatchNorm scale of each unit; zero where it has none."""
     norms = {
         f"{name}.weight"
         for name, module in case.dense.named_modules()

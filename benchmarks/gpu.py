@@ -105,7 +105,7 @@ class Subject:
 
     @property
     def analysis(self) -> Any:
-        """Give the last analysis."""
+        """Return the last analysis."""
         return self._analysis or self.analyse()
 
     def make(self, label: str) -> None:
@@ -146,7 +146,7 @@ class Subject:
         }
 
     def images(self, batch: int) -> torch.Tensor:
-        """Give noise as the timed models take it."""
+        """Return noise as the timed models take it."""
         size = (batch, 3, self.pixels, self.pixels)
         images = torch.randn(size, device=self.options.device, dtype=self.options.dtype)
         return images.contiguous(memory_format=self.layout)
@@ -321,7 +321,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Give the name that `--only` and the results know it by."""
+        """Return the name that `--only` and the results know it by."""
         return f"{self.network} {self.what}"
 
 
@@ -366,7 +366,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def sentence(error: BaseException) -> str:
-    """Give an error's class and its first line."""
+    """Return an error's class and its first line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:400]}"
 
@@ -399,7 +399,7 @@ def run_parts(parts: list[Part], options: argparse.Namespace, until: float, keep
 
 
 def write_into(path: Path, card: str, setup: dict[str, Any]) -> Callable[..., None]:
-    """Give a function that keeps a part of a card's results; those of another setup give way."""
+    """Return a function that keeps a part of a card's results; those of another setup give way."""
 
     def keep(name: str | None = None, row: dict[str, Any] | None = None, left_out: list[str] | None = None) -> None:
         cards = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -453,7 +453,7 @@ def fresh_cache() -> Iterator[None]:
 
 
 def render() -> str:
-    """Give docs/gpu.md."""
+    """Return docs/gpu.md."""
     return page(*(json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, STEPS)))
 
 

@@ -17,12 +17,12 @@ UNCOUNTED = (nn.Identity, nn.Dropout)  # they move nothing when they do not trai
 
 
 def placed(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
-    """Give a copy of a model with weights of a dtype, in a layout, that does not train."""
+    """Return a copy of a model with weights of a dtype, in a layout, that does not train."""
     return copy.deepcopy(model).eval().requires_grad_(False).to(dtype=dtype, memory_format=layout)
 
 
 def pass_ms(call: Callable[[], Any], passes: int, device: str) -> float:
-    """Give the milliseconds of one of several passes, by CUDA events where there are any."""
+    """Return the milliseconds of one of several passes, by CUDA events where there are any."""
     if device == "cpu":
         began = time.perf_counter()
         for _ in range(passes):
@@ -59,7 +59,7 @@ def take_turns(calls: dict[str, Callable[[], Any]], device: str, seconds: float)
 
 
 def compared(times: Turns) -> dict[str, dict[str, Any]]:
-    """Give the median milliseconds of each, and how much faster than dense it was in the same turns."""
+    """Return the median milliseconds of each, and how much faster than dense it was in the same turns."""
     return {
         name: {
             "ms": round(statistics.median(values), 4),

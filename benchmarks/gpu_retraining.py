@@ -35,7 +35,7 @@ WARM_UP = 20  # steps
 
 
 def by_hand(model: nn.Module, teacher: nn.Module, batch: int, steps: int, *, capture: bool) -> float:
-    """Give the seconds of a step on one batch of noise that lies on the GPU."""
+    """Return the seconds of a step on one batch of noise that lies on the GPU."""
     model = copy.deepcopy(model).cuda().to(memory_format=torch.channels_last).train()
     teacher = copy.deepcopy(teacher).cuda().to(memory_format=torch.channels_last).eval()
     images = torch.randn(batch, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
@@ -79,7 +79,7 @@ def by_hand(model: nn.Module, teacher: nn.Module, batch: int, steps: int, *, cap
 
 
 def by_retrain(model: nn.Module, teacher: nn.Module, loader: DataLoader, **options: Any) -> float:
-    """Give the seconds of a step of `retrain`; the first steps are not counted."""
+    """Return the seconds of a step of `retrain`; the first steps are not counted."""
     AcceleratorState._reset_state(True)
     ends: list[float] = []
     lfrns.retrain(
@@ -130,7 +130,7 @@ def measure(name: str, batch: int, options: argparse.Namespace, folder: str) -> 
 
 
 def closeness(name: str, folder: str, steps: int = 30) -> dict[str, float]:
-    """Give how far recorded steps end from plain ones in float32, over the distance travelled; plain ones beside."""
+    """Return how far recorded steps end from plain ones in float32, over the distance travelled; plain ones beside."""
     torch.manual_seed(0)
     start = timm.create_model(name, num_classes=10)
     teacher = copy.deepcopy(start).eval()

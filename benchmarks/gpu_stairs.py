@@ -15,7 +15,7 @@ ROUNDS, PASSES = 3, 10
 
 
 def layers(smoke: bool) -> dict[str, tuple[Callable[[int, int], nn.Module], int, tuple[int, ...]]]:
-    """Give what makes a layer of input and output widths, its usual width, and its input's shape without channels."""
+    """Return what makes a layer of input and output widths, its usual width, and its input's shape without channels."""
     side, tokens = (4, 8) if smoke else (14, 197)
     return {
         "conv3x3": (lambda i, o: nn.Conv2d(i, o, 3, padding=1, bias=False), 16 if smoke else 256, (side, side)),

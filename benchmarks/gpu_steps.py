@@ -115,7 +115,7 @@ class Watch:
                 self.steps[outside].inner += seconds
 
     def wrapped(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """Give a function that is a step inside a step; outside of all, and in other threads, it is what it was."""
+        """Return a function that is a step inside a step; outside of all, and in other threads, it is what it was."""
 
         @functools.wraps(function)
         def timed(*args: Any, **options: Any) -> Any:
@@ -127,7 +127,7 @@ class Watch:
         return timed
 
     def rows(self) -> list[dict[str, Any]]:
-        """Give the steps as plain data, in the order in which they were first entered."""
+        """Return the steps as plain data, in the order in which they were first entered."""
         return [
             {
                 "step": " > ".join(path),
@@ -160,7 +160,7 @@ def watching(device: str) -> Iterator[Watch]:
 
 
 def place_of(place: str) -> tuple[Any, str]:
-    """Give the module or class where a function is looked up, and its name there."""
+    """Return the module or class where a function is looked up, and its name there."""
     module, _, path = place.partition(":")
     owner: Any = importlib.import_module(f"lfrns_hub.{module}")
     *parents, attribute = path.split(".")

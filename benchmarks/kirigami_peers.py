@@ -55,7 +55,7 @@ class TraceableViT(nn.Module):
         self.layers = model.vit.layers
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Give what the layers make of embeddings [N, T, C]."""
+        """Return what the layers make of embeddings [N, T, C]."""
         for layer in self.layers:
             attention, x = layer.attention, layer.layernorm_before(hidden)
             query, key, value = (
@@ -105,22 +105,22 @@ class Traced:
         }
 
     def axis(self, module: str) -> AxisRef:
-        """Give the output axis of a module, by its name in the stock model."""
+        """Return the output axis of a module, by its name in the stock model."""
         return self.graph.parameter(f"{module.removeprefix('vit.')}.weight").axis(0)
 
     def stock_name(self, axis: AxisRef) -> str:
-        """Give the module of an output axis its name in the stock model."""
+        """Return the name in the stock model of the module of an output axis."""
         name = axis.tensor.paths[0].removesuffix(".weight")
         return f"vit.{name}" if isinstance(self.model, ViTForImageClassification) else name
 
 
 def traceable(model: nn.Module) -> nn.Module:
-    """Give what kirigami traces: the model itself, or a ViT's layers."""
+    """Return what kirigami traces: the model itself, or a ViT's layers."""
     return TraceableViT(model) if isinstance(model, ViTForImageClassification) else model
 
 
 def targets(model: nn.Module) -> list[str] | None:
-    """Give the modules whose outputs may leave, by kirigami's names; None for all that it finds."""
+    """Return the modules whose outputs may leave, by kirigami's names; None for all that it finds."""
     if isinstance(model, ViTForImageClassification):
         return ["layers.*.mlp.fc1"]
     if isinstance(model, CifarResNet):
@@ -265,7 +265,7 @@ def kirigami_osscar(case: Case) -> nn.Module:
 
 
 def linear_pairs(model: nn.Module) -> dict[str, str]:
-    """Give producers and the one consumer of each, of the same kind, nothing but channelwise layers between them."""
+    """Return producers and the one consumer of each, of the same kind, nothing but channelwise layers between them."""
     names = {module: name for name, module in model.named_modules()}
     if isinstance(model, ViTForImageClassification):
         return {names[layer.mlp.fc1]: names[layer.mlp.fc2] for layer in model.vit.layers}
@@ -330,7 +330,7 @@ def layer_rows(model: nn.Module, consumer: str, images: Tensor, dense: bool) -> 
 
 
 def design(case: Case, model: nn.Module, consumer: str) -> tuple[Tensor, Tensor]:
-    """Give the mean products of a layer's inputs with themselves [I P, I P] and with the dense outputs [I P, O]."""
+    """Return the mean products of a layer's inputs with themselves [I P, I P] and with the dense outputs [I P, O]."""
     gram, cross, count = 0, 0, 0
     for images, _ in case.batches():
         inputs = layer_rows(model, consumer, images, dense=False)

@@ -87,7 +87,7 @@ def setup_of(args: argparse.Namespace) -> lfrns.LatencySetup:
 
 
 def same_setup(args: argparse.Namespace) -> list[str]:
-    """Give the options that let another process time alike."""
+    """Return the options that let another process time alike."""
     options = ["--batch", str(args.batch), "--runs", str(args.runs)]
     options += ["--threads", str(args.threads)] if args.threads else []
     options += ["--dtype", args.dtype] if args.dtype else []

@@ -25,25 +25,25 @@ IMAGES, BATCH, CHECKPOINT_EVERY = 512, 16, 100
 
 
 def make_model() -> torch.nn.Module:
-    """Give a small network, and the same weights each time."""
+    """Return a small network, and the same weights each time."""
     torch.manual_seed(0)
     return timm.create_model("test_resnet", num_classes=10).eval()
 
 
 def make_loader() -> DataLoader:
-    """Give pictures of noise with labels."""
+    """Return pictures of noise with labels."""
     draw = torch.Generator().manual_seed(1)
     images, labels = torch.randn(IMAGES, 3, 32, 32, generator=draw), torch.arange(IMAGES) % 10
     return DataLoader(TensorDataset(images, labels), BATCH, shuffle=True)
 
 
 def resident() -> float:
-    """Give the resident memory of this process in MiB."""
+    """Return the resident memory of this process in MiB."""
     return psutil.Process().memory_info().rss / 2**20
 
 
 def watch_retraining(steps: int, folder: str | None) -> list[float]:
-    """Give the resident memory after each step of retraining with a teacher, with checkpoints or without."""
+    """Return the resident memory after each step of retraining with a teacher, with checkpoints or without."""
     seen: list[float] = []
     lfrns.retrain(
         make_model(),
@@ -59,7 +59,7 @@ def watch_retraining(steps: int, folder: str | None) -> list[float]:
 
 
 def watch_gates(steps: int) -> list[float]:
-    """Give the resident memory after each step of the FCR gates."""
+    """Return the resident memory after each step of the FCR gates."""
     seen: list[float] = []
 
     def learn(model: torch.nn.Module, groups: Any, keep: Any, batches: Any, moments: Any) -> dict[str, torch.Tensor]:

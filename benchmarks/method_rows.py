@@ -21,12 +21,12 @@ def forward(model: Any, images: list[Any]) -> None:
 
 
 def settled(options: Namespace) -> dict[str, Any]:
-    """Give how turns are taken on a device: a GPU has kernels to choose and memory to get in the first."""
+    """Return how turns are taken on a device: a GPU has kernels to choose and memory to get in the first."""
     return {"device": options.device, "warmup": int(options.device != "cpu")}
 
 
 def steps_of(analysis: Any) -> float:
-    """Give the seconds of responses and redundancy."""
+    """Return the seconds of responses and redundancy."""
     return analysis.seconds["responses"] + analysis.seconds["redundancy"]
 
 

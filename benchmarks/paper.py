@@ -111,7 +111,7 @@ class Clock:
         self.seconds, self.end = 60 * minutes, began + 60 * minutes
 
     def left(self) -> float:
-        """Give the seconds that are left."""
+        """Return the seconds that are left."""
         return self.end - time.time()
 
     def check(self, predicted: float) -> None:
@@ -154,16 +154,16 @@ class Section:
         self.setup = setup
 
     def key(self, contestant: str, *rest: Any) -> tuple[Any, ...]:
-        """Give a cell's key in the file."""
+        """Return a cell's key in the file."""
         is_dense = contestants[contestant].family == "reference"
         return (self.dense_name if is_dense else self.name, contestant, *rest)
 
     def get(self, *key: Any) -> dict[str, Any] | None:
-        """Give a cell, or None where it is not measured."""
+        """Return a cell, or None where it is not measured."""
         return self.store.get(*self.key(*key))
 
     def cells(self) -> dict[str, dict[str, Any]]:
-        """Give the cells of all tasks and budgets."""
+        """Return the cells of all tasks and budgets."""
         return self.store.content["cells"]
 
     def put(self, cell: dict[str, Any], *key: Any) -> None:
@@ -180,12 +180,12 @@ class TimedBench(Bench):
         super().__init__(options, section)
 
     def weights(self) -> Path | None:
-        """Give the weights where there are some for data of so many classes."""
+        """Return the weights where there are some for data of so many classes."""
         path = super().weights()
         return path if path and path.exists() and self.options.classes == CLASSES else None
 
     def compare(self, model: nn.Module, case: Case) -> dict[str, Any]:
-        """Give the cost alone: what the layers express takes long."""
+        """Return the cost alone: what the layers express takes long."""
         return self.cost(model, case)
 
     def prune(self, contestant: Contestant, case: Case) -> nn.Module:
@@ -201,7 +201,7 @@ class TimedBench(Bench):
         return model
 
     def is_cut(self, contestant: Contestant, seed: int) -> bool:
-        """Tell whether a pruned network is kept, so that none has to be made."""
+        """Return whether a pruned network is kept, so that none has to be made."""
         cached = self.cache / f"{contestant.name.replace('/', '-')}-{seed}.pt"
         return cached.is_file() and self.store.get(contestant.name, seed, 0) is not None
 
@@ -287,7 +287,7 @@ class Paper:
         self.classes = len(load_data(options.data_dir, "train", transform=lambda picture: picture).class_names)
 
     def order(self) -> Iterator[tuple[int, int, str, float, float | None]]:
-        """Give seed, epochs, network, MACs and parameters of what is wanted, in order of value."""
+        """Yield seed, epochs, network, MACs and parameters of what is wanted, in order of value."""
         chosen = [b for b in BUDGETS if b[0] in self.options.only_tasks and not self.is_missing(b[0])]
         chosen = [b for b in chosen if not self.options.macs or b[1] in self.options.macs]
         given = [budget for budget in chosen if self.has_weights(budget[0])]
@@ -298,16 +298,16 @@ class Paper:
                     yield from ((seed, epochs, *budget) for budget in budgets)
 
     def has_weights(self, task: str) -> bool:
-        """Tell whether a network comes with weights for this data, so that it is not trained first."""
+        """Return whether a network comes with weights for this data, so that it is not trained first."""
         name = TASKS[task].get("folder") or TASKS[task].get("weights")
         return bool(name) and self.classes == CLASSES and (Path(self.options.weights_dir) / name).exists()
 
     def is_missing(self, task: str) -> bool:
-        """Tell whether a network is only to be had with its weights, and they are not there."""
+        """Return whether a network is only to be had with its weights, and they are not there."""
         return "folder" in TASKS[task] and not self.has_weights(task)
 
     def settings(self, task: str, macs: float, params: float | None) -> argparse.Namespace:
-        """Give the options of accuracy.py of one task and budget."""
+        """Return the options of accuracy.py of one task and budget."""
         batch, rate = BATCHES.get(task, BATCHES["cnn"])
         mine = {
             "task": task,
@@ -321,7 +321,7 @@ class Paper:
         return argparse.Namespace(**{**vars(accuracy.parse([])), **vars(self.options), **mine})
 
     def bench(self, task: str, macs: float, params: float | None) -> TimedBench | None:
-        """Give a task at a budget, made once; None, with a line, where it does not fit."""
+        """Return a task at a budget, made once; None, with a line, where it does not fit."""
         if (task, macs, params) not in self.benches:
             options = self.settings(task, macs, params)
             began, bench = time.perf_counter(), None
@@ -336,14 +336,14 @@ class Paper:
         return self.benches[task, macs, params]
 
     def case(self, bench: TimedBench, seed: int) -> Case:
-        """Give what contestants get, made once and kept for the seed that is run."""
+        """Return what contestants get, made once and kept for the seed that is run."""
         if (bench.name, seed) not in self.cases:
             self.cases = {key: case for key, case in self.cases.items() if key[1] == seed}
             self.cases[bench.name, seed] = bench.case(seed)
         return self.cases[bench.name, seed]
 
     def contestants(self, task: str) -> list[Contestant]:
-        """Give the contestants of a network, each in few settings; or those that were asked for by name."""
+        """Return the contestants of a network, each in few settings; or those that were asked for by name."""
         names = [*OURS, *PEERS.get(task, PEERS["cnn"])]
         if self.options.contestants:
             names = [n for n in contestants if any(fnmatchcase(n, glob) for glob in self.options.contestants)]
@@ -396,7 +396,7 @@ class Paper:
 
 
 def table(cells: dict[str, dict[str, Any]]) -> list[str]:
-    """Give the kept cells as lines of Markdown, a row for each contestant and length of training."""
+    """Return the kept cells as lines of Markdown, a row for each contestant and length of training."""
     rows: dict[tuple[str, str], dict[int, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for key, cell in cells.items():
         name, contestant, seed, epochs = key.split(" | ")
@@ -414,7 +414,7 @@ def table(cells: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def place(key: tuple[str, str], by_epochs: dict[int, dict[int, dict[str, Any]]]) -> tuple[Any, ...]:
-    """Give where a row stands: by network, the dense one first, then by budget and contestant."""
+    """Return where a row stands: by network, the dense one first, then by budget and contestant."""
     setup = first_of(by_epochs)["setup"]
     tasks = list(dict.fromkeys(budget[0] for budget in BUDGETS))
     names = [*OURS, *PEERS["cnn"], *PEERS["vit_small"]]
@@ -424,12 +424,12 @@ def place(key: tuple[str, str], by_epochs: dict[int, dict[int, dict[str, Any]]])
 
 
 def first_of(by_epochs: dict[int, dict[int, dict[str, Any]]]) -> dict[str, Any]:
-    """Give one of a row's cells."""
+    """Return one of a row's cells."""
     return next(iter(next(iter(by_epochs.values())).values()))
 
 
 def row(contestant: str, epochs: int, cuts: dict[int, Any], trained: dict[int, Any]) -> list[str]:
-    """Give the fields of a row."""
+    """Return the fields of a row."""
     one = next(iter(trained.values()))
     setup, after = one["setup"], trained if epochs else {}
     budget = f"MACs {setup['macs']:g}" + (f", params {setup['params']:g}" if setup["params"] else "")
@@ -458,7 +458,7 @@ def row(contestant: str, epochs: int, cuts: dict[int, Any], trained: dict[int, A
 
 
 def mean_of(cells: dict[int, dict[str, Any]], key: str, form: str) -> str:
-    """Give the mean of a figure over the seeds, of accuracies with their standard deviation; empty where none is."""
+    """Return the mean of a figure over the seeds, of accuracies with their standard deviation; empty where none is."""
     values = [cell[key] for cell in cells.values() if key in cell]
     if not values:
         return ""
@@ -467,7 +467,7 @@ def mean_of(cells: dict[int, dict[str, Any]], key: str, form: str) -> str:
 
 
 def render() -> str:
-    """Give docs/paper.md."""
+    """Return docs/paper.md."""
     return INTRODUCTION + "\n".join(table(Store("paper").content["cells"])) + "\n"
 
 

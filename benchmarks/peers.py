@@ -68,7 +68,7 @@ def trainable(model: nn.Module) -> nn.Module:
 
 
 def as_dense(model: nn.Module, dense: nn.Module) -> nn.Module:
-    """Give each parameter the dense one's requires_grad, and no gradient, in place."""
+    """Return each parameter the dense one's requires_grad, and no gradient, in place."""
     wanted = {name: parameter.requires_grad for name, parameter in dense.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted[name]).grad = None

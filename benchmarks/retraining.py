@@ -66,7 +66,7 @@ def write_noise(folder: Path, side: int, count: int) -> None:
 
 
 def plain_transform(ours: Preparation) -> T.Compose:
-    """Give torchvision's transforms on PIL pictures that do what ours do."""
+    """Return torchvision's transforms on PIL pictures that do what ours do."""
     if max(ours.size) <= 32:
         steps: list[Any] = [T.Resize(ours.size), T.RandomCrop(ours.size, padding=4)]
     else:

@@ -74,7 +74,7 @@ def measure_rows(parser: argparse.ArgumentParser, options: Namespace) -> None:
 
 
 def has_gpu() -> bool:
-    """Say whether torch finds a GPU."""
+    """Return whether torch finds a GPU."""
     import torch
 
     return torch.cuda.is_available()

@@ -36,7 +36,7 @@ def read(path: Path) -> tuple[dict[str, Any], Cells, dict[str, str]]:
 
 
 def mean_of(cells: dict[int, dict[str, Any]], key: str, form: str = ".2f") -> str:
-    """Give the mean of a figure over the seeds, with its standard deviation where there are several."""
+    """Return the mean of a figure over the seeds, with its standard deviation where there are several."""
     values = [cell[key] for cell in cells.values()]
     if not values:
         return "not measured"
@@ -56,12 +56,12 @@ def rows_of(setup: dict[str, Any], cells: Cells) -> list[tuple[str, str]]:
 
 
 def cell_family(by_epochs: dict[int, dict[int, dict[str, Any]]]) -> str:
-    """Give a contestant's family."""
+    """Return a contestant's family."""
     return next(iter(by_epochs[0].values()))["family"]
 
 
 def table(setup: dict[str, Any], cells: Cells, reasons: dict[str, str]) -> list[str]:
-    """Give one task's table, every column, as lines of Markdown."""
+    """Return one task's table, every column, as lines of Markdown."""
     epochs = sorted({e for by_epochs in cells.values() for e in by_epochs} | {2})
     after = [f"after {e} epochs" for e in epochs if e]
     head = ["contestant", "right after the cut", *after, "agrees", "worst class", "variance kept", "MACs", "params",
@@ -112,7 +112,7 @@ def best_of(family: str, cells: Cells, epochs: int) -> str:
 
 
 def summary(files: list[tuple[dict[str, Any], Cells, dict[str, str]]]) -> list[str]:
-    """Give the README's table: ours, dense trained as long, and the best peer of every task and budget."""
+    """Return the README's table: ours, dense trained as long, and the best peer of every task and budget."""
     lines = [
         "| model | dense | budget | ours, right after the cut | best control there | best peer there | ours, 2 epochs "
         "| best peer, 2 epochs | dense, 2 epochs more |",

@@ -87,7 +87,7 @@ def search_ratio(
 def ranking_scopes(
     case: Case, model: nn.Module, importance: Callable, scope: str, options: dict[str, bool]
 ) -> list[list[str]]:
-    """Give what is ranked together: a layer's name of each group, of groups of one structure or one by one."""
+    """Return what is ranked together: a layer's name of each group, of groups of one structure or one by one."""
     isomorphic = options.get("isomorphic", False)
     if options["global_pruning"] and not isomorphic:
         return []
@@ -128,7 +128,7 @@ def make_pruner(
 
 
 def ignored_layers(model: nn.Module, scope: str) -> list[nn.Module]:
-    """Give the layers whose output channels stay: the classifier's, and those that the scope leaves out."""
+    """Return the layers whose output channels stay: the classifier's, and those that the scope leaves out."""
     if isinstance(model, CifarResNet):
         return [model.linear, model.conv1, *(m.conv2 for m in model.modules() if isinstance(m, CifarBasicBlock))]
     if isinstance(model, VisionTransformer):

@@ -87,13 +87,13 @@ def tell(times: Turns) -> None:
 
 
 def ratios_of(times: Turns) -> dict[str, list[float]]:
-    """Give the ratio of each side to the reference; none where there is no reference."""
+    """Return the ratio of each side to the reference; none where there is no reference."""
     sides = times.items() if "reference" in times else ()
     return {side: ratio_of(values, times["reference"]) for side, values in sides if side != "reference"}
 
 
 def ratio_of(values: list[float], reference: list[float]) -> list[float]:
-    """Give the median of the turns' ratios, the lowest and the highest."""
+    """Return the median of the turns' ratios, the lowest and the highest."""
     ratios = [one / other for one, other in zip(values, reference, strict=True)]
     return [statistics.median(ratios), min(ratios), max(ratios)]
 
@@ -104,7 +104,7 @@ def span(ratio: list[float]) -> str:
 
 
 def folder_of(results: Path, device: str) -> Path:
-    """Give the folder of a device's rows: the CPU's are at the top, each GPU has one by its name."""
+    """Return the folder of a device's rows: the CPU's are at the top, each GPU has one by its name."""
     if device == "cpu":
         return results
     import torch

@@ -29,7 +29,7 @@ class _CifarNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def get_classifier(self) -> nn.Module:
-        """Give the layer that answers the classes."""
+        """Return the layer that answers the classes."""
         return self.linear
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -114,7 +114,7 @@ class CifarResNet(_CifarNet):
         self._init_weights()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Give the last stage's features, [N, 64, H / 4, W / 4] when dense."""
+        """Return the last stage's features, [N, 64, H / 4, W / 4] when dense."""
         x = self.act1(self.bn1(self.conv1(x)))
         return self.layer3(self.layer2(self.layer1(x)))
 
@@ -153,7 +153,7 @@ class CifarVGG(_CifarNet):
         self._init_weights()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Give the last stage's features, [N, 512, H / 32, W / 32] when dense."""
+        """Return the last stage's features, [N, 512, H / 32, W / 32] when dense."""
         return self.features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -209,7 +209,7 @@ class CifarDenseNet(_CifarNet):
         self._init_weights()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Give the last block's features after BatchNorm and ReLU, [N, 448, H / 4, W / 4] when dense."""
+        """Return the last block's features after BatchNorm and ReLU, [N, 448, H / 4, W / 4] when dense."""
         x = self.transition1(self.block1(self.conv1(x)))
         x = self.transition2(self.block2(x))
         return self.act(self.bn(self.block3(x)))

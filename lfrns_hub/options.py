@@ -173,12 +173,12 @@ def check_names(names: Any, option: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Say whether a value is a number; True is none."""
+    """Return whether a value is a number; True is none."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any, least: int) -> bool:
-    """Say whether a value is a whole number from the least; True is none."""
+    """Return whether a value is a whole number from the least; True is none."""
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
@@ -217,7 +217,7 @@ def read_loader(loader: Any, dense: nn.Module, seed: int) -> list[tuple[Tensor, 
 
 
 def choose_groups(every: Sequence[UnitGroup], options: FindOptions) -> list[UnitGroup]:
-    """Give the groups that may be cut.
+    """Return the groups that may be cut.
 
     Raises:
         ValueError: A pattern matches nothing, or nothing is left.

@@ -191,7 +191,7 @@ def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
 @contextmanager
 def waking(model: nn.Module) -> Iterator[None]:
-    """Give each channel that a layer makes a mean and a spread of its own, by the layer's own weight and bias.
+    """Scale each channel that a layer makes to a mean and a spread of its own, by the layer's own weight and bias.
 
     A unit that is zero on all images, as every fifth is behind a ReLU of random weights, hides what is wrong with it.
     So do units that answer alike: of two rows brought to one mean and spread, as behind a global pool, only signs stay.
@@ -313,7 +313,7 @@ def runs(model: nn.Module, groups: Sequence[UnitGroup], some: Sequence[UnitGroup
 
 
 def variants(group: UnitGroup) -> list[UnitGroup]:
-    """Give a group with fewer of the attributes that follow it: one of equal value may be a coincidence."""
+    """Return a group with fewer of the attributes that follow it: one of equal value may be a coincidence."""
     fewer = [replace(group, widths=tuple(w for w in group.widths if w is not one)) for one in group.widths]
     single = [replace(group, widths=(one,)) for one in group.widths] if len(group.widths) > 2 else []
     return [*fewer, *single, replace(group, widths=())] if group.widths else []
@@ -386,7 +386,7 @@ def by_class(model: nn.Module, groups: Sequence[UnitGroup]) -> list[list[UnitGro
 
 
 def without_numbers(reason: str | None) -> str | None:
-    """Give a reason without its sizes."""
+    """Return a reason without its sizes."""
     return re.sub(r"\d+", "#", reason) if reason else None
 
 

@@ -18,7 +18,7 @@ from lfrns_hub.units import SlimPlan, UnitGroup, forget
 
 
 def check_plan(groups: Sequence[UnitGroup], plan: SlimPlan) -> list[UnitGroup]:
-    """Give the groups that lose units.
+    """Return the groups that lose units.
 
     Raises:
         ValueError: The plan names an unknown or frozen group, or indices that do not fit.
@@ -39,7 +39,7 @@ def check_plan(groups: Sequence[UnitGroup], plan: SlimPlan) -> list[UnitGroup]:
 
 
 def removed_at_taps(groups: Sequence[UnitGroup], plan: SlimPlan) -> dict[str, list[Tensor]]:
-    """Give the removed input channels of each consumer that loses some."""
+    """Return the removed input channels of each consumer that loses some."""
     removed: dict[str, list[Tensor]] = defaultdict(list)
     for group in check_plan(groups, plan):
         for tap in group.taps:
@@ -72,7 +72,7 @@ FOLDED = ("weight", "bias")  # what `fold` writes to
 def cut(
     model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan, moments: dict[str, Moments] | None = None
 ) -> nn.Module:
-    """Give a narrower copy of a model.
+    """Return a narrower copy of a model.
 
     Args:
         model: The dense network; untouched.

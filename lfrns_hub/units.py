@@ -126,7 +126,7 @@ class SlimPlan:
     keep: dict[str, list[int]] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Give the plan as JSON text."""
+        """Return the plan as JSON text."""
         return json.dumps({"keep": self.keep})
 
     @classmethod
@@ -145,7 +145,7 @@ class SlimPlan:
         return cls(keep)
 
     def kept(self, group: UnitGroup) -> list[int]:
-        """Give the ascending indices of a group's units that stay.
+        """Return the ascending indices of a group's units that stay.
 
         Raises:
             ValueError: The plan's indices do not fit the group.
@@ -161,7 +161,7 @@ class SlimPlan:
         return list(kept)
 
     def removed(self, group: UnitGroup) -> list[int]:
-        """Give the ascending indices of a group's units that leave."""
+        """Return the ascending indices of a group's units that leave."""
         kept = set(self.kept(group))
         return [i for i in range(group.size) if i not in kept]
 

@@ -58,7 +58,7 @@ def _run(place: tuple[int, int, str] | None, function: Callable, arguments: tupl
 
 
 def _with_rank(function: Callable, rank: int) -> Callable:
-    """Give a function that is called with the rank first."""
+    """Return a function that is called with the rank first."""
     return lambda *arguments: function(rank, *arguments)
 
 

@@ -118,7 +118,7 @@ def make_measured(root: Path) -> None:
 
 
 def command(*words: str) -> Callable[[Path], None]:
-    """Give what runs the command line; ROOT and HOME in its words are the watched folder and the one above it."""
+    """Return what runs the command line; ROOT and HOME in its words are the watched folder and the one above it."""
 
     def run(root: Path) -> None:
         sys.argv = ["lfrns", *(word.replace("ROOT", str(root)).replace("HOME", str(root.parent)) for word in words)]

@@ -44,7 +44,7 @@ class Fault:
     times: int = 1
 
     def meets(self, request: str) -> bool:
-        """Tell whether a request, "METHOD /path", is one of those, and count it."""
+        """Return whether a request, "METHOD /path", is one of those, and count it."""
         if self.times < 1 or not re.search(self.request, request):
             return False
         self.times -= 1
@@ -359,7 +359,7 @@ class Handler(BaseHTTPRequestHandler):
         return self._send(206, content[first : last + 1], "application/octet-stream", headers)
 
     def _files(self, repo: str, revision: str) -> dict[str, Any] | None:
-        """Give the files of a revision; otherwise answer with the error and give None."""
+        """Return the files of a revision; otherwise answer with the error and give None."""
         state = self.store.read(repo)
         if state is None or (state["private"] and not self._is_authorised(self.path)):
             self._error(404, "RepoNotFound", "Repository not found")
@@ -376,7 +376,7 @@ class Handler(BaseHTTPRequestHandler):
         return state["refs"].get(revision) or (revision if revision in state["commits"] else None)
 
     def _base(self) -> str:
-        """Give the address under which the client sees this server."""
+        """Return the address under which the client sees this server."""
         return f"http://{self.headers['Host']}"
 
     def _error(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:

@@ -53,7 +53,7 @@ def kept(folder: Path, name: str) -> dict[str, Any]:
 
 
 def line_of(page: str, what: str, nth: int = 0) -> list[str]:
-    """Give the cells of a row of a page."""
+    """Return the cells of a row of a page."""
     found = [line for line in page.splitlines() if line.startswith(f"| {what}")]
     return [cell.strip() for cell in found[nth].strip("|").split("|")]
 

@@ -63,7 +63,7 @@ class Prepared:
         self.keep = {group.name: list(range(0, group.size, 2)) for group in self.groups}
 
     def gates(self) -> tuple[dict[str, Tensor], dict[str, Gate]]:
-        """Give random gates, as leaves."""
+        """Return random gates, as leaves."""
         gates, hooks = make_gates(self.model, self.groups, self.keep, self.moments)
         draw = torch.Generator().manual_seed(1)
         for gate in gates.values():

@@ -28,7 +28,7 @@ class Stopped(Exception):
 
 
 def stopped_at(step: int, seen: list[int], what: Callable[[], None] | None = None) -> Callable:
-    """Give a tracker that notes each training step, and after one of them stops the run or does something else."""
+    """Return a tracker that notes each training step, and after one of them stops the run or does something else."""
 
     def track(values: dict[str, float], number: int) -> None:
         if "learning_rate" in values:

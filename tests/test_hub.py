@@ -208,7 +208,7 @@ def change(folder: Path) -> None:
 
 
 def is_whole(files: dict[str, bytes], folder: Path) -> bool:
-    """Tell whether a repository holds what the folder does; a card is merged, so it is not compared."""
+    """Return whether a repository holds what the folder does; a card is merged, so it is not compared."""
     there = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
     return {name: content for name, content in files.items() if name != "README.md"} == there
 

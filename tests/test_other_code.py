@@ -36,7 +36,7 @@ class Net(nn.Module):
         self.kept = {}
 
     def of(self, x: Tensor) -> Tensor:
-        """Give the gain."""
+        """Return the gain."""
         return self.gain.exp()
 
     def forward(self, x: Tensor) -> Tensor:

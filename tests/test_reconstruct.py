@@ -108,7 +108,7 @@ class PositionsFirst(nn.Module):
         self.head = nn.Linear(8, 5)
 
     def forward(self, x):
-        """Give logits [N, 5]."""
+        """Return logits [N, 5]."""
         x = self.stem(x).flatten(2).permute(2, 0, 1)  # [T, N, C]
         return self.head(self.fc2(self.fc1(x).relu()).mean(0))
 

@@ -15,12 +15,12 @@ FILES, IN_EACH = 4, 10
 
 
 def pixels(picture: Image.Image) -> torch.Tensor:
-    """Give the picture's grey value."""
+    """Return the picture's grey value."""
     return torch.tensor(picture.getpixel((0, 0))).float()
 
 
 def noisy(picture: Image.Image) -> torch.Tensor:
-    """Give the picture [3, 2, 2], augmented."""
+    """Return the picture [3, 2, 2], augmented."""
     return torch.full((3, 2, 2), picture.getpixel((0, 0)) / 40) + 0.1 * torch.randn(3, 2, 2)
 
 
@@ -38,12 +38,12 @@ def folder(tmp_path_factory):
 
 
 def read(loader):
-    """Give the greys of an epoch in order."""
+    """Return the greys of an epoch in order."""
     return [int(grey) for batch in loader for grey in batch["pixel_values"]]
 
 
 def labelled(loader):
-    """Give the greys of an epoch, ascending, each with its label."""
+    """Return the greys of an epoch, ascending, each with its label."""
     return sorted((int(g), int(y)) for b in loader for g, y in zip(b["pixel_values"], b["labels"], strict=True))
 
 

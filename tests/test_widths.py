@@ -177,7 +177,7 @@ def stated(group: UnitGroup) -> list[tuple]:
 
 
 def lines(group: UnitGroup, tensor: str, dim: int = 0) -> list[list[int]]:
-    """Give the positions of each unit along an axis of a tensor."""
+    """Return the positions of each unit along an axis of a tensor."""
     return next(s.index.tolist() for s in group.slices if (s.tensor, s.dim) == (tensor, dim))
 
 

@@ -50,7 +50,7 @@ def ways(source: str, revision: str | None, library: str, package: bool) -> Iter
 
 
 def distance(found: Any, saved: dict[str, Tensor]) -> float:
-    """Give the largest difference of the logits; a pipeline must also answer as its model does."""
+    """Return the largest difference of the logits; a pipeline must also answer as its model does."""
     if not isinstance(found, nn.Module):
         picture = Image.effect_noise((40, 40), 60).convert("RGB")
         inputs = found.image_processor(picture, return_tensors="pt")

@@ -119,7 +119,7 @@ def _as_backbone(model: nn.Module, build: Callable[..., nn.Module], out_indices:
 
 
 def _as_size(value: Any) -> tuple[int, int] | None:
-    """Give timm's int or pair as a pair."""
+    """Return timm's int or pair as a pair."""
     return None if value is None else (value, value) if isinstance(value, int) else tuple(value)
 
 
@@ -129,5 +129,5 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_tuple(value: Any) -> tuple[str, ...]:
-    """Give timm's None, name or tuple of names as a tuple."""
+    """Return timm's None, name or tuple of names as a tuple."""
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)

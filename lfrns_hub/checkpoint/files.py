@@ -116,7 +116,7 @@ def write_config(draft: Path, config: dict[str, Any], model: nn.Module) -> None:
 
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
-    """Give what config.json says of a model's making."""
+    """Return what config.json says of a model's making."""
     provenance = getattr(model, "lfrns_base", {}) | (getattr(model, "lfrns_provenance", None) or {})
     return {**provenance, "format_version": FORMAT_VERSION, "class": type(model).__name__}
 
@@ -189,7 +189,7 @@ def compare(model: nn.Module, loaded: nn.Module) -> None:
 
 
 def match_dtype(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """Give the model the floating-point type of what was read, where that has one for all."""
+    """Convert the model to the floating-point type of what was read, where that has one for all."""
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     return model.to(kinds.pop()) if len(kinds) == 1 else model
 

@@ -165,7 +165,7 @@ def _subclass(stock: type, module: str, body: dict[str, Any]) -> type:
 
 
 def _telling(stock: "type[transformers.PreTrainedModel]") -> Callable[..., None]:
-    """Give a save_pretrained whose config tells what is known of the model's making by now, as after retraining."""
+    """Return a save_pretrained whose config tells what is known of the model's making by now, as after retraining."""
 
     def save_pretrained(self: "transformers.PreTrainedModel", *args: Any, **kwargs: Any) -> None:
         if facts := vars(self).get("lfrns_provenance"):
@@ -176,7 +176,7 @@ def _telling(stock: "type[transformers.PreTrainedModel]") -> Callable[..., None]
 
 
 def _strictly(stock: "type[transformers.PreTrainedModel]") -> classmethod:
-    """Give a from_pretrained that raises where transformers only reports."""
+    """Return a from_pretrained that raises where transformers only reports."""
 
     @classmethod
     def from_pretrained(
@@ -192,7 +192,7 @@ def _strictly(stock: "type[transformers.PreTrainedModel]") -> classmethod:
 
 
 def _is_base(model: "transformers.PreTrainedModel") -> bool:
-    """Say whether what a classifier was loaded from is, by its config, the model in it alone."""
+    """Return whether what a classifier was loaded from is, by its config, the model in it alone."""
     inside = type(getattr(model, model.base_model_prefix, None)).__name__
     names = {CLASS_PREFIX + inside, type(model).__name__.replace("ForImageClassification", "Model")}
     return bool(names & set(getattr(model.config, "architectures", None) or ()))

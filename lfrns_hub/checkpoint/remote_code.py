@@ -24,7 +24,7 @@ CONVERSION = "get_checkpoint_conversion_mapping, register_checkpoint_conversion_
 
 
 def auto_map(config: str, classifier: str, base: str | None) -> dict[str, str]:
-    """Give the `auto_map` of config.json.
+    """Return the `auto_map` of config.json.
 
     Args:
         config: Name of the stock config class as transformers exports it, "ViTConfig".

@@ -97,7 +97,7 @@ def _shown(model: nn.Module) -> dict[str, Any]:
 
 
 def model_args(model: nn.Module, base: str, base_args: dict[str, Any]) -> dict[str, Any]:
-    """Give the entrypoint's arguments for a model: base, what differs from it, and the base's own arguments."""
+    """Return the entrypoint's arguments for a model: base, what differs from it, and the base's own arguments."""
     args = {k: v for k, v in (get_model_args(model) | base_args).items() if k not in NOT_BASE_ARGS}
     with torch.device("meta"):
         cfg = {**model.pretrained_cfg, "num_classes": model.num_classes}
@@ -173,7 +173,7 @@ def load_timm(folder: Path, config: dict[str, Any], *, headless: bool = False) -
 
 
 def _give_memory(model: nn.Module, skeleton: nn.Module) -> None:
-    """Give the parameters of a model memory, one for all names of a tied one, which the skeleton knows."""
+    """Allocate the parameters of a model, one for all names of a tied one, which the skeleton knows."""
     modules, made = dict(model.named_modules(remove_duplicate=False)), {}
     for name, like in skeleton.named_parameters(remove_duplicate=False):
         module, _, leaf = name.rpartition(".")

@@ -18,17 +18,17 @@ from lfrns_hub.format.untrusted import refuse_large, refusing
 
 
 def is_wrapper(model: nn.Module) -> bool:
-    """Say whether a model is transformers' wrapper of a timm model, with or without a head."""
+    """Return whether a model is transformers' wrapper of a timm model, with or without a head."""
     return is_transformers(model) and model.config.model_type.removeprefix(TYPE_PREFIX) == "timm_wrapper"
 
 
 def is_wrapped(config: dict[str, Any]) -> bool:
-    """Say whether a folder in timm's layout was saved of a wrapper."""
+    """Return whether a folder in timm's layout was saved of a wrapper."""
     return not wrapper_classes().keys().isdisjoint(config.get("architectures") or ())
 
 
 def _class_of(model: nn.Module) -> type:
-    """Give the class that a wrapper is saved as."""
+    """Return the class that a wrapper is saved as."""
     return wrapper_classes()["Lfrns" + type(model).__name__.removeprefix("Lfrns")]
 
 

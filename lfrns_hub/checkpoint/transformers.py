@@ -147,12 +147,12 @@ def __getattr__(name: str) -> Any:
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """Say whether a model is one of transformers'."""
+    """Return whether a model is one of transformers'."""
     return isinstance(model, transformers.PreTrainedModel)
 
 
 def has_narrow_class(model: nn.Module) -> bool:
-    """Say whether transformers can build a model of this class from a narrow config."""
+    """Return whether transformers can build a model of this class from a narrow config."""
     model_type = model.config.model_type.removeprefix(TYPE_PREFIX)
     return model_type in TYPES and any(type(model) in pair for pair in narrow_classes(model_type).items())
 
@@ -185,7 +185,7 @@ def carry_transformers(model: "transformers.PreTrainedModel") -> None:
 
 
 def is_narrow_base(model: "transformers.PreTrainedModel") -> bool:
-    """Say whether a model is what AutoModel takes out of a slim classifier."""
+    """Return whether a model is what AutoModel takes out of a slim classifier."""
     return type(model) is MODEL_MAPPING.get(type(model.config), None) and type(model).__name__.startswith(CLASS_PREFIX)
 
 

@@ -61,7 +61,7 @@ def find_dense(directory: str, setup: dict[str, Any]) -> tuple[nn.Module | None,
 
 
 def _ways(directory: Path, wanted: str, setup: dict[str, Any]) -> Iterator[Callable[[], nn.Module]]:
-    """Give what may build the dense model: the command's own words, the run's weights, the published ones."""
+    """Yield what may build the dense model: the command's own words, the run's weights, the published ones."""
     note = _note_of(wanted)
     if note.is_file():
 
@@ -90,5 +90,5 @@ def _ways(directory: Path, wanted: str, setup: dict[str, Any]) -> Iterator[Calla
 
 
 def _note_of(identity: str) -> Path:
-    """Give the file that notes where weights came from."""
+    """Return the file that notes where weights came from."""
     return cache_directory() / "dense" / f"{Path(identity).name}.json"

@@ -87,7 +87,7 @@ def evaluate(
 
 
 def dense_beside(directory: str, dense: str | None, weights: str | None) -> tuple[nn.Module | None, str]:
-    """Give the dense model to measure a checkpoint beside, the one that is named or that of then, or None and why."""
+    """Return the dense model to measure a checkpoint beside, the one that is named or that of then, or None and why."""
     setup = earlier_record(directory).setup
     if not dense:
         return find_dense(directory, setup)

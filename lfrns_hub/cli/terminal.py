@@ -57,7 +57,7 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout,
 
 
 def examples(*lines: str) -> str:
-    """Give the end of a command's help: lines to copy."""
+    """Return the end of a command's help: lines to copy."""
     return "\n\n".join(["[bold]Examples[/bold]", *lines])
 
 
@@ -100,7 +100,7 @@ class Pictures:
     max_unreadable: int = MAX_UNREADABLE
 
     def arguments(self) -> list[str]:
-        """Give the options that say the same to another command."""
+        """Return the options that say the same to another command."""
         given = {
             "--label-column": self.label_column,
             "--val-split": self.val_split,

@@ -213,7 +213,7 @@ def _transformers_cases() -> Iterator[Case]:
 
 
 def _named(pattern: str) -> list[Case]:
-    """Give the networks of a pattern that no table has."""
+    """Return the networks of a pattern that no table has."""
     names = timm.list_models(pattern) if any(mark in pattern for mark in "*?[") else [pattern]
     if not names:
         raise ValueError(

@@ -82,7 +82,7 @@ def in_order(rows: Mapping[Key, Row]) -> list[Row]:
 
 
 def command_of(options: argparse.Namespace) -> str:
-    """Give the command that makes the same table: no paths, and no patterns where they only chose what to redo."""
+    """Return the command that makes the same table: no paths, and no patterns where they only chose what to redo."""
     words = ["lfrns", "coverage", *([] if options.resume else options.patterns)]
     words += [] if options.variants else ["--no-variants"]
     words += ["--input-size", str(options.input_size)] if options.input_size else []
@@ -148,7 +148,7 @@ def _key(row: Mapping[str, Any]) -> Key:
 
 
 def _version(package: str) -> str | None:
-    """Give the installed version of a package, or None."""
+    """Return the installed version of a package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -56,12 +56,12 @@ def describe_row(row: Row) -> str:
 
 
 def why_not(row: Row) -> str | None:
-    """Give the reason why a network does not work, and at which step; None where it works."""
+    """Return the reason why a network does not work, and at which step; None where it works."""
     return f"{row['reason']} (at: {row.get('step', 'start')})" if row.get("reason") else None
 
 
 def cells_of(row: Row) -> list[str]:
-    """Give a row's cells, in the order of COLUMNS."""
+    """Return a row's cells, in the order of COLUMNS."""
     groups, reach, size = row.get("groups", {}), row.get("reach"), row.get("input_size")
     states = [
         ", ".join(f"{kind} {count}/{units}" for kind, (count, units) in groups.get(state, {}).items())

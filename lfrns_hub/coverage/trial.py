@@ -72,7 +72,7 @@ def measure(case: Case, tell: Tell) -> None:
 
 
 def enliven(model: nn.Module) -> None:
-    """Give parameters and norm statistics that are all alike random values: zeros and ones hide mistakes."""
+    """Randomise parameters and norm statistics that are all alike: zeros and ones hide mistakes."""
     statistics = {name: b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
     with torch.no_grad():
         for tensor in (dict(model.named_parameters()) | statistics).values():
@@ -137,7 +137,7 @@ def slim_to_target(dense: nn.Module, batches: list[Tensor], reach: dict[str, flo
 
 
 def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Give every floating-point tensor of a model's answer, whatever its form."""
+    """Return every floating-point tensor of a model's answer, whatever its form."""
     tensors = [t for t in tree_leaves(model(images)) if isinstance(t, Tensor) and t.is_floating_point()]
     if not tensors or not all(bool(t.isfinite().all()) for t in tensors):
         raise ValueError("the slim model's answer holds no numbers, or infinite ones.")

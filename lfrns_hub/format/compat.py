@@ -34,7 +34,7 @@ INSIDE, ALL_HEADS = ".attention", "all_head_size"
 
 
 def command_error() -> type[Exception]:
-    """Give what typer raises of arguments that it refuses: up to 0.23 it was click's."""
+    """Return what typer raises of arguments that it refuses: up to 0.23 it was click's."""
     import typer
 
     if hasattr(typer, "TyperException"):
@@ -45,7 +45,7 @@ def command_error() -> type[Exception]:
 
 
 def vit_processor() -> type:
-    """Give the class that AutoImageProcessor opens for ViT, the one on tensors: its name ended in Fast."""
+    """Return the class that AutoImageProcessor opens for ViT, the one on tensors: its name ended in Fast."""
     from transformers.models import vit
 
     has_fast = find_spec(f"{vit.__name__}.image_processing_vit_fast") is not None
@@ -115,5 +115,5 @@ def _strangers(names: Iterable[str], modules: dict[str, nn.Module]) -> list[str]
 
 
 def _states(module: nn.Module | None, values: Any) -> bool:
-    """Say whether a module has the attributes, but for one that the newer spelling does without."""
+    """Return whether a module has the attributes, but for one that the newer spelling does without."""
     return module is not None and isinstance(values, dict) and values.keys() - {ALL_HEADS} <= vars(module).keys()

@@ -83,7 +83,7 @@ def carry_facts(model: nn.Module, slim: Any) -> None:
 
 
 def feature_entries(model: nn.Module) -> list[dict[str, Any]]:
-    """Give what a timm model says of its feature maps: num_chs, reduction and module of each; [] for others."""
+    """Return what a timm model says of its feature maps: num_chs, reduction and module of each; [] for others."""
     info = vars(model).get("feature_info") or []
     entries = getattr(info, "info", info)
     return entries if isinstance(entries, list) and all(isinstance(e, dict) and "num_chs" in e for e in entries) else []
@@ -149,12 +149,12 @@ def computed_buffers(model: nn.Module) -> set[str]:
 
 
 def grown(tensor: Tensor, other: Tensor) -> bool:
-    """Say whether a tensor is larger than another along an axis, as no cut makes it."""
+    """Return whether a tensor is larger than another along an axis, as no cut makes it."""
     return tensor.ndim != other.ndim or any(a > b for a, b in zip(tensor.shape, other.shape, strict=True))
 
 
 def narrow(model: nn.Module, shapes: Shapes, attrs: Attrs) -> nn.Module:
-    """Give the named tensors the stated shapes, uninitialised, and the modules the stated widths, in place.
+    """Set the named tensors to the stated shapes, uninitialised, and the modules to the stated widths, in place.
 
     Every size is checked against the model's own before anything is allocated or changed: shapes and attrs come from
     a config.json, which anybody may have written.
@@ -221,7 +221,7 @@ def _check_shape(model: nn.Module, name: str, shape: Any, old: Tensor | None) ->
 
 
 def is_narrower(value: Any, old: Any) -> bool:
-    """Say whether a width, an int or list of ints, is what a cut can leave of another.
+    """Return whether a width, an int or list of ints, is what a cut can leave of another.
 
     Example:
         >>> is_narrower(3, 4), is_narrower([2, 9], [4, 8]), is_narrower(3, None)
@@ -249,7 +249,7 @@ def _check_width(name: str, value: Any, old: Any) -> None:
 
 
 def _are_sizes(value: Any) -> bool:
-    """Say whether a value is a list of ints (bools are none)."""
+    """Return whether a value is a list of ints (bools are none)."""
     return isinstance(value, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
 
 
@@ -264,7 +264,7 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _may_create(model: nn.Module, name: str) -> bool:
-    """Say whether a tensor is a bias that the base registers as None (folding puts an offset there)."""
+    """Return whether a tensor is a bias that the base registers as None (folding puts an offset there)."""
     owner = _modules(model).get(name.rpartition(".")[0])
     has_weight = owner is not None and owner._parameters.get("weight") is not None
     return has_weight and name.rpartition(".")[2] == "bias" and owner._parameters.get("bias", 0) is None

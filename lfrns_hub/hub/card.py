@@ -130,7 +130,7 @@ def render_card(
 
 
 def read_record(record: Any) -> dict[str, Any] | None:
-    """Give a Record, or a dict of one, as a plain dict."""
+    """Return a Record, or a dict of one, as a plain dict."""
     return record if record is None or isinstance(record, dict) else json.loads(record.to_json())
 
 

@@ -81,7 +81,7 @@ def _merge_facts(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_list(value: Any) -> list[Any]:
-    """Give a list of what YAML has as nothing, one or several."""
+    """Return a list of what YAML has as nothing, one or several."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 

@@ -105,7 +105,7 @@ def refresh_index(directory: str | Path) -> Path | None:
 
 
 def _around(readme: Path) -> tuple[str, str] | None:
-    """Give what stands above and below the table of an index; None of a file that is none."""
+    """Return what stands above and below the table of an index; None of a file that is none."""
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     above, start, rest = text.partition(START)
     _, end, below = rest.partition(END)
@@ -162,7 +162,7 @@ def columns(side: dict[str, Any]) -> Sequence[str]:
 
 
 def cells(side: dict[str, Any], dense: dict[str, Any] | None) -> Sequence[str]:
-    """Give the figures of one model under `columns`."""
+    """Return the figures of one model under `columns`."""
     kept = side["macs_g"] / dense["macs_g"] if dense and dense.get("macs_g") else None
     before = (dense or {}).get("latency_ms")
     figures = [

@@ -258,7 +258,7 @@ def _refuse_damaged(folder: Path, call: str) -> None:
 
 
 def _find_head(api: HfApi, repo_id: str, revision: str | None) -> tuple[ModelInfo, bool]:
-    """Give the commit that a push builds on, and whether the revision is there."""
+    """Return the commit that a push builds on, and whether the revision is there."""
     try:
         return api.model_info(repo_id, revision=revision), True
     except RevisionNotFoundError:
@@ -288,7 +288,7 @@ def _one_message(call: str, api: HfApi, again: str = AGAIN) -> Iterator[None]:
 
 
 def _is_main_process() -> bool:
-    """Tell whether this is the first of the processes that run together."""
+    """Return whether this is the first of the processes that run together."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"  # launched together, but the group is not made yet
@@ -300,7 +300,7 @@ def _is_own(name: str) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    """Give the first line of the client's message and what the server said, or the error's class."""
+    """Return the first line of the client's message and what the server said, or the error's class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = getattr(error, "server_message", None)
     parts = [lines[0] if lines else type(error).__name__, *([said.strip()] if said else [])]

@@ -102,11 +102,11 @@ class LayerTimes:
     _seen: dict[tuple[float, ...], float] = field(default_factory=dict, compare=False, repr=False)
 
     def scaled(self, factor: float, step: int) -> "LayerTimes":
-        """Give the times times a factor, in steps."""
+        """Return the times times a factor, in steps."""
         return LayerTimes(self.widths, tuple(factor * ms for ms in self.ms), step)
 
     def at(self, *kept: float) -> float:
-        """Give the time at widths, one an axis, by linear interpolation; below the grid, that of its smallest.
+        """Return the time at widths, one an axis, by linear interpolation; below the grid, that of its smallest.
 
         Example:
             >>> LayerTimes(((16, 32),), (1.0, 3.0)).at(24), LayerTimes(((16, 32),), (1.0, 3.0), step=16).at(24)
@@ -151,7 +151,7 @@ class LayerTable:
         self.known = self._read()
 
     def times(self, shape: LayerShape, widths: Sequence[tuple[int, bool]]) -> LayerTimes:
-        """Give a layer's times over the widths that can change.
+        """Return a layer's times over the widths that can change.
 
         Args:
             shape: The layer.
@@ -176,7 +176,7 @@ class LayerTable:
         return LayerTimes(tuple(grids), tuple(ms.flatten().tolist()))
 
     def step(self, family: str) -> int:
-        """Give the multiple of channels at which layers of a family get slower, as this machine shows it."""
+        """Return the multiple of channels at which layers of a family get slower, as this machine shows it."""
         key = f"step {family}"
         if key not in self.known:
             if family == "linear":
@@ -208,7 +208,7 @@ class LayerTable:
         return ms if isinstance(ms, dict) and stored.get("digest") == digest(ms) else {}
 
     def _point(self, shape: LayerShape, widths: tuple[int, ...]) -> tuple[int, int]:
-        """Give output and input width of a point of a grid."""
+        """Return output and input width of a point of a grid."""
         if shape.per_group is None:
             return widths[0], widths[1]
         read, made = shape.per_group
@@ -216,7 +216,7 @@ class LayerTable:
 
 
 def grid(width: int, step: int, per_group: tuple[int, int] | None) -> tuple[int, ...]:
-    """Give the widths at which a layer of a dense width is timed: one step, and shares of it in whole steps.
+    """Return the widths at which a layer of a dense width is timed: one step, and shares of it in whole steps.
 
     Example:
         >>> grid(100, 16, None)

@@ -123,7 +123,7 @@ class LatencyMeter:
         return self.seen[widths]
 
     def _cut(self, plan: SlimPlan) -> nn.Module:
-        """Give a plan's model as it is timed; its weights do not matter."""
+        """Return a plan's model as it is timed; its weights do not matter."""
         return self._placed(cut(self.plain, self.every, plan))
 
     def _placed(self, model: nn.Module) -> nn.Module:

@@ -41,7 +41,7 @@ class LayerCost:
 
 
 def observe_shapes(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[tuple[tuple[int, ...], int]]]:
-    """Give the input's shape and the output's size of every call of every stock layer while `run` runs the model."""
+    """Return the input's shape and the output's size of every call of every stock layer while `run` runs the model."""
     shapes: dict[str, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
 
     def note(name: str, inputs: tuple[Any, ...], output: Any) -> None:
@@ -186,7 +186,7 @@ class LatencyModel:
         return [*rows.values(), others]
 
     def _multiple(self, group: UnitGroup, steps: dict[str, int]) -> int:
-        """Give the units of a group that make a whole step of every layer that makes or reads them."""
+        """Return the units of a group that make a whole step of every layer that makes or reads them."""
         found = 1
         for layer in self.layers:
             for units in (layer.made, layer.read):
@@ -197,5 +197,5 @@ class LatencyModel:
 
 
 def kept_share(units: dict[str, int], size: int, removed: dict[str, int]) -> float:
-    """Give the share of an axis that is left."""
+    """Return the share of an axis that is left."""
     return 1 - sum(width * removed.get(name, 0) for name, width in units.items()) / size

@@ -64,7 +64,7 @@ def search(
 
 
 def _next(below: tuple[float, float] | None, above: tuple[float, float] | None, aim: float) -> float:
-    """Give the next predicted fraction to try: in proportion, or between two that enclose the target."""
+    """Return the next predicted fraction to try: in proportion, or between two that enclose the target."""
     if below is None or above is None:
         at, ratio = below or above
         return at * aim / ratio

@@ -76,7 +76,7 @@ class LatencySetup:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Give a setup as plain data for JSON."""
+        """Return a setup as plain data for JSON."""
         return {
             "batch": self.batch,
             "dtype": self.dtype and str(self.dtype).removeprefix("torch."),

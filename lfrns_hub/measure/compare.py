@@ -108,7 +108,7 @@ def measure_each(
 
 
 def _configured_image(model: nn.Module) -> Tensor:
-    """Give a black image of the size that a model's configuration names, which other arguments may have overruled."""
+    """Return a black image of the size that a model's configuration names, which other arguments may have overruled."""
     image = torch.zeros(1, *_configured_size(model))
     try:
         count_macs(model, image)

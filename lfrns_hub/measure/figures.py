@@ -252,7 +252,7 @@ def worst(dense: list[float | None], slim: list[float | None]) -> dict[str, Any]
 
 
 def percent(right: Tensor) -> float:
-    """Give the share of true entries in percent."""
+    """Return the share of true entries in percent."""
     return 100 * int(right.sum()) / len(right)
 
 

@@ -44,7 +44,7 @@ def measure_latency(
 
 
 def forward_passes(models: dict[str, nn.Module], example_input: Tensor) -> dict[str, Callable[[], None]]:
-    """Give a call for each model that runs it on the images where it is, and returns when it is done."""
+    """Return a call for each model that runs it on the images where it is, and returns when it is done."""
 
     def call(model: nn.Module, images: Tensor) -> None:
         model(images)
@@ -110,7 +110,7 @@ def describe_setup(model: nn.Module, example_input: Tensor, device: torch.device
 
 
 def _version(package: str) -> str | None:
-    """Give the installed version of a package, None where it is not installed (as in a bare checkout)."""
+    """Return the installed version of a package, None where it is not installed (as in a bare checkout)."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

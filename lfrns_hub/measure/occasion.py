@@ -32,7 +32,7 @@ def new_occasion(accelerator: Any = None) -> str:
 
 
 def image_keys(images: Tensor, labels: Any) -> Tensor:
-    """Give a number for each image and its label, [N], int64, equal for equal pixels on any device."""
+    """Return a number for each image and its label, [N], int64, equal for equal pixels on any device."""
     keys = _row_keys(images)
     if isinstance(labels, Tensor) and labels.ndim > 0 and len(labels) == len(images):
         keys = 3 * keys + _row_keys(labels.double()).to(keys.device)
@@ -69,7 +69,7 @@ def same_occasion(dense: dict[str, Any], slim: dict[str, Any]) -> bool:
 
 
 def comparable_dense(record: dict[str, Any]) -> dict[str, Any]:
-    """Give those figures of a record's dense side that may stand beside the slim side's.
+    """Return those figures of a record's dense side that may stand beside the slim side's.
 
     All that was measured side by side with them; else what is counted, MACs for the same input size alone.
     """
@@ -90,14 +90,14 @@ def why_no_dense(record: dict[str, Any]) -> str | None:
 
 
 def comparable_budgets(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Give the models at other budgets that were measured side by side with this one."""
+    """Return the models at other budgets that were measured side by side with this one."""
     occasion = (record.get("slim") or {}).get("occasion")
     rows = (record.get("setup") or {}).get("budgets") or []
     return [row for row in rows if occasion is not None and row.get("occasion") == occasion]
 
 
 def comparable_controls(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Give the controls whose accuracy is of the same images as the slim model's.
+    """Return the controls whose accuracy is of the same images as the slim model's.
 
     Controls of a recipe that noted no images are of its test images; so is the slim side, unless the command line
     measured it again since, which notes its `val_split`.

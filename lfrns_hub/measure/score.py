@@ -250,7 +250,7 @@ def _readable(labels: Any, images: int) -> Tensor:
 
 
 def _length(loader: Any) -> int | None:
-    """Give the number of batches where the loader knows it."""
+    """Return the number of batches where the loader knows it."""
     try:
         return len(loader)
     except TypeError:

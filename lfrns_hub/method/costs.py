@@ -40,7 +40,7 @@ def measure_costs(
     seed: int,
     accelerator: Any = None,
 ) -> dict[str, Merges]:
-    """Give every merge its cost in loss: the divergence from the dense model, group by group.
+    """Return every merge with its cost in loss: the divergence from the dense model, group by group.
 
     Each group alone is cut to a few widths, its stand-ins folded in, on a few images; between these widths the
     divergence is taken as linear in the cumulated cost of the merges. So costs of different layers compare. All these
@@ -81,7 +81,7 @@ def measure_costs(
 
 
 def first_images(batches: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Give the first images of some batches, in batches."""
+    """Return the first images of some batches, in batches."""
     chosen: list[Tensor] = []
     for batch in batches:
         chosen.append(batch[: count - sum(map(len, chosen))])
@@ -128,7 +128,7 @@ class Change:
     offset: Tensor
 
     def of(self, rows: Tensor) -> Tensor:
-        """Give the change of the removed channels of some rows [..., D], [..., R]."""
+        """Return the change of the removed channels of some rows [..., D], [..., R]."""
         estimate = rows[..., self.keep] @ self.weight.to(rows) + self.offset.to(rows)
         return estimate - rows[..., self.leave]
 
@@ -209,7 +209,7 @@ def add_slopes(slopes: Tensor, changes: Sequence[Change], module: nn.Module, val
 
 
 def spread(merges: Merges, counts: list[int], measured: list[float]) -> Merges:
-    """Give merges whose costs add up to what was measured after some of them, in the proportions that they had."""
+    """Return merges whose costs add up to what was measured after some of them, in the proportions that they had."""
     if not counts:
         return merges
     cost = torch.tensor(merges.cost, dtype=torch.float64)
@@ -232,7 +232,7 @@ def divergence(
     dense: Sequence[Answer],
     moments: dict[str, Moments],
 ) -> float:
-    """Give the divergence from the dense model per image, when one group alone loses units to its stand-ins."""
+    """Return the divergence from the dense model per image, when one group alone loses units to its stand-ins."""
     device = device_of(model)
     hooks = {}
     for tap in group.taps:

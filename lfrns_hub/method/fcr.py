@@ -144,7 +144,7 @@ class GateTraining:
         self.done += 1
 
     def state(self) -> dict[str, Any]:
-        """Give all that the training goes on from; it draws no random numbers."""
+        """Return all that the training goes on from; it draws no random numbers."""
         adam = [dict(self._optimizer.state[gate]) for gate in self.gates]
         return {"step": self.done, "gates": list(self.gates), "adam": adam, "contributions": list(self.contributions)}
 
@@ -211,7 +211,7 @@ def contribute(
     advance: Callable[[int], None],
     cache: Cache,
 ) -> dict[str, Tensor]:
-    """Give the contribution of each unit, by FCR, by a function, or by the cost of merging it."""
+    """Return the contribution of each unit, by FCR, by a function, or by the cost of merging it."""
     if callable(contribution):
         return contribution(dense, chosen, keep, batches, moments)
     if contribution == "cost" or steps == 0:

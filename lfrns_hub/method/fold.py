@@ -43,7 +43,7 @@ class Blocks(NamedTuple):
 
 
 def fold_matrix(second: Tensor, keep: Tensor, leave: Tensor, ridge: float) -> Tensor:
-    """Give the least-squares estimate of cut channels from kept ones, [cut, K].
+    """Return the least-squares estimate of cut channels from kept ones, [cut, K].
 
     Args:
         second: Covariance or second moment [D, D].
@@ -54,14 +54,14 @@ def fold_matrix(second: Tensor, keep: Tensor, leave: Tensor, ridge: float) -> Te
 
 
 def weight_products(weight_OD: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Give the products of a consumer's weights, summed over outputs and taps of the kernel, [D, D]."""
+    """Return the products of a consumer's weights, summed over outputs and taps of the kernel, [D, D]."""
     flat = weight_OD.to(dtype)
     flat = flat.flatten(2).permute(0, 2, 1).flatten(0, 1) if flat.ndim > 2 else flat
     return flat.T @ flat
 
 
 def output_error(second: Tensor, products: Tensor, keep: Tensor, leave: Tensor, fold: Tensor | None) -> float:
-    """Give the squared error at a consumer's outputs when cut channels are estimated by `fold` from kept ones.
+    """Return the squared error at a consumer's outputs when cut channels are estimated by `fold` from kept ones.
 
     Args:
         second: Covariance or second moment of all channels, [D, D].
@@ -96,13 +96,13 @@ def best_fold(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> 
 
 
 def fold_offset(moments: Moments, keep: Tensor, leave: Tensor, fold: Tensor) -> Tensor:
-    """Give the constant that completes a centred fold, [cut]."""
+    """Return the constant that completes a centred fold, [cut]."""
     mean = moments.mean()
     return mean[leave] - fold.double() @ mean[keep]
 
 
 def integrity(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> float:
-    """Give the share of a consumer's output variance on held-out images that the kept channels explain, in [0, 1]."""
+    """Return the share of a consumer's output variance on held-out images that the kept channels explain, in [0, 1]."""
     fold = best_fold(moments, weight, keep, leave)
     held = moments.matrix(1)
     products = weight_products(weight.cpu(), held.dtype)

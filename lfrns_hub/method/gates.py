@@ -43,7 +43,7 @@ class Gate:
         self._rows: tuple[Tensor, Tensor] | None = None
 
     def factors(self) -> Tensor:
-        """Give the gate of each channel, [D]."""
+        """Return the gate of each channel, [D]."""
         gate = torch.ones(self.width, device=self.keep.device)
         for gates, index in self.places:
             gate = gate.index_put((index,), gates[:, None].expand(index.shape))
@@ -60,7 +60,7 @@ class Gate:
         return channels_back(module, gated)
 
     def weights(self, consumer: nn.Module) -> dict[str, Tensor]:
-        """Give the weight, and the bias where it changes, by which a plain consumer gates its input itself."""
+        """Return the weight, and the bias where it changes, by which a plain consumer gates its input itself."""
         if self._rows is None:  # laid out and gathered once, not at every step
             rows = consumer.weight.movedim(1, -1).contiguous()
             self._rows = rows, rows[..., self.leave]
@@ -116,7 +116,7 @@ def answer_gated(model: nn.Module, hooks: dict[str, Gate], images: Tensor) -> An
 def make_gates(
     model: nn.Module, groups: Sequence[UnitGroup], keep: dict[str, list[int]], moments: dict[str, Moments]
 ) -> tuple[dict[str, Tensor], dict[str, Gate]]:
-    """Give the gates [U] of each group, nearly closed for its pruning set, and the hook of each consumer."""
+    """Return the gates [U] of each group, nearly closed for its pruning set, and the hook of each consumer."""
     device = device_of(model)
     gates = {g.name: torch.ones(g.size, device=device) for g in groups}
     leaving: dict[str, list[Tensor]] = {}

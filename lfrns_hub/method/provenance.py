@@ -17,7 +17,7 @@ def provenance(
     fcr_steps: int,
     batches: list[Any],
 ) -> dict[str, Any]:
-    """Give what a checkpoint and a card say of how the slim model was made."""
+    """Return what a checkpoint and a card say of how the slim model was made."""
     return {
         "plan": plan.keep,
         "widths": {group.name: [group.kept_units, group.dense_units] for group in report.groups},
@@ -92,7 +92,7 @@ def added_up(before: dict[str, Any] | None, made: dict[str, Any]) -> dict[str, A
 
 
 def _round(made: dict[str, Any]) -> dict[str, Any]:
-    """Give what one round was asked for and gave, as fractions of the model that it began with."""
+    """Return what one round was asked for and gave, as fractions of the model that it began with."""
     fractions = {k: v for k, v in (made.get("report") or {}).items() if k.endswith("_fraction")}
     asked = ("budget", "preset", "seed", "fcr_steps", "calibration_images")
     return {k: made[k] for k in asked if k in made} | fractions

@@ -29,7 +29,7 @@ class Judge:
 
     @torch.no_grad()
     def divergence(self, model: nn.Module) -> float:
-        """Give the divergence of a model's answers from the dense one's, summed over images; inf where it is nan."""
+        """Return the divergence of a model's answers from the dense one's, summed over images; inf where it is nan."""
         for known, value in self._known:
             if known is model:
                 return value
@@ -40,7 +40,7 @@ class Judge:
         return self._known[-1][1]
 
     def nearest(self, candidates: Sequence[nn.Module]) -> nn.Module:
-        """Give the model that diverges least, the first of equals."""
+        """Return the model that diverges least, the first of equals."""
         return min(candidates, key=self.divergence)
 
 
@@ -65,7 +65,7 @@ def joined(batches: Sequence[Tensor], least: int) -> list[Tensor]:
 
 
 def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
-    """Give a copy whose BatchNorm statistics are those of the images.
+    """Return a copy whose BatchNorm statistics are those of the images.
 
     Args:
         model: A network with BatchNorm.

@@ -45,7 +45,7 @@ def reconstruct(
     seed: int = 0,
     accelerator: Any = None,
 ) -> nn.Module:
-    """Give a copy of a cut network whose layers were fitted to the dense one's outputs, on its own inputs.
+    """Return a copy of a cut network whose layers were fitted to the dense one's outputs, on its own inputs.
 
     One pass: when a layer is about to run, all layers before it have been fitted, so it is fitted to make up for what
     they could not. Where its output is added to another tensor (a residual sum), it also makes up for that tensor's
@@ -73,7 +73,7 @@ def reconstruct(
 def explained(
     dense: nn.Module, model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor], *, seed: int = 0
 ) -> dict[str, float]:
-    """Give how much of each dense layer's output the inputs of a narrower model's layer can still express.
+    """Return how much of each dense layer's output the inputs of a narrower model's layer can still express.
 
     Args:
         dense, model: Networks with the same layers of other widths; which units a layer lost need not be known.
@@ -133,7 +133,7 @@ class Layer:
         self.targets = torch.zeros(*positions.shape, len(kept), device=positions.device)
 
     def take(self, value: Tensor, images: slice | Tensor = slice(None)) -> Tensor:
-        """Give the rows of `value` at the sampled positions of its images, [n, r, C].
+        """Return the rows of `value` at the sampled positions of its images, [n, r, C].
 
         Args:
             value: Of those images, [..., C], image after image: [n, T, C], or windows of them [n x windows, T, C].
@@ -144,12 +144,12 @@ class Layer:
         return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1])).float()
 
     def of_sum(self, other: Tensor) -> Tensor:
-        """Give what the layer would have to answer to stand for `other` [n, r, O] in the sum behind it."""
+        """Return what the layer would have to answer to stand for `other` [n, r, O] in the sum behind it."""
         small = self.scale.abs() < 1e-2 * self.scale.abs().median()
         return torch.where(small, 0, other / torch.where(small, 1, self.scale))
 
     def entries(self, value: Tensor, images: Tensor) -> Tensor:
-        """Give what each sampled output of some images reads, [G, n r, P + 1]; the last entry is 1."""
+        """Return what each sampled output of some images reads, [G, n r, P + 1]; the last entry is 1."""
         if isinstance(self.module, nn.Linear):
             whole = value.reshape(len(self.positions), -1, value.shape[-1])
             rows = self.take(whole[images], images).flatten(0, 1)[:, None]
@@ -211,7 +211,7 @@ class Layer:
         return Fit(best, None, share, best is not start)
 
     def start(self, groups: int) -> Tensor:
-        """Give the layer's weight and offset, where the ridge draws to, [G, O / G, P + 1]; zero in other widths."""
+        """Return the layer's weight and offset, where the ridge draws to, [G, O / G, P + 1]; zero in other widths."""
         weight, bias = self.module.weight.detach().double().cpu(), self.module.bias
         if len(weight) != len(self.kept):
             return weight.new_zeros(groups, len(self.kept) // groups, weight[0].numel() + 1)
@@ -306,7 +306,7 @@ def fittable(module: nn.Module) -> bool:
 
 
 def kept_outputs(dense: nn.Module, name: str, groups: Sequence[UnitGroup], plan: SlimPlan) -> Tensor:
-    """Give the outputs of a dense layer that a plan keeps, [O], int64."""
+    """Return the outputs of a dense layer that a plan keeps, [O], int64."""
     stays = torch.ones(dense.get_submodule(name).weight.shape[0], dtype=torch.bool)
     for group in groups:
         for part in group.slices:
@@ -398,7 +398,7 @@ def watching(
 
 
 def patches(conv: nn.Module, value: Tensor, positions: Tensor) -> Tensor:
-    """Give what a convolution reads for some of its outputs.
+    """Return what a convolution reads for some of its outputs.
 
     Args:
         conv: A convolution of 1 to 3 dimensions, padded with zeros.
@@ -422,7 +422,7 @@ def patches(conv: nn.Module, value: Tensor, positions: Tensor) -> Tensor:
 
 
 def solve(inner: Tensor, cross: Tensor, start: Tensor, pull: Tensor) -> Tensor:
-    """Give the weight [G, O / G, P] of least squared error, drawn to where it starts.
+    """Return the weight [G, O / G, P] of least squared error, drawn to where it starts.
 
     Args:
         inner: Products of the entries, [G, P, P].

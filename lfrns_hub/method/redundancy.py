@@ -53,7 +53,7 @@ class Merges:
 
 
 def weight_rows(weight: Tensor, channels: Tensor, loss_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give a consumer's weights over a group's input channels, outputs weighted by their loss, [r, D], r at most D.
+    """Return a consumer's weights over a group's input channels, outputs weighted by their loss, [r, D], r at most D.
 
     Args:
         weight: [O, I] or [O, I, kernel...]; the kernel's positions count as outputs.
@@ -193,7 +193,7 @@ class Downdates:
 
 
 def removal_costs(precision: np.ndarray, gram: np.ndarray) -> np.ndarray:
-    """Give the error of removing each unit, [c], from its own blocks, [c, T, w, w]."""
+    """Return the error of removing each unit, [c], from its own blocks, [c, T, w, w]."""
     if precision.shape[-1] == 1:
         return (gram.clip(min=0) / precision.clip(min=1e-300)).sum((1, 2, 3))
     return (np.linalg.inv(precision) * gram.swapaxes(2, 3)).sum((2, 3)).clip(min=0).sum(1)
@@ -233,7 +233,7 @@ class Elimination:
         return matrix.unflatten(-1, (-1, self.width))
 
     def unit_costs(self) -> Tensor:
-        """Give the error of removing each unit, [U]: its conditional covariance, seen through its weights."""
+        """Return the error of removing each unit, [U]: its conditional covariance, seen through its weights."""
         if self.width == 1:
             return (self.weight.square().sum(0) / self.precision.diagonal()).double()
         own = self.blocks(self.precision).unflatten(0, (-1, self.width)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -241,13 +241,13 @@ class Elimination:
         return (torch.linalg.inv(own) * (weights.mT @ weights)).sum((1, 2)).clamp(min=0).double()
 
     def block(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Give precision and Gram matrix of the weights of some units, [c w, c w]."""
+        """Return precision and Gram matrix of the weights of some units, [c w, c w]."""
         channels = self.channels(chosen)
         weights = self.weight[:, channels]
         return self.precision[channels][:, channels], weights.T @ weights
 
     def channels(self, chosen: Tensor) -> Tensor:
-        """Give the channels of some units."""
+        """Return the channels of some units."""
         return (chosen[:, None] * self.width + torch.arange(self.width)).flatten()
 
     def remove(self, gone: Tensor) -> None:
@@ -364,7 +364,7 @@ def stand_ins(second: Tensor, keep: Tensor, leave: Tensor, width: int) -> tuple[
 
 
 def views(model: nn.Module, group: UnitGroup, moments: dict[str, Moments]) -> list[TapView]:
-    """Give what each consumer sees of a group."""
+    """Return what each consumer sees of a group."""
     seen = []
     for tap in group.taps:
         weight, of_tap, channels = model.get_submodule(tap.module).weight, moments[tap.module], tap.index.flatten()

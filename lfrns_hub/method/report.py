@@ -61,7 +61,7 @@ class SlimReport:
     latency: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the report as plain data for JSON."""
+        """Return the report as plain data for JSON."""
         return {**vars(self), "groups": [vars(group) for group in self.groups]}
 
 

@@ -51,7 +51,7 @@ class Moments:
 
     @classmethod
     def empty(cls, module: nn.Module, about: Tensor, file: str | None = None) -> "Moments":
-        """Give the moments of a consumer before any image.
+        """Return the moments of a consumer before any image.
 
         Args:
             module: The consumer.
@@ -97,7 +97,7 @@ class Moments:
         return without_noise(raw.to(second.dtype), second.diagonal() + about.square().to(second.dtype))
 
     def mean(self) -> Tensor:
-        """Give the mean of each channel over all images, [D], float64."""
+        """Return the mean of each channel over all images, [D], float64."""
         return self.total.sum(0) / self.count.sum()
 
 
@@ -115,12 +115,12 @@ def without_noise(second: Tensor, size: Tensor) -> Tensor:
 
 
 def held_out(batches: Sequence[Any]) -> list[Any]:
-    """Give the batches that nothing is fitted to, every fifth; all of them where there are fewer than five."""
+    """Return the batches that nothing is fitted to, every fifth; all of them where there are fewer than five."""
     return list(batches)[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or list(batches)
 
 
 def fitting(batches: Sequence[Any]) -> list[Any]:
-    """Give the batches that are not held out."""
+    """Return the batches that are not held out."""
     return [batch for number, batch in enumerate(batches) if number % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
 
 
@@ -130,12 +130,12 @@ def is_unpadded(module: nn.Module) -> bool:
 
 
 def square_dtype(width: int) -> torch.dtype:
-    """Give the dtype in which the second moments of so many channels are kept."""
+    """Return the dtype in which the second moments of so many channels are kept."""
     return torch.float64 if width <= WIDE else torch.float32
 
 
 def empty_moments(modules: dict[str, nn.Module], means: dict[str, Tensor]) -> dict[str, Moments]:
-    """Give the moments of some consumers before any image, mapped from files where they are too many for memory.
+    """Return the moments of some consumers before any image, mapped from files where they are too many for memory.
 
     The files lie in the folder for temporary files (TMPDIR), have no name any more, and go with the moments.
     """
@@ -228,7 +228,7 @@ def collect(
 
 
 def backward_share(batch: int) -> int:
-    """Give so many images of a batch that their backward pass, which keeps all activations, takes no more memory."""
+    """Return so many images of a batch that their backward pass, which keeps all activations, takes no more memory."""
     return max(1, batch // 32)
 
 

@@ -70,13 +70,13 @@ class Ledger:
         return (self.latency if budget == "latency" else self.cost).evaluate(terms, removed)
 
     def change(self, budget: str, group: str, units: int) -> float:
-        """Give the change of one cost when `units` more of a group are removed (negative: restored)."""
+        """Return the change of one cost when `units` more of a group are removed (negative: restored)."""
         items = self.of_group[budget].get(group, [])
         after = {**self.removed, group: self.removed.get(group, 0) + units}
         return self.evaluate(budget, items, after) - self.evaluate(budget, items, self.removed)
 
     def excess(self, budget: str) -> float:
-        """Give by how much a cost is above its budget, as a fraction of dense."""
+        """Return by how much a cost is above its budget, as a fraction of dense."""
         return self.now[budget] / self.dense[budget] - self.budgets[budget]
 
     def apply(self, group: str, units: int) -> None:
@@ -86,11 +86,11 @@ class Ledger:
         self.removed[group] = self.removed.get(group, 0) + units
 
     def share(self, group: str, units: int, over: Sequence[str]) -> float:
-        """Give the mean fraction of dense cost that `units` of a group stand for, over the named budgets."""
+        """Return the mean fraction of dense cost that `units` of a group stand for, over the named budgets."""
         return sum(abs(self.change(b, group, units)) / self.dense[b] for b in over) / max(1, len(over))
 
     def in_steps(self, latency: float) -> "Ledger":
-        """Give a copy for a predicted latency, which then goes in the hardware's whole steps."""
+        """Return a copy for a predicted latency, which then goes in the hardware's whole steps."""
         budgets = self.budgets | {"latency": latency}
         return replace(self, budgets=budgets, removed=dict(self.removed), stepped=True)
 
@@ -147,7 +147,7 @@ def cluster_down(groups: Sequence[UnitGroup], merges: dict[str, Merges], ledger:
 
 
 def rounding(group: UnitGroup, round_to: int | str, latency: SteppedCost | None = None) -> int:
-    """Give the multiple that a group's width prefers: the hardware's step where it was measured."""
+    """Return the multiple that a group's width prefers: the hardware's step where it was measured."""
     if round_to == "auto" and latency and group.kind != "head" and latency.multiples[group.name] > 1:
         return latency.multiples[group.name]
     if round_to == "auto":
@@ -162,7 +162,7 @@ def restore(
     ledger: Ledger,
     round_to: int | str,
 ) -> dict[str, list[int]]:
-    """Give units of the pruning set back, by contribution per cost, until the budgets are full.
+    """Return units of the pruning set back, by contribution per cost, until the budgets are full.
 
     Args:
         groups: Groups that are cut.
@@ -256,7 +256,7 @@ def cluster(
 
 
 def merge_costs(chosen: Sequence[UnitGroup], merges: dict[str, Merges]) -> dict[str, Tensor]:
-    """Give what merging each unit costs, [U] per group, infinite where it is never merged."""
+    """Return what merging each unit costs, [U] per group, infinite where it is never merged."""
     by_cost = {}
     for group in chosen:
         by_cost[group.name] = torch.full((group.size,), float("inf"), dtype=torch.float64)

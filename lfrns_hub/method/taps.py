@@ -21,7 +21,7 @@ def channels_back(module: nn.Module, value: Tensor) -> Tensor:
 
 
 def channel_count(module: nn.Module) -> int:
-    """Give the number of input channels of a consumer."""
+    """Return the number of input channels of a consumer."""
     return module.in_features if isinstance(module, nn.Linear) else module.in_channels
 
 
@@ -46,7 +46,7 @@ def watched(model: nn.Module, hooks: dict[str, Callable[[nn.Module, Tensor], Ten
 
 
 def multiplier(factor: Tensor) -> Callable[[nn.Module, Tensor], Tensor]:
-    """Give a hook that multiplies a consumer's input channels by `factor` [D]."""
+    """Return a hook that multiplies a consumer's input channels by `factor` [D]."""
 
     def multiply(module: nn.Module, value: Tensor) -> Tensor:
         return channels_back(module, channels_last(module, value) * factor.to(value))
@@ -55,7 +55,7 @@ def multiplier(factor: Tensor) -> Callable[[nn.Module, Tensor], Tensor]:
 
 
 def kept_channels(model: nn.Module, module: str, removed: list[Tensor]) -> Tensor:
-    """Give the ascending input channels of a consumer that stay, [K], int64."""
+    """Return the ascending input channels of a consumer that stay, [K], int64."""
     stays = torch.ones(channel_count(model.get_submodule(module)), dtype=torch.bool)
     for index in removed:
         stays[index.flatten()] = False

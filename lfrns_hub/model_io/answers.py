@@ -297,7 +297,7 @@ def understand(dense: nn.Module, batches: Sequence[tuple[Tensor, Any]], call: st
 
 
 def _calibrated(outputs: Outputs, dense: nn.Module, batches: Sequence[Tensor]) -> Outputs:
-    """Give each quantity the variance that it has in the dense model's answers to the first images."""
+    """Return each quantity the variance that it has in the dense model's answers to the first images."""
     answers, left = [], CALIBRATED_BY
     for images in batches:
         if left > 0:
@@ -378,7 +378,7 @@ def _as_tensor(value: Any) -> Tensor | None:
 
 
 def _chosen(features: Tensor) -> Tensor:
-    """Give at most FEATURES_READ of the features [N, f], the same ones every time."""
+    """Return at most FEATURES_READ of the features [N, f], the same ones every time."""
     count = features.shape[1]
     return features if count <= FEATURES_READ else features[:, _choice(count).to(features.device)]
 

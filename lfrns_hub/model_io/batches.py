@@ -207,7 +207,7 @@ def read_tensors(output: Any) -> list[Tensor]:
 
 
 def find_logits(output: Any) -> Tensor | None:
-    """Give the logits [N, K] of a model's output, or None where it has none.
+    """Return the logits [N, K] of a model's output, or None where it has none.
 
     Logits are what the output calls so (transformers), its only tensor if that is [N, K] (timm), or the first of a list
     or tuple whose tensors are all [N, K] alike: those of auxiliary heads come after it. Heads with names are several.
@@ -222,7 +222,7 @@ def find_logits(output: Any) -> Tensor | None:
 
 
 def read_rows(output: Any) -> dict[str, Tensor]:
-    """Give every floating-point tensor of a model's output with a row an image, [N, f] each, by name.
+    """Return every floating-point tensor of a model's output with a row an image, [N, f] each, by name.
 
     The first tensor says how many images; one that has not as many rows (anchors, a constant) stands beside each.
 
@@ -244,7 +244,7 @@ def read_rows(output: Any) -> dict[str, Tensor]:
 
 
 def flatten_output(output: Any) -> Tensor:
-    """Give all that a model answers as one tensor [N, F], its tensors side by side.
+    """Return all that a model answers as one tensor [N, F], its tensors side by side.
 
     Example:
         >>> flatten_output([torch.zeros(2, 3), torch.zeros(2, 4, 5, 5)]).shape
@@ -255,6 +255,6 @@ def flatten_output(output: Any) -> Tensor:
 
 
 def read_logits(output: Any) -> Tensor:
-    """Give the logits [N, K] of a model's output; of one that holds no logits, all that it answers, [N, F]."""
+    """Return the logits [N, K] of a model's output; of one that holds no logits, all that it answers, [N, F]."""
     logits = find_logits(output)
     return flatten_output(output) if logits is None else logits

@@ -200,14 +200,14 @@ def in_double() -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Give the device of a model's first parameter or buffer."""
+    """Return the device of a model's first parameter or buffer."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """Give the dtype of a model's first floating-point parameter."""
+    """Return the dtype of a model's first floating-point parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
@@ -217,7 +217,7 @@ def as_input(images: Tensor, model: nn.Module) -> Tensor:
 
 
 def memory_format_of(model: nn.Module) -> torch.memory_format:
-    """Give the layout in which a model's images run fastest: channels last where it convolves more than patches.
+    """Return the layout in which a model's images run fastest: channels last where it convolves more than patches.
 
     Example:
         >>> memory_format_of(nn.Conv2d(3, 8, 3)), memory_format_of(nn.Conv2d(3, 8, 16, stride=16))
@@ -297,7 +297,7 @@ def analysis_copy(model: nn.Module, device: Any) -> nn.Module:
 
 
 def typed_as(result: nn.Module, model: nn.Module) -> nn.Module:
-    """Give each tensor of a slim model its dense dtype and layout, and each parameter its requires_grad, in place."""
+    """Set each tensor of a slim model to its dense dtype and layout, each parameter to its requires_grad, in place."""
     dense = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, tensor in [*result.named_parameters(), *result.named_buffers()]:
         if tensor.is_floating_point():

@@ -86,7 +86,7 @@ def has_metadata(folder: Path, call: str) -> bool:
 
 
 def read_class_folders(folder: Path, names: list[str], call: str, *, streaming: bool = False) -> Any:
-    """Give the pictures of class folders as a table of paths and labels, of a folder without any as one of paths.
+    """Return the pictures of class folders as a table of paths and labels, of a folder without any as one of paths.
 
     Args:
         folder: Holds a folder for each class, or pictures.

@@ -46,7 +46,7 @@ class Classes:
         return [self.number(label) for label in labels]
 
     def number(self, label: Any) -> int:
-        """Give the class of a label.
+        """Return the class of a label.
 
         Raises:
             ValueError: It is no label of a class.
@@ -227,7 +227,7 @@ def read_class_map(path: Path) -> list[str]:
 def _match(
     names: Sequence[str], order: Sequence[str] | None, count: int | None, call: str, *, by_map: Any
 ) -> tuple[dict[str, int], list[str]]:
-    """Give the number of each name, and the names of all classes by number.
+    """Return the number of each name, and the names of all classes by number.
 
     Args:
         names: Of the data's classes, by the data's own numbers.
@@ -282,7 +282,7 @@ def _refuse_contradiction(order: Sequence[str], stated: Sequence[str] | None, cl
 
 
 def _of_training(name: str, split: str, column: str, names: list[str], call: str) -> list[str]:
-    """Give the class names in the order in which the training split numbers them."""
+    """Return the class names in the order in which the training split numbers them."""
     files = parquet_files(Path(name), "train")
     training = _names_in(files[0], column) if files else names
     extra = next((each for each in names if each not in training), None)
@@ -304,7 +304,7 @@ def _refuse_other_numbers(name: str, split: str, column: str, names: list[str]) 
 
 
 def _names_in(file: Path, column: str) -> list[str]:
-    """Give the class names that the schema of a parquet file states."""
+    """Return the class names that the schema of a parquet file states."""
     import datasets
     import pyarrow.parquet
 
@@ -313,7 +313,7 @@ def _names_in(file: Path, column: str) -> list[str]:
 
 
 def _words_of_other(name: str, split: str, column: str) -> set[str]:
-    """Give the labels of the split that is not being read: training's for validation, and the other way round."""
+    """Return the labels of the split that is not being read: training's for validation, and the other way round."""
     other = "validation" if split == "train" else "train"
     try:
         table = read_table(name, other)

@@ -62,7 +62,7 @@ class ImageData(Dataset):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any] | Tensor:
-        """Give a picture's tensor and its label.
+        """Return a picture's tensor and its label.
 
         Raises:
             ValueError: More than `max_unreadable` pictures cannot be read, or none can.
@@ -70,7 +70,7 @@ class ImageData(Dataset):
         return self.finish([self.draw(index)])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Any] | Tensor]:
-        """Give many at once, as a DataLoader asks for them."""
+        """Return many at once, as a DataLoader asks for them."""
         return self.finish([self.draw(index) for index in indices])
 
     def draw(self, index: int) -> tuple[Tensor, Any, Any]:
@@ -89,7 +89,7 @@ class ImageData(Dataset):
         return self.transform(Image.fromarray(pixels)), None, label
 
     def finish(self, drawn: list[tuple[Tensor, Any, Any]]) -> list[tuple[Tensor, Any] | Tensor]:
-        """Give the samples of what `draw` gave."""
+        """Return the samples of what `draw` gave."""
         images, draws, labels = zip(*drawn, strict=True)
         if isinstance(self.transform, IN_PARTS):
             images = self.transform.finish(images, draws).unbind()

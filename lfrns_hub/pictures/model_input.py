@@ -27,7 +27,7 @@ def num_classes_of(model: nn.Module) -> int:
 
 
 def class_names_of(model: nn.Module) -> list[str] | None:
-    """Give the names that a model has for its classes, in the order of its logits; None where it only numbers them.
+    """Return the names that a model has for its classes, in the order of its logits; None where it only numbers them.
 
     They stand in a transformers config, in timm's pretrained_cfg, or in `label_names`, where `lfrns_hub.load` puts
     those of a class of your own.
@@ -43,7 +43,7 @@ def class_names_of(model: nn.Module) -> list[str] | None:
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    """Give channels, height and width of the images a model takes; 3, 224, 224 where nothing says.
+    """Return channels, height and width of the images a model takes; 3, 224, 224 where nothing says.
 
     Raises:
         ValueError: Its configuration states what is no size, or one of more than 2^26 numbers.
@@ -67,7 +67,7 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
 
 
 def _stated_size(model: nn.Module) -> tuple[int, int, int]:
-    """Give channels, height and width as a model, or its configuration, states them."""
+    """Return channels, height and width as a model, or its configuration, states them."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "num_channels"):
         size = getattr(config, "image_size", None) or 224

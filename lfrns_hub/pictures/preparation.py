@@ -60,7 +60,7 @@ class Preparation:
         return self.finish([pixels], [drawn])[0]
 
     def fix(self, picture: Image.Image) -> Tensor:
-        """Give what of a picture is the same every time, [C, h, w], uint8."""
+        """Return what of a picture is the same every time, [C, h, w], uint8."""
         from torchvision.transforms.v2 import functional as F
 
         picture = in_mode(picture, self.mode)
@@ -91,7 +91,7 @@ class Preparation:
         return pixels, drawn
 
     def finish(self, pixels: Sequence[Tensor], drawn: Sequence[Drawn | None]) -> Tensor:
-        """Give the images [N, C, H, W], float32, of what `draw` gave."""
+        """Return the images [N, C, H, W], float32, of what `draw` gave."""
         from torchvision.transforms.v2 import functional as F
 
         images = torch.stack(list(pixels))
@@ -119,7 +119,7 @@ class Preparation:
         return F.crop(image, (rows + down - height) // 2, (columns + right - width) // 2, height, width)
 
     def _interpolation(self) -> Any:
-        """Give torchvision's constant."""
+        """Return torchvision's constant."""
         from torchvision.transforms.functional import InterpolationMode
 
         return InterpolationMode(self.interpolation)
@@ -151,7 +151,7 @@ class OwnPreparation:
         return self.finish([pixels], [drawn])[0]
 
     def fix(self, picture: Image.Image) -> Tensor:
-        """Give what of a picture is the same every time: the image, or the picture to train on as uint8 [C, h, w]."""
+        """Return what of a picture is the same every time: the image, or the picture to train on as uint8 [C, h, w]."""
         from torchvision.transforms.v2 import functional as F
 
         picture = in_mode(picture, self.mode)
@@ -168,7 +168,7 @@ class OwnPreparation:
         return self._augmented(pixels, draw_crop(pixels, self.size if self._is_small() else None, self.flip)), None
 
     def finish(self, pixels: Sequence[Tensor], drawn: Sequence[None]) -> Tensor:
-        """Give the images [N, C, H, W], float32, of what `draw` gave.
+        """Return the images [N, C, H, W], float32, of what `draw` gave.
 
         Raises:
             ValueError: They differ in size, as pictures do that are resized without a crop.
@@ -182,7 +182,7 @@ class OwnPreparation:
         return torch.stack(list(pixels))
 
     def _is_small(self) -> bool:
-        """Say whether images are of CIFAR's size."""
+        """Return whether images are of CIFAR's size."""
         return max(self.size) <= SMALL
 
     def _augmented(self, pixels: Tensor, drawn: Drawn) -> Tensor:

@@ -171,7 +171,7 @@ def state_in_processor(model: nn.Module, given: dict[str, Any]) -> Any:
 
 
 def _does(proved: Preparation | OwnPreparation, given: dict[str, Any], crop: Any) -> bool:
-    """Say whether what was proved of a processor is what the options ask for."""
+    """Return whether what was proved of a processor is what the options ask for."""
     if not isinstance(proved, Preparation):
         return False
     for key in ("mean", "std"):

@@ -53,7 +53,7 @@ class ProcessorCall:
 
 
 def is_of_transformers(model: nn.Module) -> bool:
-    """Say whether a model's configuration is one of transformers'."""
+    """Return whether a model's configuration is one of transformers'."""
     return hasattr(getattr(model, "config", None), "model_type")
 
 
@@ -248,7 +248,7 @@ def _stock(config: Any) -> Any:
 
 
 def _for_channels(processor: Any, model: nn.Module) -> Any:
-    """Give a processor the statistics of as many channels as the model takes, where it states them for colours."""
+    """Return a processor the statistics of as many channels as the model takes, where it states them for colours."""
     channels = input_size_of(model)[0]
     stated = [getattr(processor, key, None) for key in ("image_mean", "image_std")]
     if channels != 1 or not all(isinstance(values, (list, tuple)) and len(values) == 3 for values in stated):

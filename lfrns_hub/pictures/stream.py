@@ -68,7 +68,7 @@ class ImageStream:
     _errors: list[str] = field(default_factory=list, repr=False)  # of this process, since the last readable picture
 
     def loader(self, batch_size: int, *, workers: int = 0) -> DataLoader:
-        """Give shuffled batches {"pixel_values": [N, C, H, W], "labels": [N]}, another order each epoch.
+        """Return shuffled batches {"pixel_values": [N, C, H, W], "labels": [N]}, another order each epoch.
 
         Accelerate gives every process its own files where there are as many as processes; with fewer files each
         process reads all and keeps its share.

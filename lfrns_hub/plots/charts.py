@@ -71,12 +71,12 @@ def plot_widths(source: Any, path: str | Path) -> Path:
 
 
 def mark_of(plan: dict[str, list[int]]) -> str:
-    """Give the comment in a PNG that says of which plan it is."""
+    """Return the comment in a PNG that says of which plan it is."""
     return "lfrns plan " + hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def shows_plan(path: str | Path, plan: dict[str, list[int]]) -> bool:
-    """Say whether a picture is there and was drawn of this plan, so that no card shows another model's."""
+    """Return whether a picture is there and was drawn of this plan, so that no card shows another model's."""
     if not Path(path).is_file():
         return False
     try:

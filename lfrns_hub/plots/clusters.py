@@ -129,7 +129,7 @@ def choose_images(loader: Any) -> Tensor:
 
 
 def candidates(rows: Sequence[GroupReport], group: str | None) -> list[GroupReport]:
-    """Give the groups that lost units, or the one that is named.
+    """Return the groups that lost units, or the one that is named.
 
     Raises:
         ValueError: Nothing was removed, or no such group was slimmed.
@@ -169,7 +169,7 @@ def find_clusters(removed: Sequence[dict[str, Any]]) -> list[Cluster]:
 
 
 def correlations(kept_M: Tensor, removed_UM: Tensor) -> Tensor:
-    """Give the correlation of each removed unit's map with the kept one's, [U], 0 where either is constant.
+    """Return the correlation of each removed unit's map with the kept one's, [U], 0 where either is constant.
 
     Example:
         >>> correlations(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([[5.0, 3.0, 1.0], [1.0, 1.0, 1.0]])).tolist()
@@ -231,7 +231,7 @@ def observe(
 
 
 def alike(cluster: Cluster, maps: dict[int, Tensor]) -> list[float]:
-    """Give the correlation of each removed unit shown with the kept one of its cluster."""
+    """Return the correlation of each removed unit shown with the kept one of its cluster."""
     removed = torch.stack([maps[row["unit"]].flatten() for row in cluster.removed])
     return correlations(maps[cluster.kept].flatten(), removed).tolist()
 
@@ -243,12 +243,12 @@ def telling(clusters: Sequence[Cluster], maps: dict[int, Tensor]) -> float:
 
 
 def is_signed(group: UnitGroup) -> bool:
-    """Say whether a unit is one channel, whose map has a sign; the norm over several has none."""
+    """Return whether a unit is one channel, whose map has a sign; the norm over several has none."""
     return group.taps[0].index.shape[1] == 1
 
 
 def model_name(dense: nn.Module) -> str:
-    """Give timm's name of an architecture, or the class."""
+    """Return timm's name of an architecture, or the class."""
     return (getattr(dense, "pretrained_cfg", None) or {}).get("architecture") or type(dense).__name__
 
 
@@ -294,7 +294,7 @@ def draw(
 
 
 def strips(cluster: Cluster, maps: dict[int, Tensor], *, weak: bool, signed: bool) -> list[tuple[str, str, Tensor]]:
-    """Give the two lines beside each row of a block and its maps [N, H, W], the kept unit first.
+    """Return the two lines beside each row of a block and its maps [N, H, W], the kept unit first.
 
     Args:
         cluster: The block.
@@ -340,7 +340,7 @@ class Sheet:
         FigureCanvasAgg(self.figure)
 
     def box(self, x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
-        """Give matplotlib's left, bottom, width and height."""
+        """Return matplotlib's left, bottom, width and height."""
         return x / WIDTH, 1 - (y + height) / self.height, width / WIDTH, height / self.height
 
     def text(self, x: float, y: float, text: str, *, size: float, **style: Any) -> None:

@@ -26,7 +26,7 @@ _NOT_THE_RUN = {"output_dir", "overwrite", "resume", "push_to_hub", "with_images
 def check_output_dir(
     directory: str | Path, *, resume: bool, overwrite: bool, option: str = "--output-dir", several: bool = False
 ) -> Path:
-    """Say whether a run may write to a folder, before it does any work. Nothing is written or removed here.
+    """Return whether a run may write to a folder, before it does any work. Nothing is written or removed here.
 
     Args:
         directory: The output folder, there or not.
@@ -63,7 +63,7 @@ def check_output_dir(
 
 
 def is_finished(directory: Path) -> bool:
-    """Say whether a run has ended in this folder: a checkpoint that was put there whole has both of these."""
+    """Return whether a run has ended in this folder: a checkpoint that was put there whole has both of these."""
     return all((directory / name).is_file() for name in ("record.json", "config.json"))
 
 
@@ -130,7 +130,7 @@ def tidy(directory: Path) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Give the options that change a run's result; paths in full."""
+    """Return the options that change a run's result; paths in full."""
     settings = {name: value for name, value in vars(args).items() if name not in _NOT_THE_RUN}
     return {
         name: str(Path(value).resolve()) if name != CODE and isinstance(value, str) and Path(value).exists() else value

@@ -113,7 +113,7 @@ def recipe_parser(
 
 
 def code_of(path: Path) -> str:
-    """Give what a file does: its code without comments, layout and the docstring on top."""
+    """Return what a file does: its code without comments, layout and the docstring on top."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     if ast.get_docstring(tree) is not None:
         del tree.body[0]

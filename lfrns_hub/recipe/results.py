@@ -51,7 +51,7 @@ def make_controls(dense: nn.Module, plan: SlimPlan, groups: list[UnitGroup], see
 
 
 def control_row(name: str, scores: dict[str, Any]) -> dict[str, Any]:
-    """Give the row of a record's table of controls: what `evaluate` says of a model, by its name."""
+    """Return the row of a record's table of controls: what `evaluate` says of a model, by its name."""
     return {"name": name, "top1_pct": scores["top1_pct"], "images": scores["images"], "images_id": scores["images_id"]}
 
 

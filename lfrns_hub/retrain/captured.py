@@ -147,13 +147,13 @@ def _watched(compute: Callable[[], Tensor]) -> tuple[Tensor, bool]:
 
 
 def _shape_of(images: Tensor, labels: Labels) -> Any:
-    """Give what must be alike of two batches for one graph."""
+    """Return what must be alike of two batches for one graph."""
     tensors = {"": images, **{f"label {name}": value for name, value in labels.items() if value is not None}}
     return tuple((name, value.shape, value.dtype, value.stride()) for name, value in tensors.items())
 
 
 def _same_random(first: Any, second: Any) -> bool:
-    """Say whether python, numpy and torch have drawn nothing in between."""
+    """Return whether python, numpy and torch have drawn nothing in between."""
     return first[0] == second[0] and first[1][2] == second[1][2] and torch.equal(first[2], second[2])
 
 

@@ -83,7 +83,7 @@ def fill_defaults(
     weight_decay: float | None,
     max_grad_norm: float | None,
 ) -> tuple[str, float, float, float]:
-    """Give the optimizer's name and its three figures, defaults where None."""
+    """Return the optimizer's name and its three figures, defaults where None."""
     rule = choose_optimizer(model) if optimizer == "auto" else optimizer
     if rule not in _DEFAULTS:
         raise ValueError(f'retrain(optimizer="{optimizer}"): it must be "auto", "sgd" or "adamw".')
@@ -119,7 +119,7 @@ def make_optimizer(model: nn.Module, rule: str, learning_rate: float, weight_dec
 
 
 def rate_at(step: int, steps: int, warmup_fraction: float) -> float:
-    """Give the share of the peak rate at a step: a line up, then half a cosine down, never quite zero."""
+    """Return the share of the peak rate at a step: a line up, then half a cosine down, never quite zero."""
     warmup = int(steps * warmup_fraction)
     if step < warmup:
         return (step + 1) / (warmup + 1)

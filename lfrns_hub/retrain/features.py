@@ -41,7 +41,7 @@ class Features:
         ]
 
     def _note(self, whose: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        """Give the hook of a network."""
+        """Return the hook of a network."""
 
         def note(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             self._seen[whose] = output
@@ -49,7 +49,7 @@ class Features:
         return note
 
     def loss(self) -> Tensor:
-        """Give the squared error of the model's map of this step, over the square of the teacher's."""
+        """Return the squared error of the model's map of this step, over the square of the teacher's."""
         wanted = self._seen.pop("teacher")
         if self.kept is not None:
             wanted = wanted.index_select(self.axis, self.kept)
@@ -140,7 +140,7 @@ def kept_there(
     plan: SlimPlan,
     removed: dict[str, list[Tensor]],
 ) -> Tensor | None:
-    """Give the channels of the teacher's map that stay, [K], int64: those of the layer that reads it next."""
+    """Return the channels of the teacher's map that stay, [K], int64: those of the layer that reads it next."""
     for name in later:
         if name in removed and channel_count(teacher.get_submodule(name)) == channels:
             return kept_channels(teacher, name, removed[name])

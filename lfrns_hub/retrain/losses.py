@@ -46,7 +46,7 @@ class Losses:
         self._coming.append((step, rate, loss.detach(), event))
 
     def read(self, *, wait: bool = False) -> list[StepLoss]:
-        """Give the losses that have come, in order; with `wait` all that were noted."""
+        """Return the losses that have come, in order; with `wait` all that were noted."""
         found = []
         while self._coming:
             step, rate, loss, event = self._coming[0]

@@ -57,7 +57,7 @@ class Epochs:
             self.batches = len(self._loader)
 
     def open(self, at: Position) -> Iterator[tuple[Tensor, Any]]:
-        """Give the batches that are left of an epoch."""
+        """Return the batches that are left of an epoch."""
         self._loader.set_epoch(at.epoch)
         if hasattr(self._order, "set_epoch"):
             self._order.set_epoch(at.epoch)
@@ -68,7 +68,7 @@ class Epochs:
         return map(split_batch, apart(left, self._seed, at.epoch))
 
     def ended(self, at: Position) -> bool:
-        """Say whether the batch that was given last is the last one of its epoch."""
+        """Return whether the batch that was given last is the last one of its epoch."""
         return at.batch == self.batches if self._streamed else self._accelerator.gradient_state.end_of_dataloader
 
 
@@ -278,7 +278,7 @@ def _take_weights(whole: nn.Module, trained: nn.Module) -> None:
 
 
 def _average_buffers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Give all processes the mean of their BatchNorm statistics, which each took from its own images."""
+    """Set BatchNorm statistics to their mean over all processes, which each took from its own images."""
     if accelerator.num_processes > 1:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:

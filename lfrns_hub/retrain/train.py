@@ -188,7 +188,7 @@ def retrain(
 
 
 def _plan_of(model: nn.Module) -> SlimPlan | None:
-    """Give what `slim` noted of the units that it kept; None where there is nothing, or, of a file, no plan."""
+    """Return what `slim` noted of the units that it kept; None where there is nothing, or, of a file, no plan."""
     noted = (getattr(model, "lfrns_provenance", None) or {}).get("plan")
     try:
         return SlimPlan.from_json(json.dumps({"keep": noted})) if noted else None

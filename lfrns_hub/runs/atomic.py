@@ -23,7 +23,7 @@ _LIVE: set[Path] = set()  # the drafts of this process
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Give a path to write a file or folder to; it takes the place of `path` when the context ends without an error.
+    """Return a path to write a file or folder to; it takes the place of `path` when the context ends without an error.
 
     It lies in a folder of its own, where whatever writes it may leave files of its own when it is killed; the next call
     removes them.
@@ -204,7 +204,7 @@ def _is_working_directory(folder: Path) -> bool:
 
 
 def _take(path: Path) -> None:
-    """Give files the mode that the umask asks for, whatever wrote them, and have the disk take them."""
+    """Set files to the mode that the umask asks for, whatever wrote them, and have the disk take them."""
     umask = os.umask(0o077)
     os.umask(umask)
     for file in [path] if path.is_file() else sorted(path.rglob("*")):

@@ -48,7 +48,7 @@ class Cache:
             self._content = digest(code, VERSIONS, processes, *content)
 
     def keep(self, name: str, compute: Callable[[], Any], *content: Any) -> Any:
-        """Give what was kept, or compute and keep it.
+        """Return what was kept, or compute and keep it.
 
         Args:
             name: Of the step.
@@ -83,11 +83,11 @@ class Cache:
             yield Training(self, self._path(name, content), told)
 
     def _path(self, name: str, content: tuple[Any, ...]) -> Path:
-        """Give the file of a step."""
+        """Return the file of a step."""
         return self.directory / f"{name}-{self._content}-{digest(*content)}.safetensors"
 
     def _read(self, path: Path) -> Any:
-        """Give what a file holds, None where one of the processes does not find it whole."""
+        """Return what a file holds, None where one of the processes does not find it whole."""
         found = None
         # Damaged in any way it is made again: cut short, without metadata, with values of another file.
         damaged = (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
@@ -161,7 +161,7 @@ class Training:
         self._cache, self._path, self._told = cache, path, told
 
     def load(self) -> Any:
-        """Give the state that was kept last, None where there is none."""
+        """Return the state that was kept last, None where there is none."""
         return self._cache._read(self._path)
 
     def after(self, step: int, state: Callable[[], Any], *, last: bool) -> None:
@@ -184,7 +184,7 @@ class Training:
 
 
 def digest(*parts: Any) -> str:
-    """Give a hash, 16 hex digits, of tensors' bytes, models, and plain data.
+    """Return a hash, 16 hex digits, of tensors' bytes, models, and plain data.
 
     Example:
         >>> digest(torch.zeros(2), {"a": 1}) == digest(torch.zeros(2), {"a": 1}) != digest(torch.zeros(3), {"a": 1})
@@ -220,7 +220,7 @@ def digest(*parts: Any) -> str:
 
 
 def _split(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Give the JSON of a value, its tensors put into `tensors` and their names in their places."""
+    """Return the JSON of a value, its tensors put into `tensors` and their names in their places."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().clone().contiguous()

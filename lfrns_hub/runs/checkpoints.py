@@ -61,7 +61,7 @@ class Checkpoints:
         self._together(self._clear, "the folder cannot be written to", "Name another one.", main_only=True)
 
     def last(self) -> Path | None:
-        """Give the newest complete checkpoint, None where there is none."""
+        """Return the newest complete checkpoint, None where there is none."""
         return max(self._all(), default=None)
 
     def load(self, scheduler: Any) -> Position:
@@ -102,7 +102,7 @@ class Checkpoints:
         return Position(**saved["position"])
 
     def due(self, position: Position) -> bool:
-        """Say whether a checkpoint is to be written after this step."""
+        """Return whether a checkpoint is to be written after this step."""
         return position.step % self.every == 0
 
     def save(self, position: Position, scheduler: Any) -> None:
@@ -147,7 +147,7 @@ class Checkpoints:
         raise Stopped(0)
 
     def _all(self) -> list[Path]:
-        """Give the complete checkpoints, the oldest first."""
+        """Return the complete checkpoints, the oldest first."""
         return sorted(p for p in self.directory.glob("step_*") if p.suffix != PARTIAL and (p / _STATE).is_file())
 
     def _clear(self) -> None:
@@ -190,13 +190,13 @@ class Checkpoints:
 
 
 def describe_model(model: nn.Module) -> dict[str, str]:
-    """Give the dtype and shape of every parameter and buffer that is saved, by name."""
+    """Return the dtype and shape of every parameter and buffer that is saved, by name."""
     return {name: f"{str(t.dtype)[6:]}{list(t.shape)}" for name, t in model.state_dict().items()}
 
 
 @contextlib.contextmanager
 def caught_sigterm() -> Iterator[threading.Event]:
-    """Give an event that is set when SIGTERM comes, instead of ending at once; in the main thread alone."""
+    """Return an event that is set when SIGTERM comes, instead of ending at once; in the main thread alone."""
     told = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield told
@@ -211,7 +211,7 @@ def caught_sigterm() -> Iterator[threading.Event]:
 
 
 def told_anywhere(told: threading.Event, accelerator: Any = None) -> bool:
-    """Say whether SIGTERM has come to any of the processes; all of them ask together."""
+    """Return whether SIGTERM has come to any of the processes; all of them ask together."""
     if accelerator is None:
         return told.is_set()
     if told.is_set():

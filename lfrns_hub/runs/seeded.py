@@ -171,7 +171,7 @@ def start_random(*numbers: int) -> None:
 
 
 def get_random() -> tuple[Any, Any, torch.Tensor]:
-    """Give the states of python's, numpy's and torch's CPU generator."""
+    """Return the states of python's, numpy's and torch's CPU generator."""
     return random.getstate(), np.random.get_state(), torch.get_rng_state()
 
 

@@ -161,7 +161,7 @@ def _time(runtime: str, batch: int, calls: dict[str, Callable[[], Any]], turns: 
 
 
 def _quartiles(values: list[float]) -> list[float]:
-    """Give median, first and third quartile."""
+    """Return median, first and third quartile."""
     if len(values) == 1:
         return values * 3
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -240,7 +240,7 @@ def print_peaks(asked: str) -> None:
 
 
 def _peak_resident() -> int:
-    """Give the peak of this process's resident memory, in bytes."""
+    """Return the peak of this process's resident memory, in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():  # Linux, where ru_maxrss begins with the peak of the process that started this one
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text()).group(1))

@@ -145,14 +145,14 @@ def open_runner(path: Path, *, threads: int | None = None) -> Callable[[Tensor],
 
 
 def largest_error(got: Tensor, expected: Tensor) -> float:
-    """Give the largest difference over the largest expected value; infinite where the shapes differ."""
+    """Return the largest difference over the largest expected value; infinite where the shapes differ."""
     if got.shape != expected.shape:
         return float("inf")
     return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
 def installed(package: str) -> bool:
-    """Say whether a package can be imported."""
+    """Return whether a package can be imported."""
     return importlib.util.find_spec(package) is not None
 
 

@@ -56,7 +56,7 @@ def list_adapters() -> list[str]:
 
 
 def class_name(module: nn.Module) -> str:
-    """Give the full name of a module's class."""
+    """Return the full name of a module's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 

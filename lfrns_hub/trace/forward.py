@@ -60,7 +60,7 @@ def watch_forward(model: nn.Module, example: Tensor) -> Forward:
 
 
 def _copies(model: nn.Module) -> Iterator[nn.Module]:
-    """Give copies to run, one after another until one does: of a model without values only one without values."""
+    """Yield copies to run, one after another until one does: of a model without values only one without values."""
     yield meta_copy(model).eval()
     if not any(tensor.is_meta for tensor in model.parameters()):
         yield model_copy(model).eval()
@@ -86,12 +86,12 @@ def _own(module: nn.Module) -> dict[str, Any]:
 
 
 def _holds(value: Any) -> bool:
-    """Say whether an attribute holds values of a tensor."""
+    """Return whether an attribute holds values of a tensor."""
     return any(tensor.numel() for tensor in loose_tensors(value))
 
 
 def _as_it_was(before: dict[str, Any], name: str, attribute: str) -> Cache:
-    """Give the state of an attribute before the forward."""
+    """Return the state of an attribute before the forward."""
     return Cache(name, attribute, before.get(attribute), attribute not in before)
 
 
@@ -150,7 +150,7 @@ def _refilled(model: nn.Module, example: Tensor, places: set[tuple[str, str]]) -
 
 
 def _ways(model: nn.Module, names: Sequence[str], attribute: str) -> Iterator[list[Cache]]:
-    """Give the states that an attribute of some modules of one class may have had before any forward."""
+    """Yield the states that an attribute of some modules of one class may have had before any forward."""
     held = {name: _own(model.get_submodule(name)) for name in names}
     emptied = [Cache(name, attribute, _empty(held[name].get(attribute))) for name in names]
     absent = [Cache(name, attribute, absent=True) for name in names]
@@ -162,7 +162,7 @@ def _ways(model: nn.Module, names: Sequence[str], attribute: str) -> Iterator[li
 
 
 def _empty(value: Any) -> Any:
-    """Give the empty container of a kind, None for a tensor."""
+    """Return the empty container of a kind, None for a tensor."""
     if not isinstance(value, (dict, list)):
         return None
     empty = copy.copy(value)
@@ -171,7 +171,7 @@ def _empty(value: Any) -> Any:
 
 
 def _equal(outputs: list[Tensor], reference: list[Tensor]) -> bool:
-    """Say whether outputs are the same, up to the order of sums."""
+    """Return whether outputs are the same, up to the order of sums."""
     return len(outputs) == len(reference) and all(
         one.shape == other.shape and bool((one - other).abs().max() <= CLOSE * other.abs().max())
         for one, other in zip(outputs, reference, strict=True)

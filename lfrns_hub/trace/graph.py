@@ -102,7 +102,7 @@ class Trace:
         self.shared = {name.removesuffix(".weight") for names in owners.values() if len(names) > 1 for name in names}
 
     def first_name(self, tensor: str) -> str:
-        """Give the first name of a parameter or buffer."""
+        """Return the first name of a parameter or buffer."""
         owner, dot, leaf = tensor.rpartition(".")
         return self.module_names.get(owner, owner) + dot + leaf
 
@@ -226,7 +226,7 @@ class Trace:
         return self.sources.get(node.name, "") if isinstance(node, Node) else ""
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """Give the shape of a parameter or buffer, () for none."""
+        """Return the shape of a parameter or buffer, () for none."""
         if not name:
             return ()
         owner, _, leaf = name.rpartition(".")
@@ -301,7 +301,7 @@ def operation(node: Node) -> str:
 
 
 def is_layer_call(node: Node) -> bool:
-    """Say whether a node is a layer, whose arguments 1 to 4 are weights."""
+    """Return whether a node is a layer, whose arguments 1 to 4 are weights."""
     name = str(node.target)
     return any(name.startswith(f"aten.{layer}") for layer in ("conv", "linear", "batch_norm", "layer_norm",
                "group_norm", "instance_norm", "rms_norm", "prelu", "_native_batch_norm"))  # fmt: skip

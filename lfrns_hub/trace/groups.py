@@ -40,7 +40,7 @@ def element_axes(ids: IdTable, labels: np.ndarray) -> list[Axis]:
 
 
 def marks(ids: IdTable, labels: np.ndarray) -> tuple[dict[int, str], set[int], set[int], set[int]]:
-    """Give the units that are frozen (with the reason), approximate, heads, activated."""
+    """Return the units that are frozen (with the reason), approximate, heads, activated."""
     approximate: set[int] = set()
     frozen: dict[int, str] = {}
     for rows, freeze in ids.deferred:
@@ -87,7 +87,7 @@ class Places:
             self.positions[unit].append(piece)
 
     def index(self, units: list[int], place: int) -> Tensor:
-        """Give the positions of units of one family along their `place`-th axis, [U, width]."""
+        """Return the positions of units of one family along their `place`-th axis, [U, width]."""
         return torch.from_numpy(np.stack([self.positions[u][place] for u in units]))
 
 
@@ -154,7 +154,7 @@ def read_groups(ids: IdTable, model: nn.Module) -> list[UnitGroup]:
 
 
 def stated_widths(model: nn.Module, group: UnitGroup, found: tuple[Width, ...]) -> tuple[Width, ...]:
-    """Give the attributes that follow a group: an adapter's where there is one, else those that the graph shows."""
+    """Return the attributes that follow a group: an adapter's where there is one, else those that the graph shows."""
     owner = find_owner(model, group.taps[0].module) if group.kind == "head" and group.taps else None
     if owner is None:
         return found

@@ -79,14 +79,14 @@ class IdTable:
     unmade: dict[str, tuple[int, str]] = field(default_factory=dict)  # layers without ids: how many outputs, and why
 
     def fresh(self, count: int, from_tensor: bool = False) -> Tensor:
-        """Give new ids [count], one block."""
+        """Return new ids [count], one block."""
         self.starts.append(self.count)
         self.from_tensor.append(from_tensor)
         self.count += count
         return torch.arange(self.count - count, self.count)
 
     def blocks(self, ids: Tensor) -> Tensor:
-        """Give the block of each id, NONE for none."""
+        """Return the block of each id, NONE for none."""
         starts = torch.tensor(self.starts or [0])
         return torch.where(ids == NONE, NONE, torch.searchsorted(starts, ids.contiguous(), right=True) - 1)
 
@@ -126,12 +126,12 @@ class IdTable:
         self.deferred.append((torch.unique(rows, dim=0), freeze))
 
     def of_tensors(self, ids: Tensor) -> bool:
-        """Say whether ids are those of parameters and buffers alone, or of no unit."""
+        """Return whether ids are those of parameters and buffers alone, or of no unit."""
         tensors = [*self.from_tensor, True]  # the block of NONE, -1, reads the last
         return all(tensors[block] for block in self.blocks(ids).unique().tolist())
 
     def other_units(self, rows: Tensor) -> bool:
-        """Say whether one row of ids [R, P] holds other units of the same producer than another row."""
+        """Return whether one row of ids [R, P] holds other units of the same producer than another row."""
         rows = torch.unique(rows, dim=0)
         blocks = self.blocks(rows)
         blocks = torch.where(torch.tensor([*self.from_tensor, True])[blocks], NONE, blocks)  # tokens are no units
@@ -172,13 +172,13 @@ class IdTable:
 
 
 def resolve(ids: Tensor, labels: np.ndarray) -> np.ndarray:
-    """Give the unit of each id, NONE for none, as a flat array."""
+    """Return the unit of each id, NONE for none, as a flat array."""
     flat = ids.reshape(-1).numpy()
     return np.where(flat == NONE, NONE, labels[np.maximum(flat, 0)])
 
 
 def distinct(ids: Tensor) -> Tensor:
-    """Give the ids that there are but NONE, ascending."""
+    """Return the ids that there are but NONE, ascending."""
     for dim in range(ids.ndim):
         if ids.stride(dim) == 0 and ids.shape[dim] > 1:
             ids = ids.narrow(dim, 0, 1)
@@ -186,7 +186,7 @@ def distinct(ids: Tensor) -> Tensor:
 
 
 def varies(ids: Tensor, dim: int) -> bool:
-    """Say whether ids differ along an axis."""
+    """Return whether ids differ along an axis."""
     return ids.shape[dim] > 1 and ids.stride(dim) != 0 and bool((ids.narrow(dim, 0, 1) != ids).any())
 
 
@@ -200,7 +200,7 @@ def collapse(*tensors: Tensor) -> list[Tensor]:
 
 
 def as_rows(ids: Tensor, dims: list[int]) -> Tensor:
-    """Give ids as rows [R, P]: P runs over `dims`, R over all other axes, each row once."""
+    """Return ids as rows [R, P]: P runs over `dims`, R over all other axes, each row once."""
     dims = [d % ids.ndim for d in dims]
     for dim in range(ids.ndim):
         if dim not in dims and ids.stride(dim) == 0 and ids.shape[dim] > 1:

@@ -206,7 +206,7 @@ def _unread_layers(network: nn.Module, program: ExportedProgram) -> list[str]:
 
 
 def _refusal(model: nn.Module, images: Tensor, failure: Exception) -> ValueError:
-    """Say whether the model does not run on such images, or runs and torch.export cannot follow."""
+    """Return whether the model does not run on such images, or runs and torch.export cannot follow."""
     call = f"{type(model).__name__} on images {list(images.shape)}"
     try:
         with torch.no_grad(), same_draw():

@@ -120,7 +120,7 @@ def _scale(trace: Any, factor: Any, at: Node, axis: int) -> str | None:
 
 
 def _operation(node: Node) -> str:
-    """Give the name of an ATen operation without its overload."""
+    """Return the name of an ATen operation without its overload."""
     parts = str(node.target).split(".")
     return parts[1] if len(parts) > 1 else ""
 

@@ -167,7 +167,7 @@ class _Side(NamedTuple):
 
 
 def _sides_of(trace: Any, name: str, read: Tensor | None) -> list[_Side]:
-    """Give what a layer states: its inputs, whose ids are `read` where it is no grouped one, outputs, groups."""
+    """Return what a layer states: its inputs, whose ids are `read` where it is no grouped one, outputs, groups."""
     layer, made = trace.model.get_submodule(name), trace.ids.by_axis[f"{name}.weight", 0]
     groups = getattr(layer, "groups", 1)
     if groups > 1:  # a conv group's inputs and outputs are one unit
@@ -191,7 +191,7 @@ def _side_named(attribute: str) -> str | None:
 def group_widths(
     literals: list[Literal], labels: np.ndarray, unit_group: dict[int, int], model: nn.Module
 ) -> dict[int, tuple[Width, ...]]:
-    """Give the attributes that must follow each group.
+    """Return the attributes that must follow each group.
 
     Args:
         literals: Those noted while tracing.

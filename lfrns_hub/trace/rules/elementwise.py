@@ -98,7 +98,7 @@ def fixed_size(trace: Any, ids: Tensor, constant: Tensor) -> None:
 
 
 def argument(node: Any, args: Any, kwargs: Any, name: str, default: Any = None) -> Any:
-    """Give an argument by its name in the operation's schema."""
+    """Return an argument by its name in the operation's schema."""
     for place, known in enumerate(node.target._schema.arguments):
         if known.name == name:
             return args[place] if place < len(args) else kwargs.get(name, default)

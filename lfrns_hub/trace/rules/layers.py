@@ -14,7 +14,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def make(trace: Any, node: Any, name: str, count: int, bias: Any) -> Tensor:
-    """Give the ids of a layer's outputs, those of an earlier call where the layer is shared, and tie its bias."""
+    """Return the ids of a layer's outputs, those of an earlier call where the layer is shared, and tie its bias."""
     out_ids = trace.ids.by_axis.get((f"{name}.weight", 0))
     if out_ids is None:
         out_ids = trace.ids.fresh(count)

@@ -88,7 +88,7 @@ def refuse(trace: Any, node: Any, *parts: Any) -> Tensor:
 
 
 def has_heads(operands: list[Tensor]) -> bool:
-    """Say whether units lie on a leading axis."""
+    """Return whether units lie on a leading axis."""
     return any(varies(ids, dim) for ids in operands for dim in range(ids.ndim - 2))
 
 
@@ -117,7 +117,7 @@ def tie_heads(trace: Any, node: Any, operands: list[Tensor]) -> Tensor:
 
 
 def as_batches(ids: Tensor) -> Tensor:
-    """Give the ids of each leading index, [product of leading axes, ids]; axes without units once."""
+    """Return the ids of each leading index, [product of leading axes, ids]; axes without units once."""
     for dim in (-2, -1):
         if not varies(ids, dim):
             ids = ids.narrow(dim, 0, 1)
