@@ -24,6 +24,7 @@ from transformers import (
 
 from lfrns_hub import checkpoint
 from lfrns_hub.format.narrow import describe, narrow
+from lfrns_hub.self_check import find_units
 from lfrns_hub.surgery import cut
 from lfrns_hub.trace import trace_model
 from lfrns_hub.units import SlimPlan
@@ -163,6 +164,17 @@ def test_what_was_loaded_can_be_saved_again(tmp_path):
         second = checkpoint.load(checkpoint.save(first, tmp_path / f"{kind}2"))
         size = 32 if kind == "vit" else 160
         assert torch.equal(answer(second, size), answer(model, size))
+
+
+def test_a_buffer_that_no_file_holds_comes_back_narrower(tmp_path):
+    model = timm.create_model("resnetblur18", num_classes=7).eval()
+    groups = find_units(model, torch.zeros(1, 3, 64, 64))
+    free = [group for group in groups if group.exact and not group.frozen_reason]
+    slim = cut(model, groups, SlimPlan({g.name: list(range(g.size // 3, g.size)) for g in free}))
+    assert len(slim.layer2[0].aa.filt) < len(model.layer2[0].aa.filt)
+    loaded = checkpoint.load(checkpoint.save(slim, tmp_path / "slim"))
+    assert torch.equal(loaded.layer2[0].aa.filt, slim.layer2[0].aa.filt)
+    assert torch.equal(answer(loaded, 64), answer(slim, 64))
 
 
 @pytest.mark.usefixtures("drawn")

@@ -184,3 +184,28 @@ def test_kept_outputs_follow_the_plan():
     plan = lfrns.SlimPlan({"layer1.0.conv1": [1, 5]})
     assert kept_outputs(model, "layer1.0.conv1", trace.groups, plan).tolist() == [1, 5]
     assert len(kept_outputs(model, "layer1.0.conv2", trace.groups, plan)) == 16
+
+
+class TokenMixer(nn.Module):
+    """A network one layer of which mixes positions: what it runs over are the units of the layer before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.grow, self.mix = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 24), nn.Linear(16, 16)
+        self.shrink, self.head = nn.Linear(24, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        """Return logits [N, 5]."""
+        x = self.grow(self.stem(x).flatten(2).mT).relu()  # [N, T, 24]
+        return self.head(self.shrink(self.mix(x.mT).mT).mean(1))
+
+
+def test_a_layer_whose_positions_are_units_is_not_fitted():
+    model, images = TokenMixer().eval(), [torch.randn(6, 3, 16, 16) for _ in range(5)]
+    trace = trace_model(model, images[0])
+    group = next(group for group in trace.groups if group.name == "grow")
+    plan = lfrns.SlimPlan({"grow": list(range(3, group.size))})
+    plain = cut(model, trace.groups, plan)
+    fitted = reconstruct(model, plain, trace.sites, trace.groups, plan, images)
+    assert torch.equal(fitted.mix.weight, plain.mix.weight)
+    assert not torch.equal(fitted.shrink.weight, plain.shrink.weight)

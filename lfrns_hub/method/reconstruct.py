@@ -247,8 +247,12 @@ def fit_layers(
     numbers = [number for number, batch in enumerate(batches) if batch.shape[1:] == batches[0].shape[1:]]
     batches = [batches[number] for number in numbers]
     every_image = torch.cat(batches)
-    places = count_places(dense, sites, every_image[:2].to(device))
-    sites = [s for s in sites if s.module in places and fittable(slim.get_submodule(s.module))]
+    two = every_image[:2].to(device)
+    places, left = count_places(dense, sites, two), count_places(slim, sites, two)
+    # Where units are the positions of a layer, as in a layer that mixes tokens, rows of the two could not be paired.
+    sites = [
+        s for s in sites if left.get(s.module, 0) == places.get(s.module) and fittable(slim.get_submodule(s.module))
+    ]
     if not sites:
         return
     largest = max(places[s.module] * len(dense.get_submodule(s.module).weight) for s in sites)
