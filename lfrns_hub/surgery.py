@@ -121,6 +121,8 @@ def narrow_axis(model: nn.Module, name: str, dim: int, leaving: Tensor) -> None:
         setattr(module, leaf, nn.Parameter(new, old.requires_grad))
     else:
         module._buffers[leaf] = new
+        # No class computes what is left of it, so that its values go where the weights go.
+        module._non_persistent_buffers_set.discard(leaf)
 
 
 def sync_widths(slim: nn.Module, dense: nn.Module) -> None:

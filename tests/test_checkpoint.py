@@ -386,3 +386,26 @@ def test_describe_and_narrow_undo_each_other():
     shapes, attrs = describe(model, base)
     assert attrs["blocks.0.attn"]["num_heads"] == model.blocks[0].attn.num_heads
     assert describe(narrow(base, shapes, attrs), model) == ({}, {})
+
+
+class Scaled(nn.Module):
+    """A network with a buffer that no file holds, of another value for each unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 5, 3)
+        self.register_buffer("scale", torch.linspace(0.5, 2, 16)[None, :, None, None], persistent=False)
+
+    def forward(self, x):
+        return self.second((self.first(x) * self.scale).relu()).mean((2, 3))
+
+
+@pytest.mark.parametrize("base", [None, Scaled])
+def test_what_a_cut_left_of_a_computed_buffer_is_stored(base, tmp_path):
+    model, images = Scaled().eval(), torch.randn(2, 3, 12, 12)
+    groups = find_units(model, images)
+    slim = cut(model, groups, SlimPlan({"first": [1, 4, 9, 15]}))
+    loaded = checkpoint.load(checkpoint.save(slim, tmp_path / "slim", base=base), model=Scaled())
+    assert torch.equal(loaded.scale, model.scale[:, [1, 4, 9, 15]])
+    assert torch.equal(loaded(images), slim(images))
+    assert "scale" in slim.state_dict() and "scale" not in model.state_dict()

@@ -189,15 +189,13 @@ def narrow(model: nn.Module, shapes: Shapes, attrs: Attrs) -> nn.Module:
         old = tensors[name] if name in tensors else owner.weight
         new = made.get(id(old)) if name in tensors else None
         if new is None:
-            # No file holds a computed buffer: it has the first values, mostly alike for all units; `save` compares them.
-            is_computed = leaf in owner._non_persistent_buffers_set and not old.is_meta
-            first = old[tuple(map(slice, shape))].clone() if is_computed else None
-            new = torch.empty(shape, dtype=old.dtype, device=old.device) if first is None else first
+            new = torch.empty(shape, dtype=old.dtype, device=old.device)
             if leaf in owner._parameters:
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
             if name in tensors:
                 made[id(old)] = new
         (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = new
+        owner._non_persistent_buffers_set.discard(leaf)  # as `surgery.cut` has it: of a cut one the file has the values
     for name, values in attrs.items():
         for key, value in values.items():
             set_width(modules[name], key, value)
