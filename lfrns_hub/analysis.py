@@ -206,10 +206,8 @@ class Analysis:
 
     def finish(self, plain: nn.Module, plan: SlimPlan, fold: bool) -> dict[str, Any]:
         """Fold and recalibrate a cut model, each where it is better: its state, and whether each was."""
-        images, how = (
-            [images for images, _ in self.batches],
-            {"seed": self.run.seed, "accelerator": self.run.accelerator},
-        )
+        images = [images for images, _ in self.batches]
+        how = {"seed": self.run.seed, "accelerator": self.run.accelerator}
         judge, candidates = Judge(self.dense, images), [plain]
         if fold:  # channel by channel, then layer after layer from there
             by_channel = cut(self.dense, self.every, plan, self.moments)

@@ -130,7 +130,7 @@ def analyse(
     device: Any = None,
     progress: bool = True,
     checkpoint_dir: str | os.PathLike | None = None,
-) -> "Analysis":
+) -> Analysis:
     """Do the part of `slim` that no budget changes: trace, self-check, responses, the cost of every merge.
 
     Args:
@@ -146,7 +146,7 @@ def analyse(
     return _analyse(model, loader, FindOptions.of(given), RunOptions.of(given))
 
 
-def _analyse(model: nn.Module, loader: Any, find: FindOptions, run: RunOptions) -> "Analysis":
+def _analyse(model: nn.Module, loader: Any, find: FindOptions, run: RunOptions) -> Analysis:
     """Trace, self-check, run the images, and find what every merge costs."""
     model = unwrap(model, call())
     refuse_meta(model, call())

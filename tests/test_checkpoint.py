@@ -409,3 +409,27 @@ def test_what_a_cut_left_of_a_computed_buffer_is_stored(base, tmp_path):
     assert torch.equal(loaded.scale, model.scale[:, [1, 4, 9, 15]])
     assert torch.equal(loaded(images), slim(images))
     assert "scale" in slim.state_dict() and "scale" not in model.state_dict()
+
+
+class Caching(nn.Module):
+    """A network whose forward keeps a grid of the last images' size, which no file holds."""
+
+    def __init__(self, size=9):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 5, 3)
+        self.register_buffer("grid", torch.zeros(size, size), persistent=False)
+
+    def forward(self, x):
+        self.grid = torch.linspace(0, 1, x.shape[-1] ** 2).view(x.shape[-1], x.shape[-1])
+        return self.second((self.first(x + self.grid)).relu()).mean((2, 3))
+
+
+@pytest.mark.parametrize("size", [6, 12])
+@pytest.mark.parametrize("base", [None, Caching])
+def test_a_buffer_that_the_forward_made_of_the_last_images_is_no_width(base, size, tmp_path):
+    model, images = Caching().eval(), torch.randn(2, 3, size, size)
+    groups = find_units(model, torch.zeros(1, 3, 9, 9))
+    slim = cut(model, groups, SlimPlan({"first": [1, 4, 9, 15]}))
+    expected = slim(images)
+    loaded = checkpoint.load(checkpoint.save(slim, tmp_path / "slim", base=base), model=Caching())
+    assert torch.equal(loaded(images), expected)

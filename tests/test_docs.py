@@ -13,8 +13,8 @@ from hub_server import hub
 from typer.testing import CliRunner
 
 from lfrns_hub import cli
-from lfrns_hub.trace import adapters as registry
-from lfrns_hub.trace.rules import registry as rules
+from lfrns_hub.trace import adapters
+from lfrns_hub.trace.rules import registry
 
 __all__ = ["hub"]
 COLUMNS = 100  # of the tables in the page
@@ -56,8 +56,8 @@ def test_extending_runs_and_prints_what_it_says(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
-    monkeypatch.setattr(registry, "ADAPTERS", dict(registry.ADAPTERS))  # what the page registers leaves with it
-    monkeypatch.setattr(rules, "RULES", dict(rules.RULES))
+    monkeypatch.setattr(adapters, "ADAPTERS", dict(adapters.ADAPTERS))  # what the page registers leaves with it
+    monkeypatch.setattr(registry, "RULES", dict(registry.RULES))
     try:
         pairs = run_page((repository / "docs" / "extending.md").read_text(encoding="utf-8"), tmp_path)
     finally:

@@ -8,8 +8,7 @@ from torch import nn
 
 import lfrns_hub as lfrns
 from lfrns_hub.surgery import cut
-from lfrns_hub.trace import adapters as registry
-from lfrns_hub.trace import trace_model
+from lfrns_hub.trace import adapters, trace_model
 from lfrns_hub.units import UnitGroup
 
 
@@ -299,7 +298,7 @@ def test_parameters_of_a_module_called_twice_are_counted_once():
 
 
 def test_an_adapter_that_names_no_width_of_its_class_is_refused(monkeypatch):
-    monkeypatch.setattr(registry, "ADAPTERS", dict(registry.ADAPTERS))
+    monkeypatch.setattr(adapters, "ADAPTERS", dict(adapters.ADAPTERS))
     lfrns.register_adapter("timm.layers.attention.Attention", heads=lfrns.widths("num_hedas"))
     with pytest.raises(
         ValueError, match=r"widths\('num_hedas'\)\): in blocks.0.attn it is None, and 2 heads lie there"

@@ -125,11 +125,11 @@ def describe(model: nn.Module, base: nn.Module | None) -> tuple[Shapes, Attrs]:
                 f"describe({type(model).__name__}): {_few(strangers)} not in both the model and its base "
                 f"{type(base).__name__}. Give the base this model was cut from."
             )
-    computed = computed_buffers(model)
+    computed = computed_buffers(model)  # no cut made their shapes: what is cut is stored (see `surgery.cut`)
     shapes = {
         n: list(t.shape)
         for n, t in tensors.items()
-        if n not in skeleton or (t.shape != skeleton[n].shape and not (n in computed and grown(t, skeleton[n])))
+        if n not in computed and (n not in skeleton or t.shape != skeleton[n].shape)
     }
     attrs: Attrs = {}
     for name, module in modules.items():
@@ -146,11 +146,6 @@ def computed_buffers(model: nn.Module) -> set[str]:
     """Name the buffers that no file holds: a forward computes them for the images at hand."""
     modules = _modules(model).items()
     return {f"{name}.{leaf}".lstrip(".") for name, module in modules for leaf in module._non_persistent_buffers_set}
-
-
-def grown(tensor: Tensor, other: Tensor) -> bool:
-    """Return whether a tensor is larger than another along an axis, as no cut makes it."""
-    return tensor.ndim != other.ndim or any(a > b for a, b in zip(tensor.shape, other.shape, strict=True))
 
 
 def narrow(model: nn.Module, shapes: Shapes, attrs: Attrs) -> nn.Module:
