@@ -1,6 +1,6 @@
 """How to train what was cut: recipes of retraining on the same slim networks, judged on images that no training saw.
 
-    python benchmarks/recovery.py --tasks resnet20:0.25 vgg16:0.5:0.5 --epochs 2 --minutes 5 --data-dir D --weights-dir D
+    python benchmarks/recovery.py --tasks resnet20:0.25 vgg16:0.5:0.5 --epochs 2 --data-dir D --weights-dir D
     python benchmarks/recovery.py --table             # what is kept, in Markdown; --render: docs/recovery.md
     python benchmarks/recovery.py --best resnet20:0.25 --epochs 2   # the peak rate that won, as a number
 
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from accuracy import BATCH, FEATURE_WEIGHT, RESULTS, TASKS, Pictures
 from case import contestants
 from paper import Clock, Section, Store, TimedBench, TimeIsUp
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
@@ -207,7 +207,8 @@ def settings(options: argparse.Namespace, task: str) -> argparse.Namespace:
     if name not in TASKS:
         raise SystemExit(f"--tasks {task}: no network {name}. They are {', '.join(TASKS)}.")
     mine = {"task": name, "macs": float(macs), "params": float(params[0]) if params else None}
-    mine |= {"tuning_images": 16 if options.smoke else HELD_OUT, "progress": False, "learning_rate": None, "classes": 10}
+    mine |= {"tuning_images": 16 if options.smoke else HELD_OUT}
+    mine |= {"progress": False, "learning_rate": None, "classes": 10}
     return argparse.Namespace(**{**vars(accuracy.parse([])), **vars(options), **mine})
 
 
@@ -249,9 +250,11 @@ def table(cells: dict[str, Any]) -> list[str]:
     for (name, epochs), found in sorted(rows.items()):
         one = found[0][1]
         lines += [f"## {name}, {epochs} epoch{'s' if epochs > 1 else ''}", ""]
-        lines += [f"Dense {one['dense_top1_pct']:.2f}, right after the cut {one['after_cut']['top1_pct']:.2f}; batch "
-                  f"{one['batch_size']}, {one['device']}.", "", "| recipe | peak rate | top-1 | agreement with dense | s |",
-                  "|---|---|---|---|---|"]  # fmt: skip
+        lines.append(
+            f"Dense {one['dense_top1_pct']:.2f}, right after the cut {one['after_cut']['top1_pct']:.2f}; batch "
+            f"{one['batch_size']}, {one['device']}."
+        )
+        lines += ["", "| recipe | peak rate | top-1 | agreement with dense | s |", "|---|---|---|---|---|"]
         for recipe, cell in sorted(found, key=lambda pair: -pair[1]["top1_pct"]):
             rate, agreed = cell["options"]["learning_rate"], cell["agreement_pct"]
             lines.append(f"| {recipe} | {rate:g} | {cell['top1_pct']:.2f} | {agreed:.2f} | {cell['seconds']:.0f} |")
