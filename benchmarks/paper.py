@@ -71,18 +71,18 @@ VARIANTS = {
     "Torch-Pruning, L1": [{"scope": "inner", "iterative_steps": 10, "global_pruning": True}],
     "Torch-Pruning, Taylor": [{"scope": "neurons", "iterative_steps": 10, "global_pruning": True}],
 }
-# Batch and peak rate of retraining; None: accuracy.py's rate. At 0.04 two epochs spoiled more than the cut had
-# (docs/paper.md).
+# Batch and peak rate of retraining; None: accuracy.py's rate. At 0.04 two epochs spoiled more than the cut had, and
+# 0.01 still does where the cut lost little (docs/recovery.md).
 BATCHES = {"cnn": (512, 0.01), "vit_small": (256, None)}
 DOCUMENT = RESULTS.parents[1] / "docs" / "paper.md"
 INTRODUCTION = """# The paper's networks
 
 Written by `python benchmarks/paper.py --render` from benchmarks/results/paper.json, which that command fills as far as
-the time goes that it is given. So far: seed 0, about four minutes of a lent H100. Retraining towards the dense
-network's logits and last feature map; the batch and the rate stand in the row. **At a peak rate of 0.04 two epochs end
-below where the cut left the network: the rate is too high.** The command's default is 0.01 since, which has not been
-measured. Dense accuracies are those of the weights that were given; CIFAR-10 is a
-lossy JPEG copy, and `validation` 5,000 of its test images.
+the time goes that it is given. So far: seed 0, a few minutes of lent H100s. Retraining towards the dense network's
+logits and last feature map; the batch and the rate stand in the row. **The rates of these rows were too high:** two
+epochs at a peak of 0.04 end below where the cut left the network. Which rates recover what a cut lost, and which spoil
+more, depends on the loss: [recovery.md](recovery.md). Dense accuracies are those of the weights that were given; CIFAR-10
+is a lossy JPEG copy, and `validation` 5,000 of its test images.
 
 """
 CLASSES = 10  # of the weights

@@ -68,7 +68,9 @@ def retrain(
         eval_loader: Scored after every epoch, for the reader only: the last epoch is what is returned.
         optimizer: "sgd" has Nesterov momentum 0.9; "auto" takes "sgd" for networks with BatchNorm and without
             attention or LayerNorm, "adamw" for all others.
-        learning_rate: Peak, reached after the warm-up. Default 0.01 (sgd) or 1e-4 (adamw).
+        learning_rate: Peak, reached after the warm-up. Default 0.01 (sgd) or 1e-4 (adamw), for a network that lost a
+            tenth or more of its accuracy; one that the cut left nearly right needs a twentieth of that, and is spoiled
+            at more (docs/recovery.md).
         weight_decay: On matrices and kernels, not on norms, biases and tokens. Default 5e-4 (sgd) or 0.05 (adamw).
         max_grad_norm: Gradients are clipped to it; math.inf never clips. Default inf (sgd) or 1.0 (adamw).
         warmup_fraction: Share of the steps in which the rate rises, in [0, 1); then it falls as a cosine.
