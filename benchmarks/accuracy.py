@@ -29,6 +29,7 @@ import peers  # noqa: F401
 import torch
 import torch_pruning_peers  # noqa: F401
 from case import Case, Contestant, NotInstalled, NotSupported, contestants
+from explained import explained
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,7 +37,6 @@ import lfrns_hub as lfrns
 from lfrns_hub.measure import count_macs, count_params, evaluate
 from lfrns_hub.measure.latency import describe_setup, measure_latency
 from lfrns_hub.method.recalibrate import recalibrate
-from lfrns_hub.method.reconstruct import explained
 from lfrns_hub.pictures import Preparation
 from lfrns_hub.recipe import describe_run
 from lfrns_hub.retrain import make_accelerator

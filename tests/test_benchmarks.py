@@ -13,10 +13,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import timm
 import torch
 from transformers.utils import logging
 
 import lfrns_hub as lfrns
+from lfrns_hub.surgery import cut
+from lfrns_hub.trace import trace_model
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 ON_GPU = ("analysis-resnet50", "analysis-vit", "slim-resnet50", "throughput-vit-256")
@@ -204,6 +207,20 @@ def test_a_step_of_the_gates_is_timed_beside_a_plain_one(module):
     low, high = found["ratio"][1:]
     assert 0 < low <= found["ratio"][0] <= high
     assert found["plain_ms"] > 0 and found["gates_ms"] > 0 and found["runs"] == 2
+
+
+def test_explained_is_whole_for_the_dense_network_and_less_for_a_cut_one(module):
+    """The measure of integrity: any narrower network will do, its plan need not be known."""
+    explained = module("explained").explained
+    torch.manual_seed(0)
+    model, images = timm.create_model("cifar_resnet20").eval(), [torch.randn(20, 3, 32, 32) for _ in range(5)]
+    trace = trace_model(model, images[0])
+    whole = explained(model, model, trace.sites, images)
+    assert min(whole.values()) > 0.98
+    plan = lfrns.SlimPlan({"layer3.2.conv1": [0, 1, 2]})
+    less = explained(model, cut(model, trace.groups, plan), trace.sites, images)
+    assert less["layer3.2.conv2"] < 0.9
+    assert less["layer3.1.conv2"] > 0.98
 
 
 def test_a_checkpoint_is_timed_again_and_replaces_its_earlier_row(module, tmp_path, monkeypatch):
