@@ -22,8 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import ViTImageProcessor
 
 from lfrns_hub import checkpoint
-from lfrns_hub.checkpoint.files import FILES
-from lfrns_hub.hub.push import NAMES, _own_files, push
+from lfrns_hub.hub.push import _own_files, push
 from lfrns_hub.plots import mark_of
 
 __all__ = ["hub"]
@@ -312,10 +311,6 @@ def test_no_file_of_a_checkpoint_names_a_folder_of_the_machine(tmp_path):
         for file in [*_own_files(first, "push"), *_own_files(again, "push")]:
             assert str(tmp_path).encode() not in file.read_bytes(), file.name
             assert b"alice" not in file.read_bytes(), file.name
-
-
-def test_all_that_save_writes_is_known_to_push():
-    assert set(FILES) <= set(NAMES)
 
 
 @pytest.mark.parametrize("kind", ["vit", "timm"])

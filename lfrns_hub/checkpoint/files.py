@@ -21,23 +21,11 @@ from lfrns_hub.format.untrusted import AGAIN, MAX_JSON_BYTES, read_headers, read
 from lfrns_hub.hub.card import read_record, render_card
 from lfrns_hub.hub.handwritten import merge_cards
 from lfrns_hub.hub.lineage import KEYS
+from lfrns_hub.hub.push import INDEX, SAVED
 from lfrns_hub.measure import comparable_budgets, comparable_dense, main_figure
 from lfrns_hub.plots import plot_ladder, plot_widths, shows_plan
 
 logger = logging.getLogger(__name__)
-
-# What `save` writes, and what it may find of an earlier one.
-FILES = (
-    "config.json",
-    "README.md",
-    "record.json",
-    "widths.png",
-    "clusters.png",
-    "curve.png",
-    "preprocessor_config.json",
-    MODELING_FILE,
-    "model.safetensors",
-)
 
 REPLACED = ("config.json", "model.safetensors", "README.md", "record.json", "preprocessor_config.json")
 KINDS = {
@@ -264,7 +252,7 @@ def _earlier_card(directory: Path) -> str | None:
 
 def is_own(name: str) -> bool:
     """Return whether a file of this name in a checkpoint's folder is one that `save` writes or replaces."""
-    return name in FILES or name == "model.safetensors.index.json" or fnmatch(name, "model-*-of-*.safetensors")
+    return name in (*SAVED, INDEX) or fnmatch(name, "model-*-of-*.safetensors")
 
 
 def refuse_foreign(directory: Path, call: str) -> None:

@@ -26,21 +26,21 @@ from lfrns_hub.runs import settle
 TransportError = HfHubHTTPError.__bases__[0]
 WEIGHTS, INDEX, GALLERY = "model.safetensors", "model.safetensors.index.json", "clusters.png"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-# What a checkpoint consists of, whoever wrote it: `save`, save_pretrained, the Trainer, timm. No pickle goes up or
-# comes down, nor does a state of training, which names folders of the machine.
-NAMES = (
+# What `save` writes, and what it may find of an earlier one.
+SAVED = (
     "README.md",
     "config.json",
     "record.json",
     "preprocessor_config.json",
-    "processor_config.json",
     "modeling_lfrns.py",
     "widths.png",
     "curve.png",
     GALLERY,
     WEIGHTS,
-    INDEX,
 )
+# What a checkpoint consists of, whoever wrote it: `save`, save_pretrained, the Trainer, timm. No pickle goes up or
+# comes down, nor does a state of training, which names folders of the machine.
+NAMES = (*SAVED, "processor_config.json", INDEX)
 # Of an earlier push they stay where the folder has no such file; all others would be false beside new weights.
 KEPT = ("README.md", "config.json")
 AGAIN = "Push the folder again."
