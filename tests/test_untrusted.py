@@ -167,6 +167,12 @@ def test_values_that_build_no_model_or_too_large_a_one_are_refused(
     assert said in refused(folder)
 
 
+@pytest.mark.parametrize("classes", [5, [[1]], {"LfrnsTimmWrapperModel": 1}, "LfrnsTimmWrapperModel", [None]])
+def test_classes_that_are_no_list_of_names_make_no_wrapper(classes: Any, folder: Path) -> None:
+    edit(folder, lambda config: config.update(architectures=classes))
+    assert type(lfrns.load(folder)) is type(create_base(folder)) is timm.models.VisionTransformer
+
+
 def test_a_dense_base_of_any_size_takes_no_memory(tmp_path: Path) -> None:
     base = "vit_giant_patch14_224"  # 4 GB
     with torch.device("meta"):

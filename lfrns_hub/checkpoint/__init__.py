@@ -2,6 +2,7 @@
 
 from lfrns_hub.checkpoint.entrypoint import lfrns_slim
 from lfrns_hub.checkpoint.files import FORMAT_VERSION, holds_ours, is_own, refuse_foreign
+from lfrns_hub.checkpoint.kinds import kind_of
 from lfrns_hub.checkpoint.save_load import carry_config, load, prepared, save
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "carry_config",
     "holds_ours",
     "is_own",
+    "kind_of",
     "lfrns_slim",
     "load",
     "prepared",

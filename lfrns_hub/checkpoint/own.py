@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 
 from lfrns_hub.checkpoint.files import match_dtype, read_tensors, write_config, write_weights
+from lfrns_hub.checkpoint.kinds import OWN_NAME
 from lfrns_hub.format.narrow import describe, is_narrower, narrow
 from lfrns_hub.pictures import check_settings, data_config_of
-
-OWN_NAME = "lfrns_own_class"
 
 DATA_CONFIG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 

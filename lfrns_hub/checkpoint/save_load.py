@@ -22,12 +22,12 @@ from lfrns_hub.checkpoint.files import (
     state_base,
     write_card,
 )
-from lfrns_hub.checkpoint.own import OWN_NAME, fill_own, narrow_as_stored, own_skeleton, prepare_as_stored, write_own
+from lfrns_hub.checkpoint.kinds import kind_of
+from lfrns_hub.checkpoint.own import fill_own, narrow_as_stored, own_skeleton, prepare_as_stored, write_own
 from lfrns_hub.checkpoint.timm import TIMM_NAME, carry_timm, load_timm, timm_base, write_timm
 from lfrns_hub.checkpoint.timm_wrapper import (
     base_of,
     carry_wrapper,
-    is_wrapped,
     is_wrapper,
     load_wrapper,
     write_wrapper,
@@ -222,25 +222,25 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
             f"load({str(source)!r}): format_version {short(facts.get('format_version'))}, this package reads "
             f"{FORMAT_VERSION}. Not a folder written by lfrns_hub.save, or one of a newer version: upgrade lfrns_hub."
         )
-    in_timm = config.get("architecture") == TIMM_NAME
-    in_transformers = not in_timm and str(config.get("model_type", "")).startswith(TYPE_PREFIX)
+    kind = kind_of(config)
     if model is not None:
-        fill = fill_transformers if in_transformers else fill_own
+        fill = fill_transformers if kind == "transformers" else fill_own
         with refusing(f"load({str(source)!r}, model={type(model).__name__})"):
             narrow_as_stored(model, config)
         loaded = fill(model, folder)
         prepare_as_stored(loaded, config)
-    elif in_timm:
-        loaded = load_wrapper(folder, config) if is_wrapped(config) else load_timm(folder, config)
-    elif in_transformers:
+    elif kind == "timm":
+        loaded = load_timm(folder, config)
+    elif kind == "timm_wrapper":
+        loaded = load_wrapper(folder, config)
+    elif kind == "transformers":
         loaded = load_transformers(folder)
-    elif config.get("architecture") == OWN_NAME:
-        kind = short(facts.get("class"))
-        raise ValueError(f"load({str(source)!r}): it holds a {kind}, which neither timm nor transformers builds. "
-                         "Pass the dense model: load(..., model=MyNet()).")  # fmt: skip
+    elif kind == "own":
+        raise ValueError(f"load({str(source)!r}): it holds a {short(facts.get('class'))}, which neither timm nor "
+                         "transformers builds. Pass the dense model: load(..., model=MyNet()).")  # fmt: skip
     else:
         raise ValueError(f"load({str(source)!r}): config.json names neither {TIMM_NAME} nor a {TYPE_PREFIX}* model.")
-    if config.get("architecture") == OWN_NAME and config.get("label_names"):
+    if kind == "own" and config.get("label_names"):
         loaded.label_names = config["label_names"]
     carry_facts(loaded, facts)
     return loaded.eval()

@@ -22,11 +22,6 @@ def is_wrapper(model: nn.Module) -> bool:
     return is_transformers(model) and model.config.model_type.removeprefix(TYPE_PREFIX) == "timm_wrapper"
 
 
-def is_wrapped(config: dict[str, Any]) -> bool:
-    """Return whether a folder in timm's layout was saved of a wrapper."""
-    return not wrapper_classes().keys().isdisjoint(config.get("architectures") or ())
-
-
 def _class_of(model: nn.Module) -> type:
     """Return the class that a wrapper is saved as."""
     return wrapper_classes()["Lfrns" + type(model).__name__.removeprefix("Lfrns")]

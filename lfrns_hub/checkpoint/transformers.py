@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from lfrns_hub.checkpoint.files import check_shapes, facts_of, match_dtype, read_config, read_tensors, write_config
+from lfrns_hub.checkpoint.kinds import WRAPPERS
 from lfrns_hub.checkpoint.narrow_classes import (
     CLASS_PREFIX,
     TYPE_PREFIX,
@@ -60,7 +61,6 @@ OUTSIDE = {
 # Each class has a row in the weights; its name takes a kilobyte in transformers' configuration.
 MIN_LABELS, LABEL_BYTES = 1 << 16, 64
 DTYPES = (None, "float32", "float16", "bfloat16", "float64")
-WRAPPERS = tuple(CLASS_PREFIX + name for name in ("TimmWrapperForImageClassification", "TimmWrapperModel"))
 WRAPPER = "timm_wrapper"  # saved in timm's layout, see timm_wrapper.py
 TYPES = tuple(name for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES if name not in (*NOT_SAVED, WRAPPER))
 CONFIGS = {CLASS_PREFIX + CONFIG_MAPPING_NAMES[name]: name for name in (*TYPES, WRAPPER)}

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 from lfrns_hub.analysis import Analysis
+from lfrns_hub.checkpoint import kind_of
 from lfrns_hub.format.terminal import plain_console
 from lfrns_hub.format.untrusted import read_json, short
 from lfrns_hub.method.report import SlimResult
@@ -188,7 +189,7 @@ def load_slim(directory: str, dense: str | None) -> nn.Module:
     """
     config = Path(directory) / "config.json"
     stored = read_json(config, directory) if config.is_file() else {}
-    if stored.get("architecture") != "lfrns_own_class":
+    if kind_of(stored) != "own":
         return lfrns.load(directory)
     if dense is None:
         kind = short((stored.get("slim") or {}).get("class"))

@@ -134,7 +134,7 @@ def create_base(directory: str | os.PathLike[str], *, device: str | torch.device
     """
     from transformers import AutoModelForImageClassification
 
-    from lfrns_hub.checkpoint import lfrns_slim
+    from lfrns_hub.checkpoint import kind_of, lfrns_slim
     from lfrns_hub.checkpoint.timm import read_timm
     from lfrns_hub.checkpoint.transformers import read_transformers
 
@@ -143,11 +143,12 @@ def create_base(directory: str | os.PathLike[str], *, device: str | torch.device
         raise ValueError(f"{str(directory)!r}: it has no config.json. Give a folder that lfrns slim wrote.")
     call = f"create_base({str(directory)!r})"
     config, headers = read_json(path, call), read_headers(Path(directory), call)
-    if config.get("architecture") == "lfrns_slim":
+    kind = kind_of(config)
+    if kind in ("timm", "timm_wrapper"):
         args, cfg = read_timm(Path(directory), call)
         dense_args = {key: value for key, value in args.items() if key not in ("shapes", "attrs")}
         build = partial(lfrns_slim, pretrained_cfg=cfg, **dense_args)
-    elif str(config.get("model_type", "")).startswith("lfrns_"):
+    elif kind == "transformers":
         dense = read_transformers(Path(directory), call, headers)
         dense.lfrns = {}
         build = partial(AutoModelForImageClassification.from_config, dense, trust_remote_code=False)
