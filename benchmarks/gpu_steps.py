@@ -67,7 +67,7 @@ WATCHED = {
     "analysis:measure_integrity": "report: integrity",
     "analysis:report_group": "report: stand-ins",
     "analysis:count_params": "counting parameters",
-    "analysis:provenance": "provenance",
+    "analysis:describe_round": "provenance",
     "analysis:typed_as": "types of the tensors",
     "analysis:carry_config": "configuration",
 }

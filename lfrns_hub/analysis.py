@@ -11,7 +11,7 @@ from lfrns_hub.format.door import public
 from lfrns_hub.latency import LatencyBudget, LatencyMeter, LatencySetup
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.method.fcr import contribute
-from lfrns_hub.method.provenance import added_up, provenance
+from lfrns_hub.method.provenance import add_round, describe_round, provenance_of
 from lfrns_hub.method.recalibrate import Judge, recalibrated
 from lfrns_hub.method.reconstruct import reconstruct
 from lfrns_hub.method.redundancy import Merges
@@ -130,11 +130,11 @@ class Analysis:
         report.seconds = self.seconds | clock.seconds
         result = typed_as(result, self.model).eval()
         outputs = result.__dict__.pop("lfrns_outputs")
-        made = provenance(
+        made = describe_round(
             report, choice.plan, choice.chosen, self.find.preset, self.run.seed, how.fcr_steps, self.batches
         )
         made |= getattr(self.model, "lfrns_base", {}) | ({"output": outputs.word} if outputs.sure else {})
-        result.lfrns_provenance = added_up(getattr(self.model, "lfrns_provenance", None), made)
+        result.lfrns_provenance = add_round(provenance_of(self.model), made)
         return SlimResult(carry_config(result), choice.plan, report)
 
     def _meter(self, how: CutOptions, clock: Clock) -> LatencyMeter | None:

@@ -17,7 +17,7 @@ from lfrns_hub.latency import meter as meter_file
 from lfrns_hub.latency.layer_times import LayerShape, LayerTable, LayerTimes, find_step, grid
 from lfrns_hub.latency.machine import Machine, spread, watched_layers
 from lfrns_hub.latency.predict import observe_shapes
-from lfrns_hub.method.provenance import added_up
+from lfrns_hub.method.provenance import add_round
 from lfrns_hub.method.redundancy import Merges
 from lfrns_hub.method.select import Ledger, cluster_down, restore
 from lfrns_hub.retrain import make_accelerator
@@ -376,9 +376,9 @@ def test_rounds_multiply_where_the_time_of_the_first_model_is_known() -> None:
         report = {"macs_fraction": 0.5} | ({} if latency is None else {"latency_fraction": latency})
         return {"plan": {}, "widths": {}, "budget": budget, "report": report}
 
-    both = added_up(made(0.5), made(0.4))
+    both = add_round(made(0.5), made(0.4))
     assert both["budget"] == {"latency": 0.2} and both["report"]["latency_fraction"] == 0.2
-    second = added_up(made(None), made(0.4))
+    second = add_round(made(None), made(0.4))
     assert second["budget"] == {"macs": 0.5} and "latency_fraction" not in second["report"]
     assert second["rounds"][1]["budget"] == {"latency": 0.4} and second["rounds"][1]["latency_fraction"] == 0.4
 

@@ -15,7 +15,7 @@ from ways_in import logits
 
 import lfrns_hub as lfrns
 from lfrns_hub import checkpoint
-from lfrns_hub.method.provenance import added_up
+from lfrns_hub.method.provenance import add_round
 
 
 def dense_resnet() -> nn.Module:
@@ -109,10 +109,10 @@ def test_rounds_without_figures_add_up_too() -> None:
     first = {"plan": {"a": [1, 4]}, "widths": {"a": [2, 5]}, "kinds": {"a": "channel"}, "budget": {}}
     second = {"plan": {"a": [1], "b": [0]}, "widths": {"a": [1, 2], "b": [1, 3]}, "kinds": {}, "budget": {"macs": 0.5}}
     third = {"plan": {"b": [0]}, "widths": {"b": [1, 1]}, "kinds": {}, "budget": {"macs": 0.5}, "approximate": ["b"]}
-    told = added_up(added_up(first, second), third)
+    told = add_round(add_round(first, second), third)
     assert told["plan"] == {"a": [4], "b": [0]} and told["widths"] == {"a": [1, 5], "b": [1, 3]}
     assert told["budget"] == {"macs": 0.25} and len(told["rounds"]) == 3 and told["approximate"] == ["b"]
-    assert added_up(None, first) is first
+    assert add_round({}, first) is first
 
 
 def test_a_checkpoint_of_timms_saver_loads_into_the_folder_s_model(rounds: dict[str, Any], tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +22,7 @@ from lfrns_hub.hub.handwritten import merge_cards
 from lfrns_hub.hub.lineage import KEYS
 from lfrns_hub.hub.push import INDEX, SAVED
 from lfrns_hub.measure import comparable_budgets, comparable_dense, main_figure
+from lfrns_hub.method.provenance import check_provenance, provenance_of
 from lfrns_hub.plots import plot_ladder, plot_widths, shows_plan
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ KINDS = {
 }
 # By safetensors' names: what a model's floating-point tensors, and its others, may be stored as.
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-MAX_GROUPS = 4096  # of units: the largest models of timm have a few hundred
 OTHERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
@@ -55,45 +54,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         if config.get(key) is not None and not isinstance(config[key], kind):
             raise ValueError(f"{call}: config.json has {key} = {short(config[key])}, a {kind.__name__} is needed. "
                              f"{AGAIN}")  # fmt: skip
-    _check_facts(config["slim"], call)
+    check_provenance(config["slim"], call)
     return config
-
-
-def _check_facts(facts: dict[str, Any], call: str) -> None:
-    """Refuse what is said of a model's making where the card could not be written from it."""
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, (int, float))
-
-    def is_width(pair: Any) -> bool:
-        return isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and 0 <= n < 1 << 32 for n in pair)
-
-    def are_indices(kept: Any) -> bool:
-        return isinstance(kept, list) and all(type(index) is int for index in kept)
-
-    def is_figure(figure: Any) -> bool:
-        parts = figure.values() if isinstance(figure, dict) else [figure]
-        return all(part is None or is_number(part) for part in parts)
-
-    def each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-        return lambda given: isinstance(given, dict) and len(given) <= MAX_GROUPS and all(map(fits, given.values()))
-
-    rules: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "widths": ("[kept, dense] by group", each(is_width)),
-        "kinds": ("a kind by group", each(lambda kind: isinstance(kind, str))),
-        "plan": ("indices by group", each(are_indices)),
-        "budget": ("a number by name", each(is_number)),
-        "report": ("figures by name", each(is_figure)),
-        "approximate": ("a list of groups", lambda names: isinstance(names, list) and len(names) <= MAX_GROUPS),
-        "calibration_images": ("a number", is_number),
-        "fcr_steps": ("a number", is_number),
-    }
-    for key, (needed, fits) in rules.items():
-        if facts.get(key) is not None and not fits(facts[key]):
-            raise ValueError(
-                f"{call}: config.json has slim.{key} = {short(facts[key])}: {needed} is needed, of {MAX_GROUPS} "
-                f"groups at most. {AGAIN}"
-            )
 
 
 def write_config(draft: Path, config: dict[str, Any], model: nn.Module) -> None:
@@ -105,8 +67,12 @@ def write_config(draft: Path, config: dict[str, Any], model: nn.Module) -> None:
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
     """Return what config.json says of a model's making."""
-    provenance = getattr(model, "lfrns_base", {}) | (getattr(model, "lfrns_provenance", None) or {})
-    return {**provenance, "format_version": FORMAT_VERSION, "class": type(model).__name__}
+    return {
+        **getattr(model, "lfrns_base", {}),
+        **provenance_of(model),
+        "format_version": FORMAT_VERSION,
+        "class": type(model).__name__,
+    }
 
 
 def state_base(draft: Path, stated: dict[str, str]) -> None:

@@ -1,14 +1,101 @@
 """What a checkpoint and its card say of how a slim model was made, of several rounds too."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypedDict, get_type_hints
 
+from torch import nn
+
+from lfrns_hub.format.untrusted import AGAIN, short
 from lfrns_hub.method.report import SlimReport
 from lfrns_hub.model_io.batches import split_batch
 from lfrns_hub.units import SlimPlan, UnitGroup
 
+MAX_GROUPS = 4096  # of units: the largest models of timm have a few hundred
 
-def provenance(
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _is_width(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and 0 <= n < 1 << 32 for n in pair)
+
+
+def _are_indices(kept: Any) -> bool:
+    return isinstance(kept, list) and all(type(index) is int for index in kept)
+
+
+def _is_figure(figure: Any) -> bool:
+    parts = figure.values() if isinstance(figure, dict) else [figure]
+    return all(part is None or _is_number(part) for part in parts)
+
+
+def _each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda given: isinstance(given, dict) and len(given) <= MAX_GROUPS and all(map(fits, given.values()))
+
+
+class Provenance(TypedDict, total=False):
+    """What is known of how a slim model was made: its `lfrns_provenance`, and `slim` in its config.json.
+
+    A plain dict, in the order in which it was written: any field may be missing, None or of a stranger, and others may
+    be there. Where a card needs more than a type, the field says what, in words and as a test.
+
+    Attributes:
+        widths, kinds, plan: Kept and dense units, kind, and indices of the kept units, by group.
+        budget: Fraction of the dense model's asked for, by name.
+        report: Fractions reached and numbers of units; the integrity of each group.
+        approximate: Groups that are not exact.
+        calibration_images, fcr_steps, preset, seed, latency_setup: What `slim` was given.
+        rounds: Of several rounds, what each was asked for and gave.
+        output: What the model's outputs mean: a word, or one by head.
+        base_model, license, license_name, license_link: Of the published weights (see `lineage.base_facts`).
+    """
+
+    widths: Annotated[dict[str, list[int]], "[kept, dense] by group", _each(_is_width)]
+    kinds: Annotated[dict[str, str], "a kind by group", _each(lambda kind: isinstance(kind, str))]
+    plan: Annotated[dict[str, list[int]], "indices by group", _each(_are_indices)]
+    budget: Annotated[dict[str, float], "a number by name", _each(_is_number)]
+    report: Annotated[dict[str, Any], "figures by name", _each(_is_figure)]
+    approximate: Annotated[
+        list[str], "a list of groups", lambda names: isinstance(names, list) and len(names) <= MAX_GROUPS
+    ]
+    calibration_images: Annotated[int, "a number", _is_number]
+    fcr_steps: Annotated[int, "a number", _is_number]
+    preset: str
+    seed: int
+    latency_setup: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    output: str | dict[str, str]
+    base_model: str
+    license: str
+    license_name: str
+    license_link: str
+
+
+def provenance_of(model: nn.Module) -> Provenance:
+    """Return what is known of a model's making; of a dense one nothing."""
+    return getattr(model, "lfrns_provenance", None) or {}
+
+
+def check_provenance(facts: dict[str, Any], call: str) -> None:
+    """Refuse what a file says of a model's making where the card could not be written from it.
+
+    Args:
+        facts: `slim` of a config.json, which anybody may have written.
+        call: What the user called, for the error.
+    Raises:
+        ValueError: A field is of another type than a card needs, or has more groups than any model.
+    """
+    for key, kind in get_type_hints(Provenance, include_extras=True).items():
+        needed, fits = getattr(kind, "__metadata__", ("anything", lambda value: True))
+        if facts.get(key) is not None and not fits(facts[key]):
+            raise ValueError(
+                f"{call}: config.json has slim.{key} = {short(facts[key])}: {needed} is needed, of {MAX_GROUPS} "
+                f"groups at most. {AGAIN}"
+            )
+
+
+def describe_round(
     report: SlimReport,
     plan: SlimPlan,
     chosen: Sequence[UnitGroup],
@@ -16,8 +103,8 @@ def provenance(
     seed: int,
     fcr_steps: int,
     batches: list[Any],
-) -> dict[str, Any]:
-    """Return what a checkpoint and a card say of how the slim model was made."""
+) -> Provenance:
+    """Return what a checkpoint and a card say of one call of `slim`."""
     return {
         "plan": plan.keep,
         "widths": {group.name: [group.kept_units, group.dense_units] for group in report.groups},
@@ -42,18 +129,18 @@ def provenance(
     } | ({} if report.latency is None else {"latency_setup": report.latency["setup"]})
 
 
-def added_up(before: dict[str, Any] | None, made: dict[str, Any]) -> dict[str, Any]:
+def add_round(before: Provenance, made: Provenance) -> Provenance:
     """Put what was known of a model's making before this round together with this round.
 
     Plan, widths, budget and fractions are then those of the first dense model; `rounds` has each round as it was.
 
     Args:
-        before: The provenance of the model that was slimmed, None of a dense one.
+        before: The provenance of the model that was slimmed, empty of a dense one.
         made: This round's.
 
     Example:
         >>> first = {"plan": {"a": [1, 3, 4]}, "widths": {"a": [3, 6]}, "budget": {"macs": 0.5}}
-        >>> again = added_up(first, {"plan": {"a": [0, 2]}, "widths": {"a": [2, 3]}, "budget": {"params": 0.5}})
+        >>> again = add_round(first, {"plan": {"a": [0, 2]}, "widths": {"a": [2, 3]}, "budget": {"params": 0.5}})
         >>> again["plan"], again["widths"], again["budget"]
         ({'a': [1, 4]}, {'a': [2, 6]}, {'macs': 0.5, 'params': 0.5})
     """
@@ -91,7 +178,7 @@ def added_up(before: dict[str, Any] | None, made: dict[str, Any]) -> dict[str, A
     return {**before, **made, **together, **({"report": now} if now else {})}
 
 
-def _round(made: dict[str, Any]) -> dict[str, Any]:
+def _round(made: Provenance) -> dict[str, Any]:
     """Return what one round was asked for and gave, as fractions of the model that it began with."""
     fractions = {k: v for k, v in (made.get("report") or {}).items() if k.endswith("_fraction")}
     asked = ("budget", "preset", "seed", "fcr_steps", "calibration_images")

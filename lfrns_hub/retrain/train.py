@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from lfrns_hub.method.provenance import provenance_of
 from lfrns_hub.model_io.model import laid_out_models
 from lfrns_hub.retrain.captured import refuse_capture
 from lfrns_hub.retrain.choices import fill_defaults, make_optimizer, rate_at, ready_accelerator
@@ -155,7 +156,7 @@ def retrain(
             "batch_size": data.batch_size,
             "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
             "teacher": None if teacher is None else digest(teacher),
-            "plan": digest((getattr(whole, "lfrns_provenance", None) or {}).get("plan")),
+            "plan": digest(provenance_of(whole).get("plan")),
             "optimizer": rule,
             "learning_rate": learning_rate,
             "weight_decay": weight_decay,
@@ -191,7 +192,7 @@ def retrain(
 
 def _plan_of(model: nn.Module) -> SlimPlan | None:
     """Return what `slim` noted of the units that it kept; None where there is nothing, or, of a file, no plan."""
-    noted = (getattr(model, "lfrns_provenance", None) or {}).get("plan")
+    noted = provenance_of(model).get("plan")
     try:
         return SlimPlan.from_json(json.dumps({"keep": noted})) if noted else None
     except (TypeError, ValueError):
