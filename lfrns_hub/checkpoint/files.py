@@ -67,12 +67,8 @@ def write_config(draft: Path, config: dict[str, Any], model: nn.Module) -> None:
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
     """Return what config.json says of a model's making."""
-    return {
-        **getattr(model, "lfrns_base", {}),
-        **provenance_of(model),
-        "format_version": FORMAT_VERSION,
-        "class": type(model).__name__,
-    }
+    provenance = getattr(model, "lfrns_base", {}) | provenance_of(model)
+    return {**provenance, "format_version": FORMAT_VERSION, "class": type(model).__name__}
 
 
 def state_base(draft: Path, stated: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """What a checkpoint and its card say of how a slim model was made, of several rounds too."""
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypedDict, get_type_hints
+from typing import Annotated, Any, TypedDict, get_origin, get_type_hints
 
 from torch import nn
 
@@ -37,8 +37,8 @@ def _each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 class Provenance(TypedDict, total=False):
     """What is known of how a slim model was made: its `lfrns_provenance`, and `slim` in its config.json.
 
-    A plain dict, in the order in which it was written: any field may be missing, None or of a stranger, and others may
-    be there. Where a card needs more than a type, the field says what, in words and as a test.
+    A plain dict in the order of the file, where any field may be missing and others may stand. What a card cannot be
+    written without is annotated with what is needed, in words and as a test.
 
     Attributes:
         widths, kinds, plan: Kept and dense units, kind, and indices of the kept units, by group.
@@ -87,12 +87,13 @@ def check_provenance(facts: dict[str, Any], call: str) -> None:
         ValueError: A field is of another type than a card needs, or has more groups than any model.
     """
     for key, kind in get_type_hints(Provenance, include_extras=True).items():
-        needed, fits = getattr(kind, "__metadata__", ("anything", lambda value: True))
-        if facts.get(key) is not None and not fits(facts[key]):
-            raise ValueError(
-                f"{call}: config.json has slim.{key} = {short(facts[key])}: {needed} is needed, of {MAX_GROUPS} "
-                f"groups at most. {AGAIN}"
-            )
+        if get_origin(kind) is Annotated and facts.get(key) is not None:
+            needed, fits = kind.__metadata__
+            if not fits(facts[key]):
+                raise ValueError(
+                    f"{call}: config.json has slim.{key} = {short(facts[key])}: {needed} is needed, of {MAX_GROUPS} "
+                    f"groups at most. {AGAIN}"
+                )
 
 
 def describe_round(
