@@ -81,8 +81,8 @@ Written by `python benchmarks/paper.py --render` from benchmarks/results/paper.j
 the time goes that it is given. So far: seed 0, a few minutes of lent H100s. Retraining towards the dense network's
 logits and last feature map; the batch and the rate stand in the row. **The rates of these rows were too high:** two
 epochs at a peak of 0.04 end below where the cut left the network. Which rates recover what a cut lost, and which spoil
-more, depends on the loss: [recovery.md](recovery.md). Dense accuracies are those of the weights that were given; CIFAR-10
-is a lossy JPEG copy, and `validation` 5,000 of its test images.
+more, depends on the loss: [recovery.md](recovery.md). Dense accuracies are those of the weights that were given;
+CIFAR-10 is a lossy JPEG copy, and `validation` 5,000 of its test images.
 
 """
 CLASSES = 10  # of the weights

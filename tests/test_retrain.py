@@ -188,6 +188,21 @@ def test_the_optimizer_is_fused_where_all_weights_can_be():
     assert not make_optimizer(model.to("meta"), "sgd", 0.1, 0.1).defaults["fused"]
 
 
+def test_what_a_model_names_by_a_pattern_does_not_decay():
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos_embed, self.head = nn.ModuleDict({"proj": nn.Linear(2, 2)}), nn.Linear(2, 2)
+
+        def no_weight_decay(self):
+            return {"pos_embed.*"}
+
+    model = Embedded()
+    decayed, spared = make_optimizer(model, "sgd", 0.1, 0.1).param_groups
+    assert [id(one) for one in decayed["params"]] == [id(model.head.weight)]
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0
+
+
 def test_auto_takes_sgd_for_batchnorm_networks_and_adamw_for_transformers():
     timm = pytest.importorskip("timm")
     chosen = {name: choose_optimizer(timm.create_model(name)) for name in ("test_resnet", "test_vit", "test_convnext")}

@@ -2,6 +2,7 @@
 
 import math
 import os
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -105,11 +106,12 @@ def choose_optimizer(model: nn.Module) -> str:
 
 def make_optimizer(model: nn.Module, rule: str, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """Build the optimizer; norms, biases and what the model names in no_weight_decay (tokens) do not decay."""
-    spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    patterns = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    spared = {name for name, value in named if value.ndim <= 1 or any(fnmatchcase(name, one) for one in patterns)}
     groups = [
-        {"params": [value for name, value in named if value.ndim > 1 and name not in spared]},
-        {"params": [value for name, value in named if value.ndim <= 1 or name in spared], "weight_decay": 0.0},
+        {"params": [value for name, value in named if name not in spared]},
+        {"params": [value for name, value in named if name in spared], "weight_decay": 0.0},
     ]
     fused = all(value.device.type in ("cpu", "cuda", "xpu") and value.is_floating_point() for _, value in named)
     if rule == "sgd":
