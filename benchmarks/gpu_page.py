@@ -29,8 +29,8 @@ def page(cards: dict[str, Any], steps: dict[str, Any]) -> str:
     if apart := steps.get("apart"):
         lines += [
             "",
-            f"After 30 steps in float32, recorded steps differ from plain steps by {apart['recorded']:.1g} of the distance",
-            f"travelled; the same plain steps, run again, by {apart['plain again']:.1g}.",
+            f"After 30 steps in float32, recorded steps differ from plain steps by {apart['recorded']:.1g} of the",
+            f"distance travelled; the same plain steps, run again, by {apart['plain again']:.1g}.",
         ]
     return "\n".join([*lines, "", table(cards)])
 

@@ -385,8 +385,8 @@ def summary(content: dict[str, Any]) -> list[str]:
         f"largest difference {worst:.2f} of 255.",
         f"{len(rows) - len(made)} settings refused: those that the processor refuses too, or that make no images.",
         f"{len(models)} trained models: {sum(not wrong_model(row) for row in models)} predict all {IMAGES} images like "
-        f"their pipeline, in at least {min((row['classes'] for row in models), default=0)} classes, with equal accuracy "
-        "in the record.",
+        f"their pipeline, in at least {min((row['classes'] for row in models), default=0)} classes, with equal "
+        "accuracy in the record.",
     ]
     return [*lines, *(f"WRONG: {one}" for one in [*bad, *(row["setting"] for row in models if wrong_model(row))])]
 

@@ -38,8 +38,8 @@ defaults of `slim`, from 32 images of noise and with two steps of the gates: thi
 
 We sort timm modules into convnets, ViTs and hybrids: a hybrid has attention and stages of convolutions; networks
 without attention count as ViTs where they work on a grid of patches, as convnets where they have a convnet's stages.
-Where a family's smallest model has more than 60 M parameters it is built with fewer blocks or narrower, as the arguments
-in its row say."""
+Where a family's smallest model has more than 60 M parameters it is built with fewer blocks or narrower, as the
+arguments in its row say."""
 
 
 def describe_row(row: Row) -> str:
