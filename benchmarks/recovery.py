@@ -46,8 +46,8 @@ INTRODUCTION = """# Retraining what was cut
 
 Written by `python benchmarks/recovery.py --render` from benchmarks/results/recovery.json. In each section every recipe
 retrains the same slim network, made by `slim` at its defaults (seed 0). Top-1 is on 5,000 images split off `train`,
-each rotated by up to 15 degrees and recoloured, a form that no training here has seen. These figures choose a recipe and
-are no result: expect others on `validation`. VGG-16 has memorised these images, so for it they favour low rates.
+each rotated by up to 15 degrees and recoloured, a form that no training here has seen. These figures choose a recipe
+and are no result: expect others on `validation`. VGG-16 has memorised these images, so for it they favour low rates.
 
 So far: **the less a cut lost, the lower the peak rate that recovers it**, and a rate above that loses more than the cut
 did. ResNet-20 with a quarter or half of the MACs (34 and 19 % of its predictions changed) needs five times the default
