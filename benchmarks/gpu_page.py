@@ -6,12 +6,12 @@ SMALL_SHARE = 0.03  # of a call: steps below it are summed up
 INTRODUCTION = """# On a GPU
 
 Written by `python benchmarks/gpu.py --render` from benchmarks/results/gpu.json and speed/gpu_retraining.json, which
-hold every figure of `python benchmarks/gpu.py` and `python benchmarks/gpu_retraining.py`. Weights are random where it
-is said: such rows show speed alone, and say nothing of what a cut costs in accuracy.
+hold every figure of `python benchmarks/gpu.py` and `python benchmarks/gpu_retraining.py`. Where a section says that
+weights are random, it shows speed alone, and says nothing about the accuracy that a cut costs.
 
-## A step of `retrain`, its loader included, beside the same step captured by hand on tensors that lie on the GPU
+## A step of `retrain`, loader included, compared with the same step written by hand on tensors on the GPU
 
-With a teacher, in bf16 and channels_last; the loader decodes, crops and mirrors pictures in workers.
+With a teacher, in bf16 and channels_last; the loader decodes, crops and mirrors images in workers.
 """
 
 
@@ -29,8 +29,8 @@ def page(cards: dict[str, Any], steps: dict[str, Any]) -> str:
     if apart := steps.get("apart"):
         lines += [
             "",
-            f"After 30 steps in float32, recorded steps end {apart['recorded']:.1g} of the distance travelled from",
-            f"plain steps; the same plain steps, run again, {apart['plain again']:.1g}.",
+            f"After 30 steps in float32, recorded steps differ from plain steps by {apart['recorded']:.1g} of the",
+            f"distance travelled; the same plain steps, run again, by {apart['plain again']:.1g}.",
         ]
     return "\n".join([*lines, "", table(cards)])
 
@@ -48,7 +48,7 @@ def table(cards: dict[str, Any]) -> str:
             lines += [f"{label}: {error}\n" for label, error in row.get("failed", {}).items()]
             lines += [*step_lines(row), *forward_lines(row), *stair_lines(row)]
         left_out = ", ".join(entry["left_out"])
-        lines += ["", f"Left out for want of time: {left_out}.", ""] if left_out else [""]
+        lines += ["", f"Left out for lack of time: {left_out}.", ""] if left_out else [""]
     return "\n".join(lines)
 
 
@@ -99,7 +99,7 @@ def stair_lines(row: dict[str, Any]) -> list[str]:
     if not layers:
         return []
     multiples = list(next(iter(layers.values()))["excess"])
-    lines = ["Time over the line through widths of 64s, by the largest power of two in a width:", ""]
+    lines = ["Time over the line through the multiples of 64, by the largest power of two that divides a width:", ""]
     lines += [f"| layer, width | {' | '.join(map(str, multiples))} |", "|" + " --- |" * (1 + len(multiples))]
     lines += [f"| {name} | {' | '.join(f'{one:.2f}' for one in f['excess'].values())} |" for name, f in layers.items()]
     return [*lines, ""]

@@ -78,11 +78,11 @@ DOCUMENT = RESULTS.parents[1] / "docs" / "paper.md"
 INTRODUCTION = """# The paper's networks
 
 Written by `python benchmarks/paper.py --render` from benchmarks/results/paper.json, which that command fills as far as
-the time goes that it is given. So far: seed 0, a few minutes of lent H100s. Retraining towards the dense network's
-logits and last feature map; the batch and the rate stand in the row. **The rates of these rows were too high:** two
-epochs at a peak of 0.04 end below where the cut left the network. Which rates recover what a cut lost, and which spoil
-more, depends on the loss: [recovery.md](recovery.md). Dense accuracies are those of the weights that were given;
-CIFAR-10 is a lossy JPEG copy, and `validation` 5,000 of its test images.
+its time allows. So far: seed 0, a few minutes of lent H100s. Retraining is towards the dense network's logits and last
+feature map; each row has its batch and rate. **The rates of these rows were too high:** two epochs at a peak of 0.04
+end below where the cut left the network. Which rates recover what a cut lost, and which lose more, depends on the
+loss: [recovery.md](recovery.md). Dense accuracies are those of the given weights; CIFAR-10 is a lossy JPEG copy, and
+`validation` 5,000 of its test images.
 
 """
 CLASSES = 10  # of the weights

@@ -381,12 +381,12 @@ def summary(content: dict[str, Any]) -> list[str]:
     bad = [f"{row['type']}, {row['setting']}" for row in rows if wrong(row)]
     worst = max((row["levels"] for row in made if row["levels"] is not None), default=0.0)
     lines = [
-        f"{len(made)} settings of {types} types: {fast} by the fast way, {len(made) - fast} by the processor itself; "
+        f"{len(made)} settings of {types} types: {fast} on the fast path, {len(made) - fast} by the processor itself; "
         f"largest difference {worst:.2f} of 255.",
         f"{len(rows) - len(made)} settings refused: those that the processor refuses too, or that make no images.",
-        f"{len(models)} trained models: {sum(not wrong_model(row) for row in models)} predict all {IMAGES} pictures as "
-        f"their pipeline does, in at least {min((row['classes'] for row in models), default=0)} classes, the record's "
-        "accuracy with them.",
+        f"{len(models)} trained models: {sum(not wrong_model(row) for row in models)} predict all {IMAGES} images like "
+        f"their pipeline, in at least {min((row['classes'] for row in models), default=0)} classes, with equal "
+        "accuracy in the record.",
     ]
     return [*lines, *(f"WRONG: {one}" for one in [*bad, *(row["setting"] for row in models if wrong_model(row))])]
 
@@ -399,10 +399,10 @@ def render(content: dict[str, Any]) -> str:
         "",
         f"Written by `{content['command']}` from benchmarks/results/processors.json ({content['took']}; "
         f"commit {content['commit']}; {versions}).",
-        "The transform that a model gets beside what `AutoImageProcessor.from_pretrained` of its folder gives, in",
+        "The transform that a model gets is compared with `AutoImageProcessor.from_pretrained` of its folder, in",
         'levels of 255; "fast" where our own resize, crop and normalisation were proved equal, "own" where the',
-        "processor itself runs. Then small networks, each trained under an odd setting: predictions beside those of",
-        "`pipeline`.",
+        "processor itself runs. Then predictions of small networks, each trained under an odd setting, are compared",
+        "with those of `pipeline`.",
         "",
         *summary(content),
         "",

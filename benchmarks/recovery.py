@@ -44,16 +44,15 @@ AVERAGE_DECAY = 0.99
 MIXED = 0.2  # both parameters of the Beta law, as Zhang et al. 2018 have it for ImageNet
 INTRODUCTION = """# Retraining what was cut
 
-Written by `python benchmarks/recovery.py --render` from benchmarks/results/recovery.json. The same slim network of each
-row, made by `slim` at its defaults (seed 0), is retrained by each recipe; top-1 on 5,000 images split off `train`, each
-turned by up to 15 degrees and recoloured, which no training here has seen so. These figures choose a recipe and are no
-result: on `validation` others are to be expected. VGG-16 has learned these images by heart, so that for it they favour
-low rates.
+Written by `python benchmarks/recovery.py --render` from benchmarks/results/recovery.json. In each section every recipe
+retrains the same slim network, made by `slim` at its defaults (seed 0). Top-1 is on 5,000 images split off `train`,
+each rotated by up to 15 degrees and recoloured, a form that no training here has seen. These figures choose a recipe
+and are no result: expect others on `validation`. VGG-16 has memorised these images, so for it they favour low rates.
 
-What is to be seen so far: **the less a cut lost, the lower the peak rate that recovers it**, and a rate above that
-spoils more than the cut did. ResNet-20, of which a quarter or half of the MACs is left (34 and 19 % of its answers
-changed), takes five times the default of `retrain`; ResNet-56 at half (14 % changed) half of it; VGG-16 (4 % changed) a
-twentieth or less; of a ViT-S (2 % changed) the default takes three points.
+So far: **the less a cut lost, the lower the peak rate that recovers it**, and a rate above that loses more than the cut
+did. ResNet-20 with a quarter or half of the MACs (34 and 19 % of its predictions changed) needs five times the default
+of `retrain`; ResNet-56 at half (14 % changed) half of it; VGG-16 (4 % changed) a twentieth or less; a ViT-S (2 %
+changed) loses three points at the default.
 
 """
 

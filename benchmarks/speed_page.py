@@ -10,8 +10,8 @@ from turns import Row, span
 HEAD = """# Speed
 
 Written by `python benchmarks/speed.py --render` from benchmarks/results/speed/, whose files hold machine,
-versions, every turn and the command. Ratios of turns side by side in one run: median (lowest to highest).
-What was not run reads "not measured".
+versions, every turn and the command. Ratios are of turns side by side in one run: median (lowest to highest).
+"Not measured" means not run.
 """
 COLUMNS = ["what / reference", "ratio", "wanted", "median, reference", "median, ours", "turns", "machine"]
 NOT_MEASURED = "not measured"

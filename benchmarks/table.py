@@ -180,12 +180,12 @@ def main() -> None:
         "",
         "Every contestant has the same dense weights, calibration images, budget and retraining",
         "(benchmarks/accuracy.py says how). Written by `python benchmarks/table.py` from benchmarks/results/*.json,",
-        "which hold machine, versions, command and commit. Top-1 in % on CIFAR-10's held-out pictures (a JPEG copy).",
+        "which hold machine, versions, command and commit. Top-1 in % on CIFAR-10's held-out images (a JPEG copy).",
         "",
         "*Agrees*: share of images on which the dense network predicts the same. *Worst class*: change of the class",
         "that lost most, in points. *Variance kept*: the share of a dense layer's output variance that the slim",
-        "layer's inputs still express on held-out images, mean over the layers. All three are of right after the cut.",
-        "Mean ± standard deviation over the seeds.",
+        "layer's inputs still express on held-out images, mean over the layers. All three are measured right after",
+        "the cut. Mean ± standard deviation over the seeds.",
     ]
     for setup, cells, reasons in files:
         page += ["", f"## {setup['task']}, {describe(setup)}", "", *table(setup, cells, reasons)]

@@ -20,14 +20,13 @@ COLUMNS = (
 ON_TERMINAL = ("family", "model", "smallest MACs", "slimmed", "MACs", "self-check", "reloaded", "s")
 LEGEND = """\
 Each network is built with random weights, traced, self-checked, slimmed to 0.75 of its MACs, saved, loaded, compared,
-and trained for a step. A row that is not named beneath its table has passed all of that. Units are chosen at the
-defaults of `slim`, from 32 images of noise and with two steps of the gates: what is tried is whether it works, not how
-well.
+and trained for a step. A row that is not named beneath its table has passed all of this. Units are chosen at the
+defaults of `slim`, from 32 images of noise and with two steps of the gates: this tests whether it works, not how well.
 
 - **exact, approximate, frozen**: groups / units of each kind. Exact groups are cut and self-checked; approximate ones
   (their width crosses a LayerNorm or the like) are cut with `approximate=True` only; frozen ones never. The classes
-  are not counted. `lfrns units MODEL` names each group, and the reason of each frozen one.
-- **smallest MACs**: fraction of the dense MACs with one unit left in every exact group; behind the slash in every
+  are not counted. `lfrns units MODEL` names each group, and the reason for each frozen one.
+- **smallest MACs**: fraction of the dense MACs with one unit left in every exact group; after the slash, in every
   approximate one as well.
 - **slimmed**: by exact groups alone, or with approximate ones where exact ones do not reach 0.75; **MACs** is the
   fraction kept.
@@ -35,12 +34,12 @@ well.
   1e-8 is allowed.
 - **reloaded**: largest difference of the outputs after saving and loading, over the largest output, float32; 1e-5 is
   allowed.
-- **s**: seconds of processor time, one thread, all steps; of a network that was stopped, on the clock.
+- **s**: seconds of processor time, one thread, all steps; wall-clock time for a network that was stopped.
 
-Which timm module is a convnet, a ViT or a hybrid is our sorting: a hybrid has attention and stages of convolutions;
-networks without attention are with the ViTs where they work on a grid of patches, with the convnets where they have a
-convnet's stages. Where a family's smallest model has more than 60 M parameters it is built with fewer blocks or
-thinner, as the arguments in its row say."""
+We sort timm modules into convnets, ViTs and hybrids: a hybrid has attention and stages of convolutions; networks
+without attention count as ViTs where they work on a grid of patches, as convnets where they have a convnet's stages.
+Where a family's smallest model has more than 60 M parameters it is built with fewer blocks or narrower, as the
+arguments in its row say."""
 
 
 def describe_row(row: Row) -> str:
@@ -120,7 +119,7 @@ def write_tables(rows: Sequence[Row], facts: Mapping[str, str], path: Path, befo
         path: The file.
         before: Rows of an earlier table; what got worse since is listed.
     """
-    lines = ["# Coverage: what has been tried, and what came of it", ""]
+    lines = ["# Coverage: which networks were tried, with what result", ""]
     lines += ["Generated; do not edit.", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {_cell(text)} |" for name, text in facts.items()]
     lines += [
