@@ -14,7 +14,8 @@ RECIPES = PACKAGE.parent / "recipes"
 # The rooms of the package, floor by floor: each imports what lies on a lower floor alone.
 FLOORS = (
     {"format", "models"},
-    {"units", "model_io", "runs"},
+    {"units", "runs"},
+    {"model_io"},
     {"trace", "measure"},
     {"method", "runtimes"},
     {"surgery"},

@@ -1,5 +1,6 @@
 """Several processes do what one does: weights, plan; none waits for ever where another ends."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -23,8 +24,57 @@ from torchvision import transforms
 import lfrns_hub as lfrns
 from lfrns_hub.pictures.stream import stream_data
 from lfrns_hub.retrain import make_accelerator, retrain
+from lfrns_hub.runs.processes import ALONE, Processes
 
 BATCH, EPOCHS = 8, 5  # of one process of two; 64 images: 20 steps
+
+
+def ask(processes: Processes) -> dict[str, Any]:
+    """What a process is told by all methods of Processes; the last process fails where it is to try something."""
+
+    def fail() -> None:
+        if processes.rank == processes.count - 1:
+            raise OSError(f"no room on {processes.rank}")
+
+    tried = [processes.attempt(fail, OSError), processes.attempt(fail, OSError, main_only=True)]
+    return {
+        "place": [processes.rank, processes.count, processes.is_main],
+        "share": list(range(5))[processes.share],
+        "sum": processes.sum(torch.tensor([1.0, processes.rank], dtype=torch.float64)).tolist(),
+        "any": [processes.any(processes.rank == 1), processes.any(False)],
+        "gather": processes.gather(f"from {processes.rank}"),
+        "on main": processes.on_main(lambda: f"by {processes.rank}"),
+        "tried": [[failed, str(error)] for failed, error in tried],
+    }
+
+
+def ask_in_a_process(rank: int, folder: Path) -> None:
+    """In each of two processes: ask, and leave the answers."""
+    processes = Processes(make_accelerator())
+    (folder / f"{rank}.json").write_text(json.dumps(ask(processes)))
+    with pytest.raises(TypeError, match="loader=list on 2 processes: only a torch DataLoader can be shared out"):
+        processes.prepare_loader([torch.zeros(2, 3)])
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_one_process_does_all_by_itself(accelerated: bool) -> None:
+    answers = ask(Processes(make_accelerator()) if accelerated else ALONE)
+    assert answers == {
+        "place": [0, 1, True], "share": [0, 1, 2, 3, 4], "sum": [1, 0], "any": [False, False], "gather": ["from 0"],
+        "on main": "by 0", "tried": [[True, "no room on 0"]] * 2,
+    }  # fmt: skip
+
+
+def test_two_processes_share_out_and_hear_the_same(tmp_path: Path, free_port: str) -> None:
+    assert end(start(ask_in_a_process, tmp_path, processes=2, port=free_port)) == [0, 0]
+    both = {"sum": [2, 1], "any": [True, False], "gather": ["from 0", "from 1"], "on main": "by 0"}
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == both | {
+        "place": [0, 2, True], "share": [0, 2, 4], "tried": [[True, "None"], [False, "None"]],
+    }  # fmt: skip
+    assert second == both | {
+        "place": [1, 2, False], "share": [1, 3], "tried": [[True, "no room on 1"], [False, "None"]],
+    }  # fmt: skip
 
 
 def build(name: str) -> nn.Module:

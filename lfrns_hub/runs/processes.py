@@ -1,0 +1,103 @@
+"""The processes of a run: the share of each, and what they tell one another."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+Result = TypeVar("Result")
+
+
+class Processes:
+    """The processes of an Accelerate accelerator; without one, a single process that sends nothing.
+
+    What a method sends, every process has to ask for at the same time.
+
+    Attributes:
+        rank, count: The number of this process, from 0 on, and how many there are.
+        device: The accelerator's; None without one.
+    """
+
+    def __init__(self, accelerator: Any = None):
+        self._accelerator = accelerator
+        self.rank, self.count = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        self.device: torch.device | None = accelerator.device if accelerator else None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes, prints and takes times."""
+        return self.rank == 0
+
+    @property
+    def share(self) -> slice:
+        """What of a sequence this process takes; the shares of all make it up."""
+        return slice(self.rank, None, self.count)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes, on the device that the tensor is on."""
+        if self.count == 1:
+            return tensor
+        return self._accelerator.reduce(tensor.to(self.device), "sum").to(tensor.device)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether a flag is set on any process."""
+        return bool(self.sum(torch.tensor(int(flag))))
+
+    def gather(self, value: Result) -> list[Result]:
+        """Return what each process has, by rank."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """Do something on the main process while the others wait; return its result on all of them."""
+        if self.count == 1:
+            return work()
+        self._accelerator.wait_for_everyone()
+        results = [work() if self.is_main else None]
+        torch.distributed.broadcast_object_list(results, src=0)
+        return results[0]
+
+    def attempt(
+        self, work: Callable[[], Any], *errors: type[Exception], main_only: bool = False
+    ) -> tuple[bool, Exception | None]:
+        """Try something on every process, or on the main one alone; none waits for ever for one that failed.
+
+        Args:
+            work: What is tried.
+            errors: What may come of it; anything else is raised at once.
+            main_only: Whether the main process alone does it.
+        Returns:
+            Whether it failed on any process, and the error of this one.
+        """
+        error = None
+        try:
+            if self.is_main or not main_only:
+                work()
+        except errors as failed:
+            error = failed
+        return self.any(error is not None), error
+
+    def prepare_loader(self, loader: Any) -> Any:
+        """Return a loader of this process's images; one that was prepared before stays as it is."""
+        if self._accelerator is None:
+            return loader
+        if isinstance(loader, DataLoader) or getattr(loader, "_is_accelerate_prepared", False):
+            return self._accelerator.prepare_data_loader(loader)
+        if self.count == 1:
+            return loader
+        raise TypeError(
+            f"loader={type(loader).__name__} on {self.count} processes: only a torch DataLoader can be shared out. "
+            "Wrap the images in one."
+        )
+
+    def gather_batch(self, batch: dict[Any, Tensor]) -> dict[Any, Tensor]:
+        """Return the rows of all processes, without those that only fill up the last batch."""
+        return batch if self._accelerator is None else self._accelerator.gather_for_metrics(batch)
+
+
+ALONE = Processes()
