@@ -14,7 +14,7 @@ from lfrns_hub.measure.occasion import (
     why_no_dense,
 )
 from lfrns_hub.measure.record import Record, format_table
-from lfrns_hub.measure.score import evaluate, prepare_loader
+from lfrns_hub.measure.score import evaluate
 from lfrns_hub.model_io.model import evaluating
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "measure_each",
     "measure_latency",
     "nearness",
-    "prepare_loader",
     "same_occasion",
     "take_turns",
     "wait_for",

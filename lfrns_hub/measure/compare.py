@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.measure.counting import count_macs, count_params
-from lfrns_hub.measure.latency import describe_setup, latency_on_main
+from lfrns_hub.measure.latency import describe_setup, measure_latency
 from lfrns_hub.measure.occasion import new_occasion, weights_id
 from lfrns_hub.measure.record import Record
 from lfrns_hub.measure.score import answer, merged
 from lfrns_hub.model_io.model import device_of, evaluating, unwrap
+from lfrns_hub.runs.processes import Processes
 
 
 def measure(
@@ -72,15 +73,16 @@ def measure_each(
     scores: dict[str, dict[str, Any]] = {
         name: dict.fromkeys(("top1_pct", "images", "per_class_pct")) for name in models
     }
-    occasion, answers = new_occasion(accelerator), None
+    processes = Processes(accelerator)
+    occasion, answers = processes.on_main(new_occasion), None
     if loader is not None:
-        answers = answer(models, loader, accelerator, progress)
+        answers = answer(models, loader, processes, progress)
         scores = {name: scores[name] | answers.score(name) for name in models}
     if example_input is None:
         example_input = torch.zeros(1, *answers.input_size) if answers else _configured_image(first)
-    device = device_of(first) if accelerator is None else accelerator.device
+    device = processes.device or device_of(first)
     with evaluating(*models.values(), device=device):
-        latency = latency_on_main(models, example_input[:1], accelerator)
+        latency = processes.on_main(lambda: measure_latency(models, example_input[:1]))
     for name, one in models.items():
         macs = count_macs(one, example_input)
         scores[name] |= {

@@ -82,16 +82,6 @@ def take_turns(
     return times
 
 
-def latency_on_main(models: dict[str, nn.Module], image: Tensor, accelerator: Any) -> dict[str, float]:
-    """Measure latency on the main process while the others wait, and tell them."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return measure_latency(models, image)
-    accelerator.wait_for_everyone()
-    times = measure_latency(models, image) if accelerator.is_main_process else dict.fromkeys(models, 0.0)
-    shared = accelerator.reduce(torch.tensor(list(times.values()), device=accelerator.device), reduction="sum")
-    return dict(zip(models, shared.tolist(), strict=True))
-
-
 def describe_setup(model: nn.Module, example_input: Tensor, device: torch.device) -> dict[str, Any]:
     """State what the figures were taken with."""
     setup = {

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lfrns_hub.measure.figures import kind_of, worst
@@ -15,6 +14,7 @@ from lfrns_hub.model_io.answers import Answer, Outputs, probe, read_answer, sett
 from lfrns_hub.model_io.batches import LABEL_KEYS, UNREADABLE, check_finite, iterate
 from lfrns_hub.model_io.meaning import Classes, Labels
 from lfrns_hub.model_io.model import as_input, device_of, evaluating, unwrap
+from lfrns_hub.runs.processes import Processes
 
 NO_LABELS = (
     "evaluate(loader) got a batch without labels: accuracy needs them. Yield (images, labels), or dicts with one of "
@@ -119,7 +119,7 @@ def evaluate(
     models = {"model": unwrap(model, "evaluate")}
     if teacher is not None:
         models["teacher"] = unwrap(teacher, "evaluate")
-    answers = answer(models, loader, accelerator, progress)
+    answers = answer(models, loader, Processes(accelerator), progress)
     if answers.outputs.are_features:
         raise ValueError(
             f"evaluate({type(models['model']).__name__}): it answers with features, and accuracy needs logits [N, "
@@ -138,35 +138,21 @@ def merged(scores: dict[str, Any], compared: dict[str, Any]) -> dict[str, Any]:
     return scores | {"heads": {name: one | compared["heads"][name] for name, one in scores["heads"].items()}}
 
 
-def prepare_loader(loader: Any, accelerator: Any) -> Any:
-    """Share a loader's images out among the processes of an accelerator; one prepared before stays as it is."""
-    if accelerator is None:
-        return loader
-    if isinstance(loader, DataLoader) or getattr(loader, "_is_accelerate_prepared", False):
-        return accelerator.prepare_data_loader(loader)
-    if accelerator.num_processes == 1:
-        return loader
-    raise TypeError(
-        f"loader={type(loader).__name__} on {accelerator.num_processes} processes: only a torch DataLoader can be "
-        "shared out. Wrap the images in one."
-    )
-
-
-def answer(models: dict[str, nn.Module], loader: Any, accelerator: Any, progress: bool) -> Answers:
+def answer(models: dict[str, nn.Module], loader: Any, processes: Processes, progress: bool) -> Answers:
     """Run all models over the images.
 
     Args:
         models: By name, without wrappers; the last is the one that others are compared with.
         loader: Batches; their labels are not read where the models answer with features.
-        accelerator: Shares the images out.
+        processes: Share the images out.
         progress: Show a bar on the main process.
     Raises:
         ValueError: There is no image, one has values that are not finite, classes come without labels, labels do not
             fit, or the models do not answer alike.
     """
-    device = device_of(next(iter(models.values()))) if accelerator is None else accelerator.device
-    loader = prepare_loader(loader, accelerator)
-    quiet = not progress or (accelerator is not None and not accelerator.is_main_process)
+    device = processes.device or device_of(next(iter(models.values())))
+    loader = processes.prepare_loader(loader)
+    quiet = not (progress and processes.is_main)
     gathered: dict[tuple[str, ...], list[Tensor]] = {}
     outputs, input_size = None, []
     with evaluating(*models.values(), device=device), torch.no_grad():
@@ -175,15 +161,11 @@ def answer(models: dict[str, nn.Module], loader: Any, accelerator: Any, progress
             given = {name: model(as_input(images, model)) for name, model in models.items()}
             if outputs is None:
                 first = probe(next(iter(models.values())), images)
-                outputs = settle_by_loader(
-                    list(models.values()), first, labels, loader, "evaluate", accelerator=accelerator
-                )
+                outputs = settle_by_loader(list(models.values()), first, labels, loader, "evaluate", processes)
             answers = {name: read_answer(model, given[name], outputs) for name, model in models.items()}
             batch = _keep(answers, labels, len(images), device)
             batch["images",] = image_keys(images, labels).to(device)
-            if accelerator is not None:
-                batch = accelerator.gather_for_metrics(batch)
-            for key, value in batch.items():
+            for key, value in processes.gather_batch(batch).items():
                 gathered.setdefault(key, []).append(value.cpu())
             input_size = list(images.shape[1:])
     whole = {key: torch.cat(parts) for key, parts in gathered.items()}

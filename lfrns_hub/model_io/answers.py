@@ -28,6 +28,7 @@ from lfrns_hub.model_io.meaning import (
     said_meaning,
 )
 from lfrns_hub.model_io.model import as_input, differentiated
+from lfrns_hub.runs.processes import ALONE, Processes
 
 # Of a feature map a fixed random choice stands for all: a backbone's maps of a few hundred images are gigabytes.
 FEATURES_READ = 4096
@@ -219,7 +220,7 @@ def probe(model: nn.Module, images: Tensor) -> Any:
 
 
 def settle_by_loader(
-    models: Sequence[nn.Module], output: Any, labels: Any, loader: Any, call: str, *, accelerator: Any = None
+    models: Sequence[nn.Module], output: Any, labels: Any, loader: Any, call: str, processes: Processes = ALONE
 ) -> Outputs:
     """Settle what outputs mean at the first batch of a loader, the same on every process and whatever batch it is.
 
@@ -230,7 +231,7 @@ def settle_by_loader(
         models, output, call: As for `settle`.
         labels: Of the batch.
         loader: What gives it.
-        accelerator: Given, every process calls this at the same time.
+        processes: All of them call this at the same time.
     """
     logits = find_logits(output)
     plain = logits is not None and logits.shape[1] > 1 and getattr(labels, "ndim", 0) == 1
@@ -240,11 +241,7 @@ def settle_by_loader(
     if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset) and collate:
         places = torch.linspace(0, len(dataset) - 1, min(len(dataset), IMAGES_SEEN)).long().unique().tolist()
         return settle(models, output, [split_batch(collate([dataset[place] for place in places]))[1]], call)
-    seen = [labels]
-    if accelerator is not None and accelerator.num_processes > 1:
-        seen = [None] * accelerator.num_processes
-        torch.distributed.all_gather_object(seen, labels)
-    return settle(models, output, seen, call)
+    return settle(models, output, processes.gather(labels), call)
 
 
 def check_differentiable(model: nn.Module, images: Tensor, call: str) -> None:

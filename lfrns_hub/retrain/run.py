@@ -23,6 +23,7 @@ from lfrns_hub.retrain.features import Features, watch_features
 from lfrns_hub.retrain.loss import ask_teacher
 from lfrns_hub.retrain.losses import Losses
 from lfrns_hub.runs.checkpoints import Checkpoints, Position, caught_sigterm, told_anywhere
+from lfrns_hub.runs.processes import Processes
 from lfrns_hub.runs.seeded import apart, random_kept, rounds, seeded_loader
 from lfrns_hub.units import SlimPlan
 
@@ -184,7 +185,7 @@ class Run:
         """Say what the outputs mean: the same after the run was gone on with, and on every process."""
         models = [self.whole, *filter(None, [self.teacher])]
         with random_kept():
-            outputs = settle_by_loader(models, output, labels, self.data.given, "retrain", accelerator=self.accelerator)
+            outputs = settle_by_loader(models, output, labels, self.data.given, "retrain", Processes(self.accelerator))
         if outputs.are_features and self.eval_loader is not None:
             raise ValueError(
                 "retrain(eval_loader): the model answers with features, which no label scores. Leave it out, and "
