@@ -29,6 +29,7 @@ from lfrns_hub.method.responses import Moments, held_out, observe
 from lfrns_hub.method.select import CLUSTER_TO, cluster
 from lfrns_hub.model_io.model import analysis_copy
 from lfrns_hub.options import choose_groups
+from lfrns_hub.runs.processes import ALONE
 from lfrns_hub.trace import trace_model
 from lfrns_hub.units import UnitGroup
 
@@ -44,7 +45,7 @@ class Clustered:
         kinds = ("channel", "head", "neuron")
         self.groups: list[UnitGroup] = choose_groups(trace.groups, kinds, None, (), False, 1, call="slim")
         self.moments: dict[str, Moments] = observe(
-            self.dense, self.groups, self.batches, trace.cost.macs({}), case.seed, None
+            self.dense, self.groups, self.batches, trace.cost.macs({}), case.seed, ALONE
         )
         merges = {g.name: find_merges(views(self.dense, g, self.moments), g.size, "functional") for g in self.groups}
         held = held_out([images for images, _ in self.batches])

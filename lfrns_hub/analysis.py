@@ -150,7 +150,7 @@ class Analysis:
             self.batches[0][0][:1],
             setup,
             channels_last=in_channels_last(self.model),
-            accelerator=self.run.accelerator,
+            processes=self.run.processes,
         )
 
     def _choose(self, how: CutOptions, meter: LatencyMeter | None, clock: Clock) -> Choice:
@@ -179,7 +179,7 @@ class Analysis:
                 clock.step("FCR gates", how.steps if how.steps and how.contribution == "fcr" else 1)
                 contributions = contribute(
                     how.contribution, self.dense, chosen, keep, self.batches, self.moments, self.merges, how.steps,
-                    how.fold, self.run.accelerator, clock.advance, self.cache,
+                    how.fold, self.run.processes, clock.advance, self.cache,
                 )  # fmt: skip
 
             clock.step("restore")
@@ -207,7 +207,7 @@ class Analysis:
     def finish(self, plain: nn.Module, plan: SlimPlan, fold: bool) -> dict[str, Any]:
         """Fold and recalibrate a cut model, each where it is better: its state, and whether each was."""
         images = [images for images, _ in self.batches]
-        how = {"seed": self.run.seed, "accelerator": self.run.accelerator}
+        how = {"seed": self.run.seed, "processes": self.run.processes}
         judge, candidates = Judge(self.dense, images), [plain]
         if fold:  # channel by channel, then layer after layer from there
             by_channel = cut(self.dense, self.every, plan, self.moments)

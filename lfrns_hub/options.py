@@ -15,6 +15,7 @@ from lfrns_hub.latency import LatencySetup
 from lfrns_hub.method.responses import HELD_OUT_EVERY
 from lfrns_hub.model_io.batches import check_finite, iterate, shuffle_images
 from lfrns_hub.model_io.model import dtype_of
+from lfrns_hub.runs.processes import Processes
 from lfrns_hub.units import UnitGroup
 
 KINDS = ("channel", "head", "neuron")
@@ -157,9 +158,14 @@ class RunOptions(_Options):
     checkpoint_dir: str | os.PathLike | None = None
 
     @property
+    def processes(self) -> Processes:
+        """The processes that share the call's work."""
+        return Processes(self.accelerator)
+
+    @property
     def shows_progress(self) -> bool:
         """Whether this process shows a bar."""
-        return self.progress and (self.accelerator is None or self.accelerator.is_main_process)
+        return self.progress and self.processes.is_main
 
 
 def check_names(names: Any, option: str) -> None:

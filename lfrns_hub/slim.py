@@ -151,7 +151,7 @@ def _analyse(model: nn.Module, loader: Any, find: FindOptions, run: RunOptions) 
     model = unwrap(model, call())
     refuse_meta(model, call())
     with clocked(run.shows_progress) as clock:
-        dense = analysis_copy(model, run.accelerator.device if run.accelerator else run.device or device_of(model))
+        dense = analysis_copy(model, run.processes.device or run.device or device_of(model))
         batches = read_loader(loader, dense, run.seed)
         example = batches[0][0][:1]
         settle_layout(example, dense)
@@ -170,9 +170,9 @@ def _analyse(model: nn.Module, loader: Any, find: FindOptions, run: RunOptions) 
         clock.step("responses")
         images, names = [images for images, _ in batches], [group.name for group in chosen]
         outputs = repr(dense.lfrns_outputs)
-        cache = Cache(run.checkpoint_dir, run.accelerator, dense, images, [names, outputs], run.seed)
+        cache = Cache(run.checkpoint_dir, run.processes, dense, images, [names, outputs], run.seed)
         macs = trace.cost.macs({})
-        kept = cache.keep("moments", lambda: as_data(observe(dense, chosen, batches, macs, run.seed, run.accelerator)))
+        kept = cache.keep("moments", lambda: as_data(observe(dense, chosen, batches, macs, run.seed, run.processes)))
         moments = {name: Moments(**fields) for name, fields in kept.items()}
 
         clock.step("redundancy")
@@ -198,7 +198,7 @@ def _merges(
     }
     if find.distance == "functional" and find.widths == "global":
         held, count = held_out(images), sum(map(len, images))
-        return measure_costs(dense, chosen, merges, held, count, moments, seed=run.seed, accelerator=run.accelerator)
+        return measure_costs(dense, chosen, merges, held, count, moments, seed=run.seed, processes=run.processes)
     return merges
 
 

@@ -39,6 +39,7 @@ from lfrns_hub.recipe import folder as run_folder
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.runs import atomic
 from lfrns_hub.runs.cache import Cache
+from lfrns_hub.runs.processes import ALONE
 
 PR_SET_CHILD_SUBREAPER = 36
 WIDTHS = {"widths": {"layer1.0.conv1": [8, 16]}, "kinds": {"layer1.0.conv1": "channel"}}
@@ -134,7 +135,7 @@ SLIM += ("--fcr-steps", "2", "--calibration-images", "32", "--json", "--no-flip"
 
 def keep_again(root: Path) -> Any:
     """Keep three steps of a run, as `slim` does; each has to be there or to be made."""
-    cache = Cache(root / "cache", None, "content")
+    cache = Cache(root / "cache", ALONE, "content")
     return [cache.keep("step", lambda n=n: {"x": torch.arange(1000) * n}, n) for n in range(3)]
 
 

@@ -16,6 +16,7 @@ import lfrns_hub as lfrns
 from lfrns_hub import analysis
 from lfrns_hub.method import fcr
 from lfrns_hub.runs.cache import Cache, digest
+from lfrns_hub.runs.processes import ALONE
 
 steps = importlib.import_module("lfrns_hub.slim")  # the name in the package is the function's
 
@@ -202,7 +203,7 @@ def test_a_damaged_or_false_file_is_made_again(metadata: Any, tmp_path: Path) ->
     def make() -> dict[str, torch.Tensor]:
         return {"x": torch.ones(2)}
 
-    Cache(tmp_path, None, "content").keep("step", make)
+    Cache(tmp_path, ALONE, "content").keep("step", make)
     (path,) = tmp_path.iterdir()
     if isinstance(metadata, str):
         path.unlink()
@@ -210,7 +211,7 @@ def test_a_damaged_or_false_file_is_made_again(metadata: Any, tmp_path: Path) ->
     else:
         save_file({"0": torch.full((2,), 666.0)}, path, metadata=metadata)
     for _ in range(2):
-        assert torch.equal(Cache(tmp_path, None, "content").keep("step", make)["x"], torch.ones(2))
+        assert torch.equal(Cache(tmp_path, ALONE, "content").keep("step", make)["x"], torch.ones(2))
 
 
 def test_a_folder_that_cannot_be_written_to_is_told(dense: nn.Module, tmp_path: Path) -> None:
@@ -221,7 +222,7 @@ def test_a_folder_that_cannot_be_written_to_is_told(dense: nn.Module, tmp_path: 
 
 def test_plain_data_comes_back_as_it_was(tmp_path: Path) -> None:
     value = {"a": [torch.arange(3), 0.1, None, True], "b": {"tensor": torch.zeros(0, 2, dtype=torch.float64)}, "c": "x"}
-    cache = Cache(tmp_path, None, "content")
+    cache = Cache(tmp_path, ALONE, "content")
     assert cache.keep("step", lambda: value) is value
     kept = cache.keep("step", lambda: None)
     assert torch.equal(kept["a"][0], value["a"][0])
@@ -229,7 +230,7 @@ def test_plain_data_comes_back_as_it_was(tmp_path: Path) -> None:
     assert kept["b"]["tensor"].shape == (0, 2)
     assert kept["b"]["tensor"].dtype == torch.float64
     assert kept["c"] == "x"
-    assert Cache(tmp_path, None, "other").keep("step", lambda: "made") == "made"
+    assert Cache(tmp_path, ALONE, "other").keep("step", lambda: "made") == "made"
 
 
 def test_the_last_two_contents_are_kept_and_older_ones_swept(tmp_path: Path) -> None:
@@ -242,19 +243,19 @@ def test_the_last_two_contents_are_kept_and_older_ones_swept(tmp_path: Path) -> 
 
     (tmp_path / "step-mine.safetensors").write_text("mine")
     for budget in (0.5, 0.6, 0.7):
-        Cache(tmp_path, None, "first").keep("step", lambda: "made", budget)
+        Cache(tmp_path, ALONE, "first").keep("step", lambda: "made", budget)
     (tmp_path / f"{next(tmp_path.glob('step-*-*')).name}.partial").write_text("killed while it wrote")
     age(20)
-    Cache(tmp_path, None, "second").keep("step", lambda: "made")
+    Cache(tmp_path, ALONE, "second").keep("step", lambda: "made")
     assert len(list(tmp_path.iterdir())) == 1 + 3 + 1 + 1
     age(10)
-    assert Cache(tmp_path, None, "first").keep("step", lambda: "again", 0.6) == "made"  # used last from here on
+    assert Cache(tmp_path, ALONE, "first").keep("step", lambda: "again", 0.6) == "made"  # used last from here on
     age(5)
-    Cache(tmp_path, None, "third").keep("step", lambda: "made")
+    Cache(tmp_path, ALONE, "third").keep("step", lambda: "made")
     assert len(list(tmp_path.iterdir())) == 1 + 4 + 1
-    assert Cache(tmp_path, None, "second").keep("step", lambda: "again") == "again"
+    assert Cache(tmp_path, ALONE, "second").keep("step", lambda: "again") == "again"
     age(5)
-    first, second = Cache(tmp_path, None, "first"), Cache(tmp_path, None, "second")
+    first, second = Cache(tmp_path, ALONE, "first"), Cache(tmp_path, ALONE, "second")
     assert first.keep("step", lambda: "again", 0.5) == "again"
     assert contents() == {"mine.safetensors", first._content, second._content}
 

@@ -51,7 +51,7 @@ def test_the_estimate_is_half_the_mean_square_of_gradients_times_changes(case):
     """Against a loop over single images; a residual group is read by several consumers, whose parts add up."""
     dense, groups, merges, counts, images, moments = case
     assert any(len(group.taps) > 1 for group in groups)
-    found = estimated(dense, groups, merges, counts, images[0].split(2), moments, seed=3, accelerator=None)
+    found = estimated(dense, groups, merges, counts, images[0].split(2), moments, seed=3)
     expected = torch.zeros(len(groups), 3, dtype=torch.float64)
     for number, piece in enumerate(images[0].split(2)):
         generator = torch.Generator().manual_seed(3 * 1_000_003 + number)
@@ -91,8 +91,8 @@ def test_the_estimate_is_the_divergence_where_little_is_cut(case):
     """Over many draws of labels it comes near what a forward pass of the cut network measures."""
     dense, groups, merges, _, images, moments = case
     few = {name: [len(one.order) // 3] for name, one in merges.items()}
-    truth = measured(dense, groups, merges, few, images, moments, None)[:, 0]
-    draws = [estimated(dense, groups, merges, few, images, moments, seed, None)[:, 0] for seed in range(30)]
+    truth = measured(dense, groups, merges, few, images, moments)[:, 0]
+    draws = [estimated(dense, groups, merges, few, images, moments, seed)[:, 0] for seed in range(30)]
     # A hundredth of the largest is what float32 rounds and the two choices of the ridge differ by, on some processors.
     assert torch.stack(draws).mean(0) == pytest.approx(truth, rel=0.35, abs=0.01 * float(truth.max()))
     assert float(truth.max()) > 1e-6
@@ -145,7 +145,7 @@ def test_features_have_an_estimate_too():
     moments = collect(dense, taps, [images], macs=trace.cost.macs({}), seed=0)
     merges = {group.name: eliminate(views(dense, group, moments), group.size) for group in groups}
     counts = {name: [len(one.order) // 2] for name, one in merges.items()}
-    found = estimated(dense, groups, merges, counts, [images], moments, 0, None)
+    found = estimated(dense, groups, merges, counts, [images], moments, 0)
     assert (found[:, 0] > 0).all()
 
 

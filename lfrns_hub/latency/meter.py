@@ -2,8 +2,8 @@
 
 import os
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from lfrns_hub.latency.predict import LatencyModel, layer_costs, observe_shapes
 from lfrns_hub.latency.setup import LatencySetup
 from lfrns_hub.model_io.model import as_input
 from lfrns_hub.runs.cache import digest
+from lfrns_hub.runs.processes import ALONE, Processes
 from lfrns_hub.surgery import cut
 from lfrns_hub.units import SlimPlan, UnitGroup
-
-Found = TypeVar("Found")
 
 LEAST_MS = 1e-6  # a difference of two times can come out below nothing
 
@@ -40,7 +39,7 @@ class LatencyMeter:
         setup: LatencySetup,
         *,
         channels_last: bool = False,
-        accelerator: Any = None,
+        processes: Processes = ALONE,
         directory: str | os.PathLike | None = None,
         machine: Any = None,
     ):
@@ -52,11 +51,11 @@ class LatencyMeter:
             example: Images [N, C, H, W], of which the first is used.
             setup: Resolved.
             channels_last: The layout in which convolutions are to be timed: that of the caller's model.
-            accelerator: An Accelerate accelerator.
+            processes: Of the run; the main one takes the times.
             directory: Of the cache; None: the user's.
             machine: What takes the times, in place of this machine.
         """
-        self.setup, self.accelerator, self.every, self.plain = setup, accelerator, every, dense
+        self.setup, self.processes, self.every, self.plain = setup, processes, every, dense
         self.seen: dict[tuple[tuple[str, int], ...], dict[str, float]] = {}
         self.channels_last = channels_last
         self.machine = machine or Machine(setup, self.channels_last)
@@ -81,7 +80,7 @@ class LatencyMeter:
             table.keep()
             return table.known
 
-        table.known = self._told(measure)
+        table.known = processes.on_main(measure)
         steps = {name: table.step(of) for name, of in family.items()}
         costs = layer_costs(dense, chosen, shapes, table)
         places = {name: table.known[key] for name, key in inside.items()}
@@ -119,7 +118,7 @@ class LatencyMeter:
             return found | {"fraction": statistics.median(ratios)}
 
         if widths not in self.seen:
-            self.seen[widths] = self._told(measure)
+            self.seen[widths] = self.processes.on_main(measure)
         return self.seen[widths]
 
     def _cut(self, plan: SlimPlan) -> nn.Module:
@@ -135,11 +134,3 @@ class LatencyMeter:
         """Run the images through a model once."""
         with self.setup.running():
             model(as_input(self.images, model))
-
-    def _told(self, measure: Callable[[], Found]) -> Found:
-        """Measure on the main process, and tell all."""
-        if self.accelerator is None or self.accelerator.num_processes == 1:
-            return measure()
-        found = [measure() if self.accelerator.is_main_process else None]
-        torch.distributed.broadcast_object_list(found, src=0)
-        return found[0]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from lfrns_hub.method.taps import channel_count, channels_last, kept_channels, w
 from lfrns_hub.model_io.answers import Answer, read_answer
 from lfrns_hub.model_io.hooks import on_gradient
 from lfrns_hub.model_io.model import device_of, differentiated
+from lfrns_hub.runs.processes import ALONE, Processes
 from lfrns_hub.units import UnitGroup
 
 PROBED_SHARES = (0.25, 0.5, 0.75)
@@ -38,7 +38,7 @@ def measure_costs(
     moments: dict[str, Moments],
     *,
     seed: int,
-    accelerator: Any = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Merges]:
     """Return every merge with its cost in loss: the divergence from the dense model, group by group.
 
@@ -56,7 +56,7 @@ def measure_costs(
         calibration_images: How many there are in all.
         moments: Responses per consumer.
         seed: Of the labels drawn for the estimate.
-        accelerator: Given, each process takes its share of the groups, or of the images.
+        processes: Each takes its share of the groups, or of the images.
     Returns:
         The same orders, costs in nats an image (of features: in shares of their variance), non-decreasing.
     Source: ours; DESIGN.md section 5 asks for a cost in terms of the loss.
@@ -69,11 +69,11 @@ def measure_costs(
     differentiable = images[0].is_floating_point()
     if probes >= FEWEST_PROBES or not differentiable:
         probed = first_images(images, min(max(probes, FEWEST_PROBES), MOST_PROBES))
-        found = measured(model, groups, merges, counts, probed, moments, accelerator)
+        found = measured(model, groups, merges, counts, probed, moments, processes)
     else:
         some = first_images(images, max(FEWEST_GRADIENTS, calibration_images // GRADIENTS_EVERY))
         probed = [piece for batch in some for piece in batch.split(backward_share(len(images[0])))]
-        found = estimated(model, groups, merges, counts, probed, moments, seed, accelerator)
+        found = estimated(model, groups, merges, counts, probed, moments, seed, processes)
     return {
         group.name: spread(merges[group.name], counts[group.name], row.tolist())
         for group, row in zip(groups, found, strict=True)
@@ -95,19 +95,18 @@ def measured(
     counts: dict[str, list[int]],
     images: Sequence[Tensor],
     moments: dict[str, Moments],
-    accelerator: Any,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """Run the network once for each group and width: the divergence per image, [groups, widths], float64."""
     with torch.no_grad():
         dense = [answer_to(model, batch) for batch in images]
-    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     found = torch.zeros(len(groups), len(PROBED_SHARES), dtype=torch.float64)
-    for number in range(rank, len(groups), ranks):
+    for number in range(len(groups))[processes.share]:
         group = groups[number]
         for place, count in enumerate(counts[group.name]):
             gone = merges[group.name].order[:count]
             found[number, place] = divergence(model, group, gone, images, dense, moments)
-    return accelerator.reduce(found.to(accelerator.device), "sum").cpu() if ranks > 1 else found
+    return processes.sum(found)
 
 
 @dataclass
@@ -141,7 +140,7 @@ def estimated(
     images: Sequence[Tensor],
     moments: dict[str, Moments],
     seed: int,
-    accelerator: Any,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """Estimate the same divergence to second order, [groups, widths], float64.
 
@@ -151,7 +150,6 @@ def estimated(
     adds up, count as such.
     """
     device = device_of(model)
-    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     changes: dict[str, list[Change]] = {}
     for number, group in enumerate(groups):
         for tap in group.taps:
@@ -181,14 +179,10 @@ def estimated(
             torch.autograd.grad(loss, piece, allow_unused=True)
         return slopes
 
-    for number, piece in enumerate(images):
-        if number % ranks != rank:
-            continue
-        piece = piece.to(device).detach().requires_grad_()
+    for number in range(len(images))[processes.share]:
+        piece = images[number].to(device).detach().requires_grad_()
         found += 0.5 * differentiated(partial(slopes_of, number, piece)).square().sum(2)
-    if ranks > 1:
-        found = accelerator.reduce(found.to(accelerator.device), "sum").cpu()
-    return (found / sum(map(len, images))).cummax(1).values
+    return (processes.sum(found) / sum(map(len, images))).cummax(1).values
 
 
 def add_slopes(slopes: Tensor, changes: Sequence[Change], module: nn.Module, value: Tensor, gradient: Tensor) -> None:

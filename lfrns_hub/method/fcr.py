@@ -17,6 +17,7 @@ from lfrns_hub.model_io.answers import Answer
 from lfrns_hub.model_io.batches import Batches, split_batch
 from lfrns_hub.model_io.model import differentiated, laid_out, same_draw
 from lfrns_hub.runs.cache import Cache, Training
+from lfrns_hub.runs.processes import ALONE, Processes
 from lfrns_hub.units import UnitGroup
 
 LEARNING_RATE = 0.02
@@ -31,7 +32,7 @@ def learn_contributions(
     moments: dict[str, Moments],
     *,
     steps: int,
-    accelerator: Any = None,
+    processes: Processes = ALONE,
     progress: Callable[[int], None] | None = None,
     training: Training | None = None,
 ) -> dict[str, Tensor]:
@@ -49,7 +50,7 @@ def learn_contributions(
         batches: Batches of the user's loader, cycled.
         moments: Responses per consumer; {} where nothing will be folded, so that nothing stands in for a unit.
         steps: Gate updates.
-        accelerator: Given, each process takes its share of every batch and gradients are averaged.
+        processes: Each takes its share of every batch; gradients are averaged.
         progress: Called with 1 after each step.
         training: Where the state is kept, and gone on from.
     Returns:
@@ -60,7 +61,7 @@ def learn_contributions(
     Source: Fang and Yin 2025, the FCR unit; the abstract says what it learns, the gate, the start and the reading are
         ours (DESIGN.md section 6).
     """
-    run = GateTraining(model, groups, keep, batches, moments, accelerator)
+    run = GateTraining(model, groups, keep, batches, moments, processes)
     state = training.load() if training else None
     if state is not None:
         run.take(state)
@@ -93,9 +94,9 @@ class GateTraining:
         keep: dict[str, list[int]],
         batches: Sequence[Any],
         moments: dict[str, Moments],
-        accelerator: Any = None,
+        processes: Processes = ALONE,
     ):
-        self.model, self.accelerator, self.done = model, accelerator, 0
+        self.model, self.processes, self.done = model, processes, 0
         gates, self.hooks = make_gates(model, groups, keep, moments)
         self.gates = list(gates.values())
         self.contributions = [torch.zeros(len(gate), dtype=torch.float64) for gate in self.gates]
@@ -110,10 +111,9 @@ class GateTraining:
             FloatingPointError: The loss is not finite.
             ValueError: A label is no class of the model.
         """
-        rank, ranks = (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
         number = self.done % len(self._parts)
         images, labels = self._parts[number]
-        share = slice(rank, None, ranks)
+        share = self.processes.share
         ours = laid_out(images[share], self.model)
         if number not in self._dense:
             with torch.no_grad(), same_draw(number):
@@ -131,9 +131,7 @@ class GateTraining:
                 # Zero where the forward lets no gradient through, as by rounding.
                 return list(torch.autograd.grad(loss, self.gates, materialize_grads=True))
 
-        gradients = differentiated(gradients_of_gates)
-        if ranks > 1:
-            gradients = [self.accelerator.reduce(gradient, "sum") for gradient in gradients]
+        gradients = list(map(self.processes.sum, differentiated(gradients_of_gates)))
         before = [gate.detach().clone() for gate in self.gates]
         for gate, gradient in zip(self.gates, gradients, strict=True):
             gate.grad = gradient
@@ -207,7 +205,7 @@ def contribute(
     merges: dict[str, Merges],
     steps: int,
     fold: bool,
-    accelerator: Any,
+    processes: Processes,
     advance: Callable[[int], None],
     cache: Cache,
 ) -> dict[str, Tensor]:
@@ -219,6 +217,6 @@ def contribute(
     standing = moments if fold else {}
     with cache.training("gates", keep, [labels for _, labels in batches], steps, fold) as training:
         return learn_contributions(
-            dense, chosen, keep, batches, standing, steps=steps, accelerator=accelerator, progress=advance,
+            dense, chosen, keep, batches, standing, steps=steps, processes=processes, progress=advance,
             training=training,
         )  # fmt: skip

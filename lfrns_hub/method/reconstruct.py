@@ -19,6 +19,7 @@ from lfrns_hub.method.responses import HELD_OUT_EVERY, add_products, mirror
 from lfrns_hub.method.taps import channels_last
 from lfrns_hub.model_io.hooks import OnInput, OnOutput, hooked
 from lfrns_hub.model_io.model import device_of
+from lfrns_hub.runs.processes import ALONE, Processes
 from lfrns_hub.trace.sites import Site
 from lfrns_hub.units import SlimPlan, UnitGroup
 
@@ -43,7 +44,7 @@ def reconstruct(
     batches: Sequence[Tensor],
     *,
     seed: int = 0,
-    accelerator: Any = None,
+    processes: Processes = ALONE,
 ) -> nn.Module:
     """Return a copy of a cut network whose layers were fitted to the dense one's outputs, on its own inputs.
 
@@ -58,7 +59,7 @@ def reconstruct(
         groups, plan: What was cut.
         batches: Images [N, C, H, W]; four batches of five fit, the fifth chooses the ridge.
         seed: Of the sampled positions.
-        accelerator: Given, each process takes its share of the images and the sums are reduced.
+        processes: Each takes its share of the images; the sums are reduced.
     Returns:
         A new model; weights, biases and the running means of BatchNorms differ from `slim`'s.
     Source: Least squares on the layers' outputs is He et al. 2017 (channel pruning), on the slim network's own inputs
@@ -66,7 +67,7 @@ def reconstruct(
     """
     slim = model_copy(slim).eval()
     kept = {site.module: kept_outputs(dense, site.module, groups, plan) for site in sites}
-    fit_layers(dense, slim, sites, kept, batches, Layer.write, seed=seed, accelerator=accelerator)
+    fit_layers(dense, slim, sites, kept, batches, Layer.write, seed=seed, processes=processes)
     return slim
 
 
@@ -218,11 +219,10 @@ def fit_layers(
     use: Callable[[Layer, Fit], None],
     *,
     seed: int,
-    accelerator: Any = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Run the dense network for the targets, then the narrow one; hand on each layer's fit just before it runs."""
-    device = device_of(dense)
-    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    device, ranks = device_of(dense), processes.count
     numbers = [number for number, batch in enumerate(batches) if batch.shape[1:] == batches[0].shape[1:]]
     batches = [batches[number] for number in numbers]
     every_image = torch.cat(batches)
@@ -240,7 +240,7 @@ def fit_layers(
     held = torch.cat([torch.full((len(batch),), is_last) for batch, is_last in zip(batches, is_held, strict=True)])
     if not held.any():  # fewer than five batches
         held = torch.arange(len(held)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    chosen = torch.arange(len(held))[:: -(-len(held) // (most * ranks))][rank::ranks]
+    chosen = torch.arange(len(held))[:: -(-len(held) // (most * ranks))][processes.share]
     images, held = every_image[chosen].to(device), held[chosen].to(device)
 
     layers = []
@@ -250,13 +250,10 @@ def fit_layers(
         cheap = int(ROWS_SHARE * macs / len(sites) / entries**2)
         wanted = max(ROWS_PER_ENTRY * entries, min(MAX_ROWS, TARGETS // outputs, cheap))
         count = min(places[site.module], -(-wanted // (len(images) * ranks)))
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * ranks + rank)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * ranks + processes.rank)
         drawn = [torch.randperm(places[site.module], generator=generator)[:count] for _ in images]
         positions = torch.stack(drawn).to(device)
         layers.append(Layer(site, dense, slim, kept[site.module].to(device), positions))
-
-    def total(tensor: Tensor) -> Tensor:
-        return accelerator.reduce(tensor.to(device), "sum").cpu() if ranks > 1 else tensor
 
     step = max(map(len, batches))
     for at in range(0, len(images), step):
@@ -275,7 +272,7 @@ def fit_layers(
         layer.targets -= layer.of_sum(layer.take(value))
 
     def fit(layer: Layer, value: Tensor) -> None:
-        use(layer, layer.fit(value, held, total))
+        use(layer, layer.fit(value, held, processes.sum))
         layer.targets = layer.positions = None
 
     with watching(slim, layers, on_input=fit, on_other=take_off):

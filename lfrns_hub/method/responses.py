@@ -18,6 +18,7 @@ from lfrns_hub.model_io.answers import read_answer
 from lfrns_hub.model_io.batches import Batches, read_tensors, split_batch
 from lfrns_hub.model_io.hooks import OnOutput, hooked
 from lfrns_hub.model_io.model import as_input, differentiated, return_memory
+from lfrns_hub.runs.processes import ALONE, Processes
 from lfrns_hub.units import UnitGroup
 
 HELD_OUT_EVERY = 5  # every fifth batch chooses the ridge; the others fit (their images: shuffle_images)
@@ -156,7 +157,7 @@ def collect(
     *,
     macs: float,
     seed: int,
-    accelerator: Any = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Moments]:
     """Run the images once and keep the moments at each tap.
 
@@ -169,7 +170,7 @@ def collect(
         batches: Batches as the user's loader yields them; labels are not needed.
         macs: Of the forward pass of one image.
         seed: Of the rows drawn and of the labels drawn from the model's own predictions.
-        accelerator: Given, each process takes its share of the batches and the sums are reduced.
+        processes: Each takes its share of the batches; the sums are reduced.
     Returns:
         Moments per consumer; those that read the same tensor share them.
     Source: Moments of the features as DESIGN.md section 4; the loss weights are the diagonal of the Fisher
@@ -187,11 +188,11 @@ def collect(
     }
     loss_weights = {name: torch.zeros(len(m.weight), dtype=torch.float64) for name, m in modules.items()}
     weighed, to_weigh = torch.zeros(1, dtype=torch.float64), max(LEAST_WEIGHED, count // WEIGHED_EVERY)
-    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    ours = range(len(images_of))[processes.share]
     for number, images in enumerate(images_of):
         weighing = min(len(images), to_weigh)
         to_weigh -= weighing
-        if number % ranks != rank:
+        if number not in ours:
             continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         part = int(number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
@@ -213,10 +214,9 @@ def collect(
                 return_memory()  # of backward passes
     for m in moments.values():
         mirror(m.square)
-    if ranks > 1:
-        sums = [t for m in moments.values() for t in (m.count, m.total, m.square)]
-        for tensor in [*sums, *loss_weights.values(), weighed]:
-            tensor.copy_(accelerator.reduce(tensor.to(accelerator.device), "sum").cpu())
+    sums = [t for m in moments.values() for t in (m.count, m.total, m.square)]
+    for tensor in [*sums, *loss_weights.values(), weighed]:
+        tensor.copy_(processes.sum(tensor))
     return {
         name: replace(
             moments[readers[name]],
@@ -332,8 +332,8 @@ def add_loss_weights(
 
 
 def observe(
-    dense: nn.Module, chosen: Sequence[UnitGroup], batches: Batches, macs: float, seed: int, accelerator: Any
+    dense: nn.Module, chosen: Sequence[UnitGroup], batches: Batches, macs: float, seed: int, processes: Processes
 ) -> dict[str, Moments]:
     """Run the images and keep the moments at every tap of the chosen groups."""
     taps = list(dict.fromkeys(tap.module for group in chosen for tap in group.taps))
-    return collect(dense, taps, batches, macs=macs, seed=seed, accelerator=accelerator)
+    return collect(dense, taps, batches, macs=macs, seed=seed, processes=processes)

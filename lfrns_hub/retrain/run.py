@@ -22,7 +22,7 @@ from lfrns_hub.retrain.captured import CapturedSteps, Labels
 from lfrns_hub.retrain.features import Features, watch_features
 from lfrns_hub.retrain.loss import ask_teacher
 from lfrns_hub.retrain.losses import Losses
-from lfrns_hub.runs.checkpoints import Checkpoints, Position, caught_sigterm, told_anywhere
+from lfrns_hub.runs.checkpoints import Checkpoints, Position, caught_sigterm
 from lfrns_hub.runs.processes import Processes
 from lfrns_hub.runs.seeded import apart, random_kept, rounds, seeded_loader
 from lfrns_hub.units import SlimPlan
@@ -103,6 +103,7 @@ class Run:
     _outputs: Outputs | None = None
 
     def __post_init__(self) -> None:
+        self._processes = Processes(self.accelerator)
         self._losses = Losses(self.accelerator.device)
         self._steps = CapturedSteps(self._learn, self.optimizer, self.captured)
 
@@ -111,7 +112,7 @@ class Run:
         at = self.checkpoints.load(self.scheduler) if self.checkpoints else Position()
         if at.step:
             self._gather_weights()
-        show = self.progress and self.accelerator.is_main_process
+        show = self.progress and self._processes.is_main
         listening = caught_sigterm() if self.checkpoints else contextlib.nullcontext()
         bar = tqdm(total=self.steps, initial=at.step, desc="retrain", mininterval=0.5, disable=not show)
         teaching = evaluating(self.teacher, device=self.accelerator.device)
@@ -185,7 +186,7 @@ class Run:
         """Say what the outputs mean: the same after the run was gone on with, and on every process."""
         models = [self.whole, *filter(None, [self.teacher])]
         with random_kept():
-            outputs = settle_by_loader(models, output, labels, self.data.given, "retrain", Processes(self.accelerator))
+            outputs = settle_by_loader(models, output, labels, self.data.given, "retrain", self._processes)
         if outputs.are_features and self.eval_loader is not None:
             raise ValueError(
                 "retrain(eval_loader): the model answers with features, which no label scores. Leave it out, and "
@@ -216,13 +217,13 @@ class Run:
 
     def keep(self, at: Position, told: Any, bar: tqdm, *, epoch_ended: bool = False) -> None:
         """Write a checkpoint where one is due, and end the program where SIGTERM has come."""
-        stopping = not epoch_ended and told_anywhere(told, self.accelerator)
+        stopping = not epoch_ended and self._processes.any(told.is_set())
         if epoch_ended or stopping or self.checkpoints.due(at):
             if not epoch_ended:
                 self._tell(bar, at.epoch, wait=True)
                 self.check_weights(self.model, at)
             self.checkpoints.save(at, self.scheduler)
-        if stopping or (epoch_ended and told_anywhere(told, self.accelerator)):
+        if stopping or (epoch_ended and self._processes.any(told.is_set())):
             self.checkpoints.stop(at, self.steps)
 
     def score(self, at: Position, bar: tqdm, epochs: int) -> None:
@@ -235,7 +236,7 @@ class Run:
             bar.write(f"epoch {at.epoch} of {epochs}: {', '.join(words)}; {scores['images']} images")
         values = {"_".join(filter(None, ["eval", head, f.key])): value for head, f, value in figures}
         values |= {"eval_loss": scores["loss"]} if "loss" in scores else {}
-        _track(self.tracker, self.accelerator, values, at.step)
+        self._track(values, at.step)
 
     def check_weights(self, model: nn.Module, at: Position) -> None:
         """Stop where a step has left a weight that is not finite, before it is saved or given back."""
@@ -250,7 +251,12 @@ class Run:
         for loss in self._losses.read(wait=wait):
             self._check_loss(loss.value, loss.step, loss.rate)
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss.value:.3f}", lr=f"{loss.rate:.2e}", refresh=False)
-            _track(self.tracker, self.accelerator, {"loss": loss.value, "learning_rate": loss.rate}, loss.step)
+            self._track({"loss": loss.value, "learning_rate": loss.rate}, loss.step)
+
+    def _track(self, values: dict[str, float], step: int) -> None:
+        """Hand figures to the tracker on the main process."""
+        if self.tracker is not None and self._processes.is_main:
+            self.tracker(values, step)
 
     def _check_loss(self, value: float, step: int, rate: float) -> None:
         """Stop before a loss that is not finite spoils the rest."""
@@ -285,9 +291,3 @@ def _average_buffers(model: nn.Module, accelerator: Accelerator) -> None:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.running_mean.copy_(accelerator.reduce(module.running_mean, reduction="mean"))
                 module.running_var.copy_(accelerator.reduce(module.running_var, reduction="mean"))
-
-
-def _track(tracker: Callable | None, accelerator: Accelerator, values: dict[str, float], step: int) -> None:
-    """Hand figures to the tracker on the main process."""
-    if tracker is not None and accelerator.is_main_process:
-        tracker(values, step)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lfrns_hub.format.door import call
 from lfrns_hub.runs import remove, written_aside
-from lfrns_hub.runs.checkpoints import Stopped, caught_sigterm, told_anywhere
+from lfrns_hub.runs.checkpoints import Stopped, caught_sigterm
+from lfrns_hub.runs.processes import Processes
 
 VERSIONS = [version(name) for name in ("torch", "timm", "transformers")]
 KEPT = 2  # contents: the last that was used, and the one before
@@ -34,18 +35,17 @@ class Cache:
 
     Args:
         directory: The folder, there or not; None keeps nothing. It may be removed at any time.
-        accelerator: Of the run, or None.
+        processes: Of the run; the main one writes.
         content: What everything kept hangs on: the model, images, options; this package's code and versions of torch,
             timm and transformers are added. Another content finds nothing here.
     """
 
-    def __init__(self, directory: str | os.PathLike | None, accelerator: Any, *content: Any):
-        self.directory, self.accelerator = None if directory is None else Path(directory), accelerator
+    def __init__(self, directory: str | os.PathLike | None, processes: Processes, *content: Any):
+        self.directory, self.processes = None if directory is None else Path(directory), processes
         self._call = call("slim")
-        processes = accelerator.num_processes if accelerator else 1
         if directory is not None:
             code = [path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py"))]
-            self._content = digest(code, VERSIONS, processes, *content)
+            self._content = digest(code, VERSIONS, processes.count, *content)
 
     def keep(self, name: str, compute: Callable[[], Any], *content: Any) -> Any:
         """Return what was kept, or compute and keep it.
@@ -95,14 +95,10 @@ class Cache:
             if path.is_file():  # a pipe would never end
                 found = _open(path)
                 os.utime(path)
-        if self.accelerator is not None:
-            missing = torch.tensor([int(found is None)], device=self.accelerator.device)
-            if int(self.accelerator.reduce(missing, "sum").item()):
-                return None
-        return found and found[0]
+        return None if self.processes.any(found is None) else found[0]
 
     def _write(self, path: Path, value: Any) -> None:
-        """Keep a value, by the main process."""
+        """Keep a value, by the main process; where that fails, raise on all."""
 
         def write() -> None:
             tensors: dict[str, Tensor] = {}
@@ -112,7 +108,13 @@ class Cache:
                 save_file(tensors, partial, metadata={"value": text, "digest": digest(text, tensors)})
             self._sweep()
 
-        self._on_main(write)
+        failed, error = self.processes.attempt(write, OSError, SafetensorError, main_only=True)
+        if failed:
+            raise OSError(
+                f"{self._call}(checkpoint_dir={str(self.directory)!r}): the folder cannot be written to "
+                f"({error or 'on the main process'}). What was kept there before is there still. Make room, or name "
+                "another folder."
+            ) from error
 
     def _sweep(self) -> None:
         """Remove what belongs to no content of the last two that were used, half-written files too."""
@@ -125,24 +127,6 @@ class Cache:
         for path, content in files:
             if content not in kept:
                 remove(path)
-
-    def _on_main(self, work: Callable[[], None]) -> None:
-        """Do something on the main process, and raise on all where it failed."""
-        error = None
-        if self.accelerator is None or self.accelerator.is_main_process:
-            try:
-                work()
-            except (OSError, SafetensorError) as failed:
-                error = failed
-        failures = torch.tensor([int(error is not None)])
-        if self.accelerator is not None:
-            failures = self.accelerator.reduce(failures.to(self.accelerator.device), "sum")
-        if int(failures.item()):
-            raise OSError(
-                f"{self._call}(checkpoint_dir={str(self.directory)!r}): the folder cannot be written to "
-                f"({error or 'on the main process'}). What was kept there before is there still. Make room, or name "
-                "another folder."
-            ) from error
 
 
 def _open(path: Path) -> tuple[Any] | None:
@@ -172,12 +156,11 @@ class Training:
             last: Whether these are all.
             state: Gives what `load` is to give, as `Cache.keep` takes it.
         """
-        accelerator = self._cache.accelerator
-        stopping = told_anywhere(self._told, accelerator)
+        stopping = self._cache.processes.any(self._told.is_set())
         if stopping or last or step % STEPS_BETWEEN == 0:
             self._cache._write(self._path, state())
         if stopping:
-            if accelerator is None or accelerator.is_main_process:
+            if self._cache.processes.is_main:
                 where = f"step {step} of the gates' training, saved in {self._cache.directory}"
                 print(f"SIGTERM: stopped after {where}. The same call goes on from there.", file=sys.stderr, flush=True)
             raise Stopped(0)

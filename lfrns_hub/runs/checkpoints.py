@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lfrns_hub.runs.atomic import PARTIAL, remove, rename_synced, written_aside
+from lfrns_hub.runs.processes import Processes
 
 FORMAT = 1
 KEPT = 2  # checkpoints: the last, and the one before
@@ -51,7 +52,8 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike, accelerator: Any, run: dict[str, Any], every: int):
         self.directory, self.accelerator, self.every = Path(directory), accelerator, every
-        self.run = json.loads(json.dumps({"format": FORMAT, "processes": accelerator.num_processes, **run}))
+        self.processes = Processes(accelerator)
+        self.run = json.loads(json.dumps({"format": FORMAT, "processes": self.processes.count, **run}))
         self._call = f"retrain(checkpoint_dir={str(directory)!r})"
         if accelerator.project_configuration.automatic_checkpoint_naming:
             raise ValueError(
@@ -74,13 +76,11 @@ class Checkpoints:
             OSError: It cannot be read.
         """
         path = self.last()
-        steps = self.accelerator.gather(
-            torch.tensor([int(path.name[5:]) if path else -1], device=self.accelerator.device)
-        )
-        if len(steps.unique()) > 1:
+        steps = self.processes.gather(int(path.name[5:]) if path else -1)
+        if len(set(steps)) > 1:
             raise ValueError(
-                f"{self._call}: the processes see different checkpoints there (steps {steps.tolist()}). Name a folder "
-                "that all machines share."
+                f"{self._call}: the processes see different checkpoints there (steps {steps}). Name a folder that all "
+                "machines share."
             )
         if path is None:
             return Position()
@@ -89,8 +89,8 @@ class Checkpoints:
         def read() -> None:
             saved.update(json.loads((path / _STATE).read_text()))
             self._refuse_another_run(saved["run"], path)
-            if not (path / f"random_states_{self.accelerator.process_index}.pkl").is_file():
-                raise FileNotFoundError(f"the random states of process {self.accelerator.process_index} are missing")
+            if not (path / f"random_states_{self.processes.rank}.pkl").is_file():
+                raise FileNotFoundError(f"the random states of process {self.processes.rank} are missing")
             before = torch.default_generator.manual_seed(_SENTINEL).get_state()
             self.accelerator.load_state(str(path))  # by safetensors, and by torch's weights_only
             if torch.equal(torch.get_rng_state(), before):  # of which Accelerate says nothing
@@ -120,7 +120,7 @@ class Checkpoints:
 
         def write() -> None:
             self.accelerator.save_state(str(partial))
-            if self.accelerator.is_main_process:
+            if self.processes.is_main:
                 state = {"run": self.run, "position": asdict(position), "scheduler": scheduler.state_dict()}
                 (partial / _STATE).write_text(json.dumps(state))
 
@@ -131,13 +131,13 @@ class Checkpoints:
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        if self.accelerator.is_main_process:
+        if self.processes.is_main:
             for old in self._all()[:-KEPT]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def stop(self, position: Position, steps: int) -> None:
         """End the program after a SIGTERM, with exit code 0 and a message; the checkpoint has been written."""
-        if self.accelerator.is_main_process:
+        if self.processes.is_main:
             print(
                 f"SIGTERM: stopped after step {position.step} of {steps}, saved in {self.last()}. The same call goes "
                 "on from there.",
@@ -174,14 +174,9 @@ class Checkpoints:
 
     def _together(self, work: Callable[[], None], what: str, way_out: str, *, main_only: bool = False) -> None:
         """Do something on every process, and raise on every one where one has failed: none waits for ever."""
-        error = None
-        try:
-            if self.accelerator.is_main_process or not main_only:
-                work()
-        except Exception as failed:  # each library tells of a full disk or a damaged file in a type of its own
-            error = failed
-        failures = torch.tensor([int(error is not None)], device=self.accelerator.device)
-        if not int(self.accelerator.reduce(failures, "sum").item()):
+        # Exception: each library tells of a full disk or a damaged file in a type of its own.
+        failed, error = self.processes.attempt(work, Exception, main_only=main_only)
+        if not failed:
             return
         if isinstance(error, ValueError) and str(error).startswith(self._call):
             raise error
@@ -208,12 +203,3 @@ def caught_sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
     if told.is_set():  # it came after the last time that anyone asked
         signal.raise_signal(signal.SIGTERM)
-
-
-def told_anywhere(told: threading.Event, accelerator: Any = None) -> bool:
-    """Return whether SIGTERM has come to any of the processes; all of them ask together."""
-    if accelerator is None:
-        return told.is_set()
-    if told.is_set():
-        accelerator.set_trigger()
-    return accelerator.check_trigger()
