@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 class Processes:
     """The processes of an Accelerate accelerator; without one, a single process that sends nothing.
 
-    What a method sends, every process has to ask for at the same time.
+    Whatever is sent, every process has to call the same method at the same time.
 
     Attributes:
         rank, count: The number of this process, from 0 on, and how many there are.
