@@ -18,10 +18,10 @@ from lfrns_hub.measure import evaluate, evaluating, main_figures
 from lfrns_hub.model_io.answers import Answer, Outputs, read_answer, settle_by_loader
 from lfrns_hub.model_io.batches import split_batch
 from lfrns_hub.model_io.model import laid_out, settle_layout
-from lfrns_hub.retrain.captured import CapturedSteps, Labels
+from lfrns_hub.retrain.cuda_graph import CapturedSteps, Labels
 from lfrns_hub.retrain.features import Features, watch_features
+from lfrns_hub.retrain.late_losses import Losses
 from lfrns_hub.retrain.loss import ask_teacher
-from lfrns_hub.retrain.losses import Losses
 from lfrns_hub.runs.checkpoints import Checkpoints, Position, caught_sigterm
 from lfrns_hub.runs.processes import Processes
 from lfrns_hub.runs.seeded import apart, random_kept, rounds, seeded_loader
@@ -95,7 +95,7 @@ class Run:
     tracker: Callable[[dict[str, float], int], None] | None
     eval_loader: Any
     progress: bool
-    captured: str | None = "it is not asked for"  # why no step is recorded as a graph; None: where it can be
+    no_graph: str | None = "it is not asked for"  # why no step is recorded as a graph; None: where it can be
     _next: int = 1  # step
     _rate: float = 0.0
     _settled: bool = False
@@ -105,7 +105,7 @@ class Run:
     def __post_init__(self) -> None:
         self._processes = Processes(self.accelerator)
         self._losses = Losses(self.accelerator.device)
-        self._steps = CapturedSteps(self._learn, self.optimizer, self.captured)
+        self._steps = CapturedSteps(self._learn, self.optimizer, self.no_graph)
 
     def train(self, epochs: int) -> None:
         """Take the epochs that are left."""

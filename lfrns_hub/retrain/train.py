@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from lfrns_hub.method.provenance import provenance_of
 from lfrns_hub.model_io.model import laid_out_models
-from lfrns_hub.retrain.captured import refuse_capture
 from lfrns_hub.retrain.choices import fill_defaults, make_optimizer, rate_at, ready_accelerator
+from lfrns_hub.retrain.cuda_graph import refuse_capture
 from lfrns_hub.retrain.loss import mixed_loss
 from lfrns_hub.retrain.run import Epochs, Run
 from lfrns_hub.runs.cache import digest

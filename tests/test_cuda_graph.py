@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lfrns_hub as lfrns
-from lfrns_hub.retrain import captured, train
-from lfrns_hub.retrain.losses import LATE, Losses
+from lfrns_hub.retrain import cuda_graph, train
+from lfrns_hub.retrain.late_losses import LATE, Losses
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -60,9 +60,9 @@ def graphs(monkeypatch) -> list[int]:
         return replay, loss
 
     if not torch.cuda.is_available():
-        monkeypatch.setattr(captured, "record", record)
+        monkeypatch.setattr(cuda_graph, "record", record)
         monkeypatch.setattr(train, "refuse_capture", lambda accelerator: None)
-        monkeypatch.setattr(captured, "_on_device", lambda *_: contextlib.nullcontext())
+        monkeypatch.setattr(cuda_graph, "_on_device", lambda *_: contextlib.nullcontext())
     return replays
 
 
@@ -85,7 +85,7 @@ def test_recorded_steps_learn_what_plain_steps_learn(graphs, optimizer):
         assert recorded["learning_rate"] == plain["learning_rate"]
         assert recorded["loss"] == pytest.approx(plain["loss"], rel=1e-3, abs=1e-5)
     if not torch.cuda.is_available():
-        assert len(graphs) == 3 * 8 - 1 - captured.PLAIN_STEPS  # the last batch of an epoch has another shape
+        assert len(graphs) == 3 * 8 - 1 - cuda_graph.PLAIN_STEPS  # the last batch of an epoch has another shape
 
 
 def test_a_forward_that_draws_on_the_cpu_is_never_recorded(graphs):
@@ -105,10 +105,10 @@ def test_a_forward_that_waits_for_the_gpu_is_heard_and_other_warnings_pass(monke
         return torch.ones(())
 
     with pytest.warns(UserWarning) as heard:
-        loss, waited = captured._watched(compute)
+        loss, waited = cuda_graph._watched(compute)
     assert waited and float(loss) == 1 and modes == ["warn", 0]
     assert [str(one.message) for one in heard] == ["the user's own"]
-    assert captured._watched(lambda: torch.ones(()))[1] is False
+    assert cuda_graph._watched(lambda: torch.ones(()))[1] is False
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
