@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accuracy import TASKS, Bench
+from accuracy import CALIBRATION_IMAGES, TASKS, Bench, parse
 from case import Case
 from ours import taylor_scores, unit_scores
 from rich.console import Console
@@ -28,7 +28,7 @@ from lfrns_hub.method.redundancy import find_merges, views
 from lfrns_hub.method.responses import Moments, held_out, observe
 from lfrns_hub.method.select import CLUSTER_TO, cluster
 from lfrns_hub.model_io.model import analysis_copy
-from lfrns_hub.options import choose_groups
+from lfrns_hub.options import FindOptions, choose_groups
 from lfrns_hub.runs.processes import ALONE
 from lfrns_hub.trace import trace_model
 from lfrns_hub.units import UnitGroup
@@ -42,8 +42,7 @@ class Clustered:
     def __init__(self, case: Case):
         self.dense, self.batches = analysis_copy(case.dense, case.images.device), case.batches()
         trace = trace_model(self.dense, case.example())
-        kinds = ("channel", "head", "neuron")
-        self.groups: list[UnitGroup] = choose_groups(trace.groups, kinds, None, (), False, 1, call="slim")
+        self.groups: list[UnitGroup] = choose_groups(trace.groups, FindOptions())
         self.moments: dict[str, Moments] = observe(
             self.dense, self.groups, self.batches, trace.cost.macs({}), case.seed, ALONE
         )
@@ -106,9 +105,9 @@ def main() -> None:
     parser.add_argument("--weights-dir", default="weights")
     parser.add_argument("--images", type=int, default=1000, help="of those split off, on which the truth is taken")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
-    options = parser.parse_args()
-    options.params, options.dense_epochs, options.classes = None, None, 10
-    options.device, options.cache = "cuda" if torch.cuda.is_available() else "cpu", "out/accuracy"
+    parser.add_argument("--calibration-images", type=int, default=CALIBRATION_IMAGES)
+    parser.add_argument("--limit", type=int, help="of the images of each split, to try that it runs")
+    options = argparse.Namespace(**{**vars(parse([])), **vars(parser.parse_args())})
     bench = Bench(options)
     case = bench.case(seed=0)
     clustered = Clustered(case)
