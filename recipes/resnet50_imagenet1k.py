@@ -28,9 +28,11 @@ def main() -> None:
     parser = recipe.recipe_parser(
         __doc__, path=__file__, model="resnet50.a1_in1k", macs=0.5, epochs=30, batch_size=1024, dense_epochs=0
     )
-    parser.add_argument("--weights", default=None, help="of the dense model, in place of the published ones")
-    parser.add_argument("--train-images", type=int, default=None, help="an epoch has (default: what the data says)")
-    parser.add_argument("--workers", type=int, default=8, help="that decode, of each process (default: %(default)s)")
+    parser.add_argument("--weights", default=None, help="weights of the dense model, in place of the published ones")
+    parser.add_argument(
+        "--train-images", type=int, default=None, help="training images per epoch (default: what the data says)"
+    )
+    parser.add_argument("--workers", type=int, default=8, help="decoder workers per process (default: %(default)s)")
     args = parser.parse_args()
     if args.dense_epochs:
         raise ValueError(f"--dense-epochs {args.dense_epochs}: the dense model is not trained here. Bring --weights.")
@@ -61,14 +63,9 @@ def main() -> None:
 
     # Slim and retrain. Every stage keeps in a folder of its own in work/ what --resume goes on from.
     work = recipe.begin_run(out, args, accelerator)
+    common = {"accelerator": accelerator, "seed": args.seed}
     result = lfrns.slim(
-        dense,
-        calibration_loader,
-        macs=args.macs,
-        fcr_steps=fcr_steps,
-        accelerator=accelerator,
-        seed=args.seed,
-        checkpoint_dir=work / "slim",
+        dense, calibration_loader, macs=args.macs, fcr_steps=fcr_steps, checkpoint_dir=work / "slim", **common
     )
     before = evaluate(result.model, test_loader, teacher=dense, accelerator=accelerator)
     lfrns.retrain(
@@ -80,33 +77,21 @@ def main() -> None:
         learning_rate=LEARNING_RATE * args.batch_size / 256,
         weight_decay=WEIGHT_DECAY,
         label_smoothing=LABEL_SMOOTHING,
-        accelerator=accelerator,
-        seed=args.seed,
         checkpoint_dir=work / "retrain",
+        **common,
     )
     saving = {"label_names": test_set.class_names, "overwrite": True}
     if accelerator.is_main_process:  # the weights at once; what is said of them comes last
         recipe.save_trained(result.model, out, **saving)
 
-    # Evaluate: the last epoch, on images that nothing was chosen by.
+    # Evaluate the last epoch, on images that nothing was chosen by; then save, show and push.
     record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
     rows = [recipe.control_row("slim, not retrained", before)]
-    record.setup.update(
-        recipe.describe_run(__file__),
-        **recipe.describe_data(data),
-        calibration_images=len(calibration_set),
-        seed=args.seed,
-        epochs=epochs,
-        smoke=args.smoke,
-        label_names=test_set.class_names,
-        controls=rows,
-    )
-
-    # Save, show and push.
-    if accelerator.is_main_process:
-        recipe.draw_clusters(dense, result, calibration_loader, out)
-        lfrns.save(result.model, out, record=record, **saving)
-    recipe.finish(out, accelerator, args.push_to_hub, with_images=args.with_images)
+    record.setup |= recipe.describe_run(__file__) | recipe.describe_data(data)
+    record.setup |= {"calibration_images": len(calibration_set), "seed": args.seed}
+    record.setup |= {"epochs": epochs, "smoke": args.smoke}
+    record.setup |= {"label_names": test_set.class_names, "controls": rows}
+    recipe.publish(args, accelerator, out, dense, result, calibration_loader, record, saving)
 
 
 if __name__ == "__main__":

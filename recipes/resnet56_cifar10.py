@@ -29,8 +29,8 @@ def main() -> None:
     parser = recipe.recipe_parser(
         __doc__, path=__file__, model="cifar_resnet56", macs=0.5, epochs=40, batch_size=128, dense_epochs=None
     )
-    parser.add_argument("--weights", default=None, help="of the dense model: safetensors or .pth")
-    parser.add_argument("--no-controls", action="store_true", help="slim only, nothing trained beside it")
+    parser.add_argument("--weights", default=None, help="weights of the dense model: safetensors or .pth")
+    parser.add_argument("--no-controls", action="store_true", help="train no controls, the slim model only")
     args = parser.parse_args()
     out, accelerator = recipe.open_run(args)
     # Without weights the network is trained for as long as in the literature; with them, not at all.
@@ -43,12 +43,11 @@ def main() -> None:
     dense = create_dense(args.model, num_classes=None if args.weights else 10, weights=args.weights)
     data = args.data_dir or "uoft-cs/cifar10"
     train_transform, test_transform = make_transform(dense, train=True), make_transform(dense, train=False)
-    train_set = load_data(data, "train", transform=train_transform, model=dense, limit=limit, seed=args.seed)
+    options = {"model": dense, "seed": args.seed}
+    train_set = load_data(data, "train", transform=train_transform, limit=limit, **options)
     calibration_images = min(limit or CALIBRATION_IMAGES, CALIBRATION_IMAGES)
-    calibration_set = load_data(
-        data, "train", transform=test_transform, model=dense, limit=calibration_images, seed=args.seed
-    )
-    test_set = load_data(data, "validation", transform=test_transform, model=dense, limit=limit, seed=args.seed)
+    calibration_set = load_data(data, "train", transform=test_transform, limit=calibration_images, **options)
+    test_set = load_data(data, "validation", transform=test_transform, limit=limit, **options)
     train_loader = DataLoader(train_set, max(1, args.batch_size // accelerator.num_processes), shuffle=True)
     calibration_loader = DataLoader(calibration_set, 250)
     test_loader = DataLoader(test_set, 250)
@@ -56,6 +55,7 @@ def main() -> None:
 
     # The dense model. Every stage keeps in a folder of its own in work/ what --resume goes on from.
     work = recipe.begin_run(out, args, accelerator)
+    common = {"accelerator": accelerator, "seed": args.seed}
     kept_weights = work / "dense.safetensors"
     if args.resume and kept_weights.exists():
         recipe.load_weights(dense, kept_weights)
@@ -66,9 +66,8 @@ def main() -> None:
             epochs=dense_epochs,
             learning_rate=DENSE_LEARNING_RATE,
             weight_decay=DENSE_WEIGHT_DECAY,
-            accelerator=accelerator,
-            seed=args.seed,
             checkpoint_dir=work / "dense",
+            **common,
         )
     if not args.smoke:
         guard_against_chance(dense, calibration_loader, data)
@@ -76,25 +75,13 @@ def main() -> None:
 
     # Slim and retrain.
     result = lfrns.slim(
-        dense,
-        calibration_loader,
-        macs=args.macs,
-        fcr_steps=fcr_steps,
-        accelerator=accelerator,
-        seed=args.seed,
-        checkpoint_dir=work / "slim",
+        dense, calibration_loader, macs=args.macs, fcr_steps=fcr_steps, checkpoint_dir=work / "slim", **common
     )
     before = evaluate(result.model, test_loader, teacher=dense, accelerator=accelerator)
     if accelerator.is_main_process:
         print(f"Slim, not retrained: {before['top1_pct']:.2f} % top-1 of {before['images']} images", flush=True)
-    retraining = {
-        "teacher": dense,
-        "epochs": epochs,
-        "learning_rate": RETRAIN_LEARNING_RATE,
-        "weight_decay": RETRAIN_WEIGHT_DECAY,
-        "accelerator": accelerator,
-        "seed": args.seed,
-    }
+    retraining = {**common, "teacher": dense, "epochs": epochs}
+    retraining |= {"learning_rate": RETRAIN_LEARNING_RATE, "weight_decay": RETRAIN_WEIGHT_DECAY}
     lfrns.retrain(result.model, train_loader, checkpoint_dir=work / "retrain", **retraining)
     saving = {"label_names": test_set.class_names, "overwrite": True}
     if accelerator.is_main_process:  # the weights at once; what is said of them comes last
@@ -104,29 +91,15 @@ def main() -> None:
     rows = [recipe.control_row("slim, not retrained", before)]
     if not args.no_controls:
         groups = lfrns.find_units(dense, example_input(dense))
-        for name, model in recipe.make_controls(dense, result.plan, groups, args.seed).items():
-            lfrns.retrain(model, train_loader, checkpoint_dir=work / f"control, {name.partition(',')[0]}", **retraining)
-            rows.append(recipe.control_row(name, evaluate(model, test_loader, accelerator=accelerator)))
+        rows += recipe.run_controls(dense, result.plan, groups, train_loader, test_loader, work, **retraining)
 
-    # Evaluate: the last epoch, on images that nothing was chosen by.
+    # Evaluate the last epoch, on images that nothing was chosen by; then save, show and push.
     record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
-    record.setup.update(
-        recipe.describe_run(__file__),
-        **recipe.describe_data(data),
-        calibration_images=len(calibration_set),
-        seed=args.seed,
-        epochs=epochs,
-        dense_epochs=dense_epochs,
-        smoke=args.smoke,
-        label_names=test_set.class_names,
-        controls=rows,
-    )
-
-    # Save, show and push.
-    if accelerator.is_main_process:
-        recipe.draw_clusters(dense, result, calibration_loader, out)
-        lfrns.save(result.model, out, record=record, **saving)
-    recipe.finish(out, accelerator, args.push_to_hub, with_images=args.with_images)
+    record.setup |= recipe.describe_run(__file__) | recipe.describe_data(data)
+    record.setup |= {"calibration_images": len(calibration_set), "seed": args.seed}
+    record.setup |= {"epochs": epochs, "dense_epochs": dense_epochs, "smoke": args.smoke}
+    record.setup |= {"label_names": test_set.class_names, "controls": rows}
+    recipe.publish(args, accelerator, out, dense, result, calibration_loader, record, saving)
 
 
 if __name__ == "__main__":

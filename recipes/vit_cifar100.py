@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
-from lfrns_hub.measure import evaluate
 from lfrns_hub.pictures import load_processor
 from lfrns_hub.zoo import (
     check_images,
@@ -44,8 +43,8 @@ def main() -> None:
         batch_size=64,
         dense_epochs=None,
     )
-    parser.add_argument("--label-column", default=None, help="of the parquet files (default: fine_label or label)")
-    parser.add_argument("--no-controls", action="store_true", help="slim only, nothing trained beside it")
+    parser.add_argument("--label-column", default=None, help="column in parquet files (default: fine_label or label)")
+    parser.add_argument("--no-controls", action="store_true", help="train no controls, the slim model only")
     args = parser.parse_args()
     out, accelerator = recipe.open_run(args)
     epochs, fcr_steps, limit = (min(args.epochs, 1), 5, 128) if args.smoke else (args.epochs, FCR_STEPS, None)
@@ -78,34 +77,24 @@ def main() -> None:
 
     # The dense model. Every stage keeps in a folder of its own in work/ what --resume goes on from.
     work = recipe.begin_run(out, args, accelerator)
-    training = {
-        "learning_rate": LEARNING_RATE,
-        "weight_decay": WEIGHT_DECAY,
-        "label_smoothing": LABEL_SMOOTHING,
-        "accelerator": accelerator,
-        "seed": args.seed,
-    }
+    common = {"accelerator": accelerator, "seed": args.seed}
+    training = {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "label_smoothing": LABEL_SMOOTHING}
     kept_weights = work / "dense.safetensors"
     if args.resume and kept_weights.exists():
         recipe.load_weights(dense, kept_weights)
     elif dense_epochs:
         dense_epochs = 1 if args.smoke else dense_epochs
-        lfrns.retrain(dense, train_loader, epochs=dense_epochs, checkpoint_dir=work / "dense", **training)
+        lfrns.retrain(dense, train_loader, epochs=dense_epochs, checkpoint_dir=work / "dense", **training, **common)
     if not args.smoke:
         guard_against_chance(dense, calibration_loader, data)
     recipe.save_weights(dense, kept_weights, accelerator)
 
     # Slim and retrain.
     result = lfrns.slim(
-        dense,
-        calibration_loader,
-        macs=args.macs,
-        fcr_steps=fcr_steps,
-        accelerator=accelerator,
-        seed=args.seed,
-        checkpoint_dir=work / "slim",
+        dense, calibration_loader, macs=args.macs, fcr_steps=fcr_steps, checkpoint_dir=work / "slim", **common
     )
-    lfrns.retrain(result.model, train_loader, teacher=dense, epochs=epochs, checkpoint_dir=work / "retrain", **training)
+    retraining = {**training, **common, "teacher": dense, "epochs": epochs}
+    lfrns.retrain(result.model, train_loader, checkpoint_dir=work / "retrain", **retraining)
     saving = {"processor": load_processor(dense), "label_names": label_names, "overwrite": True}
     if accelerator.is_main_process:  # the weights at once; what is said of them comes last
         recipe.save_trained(result.model, out, **saving)
@@ -114,30 +103,15 @@ def main() -> None:
     rows = []
     if not args.no_controls:
         groups = lfrns.find_units(dense, example_input(dense))
-        for name, model in recipe.make_controls(dense, result.plan, groups, args.seed).items():
-            folder = work / f"control, {name.partition(',')[0]}"
-            lfrns.retrain(model, train_loader, teacher=dense, epochs=epochs, checkpoint_dir=folder, **training)
-            rows.append(recipe.control_row(name, evaluate(model, test_loader, accelerator=accelerator)))
+        rows += recipe.run_controls(dense, result.plan, groups, train_loader, test_loader, work, **retraining)
 
-    # Evaluate: the last epoch, on images that nothing was chosen by.
+    # Evaluate the last epoch, on images that nothing was chosen by; then save, show and push.
     record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
-    record.setup.update(
-        recipe.describe_run(__file__),
-        **recipe.describe_data(data),
-        calibration_images=len(calibration_set),
-        seed=args.seed,
-        epochs=epochs,
-        dense_epochs=dense_epochs,
-        smoke=args.smoke,
-        label_names=label_names,
-        controls=rows,
-    )
-
-    # Save, show and push.
-    if accelerator.is_main_process:
-        recipe.draw_clusters(dense, result, calibration_loader, out)
-        lfrns.save(result.model, out, record=record, **saving)
-    recipe.finish(out, accelerator, args.push_to_hub, with_images=args.with_images)
+    record.setup |= recipe.describe_run(__file__) | recipe.describe_data(data)
+    record.setup |= {"calibration_images": len(calibration_set), "seed": args.seed}
+    record.setup |= {"epochs": epochs, "dense_epochs": dense_epochs, "smoke": args.smoke}
+    record.setup |= {"label_names": label_names, "controls": rows}
+    recipe.publish(args, accelerator, out, dense, result, calibration_loader, record, saving)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main() -> None:
     parser = recipe.recipe_parser(
         __doc__, path=__file__, model=None, macs=0.5, epochs=12, batch_size=64, dense_epochs=40
     )
-    parser.add_argument("--no-controls", action="store_true", help="slim only, nothing trained beside it")
+    parser.add_argument("--no-controls", action="store_true", help="train no controls, the slim model only")
     args = parser.parse_args()
     if args.data_dir:
         raise ValueError(f"--data-dir {args.data_dir}: the digits ship with scikit-learn. For yours: vit_cifar100.py.")
@@ -77,7 +77,9 @@ def main() -> None:
     # The dense model. Every stage keeps in a folder of its own in work/ what --resume goes on from.
     work = recipe.begin_run(out, args, accelerator)
     kept_weights = work / "dense.safetensors"
-    training = {"accelerator": accelerator, "weight_decay": WEIGHT_DECAY, "label_smoothing": LABEL_SMOOTHING}
+    common = {"accelerator": accelerator, "seed": args.seed}
+    training = {**common, "weight_decay": WEIGHT_DECAY, "label_smoothing": LABEL_SMOOTHING}
+    from_scratch = {**training, "learning_rate": LEARNING_RATE}
     if args.model:
         dense = create_dense(args.model, num_classes=len(LABEL_NAMES))
     else:
@@ -85,27 +87,13 @@ def main() -> None:
         if args.resume and kept_weights.exists():
             recipe.load_weights(dense, kept_weights)
         else:
-            lfrns.retrain(
-                dense,
-                train_loader,
-                epochs=dense_epochs,
-                learning_rate=LEARNING_RATE,
-                seed=args.seed,
-                checkpoint_dir=work / "dense",
-                **training,
-            )
+            lfrns.retrain(dense, train_loader, epochs=dense_epochs, checkpoint_dir=work / "dense", **from_scratch)
     guard_against_chance(dense, calibration_loader, "scikit-learn's digits")
     recipe.save_weights(dense, kept_weights, accelerator)
 
     # Slim and retrain.
     result = lfrns.slim(
-        dense,
-        calibration_loader,
-        macs=args.macs,
-        fcr_steps=fcr_steps,
-        accelerator=accelerator,
-        seed=args.seed,
-        checkpoint_dir=work / "slim",
+        dense, calibration_loader, macs=args.macs, fcr_steps=fcr_steps, checkpoint_dir=work / "slim", **common
     )
     rows = []
 
@@ -120,7 +108,7 @@ def main() -> None:
         "learning_rate": RETRAIN_LEARNING_RATE,
         "feature_weight": 0 if args.model else FEATURE_WEIGHT,
     }
-    lfrns.retrain(result.model, train_loader, seed=args.seed, checkpoint_dir=work / "retrain", **retraining)
+    lfrns.retrain(result.model, train_loader, checkpoint_dir=work / "retrain", **retraining)
     processor = ViTImageProcessor(
         size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True
     )
@@ -133,41 +121,22 @@ def main() -> None:
         groups = lfrns.find_units(dense, images[:1])
         drawn = recipe.random_cut(dense, result.plan, groups, args.seed)
         add_row("random plan, same widths, cut alone, not retrained", drawn)
-        lfrns.retrain(drawn, train_loader, seed=args.seed, checkpoint_dir=work / "random plan", **retraining)
+        lfrns.retrain(drawn, train_loader, checkpoint_dir=work / "random plan", **retraining)
         add_row("random plan, same widths, equally retrained", drawn)
     if not args.no_controls and not args.model:
         set_seed(args.seed + 1)
         scratch = cut(build_dense(), groups, result.plan)
-        lfrns.retrain(
-            scratch,
-            train_loader,
-            epochs=dense_epochs + epochs,
-            learning_rate=LEARNING_RATE,
-            seed=args.seed + 1,
-            checkpoint_dir=work / "from scratch",
-            **training,
-        )
+        from_scratch |= {"seed": args.seed + 1, "epochs": dense_epochs + epochs}
+        lfrns.retrain(scratch, train_loader, checkpoint_dir=work / "from scratch", **from_scratch)
         add_row("slim shape from scratch, as many epochs", scratch)
 
-    # Evaluate on the held-out digits.
+    # Evaluate on the held-out digits; then save, show and push.
     record = lfrns.measure(result.model, test_loader, dense=dense, accelerator=accelerator)
-    record.setup.update(
-        recipe.describe_run(__file__),
-        dataset="scikit-learn digits",
-        calibration_images=len(train_set),
-        seed=args.seed,
-        epochs=epochs,
-        dense_epochs=0 if args.model else dense_epochs,
-        smoke=args.smoke,
-        label_names=LABEL_NAMES,
-        controls=rows,
-    )
-
-    # Save, show and push.
-    if accelerator.is_main_process:
-        recipe.draw_clusters(dense, result, calibration_loader, out)
-        lfrns.save(result.model, out, record=record, **saving)
-    recipe.finish(out, accelerator, args.push_to_hub, with_images=args.with_images)
+    record.setup |= recipe.describe_run(__file__) | {"dataset": "scikit-learn digits"}
+    record.setup |= {"calibration_images": len(train_set), "seed": args.seed}
+    record.setup |= {"epochs": epochs, "dense_epochs": 0 if args.model else dense_epochs, "smoke": args.smoke}
+    record.setup |= {"label_names": LABEL_NAMES, "controls": rows}
+    recipe.publish(args, accelerator, out, dense, result, calibration_loader, record, saving)
 
 
 if __name__ == "__main__":

@@ -43,26 +43,23 @@ def case():
     taps = list(dict.fromkeys(tap.module for group in groups for tap in group.taps))
     moments = collect(dense, taps, batches, macs=trace.cost.macs({}), seed=0)
     merges = {group.name: eliminate(views(dense, group, moments), group.size) for group in groups}
-    counts = {name: [1, len(one.order) // 2] for name, one in merges.items()}
-    return dense, groups, merges, counts, [images for images, _ in batches], moments
+    gone = [[one.order[:1], one.order[: len(one.order) // 2]] for one in merges.values()]
+    return dense, groups, merges, gone, [images for images, _ in batches], moments
 
 
 def test_the_estimate_is_half_the_mean_square_of_gradients_times_changes(case):
     """Against a loop over single images; a residual group is read by several consumers, whose parts add up."""
-    dense, groups, merges, counts, images, moments = case
+    dense, groups, _, gone, images, moments = case
     assert any(len(group.taps) > 1 for group in groups)
-    found = estimated(dense, groups, merges, counts, images[0].split(2), moments, seed=3)
+    found = estimated(dense, groups, gone, images[0].split(2), moments, seed=3)
     expected = torch.zeros(len(groups), 3, dtype=torch.float64)
     for number, piece in enumerate(images[0].split(2)):
         generator = torch.Generator().manual_seed(3 * 1_000_003 + number)
         drawn = torch.multinomial(dense(piece).softmax(-1), 1, generator=generator).flatten()
         for image, label in zip(piece, drawn, strict=True):
             for row, group in enumerate(groups):
-                for place, count in enumerate(counts[group.name]):
-                    slope = sum(
-                        slope_of(dense, tap, merges[group.name].order[:count], moments, image, label)
-                        for tap in group.taps
-                    )
+                for place, units in enumerate(gone[row]):
+                    slope = sum(slope_of(dense, tap, units, moments, image, label) for tap in group.taps)
                     expected[row, place] += 0.5 * slope**2 / len(images[0])
     torch.testing.assert_close(found[:, :2], expected.cummax(1).values[:, :2], rtol=1e-3, atol=1e-9)
 
@@ -90,9 +87,9 @@ def slope_of(dense, tap, gone, moments, image, label):
 def test_the_estimate_is_the_divergence_where_little_is_cut(case):
     """Over many draws of labels it comes near what a forward pass of the cut network measures."""
     dense, groups, merges, _, images, moments = case
-    few = {name: [len(one.order) // 3] for name, one in merges.items()}
-    truth = measured(dense, groups, merges, few, images, moments)[:, 0]
-    draws = [estimated(dense, groups, merges, few, images, moments, seed)[:, 0] for seed in range(30)]
+    few = [[one.order[: len(one.order) // 3]] for one in merges.values()]
+    truth = measured(dense, groups, few, images, moments)[:, 0]
+    draws = [estimated(dense, groups, few, images, moments, seed)[:, 0] for seed in range(30)]
     # A hundredth of the largest is what float32 rounds and the two choices of the ridge differ by, on some processors.
     assert torch.stack(draws).mean(0) == pytest.approx(truth, rel=0.35, abs=0.01 * float(truth.max()))
     assert float(truth.max()) > 1e-6
@@ -144,8 +141,8 @@ def test_features_have_an_estimate_too():
     taps = list(dict.fromkeys(tap.module for group in groups for tap in group.taps))
     moments = collect(dense, taps, [images], macs=trace.cost.macs({}), seed=0)
     merges = {group.name: eliminate(views(dense, group, moments), group.size) for group in groups}
-    counts = {name: [len(one.order) // 2] for name, one in merges.items()}
-    found = estimated(dense, groups, merges, counts, [images], moments, 0)
+    gone = [[one.order[: len(one.order) // 2]] for one in merges.values()]
+    found = estimated(dense, groups, gone, [images], moments, 0)
     assert (found[:, 0] > 0).all()
 
 

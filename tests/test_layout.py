@@ -143,7 +143,7 @@ LONG = {
 }
 # Functions of more than twelve parameters: public calls, commands, and timm's entry point, which takes a network's own.
 WIDE = {
-    "slim.py slim", "slim.py analyse", "retrain/train.py retrain", "cli/make.py slim", "cli/make.py retrain",
+    "slim.py slim", "slim.py analyse", "retrain/train.py retrain", "cli/make.py slim",
     "cli/look.py curve", "checkpoint/entrypoint.py lfrns_slim",
 }  # fmt: skip
 

@@ -6,26 +6,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from torch import nn
 from torch.utils.data import DataLoader
+from typer import Option
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
 from lfrns_hub.cli.dense_again import find_dense, remember_dense
 from lfrns_hub.cli.terminal import (
-    MAX_UNREADABLE,
     Batch,
-    ClassMap,
-    Data,
+    Dense,
     Folder,
     Json,
-    Labels,
     Pictures,
-    Unreadable,
-    ValSplit,
     Weights,
     app,
+    bundled,
     examples,
     load_slim,
     read_list,
@@ -55,16 +51,14 @@ from lfrns_hub.zoo import check_images, create_base, create_dense, create_skelet
         "lfrns evaluate slim/ --data DIR --dense resnet50 --weights my.pth --json",
     )
 )
+@bundled
 def evaluate(
+    *,
     directory: Folder,
-    data: Data,
-    dense: Annotated[str | None, typer.Option(metavar="MODEL", help="measure this dense model beside it")] = None,
+    dense: Annotated[str | None, Option(metavar="MODEL", help="dense model to measure next to it")] = None,
     weights: Weights = None,
     batch_size: Batch = 64,
-    label_column: Labels = None,
-    val_split: ValSplit = None,
-    class_map: ClassMap = None,
-    max_unreadable: Unreadable = MAX_UNREADABLE,
+    pictures: Pictures,
     as_json: Json = False,
 ) -> None:
     """Measure a slim model again, and bring its record and card up to date.
@@ -74,7 +68,6 @@ def evaluate(
     accelerator = make_accelerator()
     recipe.hold(Path(directory), f"lfrns evaluate {directory}", accelerator)
     model = load_slim(directory, dense)
-    pictures = Pictures(data, label_column, val_split, class_map, max_unreadable=max_unreadable)
     images = pictures.load(model, "validation")
     loader = DataLoader(images, batch_size)
     check_images(model, loader)
@@ -167,12 +160,14 @@ def refresh(
 )
 def bench(
     directory: Folder,
-    dense: Annotated[str | None, typer.Option(metavar="MODEL", help="its dense model, where it cannot say")] = None,
-    batches: Annotated[str, typer.Option(help="images a pass")] = "1,32",
-    runs: Annotated[int, typer.Option(help="timed passes of each, at most")] = 30,
-    seconds: Annotated[float, typer.Option(min=0, help="of passes for each runtime and batch; five at least")] = 5.0,
-    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="try torch.compile, which takes long")] = True,
-    plot: Annotated[str | None, typer.Option(metavar="FILE", help="the picture (default: bench.png in DIR)")] = None,
+    dense: Dense = None,
+    batches: Annotated[str, Option(help="images per pass")] = "1,32",
+    runs: Annotated[int, Option(help="timed passes of each runtime and batch, at most")] = 30,
+    seconds: Annotated[
+        float, Option(min=0, help="seconds of passes for each runtime and batch; at least five passes")
+    ] = 5.0,
+    compile: Annotated[bool, Option("--compile/--no-compile", help="try torch.compile, which takes long")] = True,
+    plot: Annotated[str | None, Option(metavar="FILE", help="chart to write (default: bench.png in DIR)")] = None,
     as_json: Json = False,
 ) -> None:
     """Time a slim model against its dense one, in turns: eager, compiled, and in ONNX Runtime (on the CPU, if there).

@@ -2,34 +2,29 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader
+from typer import Option
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
 from lfrns_hub.cli.terminal import (
-    MAX_UNREADABLE,
     Batch,
-    ClassMap,
-    CropPct,
-    Data,
+    Calibration,
     Exclude,
-    Interpolation,
     Json,
-    Labels,
-    Mean,
     Model,
     Pictures,
-    Std,
-    Unreadable,
-    ValSplit,
+    Preprocessing,
+    Preset,
     Weights,
     analyse_pictures,
     app,
+    bundled,
     examples,
     is_slim,
     read_budgets,
@@ -90,28 +85,21 @@ def _taps(group: UnitGroup) -> str:
         "lfrns curve resnet50.a1_in1k --data DIR --macs 0.9,0.7,0.5 --picture curve.png",
     )
 )
+@bundled
 def curve(
+    *,
     model: Model,
-    data: Data,
     weights: Weights = None,
-    macs: Annotated[str, typer.Option(help="fractions of the MACs to keep")] = "0.9,0.75,0.6,0.5,0.35,0.25",
-    preset: Annotated[
-        Literal["ours", "paper"], typer.Option(help="ours, or paper for the abstract taken literally")
-    ] = "ours",
-    calibration_images: Annotated[int, typer.Option(help="training images that units are ranked by")] = 1000,
-    test_images: Annotated[int, typer.Option(help="images that accuracy is measured on, at most")] = 2000,
-    fcr_steps: Annotated[int, typer.Option(help="training steps of the gates at each budget; 0 ranks by cost")] = 0,
+    macs: Annotated[str, Option(help="fractions of the MACs to keep")] = "0.9,0.75,0.6,0.5,0.35,0.25",
+    preset: Preset = "ours",
+    calibration_images: Calibration = 1000,
+    test_images: Annotated[int, Option(help="images that accuracy is measured on, at most")] = 2000,
+    fcr_steps: Annotated[int, Option(help="training steps of the gates at each budget; 0 ranks by cost")] = 0,
     exclude: Exclude = None,
-    picture: Annotated[str, typer.Option(metavar="FILE", help="the PNG to write")] = "curve.png",
+    picture: Annotated[str, Option(metavar="FILE", help="the PNG to write")] = "curve.png",
     batch_size: Batch = 64,
-    label_column: Labels = None,
-    val_split: ValSplit = None,
-    class_map: ClassMap = None,
-    max_unreadable: Unreadable = MAX_UNREADABLE,
-    mean: Mean = None,
-    std: Std = None,
-    crop_pct: CropPct = None,
-    interpolation: Interpolation = None,
+    pictures: Pictures,
+    preprocessing: Preprocessing,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
@@ -123,8 +111,7 @@ def curve(
     accelerator = make_accelerator(seed=seed)
     recipe.hold(Path(picture), f"--picture {picture}", accelerator)
     dense = create_dense(model, weights=weights)
-    set_preprocessing(dense, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
-    pictures = Pictures(data, label_column, val_split, class_map, max_unreadable=max_unreadable)
+    set_preprocessing(dense, **vars(preprocessing))
     test = DataLoader(pictures.load(dense, "validation", limit=test_images, seed=seed), batch_size)
     options = {"accelerator": accelerator, "progress": not as_json}
     asked = {"preset": preset, "exclude": tuple(exclude or ()), **options}

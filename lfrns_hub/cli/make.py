@@ -9,11 +9,12 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from torch import nn
 from torch.utils.data import DataLoader
+from typer import Option
 
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
@@ -21,27 +22,21 @@ from lfrns_hub.checkpoint import prepared
 from lfrns_hub.cli.dense_again import remember_dense
 from lfrns_hub.cli.judge import dense_beside, earlier_record, refresh
 from lfrns_hub.cli.terminal import (
-    MAX_UNREADABLE,
     Batch,
-    ClassMap,
-    CropPct,
-    Data,
+    Calibration,
     Exclude,
     Flip,
     Folder,
-    Interpolation,
     Json,
-    Labels,
-    Mean,
     Model,
     Pictures,
-    Std,
-    Unreadable,
-    ValSplit,
+    Preprocessing,
+    Preset,
     Weights,
     WithImages,
     analyse_pictures,
     app,
+    bundled,
     examples,
     layer_table,
     load_slim,
@@ -54,8 +49,8 @@ from lfrns_hub.pictures import load_processor
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.zoo import check_images, create_dense, set_preprocessing
 
-Epochs = Annotated[int, typer.Option(min=0, help="retraining, with the dense model as teacher")]
-Rate = Annotated[float | None, typer.Option(help="peak of the retraining (default: 0.01 with SGD, 1e-4 with AdamW)")]
+Epochs = Annotated[int, Option(min=0, help="epochs of retraining with the dense model as teacher")]
+Rate = Annotated[float | None, Option(help="peak learning rate (default: 0.01 with SGD, 1e-4 with AdamW)")]
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -86,45 +81,36 @@ def demo(context: typer.Context) -> None:
         "accelerate launch -m lfrns_hub slim google/vit-base-patch16-224 --data DIR --macs 0.5 --out slim/",
     )
 )
+@bundled
 def slim(
+    *,
     model: Model,
-    data: Data,
-    out: Annotated[str, typer.Option(metavar="DIR", help="output folder")],
     weights: Weights = None,
     macs: Annotated[
-        str | None, typer.Option(help="fraction of the MACs to keep, in (0, 1]; several make a folder of checkpoints")
+        str | None, Option(help="fraction of the MACs to keep, in (0, 1]; several make a folder of checkpoints")
     ] = None,
-    params: Annotated[float | None, typer.Option(help="fraction of the parameters to keep, in (0, 1]")] = None,
+    params: Annotated[float | None, Option(help="fraction of the parameters to keep, in (0, 1]")] = None,
     latency: Annotated[
-        float | None, typer.Option(help="fraction of the time of a forward pass to keep, in (0, 1], measured here")
+        float | None, Option(help="fraction of the time of a forward pass to keep, in (0, 1], measured here")
     ] = None,
-    latency_batch: Annotated[int, typer.Option(min=1, help="images in a timed pass")] = 1,
-    latency_threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of a timed pass (default: all)")
-    ] = None,
-    latency_compile: Annotated[bool, typer.Option("--latency-compile", help="time under torch.compile")] = False,
+    latency_batch: Annotated[int, Option(min=1, help="images in a timed pass")] = 1,
+    latency_threads: Annotated[int | None, Option(min=1, help="CPU threads of a timed pass (default: all)")] = None,
+    latency_compile: Annotated[bool, Option("--latency-compile", help="time the model under torch.compile")] = False,
     epochs: Epochs = 3,
     learning_rate: Rate = None,
-    preset: Annotated[
-        Literal["ours", "paper"], typer.Option(help="ours, or paper for the abstract taken literally")
-    ] = "ours",
-    calibration_images: Annotated[int, typer.Option(help="training images that units are ranked by")] = 2000,
-    fcr_steps: Annotated[int, typer.Option(help="training steps of the FCR gates")] = 200,
+    preset: Preset = "ours",
+    calibration_images: Calibration = 2000,
+    fcr_steps: Annotated[int, Option(help="training steps of the FCR gates")] = 200,
     exclude: Exclude = None,
     batch_size: Batch = 64,
-    label_column: Labels = None,
-    val_split: ValSplit = None,
-    class_map: ClassMap = None,
-    max_unreadable: Unreadable = MAX_UNREADABLE,
-    mean: Mean = None,
-    std: Std = None,
-    crop_pct: CropPct = None,
-    interpolation: Interpolation = None,
+    pictures: Pictures,
+    preprocessing: Preprocessing,
     flip: Flip = True,
     seed: int = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a checkpoint in the folder")] = False,
+    out: Annotated[str, Option(metavar="DIR", help="output folder")],
+    overwrite: Annotated[bool, Option("--overwrite", help="replace a checkpoint in the folder")] = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO", help="push the finished checkpoint; several: the user alone")
+        str | None, Option(metavar="REPO", help="repository for the finished checkpoint; for several the user alone")
     ] = None,
     with_images: WithImages = False,
     as_json: Json = False,
@@ -152,14 +138,13 @@ def slim(
         )
     accelerator = make_accelerator(seed=seed)
     progress, main_process = not as_json, accelerator.is_main_process
-    names = [checkpoint_name(model, data, budget) if several else "" for budget in budgets]
+    names = [checkpoint_name(model, pictures.data, budget) if several else "" for budget in budgets]
     folders = [directory / name for name in names]
     for folder in folders:
         recipe.hold(folder, f"--out {out}", accelerator)
     dense = create_dense(model, weights=weights)
-    set_preprocessing(dense, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
-    pictures = Pictures(data, label_column, val_split, class_map, flip, max_unreadable)
-    train, test = pictures.load(dense, "train", augment=True), pictures.load(dense, "validation")
+    set_preprocessing(dense, **vars(preprocessing))
+    train, test = pictures.load(dense, "train", augment=True, flip=flip), pictures.load(dense, "validation")
     test_loader = DataLoader(test, batch_size)
     train_loader = DataLoader(train, max(1, batch_size // accelerator.num_processes), shuffle=True)
 
@@ -188,18 +173,18 @@ def slim(
     made = [(n, f, r) for n, f, r in zip(names, folders, results, strict=True) if f not in failed]
     names, folders, results = map(list, zip(*made, strict=True))
 
-    again = ["--data", data, *pictures.arguments(), "--dense", model, *(["--weights", weights] if weights else [])]
+    again = [*pictures.arguments(), "--dense", model, *(["--weights", weights] if weights else [])]
     records: dict[str, Record] = {}
     index: list[str] = []
     with described_later(accelerator, folders, again):
         models = {name or "slim": result.model for name, result in zip(names, results, strict=True)}
         records = measure_each(models, test_loader, dense=dense, accelerator=accelerator, progress=progress)
         told = {
-            **recipe.describe_data(data),
+            **recipe.describe_data(pictures.data),
             "calibration_images": len(calibration_loader.dataset),
             "seed": seed,
             "epochs": epochs,
-            "val_split": val_split,
+            "val_split": pictures.val_split,
             "label_names": test.class_names or None,
         }
         if several:
@@ -311,18 +296,16 @@ def described_later(accelerator: Any, folders: Sequence[Path], again: list[str])
         "accelerate launch -m lfrns_hub retrain slim/ --data DIR",
     )
 )
+@bundled
 def retrain(
+    *,
     directory: Folder,
-    data: Data,
-    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="the dense model, to learn from")] = None,
+    teacher: Annotated[str | None, Option(metavar="MODEL", help="dense model to learn from")] = None,
     weights: Weights = None,
-    epochs: Annotated[int, typer.Option(min=1, help="passes over the training pictures")] = 3,
+    epochs: Annotated[int, Option(min=1, help="passes over the training images")] = 3,
     learning_rate: Rate = None,
     batch_size: Batch = 64,
-    label_column: Labels = None,
-    val_split: ValSplit = None,
-    class_map: ClassMap = None,
-    max_unreadable: Unreadable = MAX_UNREADABLE,
+    pictures: Pictures,
     flip: Flip = True,
     seed: int = 0,
     as_json: Json = False,
@@ -336,8 +319,7 @@ def retrain(
     recipe.hold(Path(directory), f"lfrns retrain {directory}", accelerator)
     model = load_slim(directory, teacher)
     dense = create_dense(teacher, weights=weights) if teacher else None
-    pictures = Pictures(data, label_column, val_split, class_map, flip, max_unreadable)
-    train, test = pictures.load(model, "train", augment=True), pictures.load(model, "validation")
+    train, test = pictures.load(model, "train", augment=True, flip=flip), pictures.load(model, "validation")
     test_loader = DataLoader(test, batch_size)
     check_images(model, test_loader)
     options = {"accelerator": accelerator, "progress": not as_json}
@@ -351,7 +333,7 @@ def retrain(
     saving["record"] = Record(None, {}, before.setup)  # figures of the weights of before are not those of these
     training = {"teacher": dense, "epochs": epochs, "learning_rate": learning_rate, "seed": seed, **options}
     train_each({Path(directory): model}, lambda slim: lfrns.retrain(slim, loader, **training), saving, accelerator)
-    again = ["--data", data, *pictures.arguments()]
+    again = pictures.arguments()
     again += ["--dense", teacher, *(["--weights", weights] if weights else [])] if teacher else []
     with described_later(accelerator, [Path(directory)], again):
         record = lfrns.measure(model, test_loader, dense=beside, **options)

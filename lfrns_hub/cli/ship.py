@@ -4,10 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 import lfrns_hub as lfrns
-from lfrns_hub.cli.terminal import Folder, Json, WithImages, app, examples, load_slim, show
+from lfrns_hub.cli.terminal import Dense, Folder, Json, WithImages, app, examples, load_slim, show
 from lfrns_hub.runtimes.export import EXAMPLE_IMAGES, FORMATS
 from lfrns_hub.runtimes.export import export as write_export
 from lfrns_hub.zoo import example_input
@@ -16,11 +16,11 @@ from lfrns_hub.zoo import example_input
 @app.command(epilog=examples("lfrns push slim/ user/resnet50.lfrns50", "lfrns push slim/ user/name --private --pr"))
 def push(
     directory: Folder,
-    repo: Annotated[str, typer.Argument(help="user/name")],
-    private: Annotated[bool, typer.Option("--private", help="create the repository as private")] = False,
-    revision: Annotated[str | None, typer.Option(help="branch, made if it is not there")] = None,
-    message: Annotated[str | None, typer.Option(help="of the commit")] = None,
-    pull_request: Annotated[bool, typer.Option("--pr", help="open a pull request instead of committing")] = False,
+    repo: Annotated[str, Argument(help="repository on the Hub, user/name")],
+    private: Annotated[bool, Option("--private", help="create the repository as private")] = False,
+    revision: Annotated[str | None, Option(help="branch to push to, created if it does not exist")] = None,
+    message: Annotated[str | None, Option(help="commit message")] = None,
+    pull_request: Annotated[bool, Option("--pr", help="open a pull request instead of committing")] = False,
     with_images: WithImages = False,
     as_json: Json = False,
 ) -> None:
@@ -36,9 +36,9 @@ def push(
 )
 def export(
     directory: Folder,
-    format: Annotated[str, typer.Option(help=" or ".join(FORMATS))] = "onnx",
-    out: Annotated[str | None, typer.Option(metavar="FILE", help="(default: model.FORMAT in DIR)")] = None,
-    dense: Annotated[str | None, typer.Option(metavar="MODEL", help="its dense model, where it cannot say")] = None,
+    format: Annotated[str, Option(help=" or ".join(FORMATS))] = "onnx",
+    out: Annotated[str | None, Option(metavar="FILE", help="file to write (default: model.FORMAT in DIR)")] = None,
+    dense: Dense = None,
     as_json: Json = False,
 ) -> None:
     """Write a slim model as ONNX or as a torch.export archive, checked against PyTorch before it is put in place."""

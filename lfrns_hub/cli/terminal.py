@@ -1,14 +1,18 @@
 """What the commands share: the app, their common arguments, the pictures they read, how they print."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
+from typer import Argument, Option
 
 import lfrns_hub as lfrns
 from lfrns_hub.analysis import Analysis
@@ -34,27 +38,20 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Model = Annotated[str, typer.Argument(help="timm name, hf-hub:..., transformers repo id, folder, or package.module:fn")]
-Folder = Annotated[str, typer.Argument(metavar="DIR", help="folder that lfrns slim wrote")]
-Data = Annotated[str, typer.Option("--data", metavar="DIR", help="parquet or image folder, a Hub id, or digits")]
-Weights = Annotated[str | None, typer.Option(metavar="FILE", help="of the dense model: safetensors or .pth")]
-Batch = Annotated[int, typer.Option(min=1, help="images a step, all processes")]
-Labels = Annotated[str | None, typer.Option(help="column of the parquet files (default: fine_label or label)")]
-ValSplit = Annotated[float | None, typer.Option(metavar="SHARE", help="of the training pictures, held out to test on")]
-ClassMap = Annotated[
-    str | None, typer.Option(metavar="FILE", help="names the classes in the model's order, one a line")
-]
-Mean = Annotated[tuple[float, float, float] | None, typer.Option(help="of the pixels, in place of the model's")]
-Std = Annotated[tuple[float, float, float] | None, typer.Option(help="likewise")]
-CropPct = Annotated[float | None, typer.Option(help="share of the shorter side in the central crop, likewise")]
-Interpolation = Annotated[str | None, typer.Option(help="bilinear, bicubic, ..., likewise")]
-Flip = Annotated[bool, typer.Option("--flip/--no-flip", help="mirror half of the training pictures; not digits, signs")]
-Unreadable = Annotated[int, typer.Option(min=0, help="damaged pictures of a split that are left out; more: an error")]
-Exclude = Annotated[list[str] | None, typer.Option(help="groups to leave alone: a name or glob, repeatable")]
+Model = Annotated[str, Argument(help="timm name, hf-hub:..., transformers repo id, folder, or package.module:fn")]
+Folder = Annotated[str, Argument(metavar="DIR", help="folder that lfrns slim wrote")]
+Dense = Annotated[str | None, Option(metavar="MODEL", help="its dense model, where its files do not name one")]
+Weights = Annotated[str | None, Option(metavar="FILE", help="weights of the dense model: safetensors or .pth")]
+Batch = Annotated[int, Option(min=1, help="images per step over all processes")]
+Flip = Annotated[bool, Option("--flip/--no-flip", help="mirror half of the training images; not for digits or signs")]
+Preset = Annotated[Literal["ours", "paper"], Option(help="ours, or paper for the paper's abstract taken literally")]
+Calibration = Annotated[int, Option(help="training images that units are ranked by")]
+Exclude = Annotated[list[str] | None, Option(help="groups to leave alone: a name or glob, repeatable")]
 WithImages = Annotated[
-    bool, typer.Option("--with-images", help="push clusters.png too, which shows some of your training images")
+    bool, Option("--with-images", help="push clusters.png too, which shows some of your training images")
 ]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, and nothing else there")]
+Json = Annotated[bool, Option("--json", help="one JSON document on stdout, and nothing else there")]
+Channels = tuple[float, float, float] | None
 
 
 def examples(*lines: str) -> str:
@@ -89,20 +86,59 @@ def layer_table(result: SlimResult) -> Table:
     return table
 
 
+def bundled(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose bundles, parameters that are dataclasses, are options: one for each of their fields.
+
+    What is required comes first in its help; otherwise the order is that of the signature.
+
+    Example:
+        >>> def command(*, seed: int = 0, preprocessing: Preprocessing, out: str) -> None: ...
+        >>> list(signature(bundled(command)).parameters)
+        ['out', 'seed', 'mean', 'std', 'crop_pct', 'interpolation']
+    """
+    own = signature(command).parameters
+    bundles = {name: one.annotation for name, one in own.items() if is_dataclass(one.annotation)}
+    fields = {name: signature(bundle).parameters for name, bundle in bundles.items()}
+    options = [option for name, one in own.items() for option in fields.get(name, {name: one}).values()]
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        made = {name: bundle(**{field: given.pop(field) for field in fields[name]}) for name, bundle in bundles.items()}
+        command(**given, **made)
+
+    required_first = sorted(options, key=lambda option: option.default is not Parameter.empty)
+    called.__signature__ = Signature([option.replace(kind=Parameter.KEYWORD_ONLY) for option in required_first])
+    return called
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a command was told about pixels, in place of what the model says."""
+
+    mean: Annotated[Channels, Option(help="pixel mean per channel, overrides the model's")] = None
+    std: Annotated[Channels, Option(help="pixel standard deviation per channel, overrides the model's")] = None
+    crop_pct: Annotated[
+        float | None, Option(help="share of the shorter side in the central crop, overrides the model's")
+    ] = None
+    interpolation: Annotated[str | None, Option(help="bilinear, bicubic, ..., overrides the model's")] = None
+
+
 @dataclass(frozen=True)
 class Pictures:
     """The data that a command was given."""
 
-    data: str
-    label_column: str | None = None
-    val_split: float | None = None
-    class_map: str | None = None
-    flip: bool = True
-    max_unreadable: int = MAX_UNREADABLE
+    data: Annotated[str, Option("--data", metavar="DIR", help="parquet or image folder, a Hub id, or digits")]
+    label_column: Annotated[str | None, Option(help="column in parquet files (default: fine_label or label)")] = None
+    val_split: Annotated[float | None, Option(metavar="SHARE", help="share of the training images to test on")] = None
+    class_map: Annotated[str | None, Option(metavar="FILE", help="class names in the model's order, one a line")] = None
+    max_unreadable: Annotated[
+        int, Option(min=0, help="damaged images that may be left out of a split; more are an error")
+    ] = MAX_UNREADABLE
 
     def arguments(self) -> list[str]:
         """Return the options that say the same to another command."""
         given = {
+            "--data": self.data,
             "--label-column": self.label_column,
             "--val-split": self.val_split,
             "--class-map": self.class_map,
@@ -111,13 +147,18 @@ class Pictures:
         return [word for option, value in given.items() if value is not None for word in (option, str(value))]
 
     def load(
-        self, model: nn.Module, split: str, *, augment: bool = False, limit: int | None = None, seed: int = 0
+        self,
+        model: nn.Module,
+        split: str,
+        *,
+        augment: bool = False,
+        flip: bool = True,
+        limit: int | None = None,
+        seed: int = 0,
     ) -> ImageData:
         """Load a split, prepared as a model wants its images and labelled as it numbers its classes."""
-        transform = make_transform(model, train=augment, flip=self.flip)
-        options = {"label_column": self.label_column, "val_split": self.val_split, "class_map": self.class_map}
-        options["max_unreadable"] = self.max_unreadable
-        return load_data(self.data, split, transform=transform, model=model, limit=limit, seed=seed, **options)
+        options = vars(self) | {"transform": make_transform(model, train=augment, flip=flip), "model": model}
+        return load_data(options.pop("data"), split, limit=limit, seed=seed, **options)
 
 
 def analyse_pictures(

@@ -12,10 +12,8 @@ from lfrns_hub.latency.layer_times import LAYERS, LayerShape, LayerTable, LayerT
 from lfrns_hub.model_io.batches import read_tensors
 from lfrns_hub.model_io.hooks import hooked
 from lfrns_hub.model_io.model import evaluating
+from lfrns_hub.trace.groups import Axes, Cost, share_left
 from lfrns_hub.units import UnitGroup
-
-Axes = list[tuple[dict[str, int], int]]  # of each axis: positions a unit of each group on it, and all its positions
-Term = tuple[float | LayerTimes, Axes]
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class LatencyModel:
     goes with the numbers that the layers give.
 
     Attributes:
-        terms: As a ledger reads them, linear between the measured widths, so that each unit counts.
+        smooth: Milliseconds, linear between the measured widths, so that each unit counts.
         stepped: The same with widths in whole steps of the hardware, as it will be.
         multiples: Units of each group that make a whole step.
         rest: Milliseconds of the rest, dense: fixed, and following the widths.
@@ -131,7 +129,7 @@ class LatencyModel:
             for layer in layers
         ]
         total = sum(layer.outputs for layer in layers)
-        left = sum(layer.outputs * kept_share(layer.made, layer.widths[1], half) for layer in layers)
+        left = sum(layer.outputs * share_left(layer.made, layer.widths[1], half) for layer in layers)
         share = left / total if total else 1.0
         rest, rest_at_half = rests
         follows = min(max(0.0, (rest - rest_at_half) / (1 - share)), rest) if share < 1 else 0.0
@@ -142,26 +140,18 @@ class LatencyModel:
             # In steps as the layer goes: what fills one up costs the rest next to nothing either.
             times = LayerTimes(((0, size),), (0.0, ms), layer.times.step) if layer.made else ms
             parts.append((times, [(layer.made, size)] if layer.made else []))
-        self.stepped: list[Term] = [*parts, (self.rest[0], [])]
-        self.terms = [(ms.scaled(1.0, 1) if isinstance(ms, LayerTimes) else ms, axes) for ms, axes in self.stepped]
+        parts.append((self.rest[0], []))
+        smooth = [(ms.scaled(1.0, 1) if isinstance(ms, LayerTimes) else ms, axes) for ms, axes in parts]
+        self.stepped, self.smooth = Cost(parts, ms_left), Cost(smooth, ms_left)
         self.multiples = {group.name: self._multiple(group, steps) for group in groups}
-
-    @staticmethod
-    def evaluate(terms: Sequence[Term], removed: dict[str, int]) -> float:
-        """Sum the terms when `removed` units of each group are gone, in ms."""
-        total = 0.0
-        for ms, axes in terms:
-            kept = (size - sum(width * removed.get(name, 0) for name, width in units.items()) for units, size in axes)
-            total += ms.at(*kept) if isinstance(ms, LayerTimes) else ms
-        return total
 
     def ms(self, removed: dict[str, int]) -> float:
         """Predict the milliseconds of one pass when `removed` units of each group are gone."""
-        return self.evaluate(self.stepped, removed)
+        return self.stepped(removed)
 
     def fraction(self, removed: dict[str, int]) -> float:
         """Predict the fraction of the dense time, each unit with its share of a step."""
-        return self.evaluate(self.terms, removed) / self.evaluate(self.terms, {})
+        return self.smooth(removed) / self.smooth({})
 
     def by_layer(self, removed: dict[str, int]) -> list[dict[str, Any]]:
         """Tell for each layer what was removed and what it bought; the last row is the rest of the model.
@@ -174,13 +164,13 @@ class LatencyModel:
         for layer in self.layers:
             read, out = layer.widths
             slim = [
-                round(read * kept_share(layer.read, read, removed)),
-                round(out * kept_share(layer.made, out, removed)),
+                round(read * share_left(layer.read, read, removed)),
+                round(out * share_left(layer.made, out, removed)),
             ]
             row = {"layer": layer.name, "dense": [read, out], "slim": slim, "dense_ms": 0.0, "slim_ms": 0.0}
             row = rows.setdefault(layer.name, row)
-            row["dense_ms"] += self.evaluate([(layer.times, layer.axes)], {})
-            row["slim_ms"] += self.evaluate([(layer.times, layer.axes)], removed)
+            row["dense_ms"] += ms_left(layer.times, layer.axes, {})
+            row["slim_ms"] += ms_left(layer.times, layer.axes, removed)
         others = {"layer": "everything else", "dense": None, "slim": None, "dense_ms": sum(self.rest)}
         others["slim_ms"] = self.ms(removed) - sum(row["slim_ms"] for row in rows.values())
         return [*rows.values(), others]
@@ -196,6 +186,7 @@ class LatencyModel:
         return found
 
 
-def kept_share(units: dict[str, int], size: int, removed: dict[str, int]) -> float:
-    """Return the share of an axis that is left."""
-    return 1 - sum(width * removed.get(name, 0) for name, width in units.items()) / size
+def ms_left(ms: float | LayerTimes, axes: Axes, removed: dict[str, int]) -> float:
+    """Return the milliseconds of a term when `removed` units of each group are gone."""
+    kept = (size - sum(width * removed.get(name, 0) for name, width in units.items()) for units, size in axes)
+    return ms.at(*kept) if isinstance(ms, LayerTimes) else ms

@@ -65,15 +65,16 @@ def measure_costs(
     for group in groups:
         order = merges[group.name].order
         counts[group.name] = sorted({max(1, round(len(order) * share)) for share in PROBED_SHARES}) if order else []
+    gone = [[merges[group.name].order[:count] for count in counts[group.name]] for group in groups]
     probes = calibration_images // max(1, sum(map(len, counts.values())))
     differentiable = images[0].is_floating_point()
     if probes >= FEWEST_PROBES or not differentiable:
         probed = first_images(images, min(max(probes, FEWEST_PROBES), MOST_PROBES))
-        found = measured(model, groups, merges, counts, probed, moments, processes)
+        found = measured(model, groups, gone, probed, moments, processes)
     else:
         some = first_images(images, max(FEWEST_GRADIENTS, calibration_images // GRADIENTS_EVERY))
         probed = [piece for batch in some for piece in batch.split(backward_share(len(images[0])))]
-        found = estimated(model, groups, merges, counts, probed, moments, seed, processes)
+        found = estimated(model, groups, gone, probed, moments, seed, processes)
     return {
         group.name: spread(merges[group.name], counts[group.name], row.tolist())
         for group, row in zip(groups, found, strict=True)
@@ -91,21 +92,21 @@ def first_images(batches: Sequence[Tensor], count: int) -> list[Tensor]:
 def measured(
     model: nn.Module,
     groups: Sequence[UnitGroup],
-    merges: dict[str, Merges],
-    counts: dict[str, list[int]],
+    gone: Sequence[list[list[int]]],
     images: Sequence[Tensor],
     moments: dict[str, Moments],
     processes: Processes = ALONE,
 ) -> Tensor:
-    """Run the network once for each group and width: the divergence per image, [groups, widths], float64."""
+    """Run the network once for each group and width: the divergence per image, [groups, widths], float64.
+
+    At each width of a group the units `gone` of it are left out.
+    """
     with torch.no_grad():
         dense = [answer_to(model, batch) for batch in images]
     found = torch.zeros(len(groups), len(PROBED_SHARES), dtype=torch.float64)
     for number in range(len(groups))[processes.share]:
-        group = groups[number]
-        for place, count in enumerate(counts[group.name]):
-            gone = merges[group.name].order[:count]
-            found[number, place] = divergence(model, group, gone, images, dense, moments)
+        for place, units in enumerate(gone[number]):
+            found[number, place] = divergence(model, groups[number], units, images, dense, moments)
     return processes.sum(found)
 
 
@@ -135,8 +136,7 @@ class Change:
 def estimated(
     model: nn.Module,
     groups: Sequence[UnitGroup],
-    merges: dict[str, Merges],
-    counts: dict[str, list[int]],
+    gone: Sequence[list[list[int]]],
     images: Sequence[Tensor],
     moments: dict[str, Moments],
     seed: int,
@@ -155,8 +155,8 @@ def estimated(
         for tap in group.taps:
             of_tap = moments[tap.module]
             second = of_tap.matrix()
-            for place, count in enumerate(counts[group.name]):
-                removed = tap.index[merges[group.name].order[:count]]
+            for place, units in enumerate(gone[number]):
+                removed = tap.index[units]
                 keep, leave = kept_channels(model, tap.module, [removed]), removed.flatten().sort().values
                 fold = fold_matrix(second, keep, leave, RIDGE)
                 offset = fold_offset(of_tap, keep, leave, fold) if of_tap.centred else torch.zeros(len(leave))

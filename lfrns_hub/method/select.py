@@ -4,35 +4,29 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lfrns_hub.method.redundancy import Merges
 from lfrns_hub.trace import Trace
-from lfrns_hub.trace.groups import MacsModel
+from lfrns_hub.trace.groups import Cost, MacsModel
 from lfrns_hub.units import SlimPlan, UnitGroup
-
-Terms = list[tuple[Any, list[tuple[dict[str, int], int]]]]  # the cost that evaluates a term alone reads its first part
 
 
 class SteppedCost(Protocol):
     """A cost that hardware pays in whole steps of a width, as it does latency.
 
     Attributes:
-        terms: Each unit has its share of a step.
+        smooth: Each unit has its share of a step.
         stepped: The same in whole steps.
         multiples: Units of each group that make a step.
     """
 
-    terms: Terms
-    stepped: Terms
+    smooth: Cost
+    stepped: Cost
     multiples: dict[str, int]
-
-    def evaluate(self, terms: Terms, removed: dict[str, int]) -> float:
-        """Sum terms when `removed` units of each group are gone."""
-        ...
 
 
 @dataclass
@@ -53,27 +47,17 @@ class Ledger:
     stepped: bool = False
 
     def __post_init__(self) -> None:
-        terms: dict[str, Terms] = {"macs": self.cost.macs_terms, "params": self.cost.params_terms}
+        costs = {"macs": self.cost.macs, "params": self.cost.params}
         if self.latency:
-            terms["latency"] = self.latency.stepped if self.stepped else self.latency.terms
-        self.terms = {name: terms[name] for name in self.budgets}
-        self.dense = {name: self.evaluate(name, t, {}) for name, t in self.terms.items()}
-        self.now = {name: self.evaluate(name, t, self.removed) for name, t in self.terms.items()}
-        self.of_group: dict[str, dict[str, Terms]] = {name: {} for name in self.budgets}
-        for budget, items in self.terms.items():
-            for term in items:
-                for group in {group for widths, _ in term[1] for group in widths}:
-                    self.of_group[budget].setdefault(group, []).append(term)
-
-    def evaluate(self, budget: str, terms: Terms, removed: dict[str, int]) -> float:
-        """Sum terms of one cost when `removed` units of each group are gone."""
-        return (self.latency if budget == "latency" else self.cost).evaluate(terms, removed)
+            costs["latency"] = self.latency.stepped if self.stepped else self.latency.smooth
+        self.costs = {name: costs[name] for name in self.budgets}
+        self.dense = {name: cost({}) for name, cost in self.costs.items()}
+        self.now = {name: cost(self.removed) for name, cost in self.costs.items()}
 
     def change(self, budget: str, group: str, units: int) -> float:
         """Return the change of one cost when `units` more of a group are removed (negative: restored)."""
-        items = self.of_group[budget].get(group, [])
-        after = {**self.removed, group: self.removed.get(group, 0) + units}
-        return self.evaluate(budget, items, after) - self.evaluate(budget, items, self.removed)
+        cost, after = self.costs[budget], {**self.removed, group: self.removed.get(group, 0) + units}
+        return cost(after, group) - cost(self.removed, group)
 
     def excess(self, budget: str) -> float:
         """Return by how much a cost is above its budget, as a fraction of dense."""

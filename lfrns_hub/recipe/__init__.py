@@ -11,7 +11,7 @@ from lfrns_hub.recipe.folder import (
     tidy,
 )
 from lfrns_hub.recipe.options import kept_fraction, recipe_parser, whole_number
-from lfrns_hub.recipe.program import finish, hold, open_run, run
+from lfrns_hub.recipe.program import finish, hold, open_run, publish, run
 from lfrns_hub.recipe.results import (
     control_row,
     describe_data,
@@ -21,6 +21,7 @@ from lfrns_hub.recipe.results import (
     print_results,
     random_cut,
     random_plan,
+    run_controls,
     without_folders,
 )
 
@@ -40,10 +41,12 @@ __all__ = [
     "make_controls",
     "open_run",
     "print_results",
+    "publish",
     "random_cut",
     "random_plan",
     "recipe_parser",
     "run",
+    "run_controls",
     "save_trained",
     "save_weights",
     "tidy",

@@ -87,22 +87,22 @@ def recipe_parser(
         "--epochs",
         type=whole_number(0, "0 skips it."),
         default=epochs,
-        help="retraining after slimming (default: %(default)s)",
+        help="epochs of retraining after slimming (default: %(default)s)",
     )
     add(
         "--batch-size",
         type=whole_number(1, "64 is usual."),
         default=batch_size,
-        help="images a step, all processes (default: %(default)s)",
+        help="images per step over all processes (default: %(default)s)",
     )
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of everything drawn (default: %(default)s)")
     add(
         "--dense-epochs",
         type=whole_number(0, "0 skips it."),
         default=dense_epochs,
-        help="training of the dense model (default: %(default)s)",
+        help="epochs of training the dense model (default: %(default)s)",
     )
-    add("--output-dir", default=f"out/{Path(path).stem}", help="(default: %(default)s)")
+    add("--output-dir", default=f"out/{Path(path).stem}", help="folder of the checkpoint (default: %(default)s)")
     add("--overwrite", action="store_true", help="remove the checkpoint and the run in the output folder first")
     add("--resume", action="store_true", help="go on where a run stopped; nothing to do where all is done")
     add("--push-to-hub", default=None, metavar="REPO", help="push the finished checkpoint, e.g. user/name")

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 
+from lfrns_hub.checkpoint import save
 from lfrns_hub.format.untrusted import short
 from lfrns_hub.hub import push
 from lfrns_hub.measure import Record, comparable_controls
+from lfrns_hub.method.report import SlimResult
 from lfrns_hub.recipe.folder import check_output_dir, check_same_run, is_finished, tidy
-from lfrns_hub.recipe.results import print_results
+from lfrns_hub.recipe.results import draw_clusters, print_results
 from lfrns_hub.retrain import make_accelerator, set_seed
 from lfrns_hub.runs import locked
 from lfrns_hub.runs.checkpoints import Stopped
@@ -89,6 +92,32 @@ def open_run(args: argparse.Namespace) -> tuple[Path, Any]:
         raise SystemExit(0)
     set_seed(args.seed)
     return directory, accelerator
+
+
+def publish(
+    args: argparse.Namespace,
+    accelerator: Any,
+    directory: Path,
+    dense: nn.Module,
+    result: SlimResult,
+    loader: Any,
+    record: Record,
+    saving: dict[str, Any],
+) -> None:
+    """Save the checkpoint of a run with its pictures and its record, then `finish`.
+
+    Args:
+        args: What the recipe was told.
+        accelerator: Of the run; the main process saves.
+        directory: The output folder.
+        dense, result, loader: As `draw_clusters` takes them.
+        record: What was measured.
+        saving: For `lfrns_hub.save`.
+    """
+    if accelerator.is_main_process:
+        draw_clusters(dense, result, loader, directory)
+        save(result.model, directory, record=record, **saving)
+    finish(directory, accelerator, args.push_to_hub, with_images=args.with_images)
 
 
 def finish(directory: Path, accelerator: Any, push_to_hub: str | None, *, with_images: bool = False) -> None:

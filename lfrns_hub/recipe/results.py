@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from rich.table import Table
 from torch import nn
 
 from lfrns_hub.format.terminal import cell, plain_console
-from lfrns_hub.measure import Record, format_table
+from lfrns_hub.measure import Record, evaluate, format_table
+from lfrns_hub.retrain import retrain
 from lfrns_hub.surgery import cut
 from lfrns_hub.units import SlimPlan, UnitGroup
 
@@ -53,6 +55,32 @@ def make_controls(dense: nn.Module, plan: SlimPlan, groups: list[UnitGroup], see
 def control_row(name: str, scores: dict[str, Any]) -> dict[str, Any]:
     """Return the row of a record's table of controls: what `evaluate` says of a model, by its name."""
     return {"name": name, "top1_pct": scores["top1_pct"], "images": scores["images"], "images_id": scores["images_id"]}
+
+
+def run_controls(
+    dense: nn.Module,
+    plan: SlimPlan,
+    groups: list[UnitGroup],
+    train_loader: Iterable[Any],
+    test_loader: Iterable[Any],
+    work: Path,
+    **retraining: Any,
+) -> list[dict[str, Any]]:
+    """Retrain the controls as the slim model was, and measure them.
+
+    Args:
+        dense, plan, groups: As for `make_controls`; its seed is that of the retraining.
+        train_loader, test_loader: Images to retrain and to measure on.
+        work: Each keeps in a folder of its own there what `--resume` goes on from.
+        retraining: As `lfrns_hub.retrain` takes it.
+    Returns:
+        A row of the record's table for each.
+    """
+    rows = []
+    for name, model in make_controls(dense, plan, groups, retraining["seed"]).items():
+        retrain(model, train_loader, checkpoint_dir=work / f"control, {name.partition(',')[0]}", **retraining)
+        rows.append(control_row(name, evaluate(model, test_loader, accelerator=retraining["accelerator"])))
+    return rows
 
 
 def describe_run(recipe: str) -> dict[str, str | None]:

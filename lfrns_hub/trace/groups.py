@@ -1,7 +1,7 @@
 """Read the groups off resolved ids, and how MACs and parameters depend on their widths."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from lfrns_hub.trace.ids import NONE, Axis, IdTable, resolve
 from lfrns_hub.trace.widths import group_widths
 from lfrns_hub.units import Slice, Tap, UnitGroup, Width
 
+Axes = list[tuple[dict[str, int], int]]  # of each axis: positions a unit of each group on it, and all its positions
 UNREAD = "no output of the network in eval mode depends on it"
 
 
@@ -189,17 +190,36 @@ def unit_places(ids: IdTable, labels: np.ndarray, groups: Sequence[UnitGroup]) -
     return places
 
 
-@dataclass
+class Cost:
+    """A cost as a function of the units removed: a sum of terms, each of which depends on the widths of some groups."""
+
+    def __init__(self, terms: Sequence[tuple[Any, Axes]], value: Callable[[Any, Axes, dict[str, int]], float]):
+        """Take the terms, a dense size and its axes each, and what gives a term's value with some units removed."""
+        self._terms, self._value = list(terms), value
+        self._of_group: dict[str, list[tuple[Any, Axes]]] = defaultdict(list)
+        for term in terms:
+            for group in {group for widths, _ in term[1] for group in widths}:
+                self._of_group[group].append(term)
+
+    def __call__(self, removed: dict[str, int], group: str | None = None) -> float:
+        """Sum the terms, of one group those that depend on it, when `removed` units of each group are gone."""
+        total = 0.0
+        for size, axes in self._terms if group is None else self._of_group[group]:
+            total += self._value(size, axes, removed)
+        return total
+
+    def add(self, size: float) -> None:
+        """Add a term that no plan changes."""
+        self._terms.append((size, []))
+
+
 class MacsModel:
-    """MACs and parameters as functions of the units kept, exact and without running the network.
+    """MACs and parameters as functions of the units removed, exact and without running the network.
 
     Attributes:
-        macs_terms: Per operation its MACs and, per axis it depends on, {group: positions a unit} and all positions.
-        params_terms: The same for parameters.
+        macs: MACs of one image.
+        params: Parameters.
     """
-
-    macs_terms: list[tuple[int, list[tuple[dict[str, int], int]]]]
-    params_terms: list[tuple[int, list[tuple[dict[str, int], int]]]]
 
     def __init__(self, ids: IdTable, groups: list[UnitGroup], model: nn.Module):
         labels = ids.classes()
@@ -210,43 +230,38 @@ class MacsModel:
             for part in group.slices:
                 by_axis[part.tensor, part.dim].append((group.name, part.index.shape[1]))
 
-        def share(axis: Tensor) -> tuple[dict[str, int], int]:
+        def positions_on(axis: Tensor) -> tuple[dict[str, int], int]:
             positions: Counter[str] = Counter()
             for unit, count in zip(*np.unique(resolve(axis, labels), return_counts=True), strict=True):
                 if unit in unit_group:
                     positions[unit_group[unit]] += int(count)
             return {name: count // sizes[name] for name, count in positions.items()}, int(axis.numel())
 
-        self.macs_terms = [(term.macs, [share(axis) for axis in term.axes]) for term in ids.macs]
-        self.params_terms = []
+        self.macs = Cost([(term.macs, [positions_on(axis) for axis in term.axes]) for term in ids.macs], part_left)
+        parameters = []
         for name, parameter in model.named_parameters():
             axes = [
                 (dict(by_axis[name, dim]), parameter.shape[dim])
                 for dim in range(parameter.ndim)
                 if (name, dim) in by_axis
             ]
-            self.params_terms.append((parameter.numel(), axes))
+            parameters.append((parameter.numel(), axes))
+        self.params = Cost(parameters, part_left)
 
     def complete(self, macs: int) -> None:
         """Add what the rules do not see, as a recurrent layer's, as MACs that no plan changes."""
         missing = macs - self.macs({})
         if missing > 0:
-            self.macs_terms.append((missing, []))
+            self.macs.add(missing)
 
-    @staticmethod
-    def evaluate(terms: list[tuple[int, list[tuple[dict[str, int], int]]]], removed: dict[str, int]) -> float:
-        """Sum the terms when `removed` units of each group are gone."""
-        total = 0.0
-        for size, axes in terms:
-            for widths, positions in axes:
-                size = size * (1 - sum(width * removed.get(name, 0) for name, width in widths.items()) / positions)
-            total += size
-        return total
 
-    def macs(self, removed: dict[str, int]) -> float:
-        """MACs of one image when `removed` units of each group are gone."""
-        return self.evaluate(self.macs_terms, removed)
+def part_left(size: float, axes: Axes, removed: dict[str, int]) -> float:
+    """Return what is left of a size that is a product over some axes."""
+    for widths, positions in axes:
+        size = size * share_left(widths, positions, removed)
+    return size
 
-    def params(self, removed: dict[str, int]) -> float:
-        """Parameters when `removed` units of each group are gone."""
-        return self.evaluate(self.params_terms, removed)
+
+def share_left(widths: dict[str, int], positions: int, removed: dict[str, int]) -> float:
+    """Return the share of an axis that is left."""
+    return 1 - sum(width * removed.get(name, 0) for name, width in widths.items()) / positions
