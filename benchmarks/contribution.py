@@ -24,9 +24,9 @@ from torch import Tensor
 from lfrns_hub.method.costs import measure_costs
 from lfrns_hub.method.fcr import gate_loss, learn_contributions
 from lfrns_hub.method.gates import answer_gated, answer_to, make_gates
+from lfrns_hub.method.pruning_set import CLUSTER_TO, cluster
 from lfrns_hub.method.redundancy import find_merges, views
 from lfrns_hub.method.responses import Moments, held_out, observe
-from lfrns_hub.method.select import CLUSTER_TO, cluster
 from lfrns_hub.model_io.model import analysis_copy
 from lfrns_hub.options import FindOptions, choose_groups
 from lfrns_hub.runs.processes import ALONE

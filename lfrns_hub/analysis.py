@@ -12,12 +12,13 @@ from lfrns_hub.latency import LatencyBudget, LatencyMeter, LatencySetup
 from lfrns_hub.measure import count_macs, count_params
 from lfrns_hub.method.fcr import contribute
 from lfrns_hub.method.provenance import add_round, describe_round, provenance_of
+from lfrns_hub.method.pruning_set import CLUSTER_TO, cluster, merge_costs
 from lfrns_hub.method.recalibrate import Judge, recalibrated
 from lfrns_hub.method.reconstruct import reconstruct
 from lfrns_hub.method.redundancy import Merges
 from lfrns_hub.method.report import SlimReport, SlimResult, measure_integrity, report_group
 from lfrns_hub.method.responses import Moments
-from lfrns_hub.method.select import CLUSTER_TO, cluster, merge_costs, restored_plan
+from lfrns_hub.method.restore import restored_plan
 from lfrns_hub.model_io.batches import Batches
 from lfrns_hub.model_io.model import (
     device_of,

@@ -17,9 +17,11 @@ from lfrns_hub.latency import meter as meter_file
 from lfrns_hub.latency.layer_times import LayerShape, LayerTable, LayerTimes, find_step, grid
 from lfrns_hub.latency.machine import Machine, spread, watched_layers
 from lfrns_hub.latency.predict import observe_shapes
+from lfrns_hub.method.ledger import Ledger
 from lfrns_hub.method.provenance import add_round
+from lfrns_hub.method.pruning_set import cluster_down
 from lfrns_hub.method.redundancy import Merges
-from lfrns_hub.method.select import Ledger, cluster_down, restore
+from lfrns_hub.method.restore import restore
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.units import SlimPlan
 

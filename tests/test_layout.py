@@ -33,8 +33,8 @@ FLOORS = (
     {"__main__"},
 )
 # The steps of the method, in reading order: each imports those before it alone.
-STEPS = ("taps", "responses", "redundancy", "fold", "gates", "costs", "select", "fcr", "reconstruct", "recalibrate",
-         "report", "provenance")  # fmt: skip
+STEPS = ("taps", "responses", "redundancy", "fold", "gates", "costs", "ledger", "pruning_set", "fcr", "restore",
+         "reconstruct", "recalibrate", "report", "provenance")  # fmt: skip
 # One door per dependency.
 DOORS = {
     "timm": {"zoo", "hub", "pictures", "checkpoint", "models", "coverage"},

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lfrns_hub.latency.meter import LatencyMeter
 from lfrns_hub.latency.search import search
+from lfrns_hub.method.ledger import Ledger
 from lfrns_hub.method.redundancy import Merges
-from lfrns_hub.method.select import Ledger, restored_plan
+from lfrns_hub.method.restore import restored_plan
 from lfrns_hub.runs.cache import Cache
 from lfrns_hub.units import SlimPlan, UnitGroup
 

@@ -8,8 +8,10 @@
 | what kept units express of cut ones, by least squares; integrity | fold | integrity of features' functions |
 | a gate a unit | gates | FCR unit |
 | what a merge costs in loss | costs | |
-| clusters, the pruning set, what is restored from it | select | pruning set, restore |
+| what the network costs at its present widths, against its budgets | ledger | |
+| clusters: the units that leave | pruning_set | pruning set |
 | the gates' training, each unit's contribution | fcr | feature contribution ranking |
+| what comes back of the pruning set, by contribution per cost | restore | restore |
 | folding layer after layer | reconstruct | |
 | BatchNorm statistics; which candidate is nearest to the dense model | recalibrate | |
 | what was found, kept and lost | report | |

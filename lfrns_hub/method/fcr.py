@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lfrns_hub.method.gates import answer_to, gated, make_gates
+from lfrns_hub.method.pruning_set import merge_costs
 from lfrns_hub.method.redundancy import Merges
 from lfrns_hub.method.responses import Moments
-from lfrns_hub.method.select import merge_costs
 from lfrns_hub.model_io.answers import Answer
 from lfrns_hub.model_io.batches import Batches, split_batch
 from lfrns_hub.model_io.model import differentiated, laid_out, same_draw
