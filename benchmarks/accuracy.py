@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import lfrns_hub as lfrns
 from lfrns_hub.measure import count_macs, count_params, evaluate
-from lfrns_hub.measure.latency import describe_setup, measure_latency
+from lfrns_hub.measure.latency import cpu_name, describe_setup, measure_latency
 from lfrns_hub.method.recalibrate import recalibrate
 from lfrns_hub.pictures import Preparation
 from lfrns_hub.recipe import describe_run
@@ -369,6 +369,7 @@ class Bench:
         return {
             "command": shlex.join([*words, "--data-dir", Path(self.options.data_dir).name]),
             "commit": describe_run(__file__)["commit"],
+            "machine": cpu_name() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
         }
 
     def run(self) -> None:

@@ -65,7 +65,7 @@ def table(setup: dict[str, Any], cells: Cells, reasons: dict[str, str]) -> list[
     epochs = sorted({e for by_epochs in cells.values() for e in by_epochs} | {2})
     after = [f"after {e} epochs" for e in epochs if e]
     head = ["contestant", "right after the cut", *after, "agrees", "worst class", "variance kept", "MACs", "params",
-            "latency", "seconds", "seeds"]  # fmt: skip
+            "latency", "seconds", "seeds", "machine"]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     family = None
     for group, name in rows_of(setup, cells):
@@ -80,7 +80,8 @@ def table(setup: dict[str, Any], cells: Cells, reasons: dict[str, str]) -> list[
             + " | ".join(mean_of(cells[name].get(e, {}), "top1_pct") for e in epochs if e)
             + f" | {mean_of(first, 'agreement_pct', '.1f')} | {-worst:+.1f} | {kept:.3f} | "
             + f"{mean_of(first, 'macs_fraction', '.3f')} | {mean_of(first, 'params_fraction', '.3f')} | "
-            + f"{mean_of(first, 'latency_ratio')} | {mean_of(first, 'seconds', '.0f')} | {len(first)} |"
+            + f"{mean_of(first, 'latency_ratio')} | {mean_of(first, 'seconds', '.0f')} | {len(first)} | "
+            + f"{', '.join(sorted({cell['machine'] for cell in first.values()}))} |"
         )
     for name, reason in sorted(reasons.items()):
         lines.append(f"| {name} | cannot: {reason} |" + " |" * (len(head) - 2))
@@ -95,8 +96,7 @@ def describe(setup: dict[str, Any]) -> str:
     return (
         f"{budget}; dense {setup['dense_top1_pct']:.2f} % top-1, {setup['dense_macs_m']:.1f} M MACs, "
         f"{setup['dense_params_m']:.2f} M parameters; {setup['calibration_images']} calibration images; "
-        f"{setup['machine']['cpu']} ({setup['machine']['device']}, {setup['machine']['threads']} threads), "
-        f"torch {setup['versions']['torch']}"
+        f"{setup['machine']['threads']} thread, torch {setup['versions']['torch']}"
     )
 
 
@@ -185,7 +185,8 @@ def main() -> None:
         "*Agrees*: share of images on which the dense network predicts the same. *Worst class*: change of the class",
         "that lost most, in points. *Variance kept*: the share of a dense layer's output variance that the slim",
         "layer's inputs still express on held-out images, mean over the layers. All three are measured right after",
-        "the cut. Mean ± standard deviation over the seeds.",
+        "the cut. Mean ± standard deviation over the seeds. Latency is a ratio to dense, measured in turns on the row's",
+        "machine; seconds of different machines, or next to other jobs as most were, do not compare.",
     ]
     for setup, cells, reasons in files:
         page += ["", f"## {setup['task']}, {describe(setup)}", "", *table(setup, cells, reasons)]
