@@ -185,8 +185,8 @@ def main() -> None:
         "*Agrees*: share of images on which the dense network predicts the same. *Worst class*: change of the class",
         "that lost most, in points. *Variance kept*: the share of a dense layer's output variance that the slim",
         "layer's inputs still express on held-out images, mean over the layers. All three are measured right after",
-        "the cut. Mean ± standard deviation over the seeds. Latency is a ratio to dense, measured in turns on the row's",
-        "machine; seconds of different machines, or next to other jobs as most were, do not compare.",
+        "the cut. Mean ± standard deviation over the seeds. Latency is a ratio to dense, measured in turns on the",
+        "row's machine; seconds of different machines, or next to other jobs as most were, do not compare.",
     ]
     for setup, cells, reasons in files:
         page += ["", f"## {setup['task']}, {describe(setup)}", "", *table(setup, cells, reasons)]
