@@ -1,4 +1,4 @@
-"""Write the recipes' figures where they are published, each from the record of its run, model_cards/*/record.json.
+"""Write published figures where they stand, each from its record: model_cards/*/record.json, benchmarks/results/*.json.
 
 python benchmarks/published.py [--check]
 
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import table
 
 ROOT = Path(__file__).parent.parent
 CONTROLS = {
@@ -33,9 +35,18 @@ def read(card: str) -> Any:
     return SimpleNamespace(**found, macs=f"{slim['macs_g'] / dense['macs_g']:.3f}", images=f"{slim['images']:,}")
 
 
+def curve(epochs: int) -> str:
+    """Return top-1 of our ResNet-20 at each budget, as cells: right after the cut, or after so many epochs."""
+    files = (f"resnet20-cifar10-macs{macs}.json" for macs in ("0.9", "0.75", "0.5", "0.25"))
+    ours = (table.read(ROOT / "benchmarks" / "results" / name)[1]["ours"] for name in files)
+    return " | ".join(table.mean_of(by_epochs.get(epochs, {}), "top1_pct") for by_epochs in ours)
+
+
 def places() -> Iterator[tuple[str, str, str, str]]:
     """Yield a file, the text before a figure, the figures, and the text behind them."""
     digits, resnet, vit = map(read, ("vit.lfrns50_digits", "cifar_resnet20.lfrns50_cifar10", "vit.lfrns67_cifar10"))
+    yield "README.md", "| right after the cut, lfrns_hub | ", curve(0), " |\n"
+    yield "README.md", "| after 2 epochs, lfrns_hub | ", curve(2), " |\n"
     yield "README.md", "on handwritten digits to half of its MACs: ", short(digits, " -> "), " %, minutes"
     for run, begin, behind in (
         (digits, f"(recipes/vit_digits.py) | digits, {digits.images} held out | ", " | one thread"),
