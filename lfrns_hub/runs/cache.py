@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lfrns_hub.format.door import call
 from lfrns_hub.runs import remove, written_aside
 from lfrns_hub.runs.checkpoints import Stopped, caught_sigterm
-from lfrns_hub.runs.processes import Processes
+from lfrns_hub.runs.processes import ALONE, Processes
 
 VERSIONS = [version(name) for name in ("torch", "timm", "transformers")]
 KEPT = 2  # contents: the last that was used, and the one before
@@ -35,13 +35,14 @@ class Cache:
 
     Args:
         directory: The folder, there or not; None keeps nothing. It may be removed at any time.
-        processes: Of the run; the main one writes.
+        processes: Of the run; the main one writes. None: this one alone.
         content: What everything kept hangs on: the model, images, options; this package's code and versions of torch,
             timm and transformers are added. Another content finds nothing here.
     """
 
-    def __init__(self, directory: str | os.PathLike | None, processes: Processes, *content: Any):
-        self.directory, self.processes = None if directory is None else Path(directory), processes
+    def __init__(self, directory: str | os.PathLike | None, processes: Processes | None, *content: Any):
+        self.directory = None if directory is None else Path(directory)
+        self.processes = processes = processes or ALONE
         self._call = call("slim")
         if directory is not None:
             code = [path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py"))]
