@@ -16,7 +16,6 @@ import functools
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +99,10 @@ class Mixed(Pictures):
         return share * images + (1 - share) * images.roll(1, 0)
 
 
+# Its name, options of `retrain`, and the kind of training pictures.
+Recipe = tuple[str, dict[str, Any], type[Pictures]]
+
+
 class Recipes(Section):
     """The cells of one task, a recipe each."""
 
@@ -122,16 +125,15 @@ class RecoveryBench(TimedBench):
         """The slim network of all recipes."""
         return self.prune(contestants["ours"], self.case(0))
 
-    @functools.cached_property
-    def rate(self) -> float:
-        """The default peak rate of `retrain`."""
-        return fill_defaults(self.dense, "auto", None, None, None)[1]
-
-    def rate_recipes(self) -> Iterator[tuple[str, dict[str, Any], type[Pictures]]]:
-        """Yield what is tried first: peak rates."""
+    def rate_recipes(self) -> list[Recipe]:
+        """Return what is tried first: peak rates."""
         rule, rate, *_ = fill_defaults(self.dense, "auto", None, None, None)
-        for times in RATES[rule]:
-            yield f"rate {times:g}x", {"learning_rate": times * rate}, Pictures
+        return [(f"rate {times:g}x", {"learning_rate": times * rate}, Pictures) for times in RATES[rule]]
+
+    def other_recipes(self, epochs: int) -> list[Recipe]:
+        """Return what is tried at the rate that won, at the default where none was tried."""
+        (_, default, _), *_ = self.rate_recipes()
+        return recipes(best_rate(self.store.cells(), self.name, epochs) or default["learning_rate"])
 
     def retraining(self) -> dict[str, Any]:
         """Return no settings: those of a recipe alone."""
@@ -178,7 +180,7 @@ class RecoveryBench(TimedBench):
         return super().how() | {"command": " ".join(words)}
 
 
-def recipes(best: float) -> list[tuple[str, dict[str, Any], type[Pictures]]]:
+def recipes(best: float) -> list[Recipe]:
     """Return what is tried at the rate that won."""
     rate = {"learning_rate": best}
     return [
@@ -218,30 +220,25 @@ def settings(options: argparse.Namespace, task: str) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Fill what is not there: the rates of all tasks, then the other recipes in turn."""
+    """Fill what is not there: the rates of all tasks in turn, then the other recipes."""
     clock = Clock(options.minutes, psutil.Process().create_time())
     store = Store("recovery", Path(options.results))
-    benches = {}
-    stages: list[Callable[[RecoveryBench, int], list[Any]]] = [lambda bench, _: list(bench.rate_recipes())]
-    stages.append(lambda bench, epochs: recipes(best_rate(store.content["cells"], bench.name, epochs) or bench.rate))
-    for stage in stages:
-        rows: dict[str, list[Any]] = defaultdict(list)
-        for epochs in options.epochs:
-            for task in options.tasks:
-                if task not in benches:
-                    benches[task] = RecoveryBench(settings(options, task), store, clock)
-                rows[task] = stage(benches[task], epochs)
-            for place in range(max(map(len, rows.values()))):
-                for task, wanted in rows.items():
-                    bench = benches[task]
-                    if place >= len(wanted) or bench.store.get(wanted[place][0], 0, epochs):
-                        continue
-                    try:
-                        bench.fill(*wanted[place], epochs)
-                    except TimeIsUp as reason:
-                        print(f"{bench.name} | {wanted[place][0]}: {reason}", flush=True)
-                    except FloatingPointError as error:
-                        print(f"{bench.name} | {wanted[place][0]}: {error}", flush=True)
+    benches = [RecoveryBench(settings(options, task), store, clock) for task in options.tasks]
+    for epochs in options.epochs:
+        fill_in_turn([(bench, bench.rate_recipes()) for bench in benches], epochs)
+        fill_in_turn([(bench, bench.other_recipes(epochs)) for bench in benches], epochs)
+
+
+def fill_in_turn(wanted: list[tuple[RecoveryBench, list[Recipe]]], epochs: int) -> None:
+    """Fill the first recipe of each task, then the second, and so on; what does not fit or diverges is told."""
+    for place in range(max(len(tried) for _, tried in wanted)):
+        for bench, (name, *how) in [(bench, tried[place]) for bench, tried in wanted if place < len(tried)]:
+            if bench.store.get(name, 0, epochs):
+                continue
+            try:
+                bench.fill(name, *how, epochs)
+            except (TimeIsUp, FloatingPointError) as reason:
+                print(f"{bench.name} | {name} | epochs {epochs}: {reason}", flush=True)
 
 
 def table(cells: dict[str, Any]) -> list[str]:
