@@ -11,6 +11,7 @@ Versions:  torch 2.14.1, transformers 5.24, accelerate 1.15
 """
 
 import torch
+from accelerate.utils import set_seed
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,7 +20,6 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 import lfrns_hub as lfrns
 from lfrns_hub import recipe
 from lfrns_hub.measure import evaluate
-from lfrns_hub.retrain import set_seed
 from lfrns_hub.surgery import cut
 from lfrns_hub.zoo import create_dense, guard_against_chance
 

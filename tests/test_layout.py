@@ -40,14 +40,14 @@ DOORS = {
     "timm": {"zoo", "hub", "pictures", "checkpoint", "models", "coverage"},
     "transformers": {"format", "zoo", "pictures", "checkpoint", "coverage"},
     "datasets": {"pictures"},
-    "accelerate": {"retrain", "checkpoint"},
+    "accelerate": {"retrain", "recipe"},
     "huggingface_hub": {"hub", "zoo", "pictures", "checkpoint"},
     "typer": {"cli", "format"},
     "onnxruntime": {"runtimes"},
     "matplotlib": {"plots"},
 }
 # What takes long to import and only some calls need.
-LATE = {"datasets", "matplotlib", "onnxruntime", "pandas", "scipy", "sklearn"} | {
+LATE = {"accelerate", "datasets", "matplotlib", "onnxruntime", "pandas", "scipy", "sklearn"} | {
     f"transformers.{name}" for name in ("modeling_utils", "trainer", "models.vit.modeling_vit")
 }
 

@@ -20,7 +20,7 @@ from lfrns_hub.measure import Record, comparable_controls
 from lfrns_hub.method.report import SlimResult
 from lfrns_hub.recipe.folder import check_output_dir, check_same_run, is_finished, tidy
 from lfrns_hub.recipe.results import draw_clusters, print_results
-from lfrns_hub.retrain import make_accelerator, set_seed
+from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.runs import locked
 from lfrns_hub.runs.checkpoints import Stopped
 
@@ -83,6 +83,8 @@ def open_run(args: argparse.Namespace) -> tuple[Path, Any]:
     Raises:
         FileExistsError, ValueError: As `check_output_dir` and `check_same_run`.
     """
+    from accelerate.utils import set_seed
+
     directory = check_output_dir(args.output_dir, resume=args.resume, overwrite=args.overwrite)
     accelerator = make_accelerator(seed=args.seed)
     hold(directory, f"--output-dir {args.output_dir}", accelerator)

@@ -1,8 +1,6 @@
 """Retrain a slim model (or train a dense one): an Accelerate loop with warm-up, cosine and distillation."""
 
-from accelerate.utils import set_seed
-
 from lfrns_hub.retrain.choices import make_accelerator
 from lfrns_hub.retrain.train import retrain
 
-__all__ = ["make_accelerator", "retrain", "set_seed"]
+__all__ = ["make_accelerator", "retrain"]

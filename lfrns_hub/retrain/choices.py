@@ -3,20 +3,20 @@
 import math
 import os
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import is_initialized
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch import nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # Learning rate, weight decay, gradient norm limit. For models that are nearly right already, as slim ones are:
 # a tenth of what training from scratch takes (He et al. 2016: 0.1; Dosovitskiy et al. 2021, table 3: 1e-3).
 _DEFAULTS = {"sgd": (1e-2, 5e-4, math.inf), "adamw": (1e-4, 5e-2, 1.0)}
 
 
-def make_accelerator(*, seed: int = 0, **kwargs: Any) -> Accelerator:
+def make_accelerator(*, seed: int = 0, **kwargs: Any) -> "Accelerator":
     """Build the Accelerator of a run: on the GPU if there is one, image order set by the seed alone.
 
     Args:
@@ -31,6 +31,10 @@ def make_accelerator(*, seed: int = 0, **kwargs: Any) -> Accelerator:
         >>> make_accelerator(seed=1).num_processes
         1
     """
+    from accelerate import Accelerator  # a quarter of what else this package takes to import
+    from accelerate.state import is_initialized
+    from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+
     kwargs.setdefault("cpu", not torch.accelerator.is_available())
     asked = kwargs.get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if kwargs["cpu"] and asked == "fp16":
@@ -57,8 +61,8 @@ def _best_precision(cpu: bool) -> str:
 
 
 def ready_accelerator(
-    accelerator: Accelerator | None, gradient_accumulation_steps: int | None, mixed_precision: str | None, seed: int
-) -> Accelerator:
+    accelerator: "Accelerator | None", gradient_accumulation_steps: int | None, mixed_precision: str | None, seed: int
+) -> "Accelerator":
     """Build an accelerator, or set a given one as asked."""
     if gradient_accumulation_steps is not None and gradient_accumulation_steps < 1:
         raise ValueError(

@@ -8,22 +8,25 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor
 
 from lfrns_hub.runs.seeded import get_random
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 PLAIN_STEPS = 3  # before the recording: momentum, workspaces and the choice of kernels are made at first use
 Labels = dict[str, Tensor | None]
 logger = logging.getLogger(__name__)
 
 
-def refuse_capture(accelerator: Accelerator) -> str | None:
+def refuse_capture(accelerator: "Accelerator") -> str | None:
     """Say why the steps of a run cannot be recorded; None where they can."""
+    from accelerate.utils import DistributedType, DynamoBackend
+
     if accelerator.device.type != "cuda":
         return "graphs are recorded on NVIDIA and AMD GPUs"
     if accelerator.distributed_type != DistributedType.NO or accelerator.num_processes > 1:

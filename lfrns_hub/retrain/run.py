@@ -4,10 +4,9 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,6 +26,9 @@ from lfrns_hub.runs.processes import Processes
 from lfrns_hub.runs.seeded import apart, random_kept, rounds, seeded_loader
 from lfrns_hub.units import SlimPlan
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 class Epochs:
     """The batches of a run, the same ones at the same places of the same epochs however often it is begun.
@@ -38,7 +40,7 @@ class Epochs:
         order_seed: Of the order.
     """
 
-    def __init__(self, loader: DataLoader, accelerator: Accelerator, seed: int, images_per_epoch: int | None):
+    def __init__(self, loader: DataLoader, accelerator: "Accelerator", seed: int, images_per_epoch: int | None):
         self.given = loader
         self._accelerator, self._seed, self._streamed = accelerator, seed, images_per_epoch is not None
         self.images = images_per_epoch or len(loader.dataset)
@@ -77,7 +79,7 @@ class Epochs:
 class Run:
     """A run of `retrain`: `train` takes its epochs, and each of them its steps."""
 
-    accelerator: Accelerator
+    accelerator: "Accelerator"
     data: Epochs
     whole: nn.Module  # what came in
     model: nn.Module  # the same, or its copy in shards
@@ -284,7 +286,7 @@ def _take_weights(whole: nn.Module, trained: nn.Module) -> None:
     whole.load_state_dict(state)
 
 
-def _average_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+def _average_buffers(model: nn.Module, accelerator: "Accelerator") -> None:
     """Set BatchNorm statistics to their mean over all processes, which each took from its own images."""
     if accelerator.num_processes > 1:
         for module in model.modules():

@@ -7,10 +7,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -24,6 +22,9 @@ from lfrns_hub.retrain.run import Epochs, Run
 from lfrns_hub.runs.cache import digest
 from lfrns_hub.runs.checkpoints import Checkpoints, describe_model
 from lfrns_hub.units import SlimPlan
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def retrain(
@@ -46,7 +47,7 @@ def retrain(
     gradient_accumulation_steps: int | None = None,
     mixed_precision: str | None = None,
     compile: Literal["auto", False] = "auto",
-    accelerator: Accelerator | None = None,
+    accelerator: "Accelerator | None" = None,
     seed: int = 0,
     progress: bool = True,
     tracker: Callable[[dict[str, float], int], None] | None = None,
@@ -134,6 +135,8 @@ def retrain(
         )
     if epochs == 0:
         return model
+    from accelerate.utils import DistributedType, set_seed
+
     accelerator = ready_accelerator(accelerator, gradient_accumulation_steps, mixed_precision, seed)
     no_graph = "compile=False" if compile is False else refuse_capture(accelerator)
     set_seed(seed, device_specific=True)
@@ -200,7 +203,7 @@ def _plan_of(model: nn.Module) -> SlimPlan | None:
 
 
 @contextlib.contextmanager
-def _as_before(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+def _as_before(model: nn.Module, accelerator: "Accelerator") -> Iterator[None]:
     """Put a model's modes and an accelerator's way of accumulating back at the end.
 
     Under mixed precision Accelerate leaves the model's own `forward` behind in its `__dict__`, which a copy or a
