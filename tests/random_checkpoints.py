@@ -40,6 +40,8 @@ SHARD = 25
 SECONDS = 60
 FOUND = Path("out") / "checkpoints"
 HONEST = 5  # one of so many
+LOOKED = 8  # one of so many is shown a picture although its settings are the usual ones
+SETTINGS_STATED = ", settings of images"
 FAMILIES = [case for case in list_cases(variants=False) if case.kind in ("timm", "transformers")]
 NUMBERS = (0, 1, 2, 3, 7, 16, 33, 64, 127, 224, 256, 513, 1000, 1024, 2048, 4096, 8191, 65_536, 1 << 20, 1 << 31, -1)
 SIZES = ("img_size", "patch_size", "window_size", "depths", "embed_dim", "num_heads", "in_chans", "block_size")
@@ -83,12 +85,12 @@ def write_checkpoint(number: int, folder: Path) -> str:
     honest = number % HONEST == 0
     case = FAMILIES[number // HONEST % len(FAMILIES)] if honest else draw.choice(FAMILIES)
     write = write_timm if case.kind == "timm" else write_transformers
-    write(case, draw, folder, honest)
-    return f"{'honest' if honest else 'hostile'} {case.kind} {case.model}"
+    settings = write(case, draw, folder, honest)
+    return f"{'honest' if honest else 'hostile'} {case.kind} {case.model}{SETTINGS_STATED if settings else ''}"
 
 
-def write_timm(case: Case, draw: random.Random, folder: Path, honest: bool) -> None:
-    """Write a checkpoint in timm's layout."""
+def write_timm(case: Case, draw: random.Random, folder: Path, honest: bool) -> bool:
+    """Write a checkpoint in timm's layout, and return whether it has settings of images of its own."""
     classes, cfg = draw.choice((2, 10, 1000)), {}
     large = not honest and draw.random() < 0.2
     base, args = (draw.choice(timm.list_models()), {}) if large else (case.model, {"num_classes": classes, **case.args})
@@ -114,10 +116,11 @@ def write_timm(case: Case, draw: random.Random, folder: Path, honest: bool) -> N
     config |= {"pretrained_cfg": {"num_classes": classes, **stated_cfg, **cfg}, "slim": {"format_version": 1}}
     (folder / "config.json").write_text(json.dumps(config))
     write_zeros(state, folder / "model.safetensors", draw.choice(list(DTYPES)))
+    return bool(cfg)
 
 
-def write_transformers(case: Case, draw: random.Random, folder: Path, honest: bool) -> None:
-    """Write a checkpoint in transformers' layout, perhaps with settings of images."""
+def write_transformers(case: Case, draw: random.Random, folder: Path, honest: bool) -> bool:
+    """Write a checkpoint in transformers' layout, perhaps with settings of images: whether with them."""
     names = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[case.model]
     known = {"architectures": [names if isinstance(names, str) else names[0]], "num_labels": draw.choice((2, 10, 1000))}
     fields = AutoConfig.for_model(case.model, **known, **case.args).to_dict()
@@ -143,12 +146,14 @@ def write_transformers(case: Case, draw: random.Random, folder: Path, honest: bo
     fields |= {"model_type": TYPE_PREFIX + case.model, "architectures": [name], "slim": {"format_version": 1}}
     (folder / "config.json").write_text(json.dumps(fields | {"lfrns": {"shapes": shapes, "attrs": {}}}))
     write_zeros(state, folder / "model.safetensors", draw.choice(list(DTYPES)))
-    if not honest and draw.random() < 0.5:
+    stated = not honest and draw.random() < 0.5
+    if stated:
         kinds = ("ViTImageProcessor", "ConvNextImageProcessor", "BitImageProcessor", "CLIPImageProcessor")
         settings: dict[str, Any] = {"image_processor_type": draw.choice(kinds)}
         for key in draw.sample(list(PROCESSOR), 3):
             settings[key] = draw.choice(PROCESSOR[key])
         (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return stated
 
 
 def write_zeros(shapes: dict[str, tuple[list[int], torch.dtype]], path: Path, floats: str) -> None:
@@ -254,13 +259,13 @@ def use(call: Callable[[], Any]) -> str:
     return "fine"
 
 
-def open_folder(folder: Path) -> str:
-    """Load a checkpoint, prepare a picture as it says, and build its dense model: what came of each."""
+def open_folder(folder: Path, pictures: bool = True) -> str:
+    """Load a checkpoint, prepare a picture as it says if asked to, and build its dense model: what came of each."""
 
     models: list[torch.nn.Module] = []
 
     def look() -> None:
-        for model in models:
+        for model in models if pictures else ():
             make_transform(model, train=False)(Image.new("RGB", (300, 200)))
 
     loaded = use(lambda: models.append(lfrns.load(folder)))
@@ -285,7 +290,8 @@ def try_checkpoint(number: int) -> dict[str, Any]:
         if not (folder / "model.safetensors").is_file():
             return {"number": number, "kind": kind, "size": 0, "ends": None}
         size = sum(path.stat().st_size for path in folder.iterdir())
-        answer = in_child(lambda: open_folder(folder), 2 * size + GIBIBYTE)
+        pictures = kind.endswith(SETTINGS_STATED) or number % LOOKED == 0
+        answer = in_child(lambda: open_folder(folder, pictures), 2 * size + GIBIBYTE)
         ends = json.loads(answer) if answer.startswith("[") else [answer] * 3
         return {"number": number, "kind": kind, "size": size, "ends": ends}
     finally:
