@@ -18,10 +18,8 @@ class Without(PathFinder):
         return None if blocked else PathFinder.find_spec(name, path, target)
 
 sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
-import timm, torch, transformers
-before = set(sys.modules)
+import torch
 import lfrns_hub
-assert not {"accelerate", "torch.utils.tensorboard"} & (set(sys.modules) - before)  # what only retraining needs
 from safetensors.torch import load_file
 
 def answer(model, images):
