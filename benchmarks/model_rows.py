@@ -120,7 +120,7 @@ def import_time(options: Namespace) -> Turns:
     code = {
         "reference": "import timm; from transformers import AutoConfig, AutoModelForImageClassification",
         "ours": "import lfrns_hub",
-        "lfrns --help": "import sys; sys.argv = ['lfrns', '--help']; from lfrns_hub.cli import main; main()",
+        "lfrns --help": "import sys; sys.argv = ['lfrns', '--help']; from lfrns_cli import main; main()",
     }
 
     def start(text: str) -> None:

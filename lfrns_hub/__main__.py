@@ -1,5 +1,5 @@
 """`python -m lfrns_hub` and `accelerate launch -m lfrns_hub`: the command line."""
 
-from lfrns_hub.cli import main
+from lfrns_cli import main
 
 main()

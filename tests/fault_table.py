@@ -29,8 +29,9 @@ from faulty_run import make_model, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import lfrns_cli as cli
 import lfrns_hub as lfrns
-from lfrns_hub import cli, plots, recipe
+from lfrns_hub import plots, recipe
 from lfrns_hub.checkpoint import save_load
 from lfrns_hub.hub.index import write_index
 from lfrns_hub.latency.layer_times import LayerTable

@@ -25,8 +25,9 @@ from test_checkpoint import MyNet, cut_pair
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lfrns_cli as cli
 import lfrns_hub as lfrns
-from lfrns_hub import checkpoint, cli
+from lfrns_hub import checkpoint
 from lfrns_hub.measure import Record, evaluate
 from lfrns_hub.runtimes.bench import bench
 from lfrns_hub.runtimes.export import export

@@ -10,8 +10,9 @@ from PIL import Image
 from rich.table import Table
 from typer.testing import CliRunner
 
+import lfrns_cli as cli
 import lfrns_hub as lfrns
-from lfrns_hub import cli, recipe
+from lfrns_hub import recipe
 from lfrns_hub.cli.terminal import show
 from lfrns_hub.measure import Record
 
@@ -110,7 +111,7 @@ def test_demo_as_json_prints_the_record_alone(
     assert "a table" in printed.err
 
 
-def test_push_as_json_gives_the_address(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_push_as_json_gives_the_address(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
     asked = {}
 
     def push(folder: str, repo: str, **options: object) -> str:
@@ -118,9 +119,9 @@ def test_push_as_json_gives_the_address(monkeypatch: pytest.MonkeyPatch, capsys)
         return "https://hub/me/it/commit/1"
 
     monkeypatch.setattr("lfrns_hub.push", push)
-    assert run_main(monkeypatch, "push", "slim", "me/it", "--private", "--revision", "b", "--pr", "--json") == 0
+    assert run_main(monkeypatch, "push", str(tmp_path), "me/it", "--private", "--revision", "b", "--pr", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"url": "https://hub/me/it/commit/1"}
-    assert asked["folder"] == "slim"
+    assert asked["folder"] == str(tmp_path)
     assert asked["repo"] == "me/it"
     assert [asked[key] for key in ("private", "revision", "create_pr")] == [True, "b", True]
 

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import lfrns_cli as cli
 import lfrns_hub as lfrns
-from lfrns_hub import cli
+from lfrns_hub.cli.checkpoints import dense_beside
 from lfrns_hub.cli.dense_again import find_dense, remember_dense
-from lfrns_hub.cli.judge import dense_beside
-from lfrns_hub.cli.make import train_each
+from lfrns_hub.cli.saving import train_each
 from lfrns_hub.latency import cache_directory
 from lfrns_hub.measure import Record, measure
 from lfrns_hub.recipe import random_cut
@@ -170,7 +170,7 @@ def test_what_cannot_be_saved_is_known_before_it_is_trained(
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("save(): it cannot")
 
-    monkeypatch.setattr("lfrns_hub.cli.make.prepared", refuse)
+    monkeypatch.setattr("lfrns_hub.cli.saving.prepared", refuse)
     monkeypatch.setattr("lfrns_hub.retrain", lambda *_, **__: pytest.fail("it was trained"))
     monkeypatch.setattr(sys, "argv", ["lfrns", "retrain", str(at), "--data", str(made / "data")])
     with pytest.raises(SystemExit) as ended:
@@ -181,7 +181,7 @@ def test_what_cannot_be_saved_is_known_before_it_is_trained(
 def test_one_budget_that_fails_takes_none_of_the_others(tmp_path: Path, capsys) -> None:
     models = {tmp_path / name: create_dense("cifar_resnet20") for name in ("a", "b", "c")}
 
-    def train(model: torch.nn.Module) -> None:
+    def train(folder: Path, model: torch.nn.Module) -> None:
         if model is models[tmp_path / "b"]:
             raise FloatingPointError("the loss is nan")
         model.linear.bias.data.fill_(3.0)

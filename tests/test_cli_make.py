@@ -11,8 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from test_latency import Pretended
 
+import lfrns_cli as cli
 import lfrns_hub as lfrns
-from lfrns_hub import cli
 from lfrns_hub.latency import meter
 
 BUILDER = """

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from lfrns_hub import cli
+import lfrns_cli as cli
 from lfrns_hub.pictures.stream import stream_data
 from lfrns_hub.zoo import load_data
 

@@ -14,8 +14,9 @@ from test_checkpoint import slim_transformers
 from transformers import AutoModelForImageClassification
 from ways_in import distance, logits
 
+from lfrns_cli.app import command_error
 from lfrns_hub import checkpoint
-from lfrns_hub.format.compat import RENAMED, command_error
+from lfrns_hub.format.compat import RENAMED
 
 KINDS = ("vit", "deit", "dinov2")
 

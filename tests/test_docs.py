@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 from hub_server import hub
-from typer.testing import CliRunner
 
-from lfrns_hub import cli
+import lfrns_cli as cli
 from lfrns_hub.trace import adapters
 from lfrns_hub.trace.rules import registry
 
@@ -32,9 +31,13 @@ def run_page(text: str, folder: Path) -> list[tuple[str, str]]:
         if language == "text":
             pairs.append((plain(body), plain(printed)))
         elif language == "sh":
-            answer = CliRunner().invoke(cli.app, body.split()[1:])
-            assert answer.exit_code == 0, answer.output
-            printed = answer.output
+            out = io.StringIO()
+            with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+                patch.setattr(sys, "argv", body.split())
+                with pytest.raises(SystemExit) as ended:
+                    cli.main()
+            assert not ended.value.code, out.getvalue()
+            printed = out.getvalue()
         elif named:
             (folder / named[1]).write_text(body, encoding="utf-8")
         else:

@@ -2,49 +2,29 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader
-from typer import Option
 
 import lfrns_hub as lfrns
+from lfrns_cli.commands import Curve, Units
+from lfrns_cli.options import read_budgets
 from lfrns_hub import recipe
-from lfrns_hub.cli.terminal import (
-    Batch,
-    Calibration,
-    Exclude,
-    Json,
-    Model,
-    Pictures,
-    Preprocessing,
-    Preset,
-    Weights,
-    analyse_pictures,
-    app,
-    bundled,
-    examples,
-    is_slim,
-    read_budgets,
-    show,
-)
+from lfrns_hub.cli.checkpoints import is_slim
+from lfrns_hub.cli.data import analyse_images, load_images, start_accelerator
+from lfrns_hub.cli.terminal import show
 from lfrns_hub.hub.index import cells, columns
 from lfrns_hub.measure import measure_each
-from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.self_check import survey
 from lfrns_hub.units import UnitGroup
 from lfrns_hub.zoo import create_dense, create_skeleton, example_input, set_preprocessing
 
 
-@app.command(epilog=examples("lfrns units resnet50", "lfrns units my_package.module:build --json"))
-def units(model: Model, as_json: Json = False) -> None:
-    """List what can be removed from a model, and what cannot and why. Needs no weights and no network.
-
-    MACs are the share of the model's in layers that make or read the units; a layer between two groups counts for both.
-    Groups that are not exact are approximate: removing a unit changes a norm, so they are cut only on request.
-    """
+def units(asked: Units) -> None:
+    """List the groups of a model, their share of its MACs, and why some are frozen."""
+    model = asked.model
     network = lfrns.load(model) if is_slim(model) else create_skeleton(model)
     groups, shares = survey(network, example_input(network))
     table = Table("group", "kind", "units", "exact", "MACs", "read by", title=escape(model))
@@ -70,7 +50,7 @@ def units(model: Model, as_json: Json = False) -> None:
         f"{sum(group.size for group in free)} units in {len(free)} groups can go; {len(approximate)} groups are "
         f"approximate, cut only on request; {len(groups) - len(free) - len(approximate)} are frozen."
     )
-    show(as_json, {"model": model, "groups": rows}, table, total)
+    show(asked.as_json, {"model": model, "groups": rows}, table, total)
 
 
 def _taps(group: UnitGroup) -> str:
@@ -79,48 +59,28 @@ def _taps(group: UnitGroup) -> str:
     return f"{group.taps[0].module}{others}" if group.taps else ""
 
 
-@app.command(
-    epilog=examples(
-        "lfrns curve resnet50 --weights my.pth --data DIR --val-split 0.1",
-        "lfrns curve resnet50.a1_in1k --data DIR --macs 0.9,0.7,0.5 --picture curve.png",
-    )
-)
-@bundled
-def curve(
-    *,
-    model: Model,
-    weights: Weights = None,
-    macs: Annotated[str, Option(help="fractions of the MACs to keep")] = "0.9,0.75,0.6,0.5,0.35,0.25",
-    preset: Preset = "ours",
-    calibration_images: Calibration = 1000,
-    test_images: Annotated[int, Option(help="images that accuracy is measured on, at most")] = 2000,
-    fcr_steps: Annotated[int, Option(help="training steps of the gates at each budget; 0 ranks by cost")] = 0,
-    exclude: Exclude = None,
-    picture: Annotated[str, Option(metavar="FILE", help="the PNG to write")] = "curve.png",
-    batch_size: Batch = 64,
-    pictures: Pictures,
-    preprocessing: Preprocessing,
-    seed: int = 0,
-    as_json: Json = False,
-) -> None:
-    """Show accuracy against MACs and latency at a ladder of budgets, without training, before one is chosen.
-
-    Accuracies are those right after the cut; retraining brings much of the loss back.
-    """
-    started, budgets = time.perf_counter(), read_budgets(macs)
-    accelerator = make_accelerator(seed=seed)
+def curve(asked: Curve) -> None:
+    """Cut a model at each budget, measure, draw the curve and print the table."""
+    started, budgets = time.perf_counter(), read_budgets(asked.macs)
+    model, picture, seed, machine = asked.model, asked.picture, asked.seed, asked.machine
+    accelerator = start_accelerator(machine, seed)
     recipe.hold(Path(picture), f"--picture {picture}", accelerator)
-    dense = create_dense(model, weights=weights)
-    set_preprocessing(dense, **vars(preprocessing))
-    test = DataLoader(pictures.load(dense, "validation", limit=test_images, seed=seed), batch_size)
-    options = {"accelerator": accelerator, "progress": not as_json}
-    asked = {"preset": preset, "exclude": tuple(exclude or ()), **options}
-    _, analysis = analyse_pictures(dense, pictures, limit=calibration_images, batch_size=batch_size, seed=seed, **asked)
+    dense = create_dense(model, weights=asked.weights)
+    set_preprocessing(dense, **vars(asked.preprocessing))
+    test_set = load_images(asked.images, dense, "validation", limit=asked.test_images, seed=seed)
+    test = DataLoader(test_set, asked.batch_size, num_workers=machine.workers)
+    options = {"accelerator": accelerator, "progress": machine.progress}
+    choices = {"preset": asked.preset, "exclude": tuple(asked.exclude or ()), "workers": machine.workers, **options}
+    _, analysis = analyse_images(
+        dense, asked.images, limit=asked.calibration_images, batch_size=asked.batch_size, seed=seed, **choices
+    )
     least = analysis.smallest()["macs"]
     reached = [budget for budget in budgets if budget >= least]
     if not reached:
-        raise ValueError(f"--macs {macs}: the smallest that this model can be cut to is {least:.3f}. Ask for more.")
-    slim = {f"{budget:g}": analysis.cut(macs=budget, fcr_steps=fcr_steps).model for budget in reached}
+        raise ValueError(
+            f"--macs {asked.macs}: the smallest that this model can be cut to is {least:.3f}. Ask for more."
+        )
+    slim = {f"{budget:g}": analysis.cut(macs=budget, fcr_steps=asked.fcr_steps).model for budget in reached}
     records = measure_each(slim, test, dense=dense, **options)
     if not accelerator.is_main_process:
         return
@@ -134,8 +94,8 @@ def curve(
     found |= {"smallest_macs": least, "picture": picture, "setup": first.setup}
     lines = [f"No {budget:g}: the smallest that this model can be cut to is {least:.3f}." for budget in left_out]
     title = f"{model}, not retrained, {first.slim['images']} images tested; latency: batch 1"
-    seconds = time.perf_counter() - started
-    show(as_json, found, _ladder(title, first.dense, points), *lines, f"Picture: {picture} ({seconds:.0f} s in all)")
+    lines.append(f"Picture: {picture} ({time.perf_counter() - started:.0f} s in all)")
+    show(machine.as_json, found, _ladder(title, first.dense, points), *lines)
 
 
 def _ladder(title: str, dense: dict[str, Any], points: list[dict[str, Any]]) -> Table:
@@ -149,9 +109,8 @@ def _ladder(title: str, dense: dict[str, Any], points: list[dict[str, Any]]) -> 
     return table
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def coverage(context: typer.Context) -> None:
-    """Try networks: build, slim, self-check, save, load, compare. Every family, or those named (--help: options)."""
+def coverage(arguments: list[str]) -> int:
+    """Try networks, as `lfrns_hub.coverage` reads its command line; returns its exit code."""
     from lfrns_hub.coverage import main as try_networks
 
-    raise typer.Exit(try_networks(context.args))
+    return try_networks(arguments)

@@ -3,62 +3,37 @@
 import argparse
 import contextlib
 import json
-import os
 import runpy
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from torch import nn
 from torch.utils.data import DataLoader
-from typer import Option
 
 import lfrns_hub as lfrns
+from lfrns_cli.commands import Retrain, Slim
 from lfrns_hub import recipe
-from lfrns_hub.checkpoint import prepared
+from lfrns_hub.cli.checkpoints import dense_beside, earlier_record, load_slim, refresh
+from lfrns_hub.cli.data import analyse_images, load_images, start_accelerator
 from lfrns_hub.cli.dense_again import remember_dense
-from lfrns_hub.cli.judge import dense_beside, earlier_record, refresh
-from lfrns_hub.cli.terminal import (
-    Batch,
-    Calibration,
-    Exclude,
-    Flip,
-    Folder,
-    Json,
-    Model,
-    Pictures,
-    Preprocessing,
-    Preset,
-    Weights,
-    WithImages,
-    analyse_pictures,
-    app,
-    bundled,
-    examples,
-    layer_table,
-    load_slim,
-    read_budgets,
-    show,
-)
+from lfrns_hub.cli.resume import LeftOver, kept_run
+from lfrns_hub.cli.saving import described_later, train_each
+from lfrns_hub.cli.terminal import layer_table, show
 from lfrns_hub.hub.index import checkpoint_name, write_index
 from lfrns_hub.measure import Record, format_table, main_figure, measure_each
+from lfrns_hub.method.report import SlimResult
 from lfrns_hub.pictures import load_processor
-from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.zoo import check_images, create_dense, set_preprocessing
 
-Epochs = Annotated[int, Option(min=0, help="epochs of retraining with the dense model as teacher")]
-Rate = Annotated[float | None, Option(help="peak learning rate (default: 0.01 with SGD, 1e-4 with AdamW)")]
+PACKAGE = Path(__file__).resolve().parent.parent
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def demo(context: typer.Context) -> None:
-    """Slim a small ViT on handwritten digits: minutes, no network. Takes recipes/vit_digits.py's options and --json."""
+def demo(arguments: list[str]) -> None:
+    """Run the digits recipe, with its record as JSON on request."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", action="store_true")
-    own, rest = parser.parse_known_args(context.args)
+    own, rest = parser.parse_known_args(arguments)
     script = _digits_recipe()
     sys.argv = [str(script), *rest]
     try:
@@ -73,280 +48,228 @@ def demo(context: typer.Context) -> None:
         print(record.read_text(encoding="utf-8"), end="")
 
 
-@app.command(
-    epilog=examples(
-        "lfrns slim resnet50 --weights my.pth --data DIR --val-split 0.1 --macs 0.5 --epochs 10 --out slim/",
-        "lfrns slim resnet50.a1_in1k --data DIR --macs 0.75,0.5,0.35 --out zoo/",
-        "lfrns slim resnet50.a1_in1k --data DIR --latency 0.5 --latency-threads 4 --out fast/",
-        "accelerate launch -m lfrns_hub slim google/vit-base-patch16-224 --data DIR --macs 0.5 --out slim/",
+def slim(asked: Slim) -> int:
+    """Slim a model to each budget, retrain, measure, save and push; returns 1 where a budget failed."""
+    machine, several = asked.machine, asked.several
+    directory = recipe.check_output_dir(
+        asked.out, resume=asked.resume, overwrite=asked.overwrite, option="--out", several=several
     )
-)
-@bundled
-def slim(
-    *,
-    model: Model,
-    weights: Weights = None,
-    macs: Annotated[
-        str | None, Option(help="fraction of the MACs to keep, in (0, 1]; several make a folder of checkpoints")
-    ] = None,
-    params: Annotated[float | None, Option(help="fraction of the parameters to keep, in (0, 1]")] = None,
-    latency: Annotated[
-        float | None, Option(help="fraction of the time of a forward pass to keep, in (0, 1], measured here")
-    ] = None,
-    latency_batch: Annotated[int, Option(min=1, help="images in a timed pass")] = 1,
-    latency_threads: Annotated[int | None, Option(min=1, help="CPU threads of a timed pass (default: all)")] = None,
-    latency_compile: Annotated[bool, Option("--latency-compile", help="time the model under torch.compile")] = False,
-    epochs: Epochs = 3,
-    learning_rate: Rate = None,
-    preset: Preset = "ours",
-    calibration_images: Calibration = 2000,
-    fcr_steps: Annotated[int, Option(help="training steps of the FCR gates")] = 200,
-    exclude: Exclude = None,
-    batch_size: Batch = 64,
-    pictures: Pictures,
-    preprocessing: Preprocessing,
-    flip: Flip = True,
-    seed: int = 0,
-    out: Annotated[str, Option(metavar="DIR", help="output folder")],
-    overwrite: Annotated[bool, Option("--overwrite", help="replace a checkpoint in the folder")] = False,
-    push_to_hub: Annotated[
-        str | None, Option(metavar="REPO", help="repository for the finished checkpoint; for several the user alone")
-    ] = None,
-    with_images: WithImages = False,
-    as_json: Json = False,
-) -> None:
-    """Slim a trained model to a budget, retrain it, measure both, save it with its card.
-
-    Several budgets share one analysis; each gets a folder of its own, named as on the Hub, under one README.
-    """
-    budgets: list[float | None] = read_budgets(macs) if macs is not None else [None]
-    several = len(budgets) > 1
-    directory = recipe.check_output_dir(out, resume=False, overwrite=overwrite, option="--out", several=several)
-    if macs is None and params is None and latency is None:
-        raise ValueError(
-            "lfrns slim: --macs, --params or --latency must say how much to keep. For half of the MACs: --macs 0.5."
-        )
-    for option, value, what in (("--params", params, "parameters"), ("--latency", latency, "time of a forward pass")):
-        if value is not None and not 0 < value <= 1:
-            raise ValueError(
-                f"{option} {value}: the fraction of the {what} to keep must be in (0, 1]. For 50 % pass 0.5."
-            )
-    if several and push_to_hub and "/" in push_to_hub:
-        raise ValueError(
-            f"--push-to-hub {push_to_hub}: {len(budgets)} budgets make as many repositories, named as their folders. "
-            "Give the user or the organisation alone."
-        )
-    accelerator = make_accelerator(seed=seed)
-    progress, main_process = not as_json, accelerator.is_main_process
-    names = [checkpoint_name(model, pictures.data, budget) if several else "" for budget in budgets]
+    accelerator = start_accelerator(machine, asked.seed)
+    names = [checkpoint_name(asked.model, asked.images.data, budget) if several else "" for budget in asked.budgets]
     folders = [directory / name for name in names]
-    for folder in folders:
-        recipe.hold(folder, f"--out {out}", accelerator)
-    dense = create_dense(model, weights=weights)
-    set_preprocessing(dense, **vars(preprocessing))
-    train, test = pictures.load(dense, "train", augment=True, flip=flip), pictures.load(dense, "validation")
-    test_loader = DataLoader(test, batch_size)
-    train_loader = DataLoader(train, max(1, batch_size // accelerator.num_processes), shuffle=True)
+    for folder in dict.fromkeys([directory, *folders]):
+        recipe.hold(folder, f"--out {asked.out}", accelerator)
+    run = LeftOver(directory / "work", "--out", vars(asked))
+    run.check(resume=asked.resume)
+    if asked.resume and run.finished:
+        return _show_again(asked, folders, accelerator)
+    dense = create_dense(asked.model, weights=asked.weights)
+    set_preprocessing(dense, **vars(asked.preprocessing))
+    train = load_images(asked.images, dense, "train", augment=True, flip=asked.flip)
+    test = load_images(asked.images, dense, "validation")
+    test_loader = DataLoader(test, asked.batch_size, num_workers=machine.workers)
 
-    asked = {"preset": preset, "exclude": tuple(exclude or ()), "accelerator": accelerator, "progress": progress}
-    calibration_loader, analysis = analyse_pictures(
-        dense, pictures, limit=calibration_images, batch_size=batch_size, seed=seed, **asked
-    )
-    # All cuts come before any training: a budget out of reach is known within minutes.
-    timed: dict[str, Any] = {"latency": latency}
-    if latency is not None:
-        timed["latency_setup"] = lfrns.LatencySetup(
-            batch=latency_batch, threads=latency_threads, compile=latency_compile
-        )
-    results = [analysis.cut(macs=budget, params=params, **timed, fcr_steps=fcr_steps) for budget in budgets]
-    options = {"processor": load_processor(dense), "label_names": test.class_names or None, "overwrite": True}
-    if main_process:
-        remember_dense(dense, model, weights)
-    training = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed, "progress": progress}
-    training |= {"teacher": dense, "accelerator": accelerator}
-    failed = train_each(
-        {folder: result.model for folder, result in zip(folders, results, strict=True)},
-        lambda narrow: lfrns.retrain(narrow, train_loader, **training),
-        options,
-        accelerator,
-    )
-    made = [(n, f, r) for n, f, r in zip(names, folders, results, strict=True) if f not in failed]
-    names, folders, results = map(list, zip(*made, strict=True))
-
-    again = [*pictures.arguments(), "--dense", model, *(["--weights", weights] if weights else [])]
-    records: dict[str, Record] = {}
-    index: list[str] = []
-    with described_later(accelerator, folders, again):
-        models = {name or "slim": result.model for name, result in zip(names, results, strict=True)}
-        records = measure_each(models, test_loader, dense=dense, accelerator=accelerator, progress=progress)
-        told = {
-            **recipe.describe_data(pictures.data),
-            "calibration_images": len(calibration_loader.dataset),
-            "seed": seed,
-            "epochs": epochs,
-            "val_split": pictures.val_split,
-            "label_names": test.class_names or None,
-        }
-        if several:
-            told["budgets"] = [
-                {
-                    "macs_fraction": record.slim["macs_g"] / record.dense["macs_g"],
-                    **{
-                        key: record.slim.get(key)
-                        for key in ("output", main_figure(record.slim).key, "latency_ms", "occasion")
-                    },
-                }
-                for record in records.values()
-            ]
-        for folder, result, record in zip(folders, results, records.values(), strict=True):
-            record.setup.update(told)
-            if main_process:
-                recipe.draw_clusters(dense, result, calibration_loader, folder)
-                lfrns.save(result.model, folder, record=record, **options)
-                if progress:
-                    recipe.print_results(record, [], folder)
-                    if result.report.latency:
-                        show(False, None, layer_table(result))
-        if several and main_process:
-            index = [f"Compared in {write_index(directory, f'{Path(model).name}, at several budgets')}"]
-    accelerator.wait_for_everyone()
-    if main_process:
-        urls = [
-            lfrns.push(folder, f"{push_to_hub}/{folder.name}" if several else push_to_hub, with_images=with_images)
-            for folder in folders
-            if push_to_hub
-        ]
-        found = [{"directory": str(folder)} for folder in folders]
-        for row, record in zip(found, records.values(), strict=False):
-            row |= json.loads(record.to_json())
-        for row, result in zip(found, results, strict=True):
-            row |= {"latency": result.report.latency} if result.report.latency else {}
-        left_out = filter(None, [train.describe_unreadable(), test.describe_unreadable()])
-        told = {"checkpoints": found, "pushed": urls, "failed": {str(folder): why for folder, why in failed.items()}}
-        show(as_json, told, *left_out, *index, *(f"Pushed: {url}" for url in urls))
-    accelerator.end_training()
-    if failed:
-        raise typer.Exit(1)
-
-
-def train_each(
-    models: dict[Path, nn.Module], train: Callable[[nn.Module], Any], options: dict[str, Any], accelerator: Any
-) -> dict[Path, str]:
-    """Train models and save each the moment it is trained; that one fails takes none of the others.
-
-    Before the first batch every one is saved next to its folder, which proves that it can be, and keeps the room on the
-    disk until its own weights take it.
-
-    Args:
-        models: By their folders.
-        train: Trains one in place.
-        options: For `lfrns_hub.save`.
-        accelerator: Of the run; the main process saves.
-    Returns:
-        Why some failed, by their folders; not of all, and of none on several processes, which have to go on together.
-    """
-    failed: dict[Path, str] = {}
-    with contextlib.ExitStack() as rooms:
-        room = {folder: rooms.enter_context(contextlib.ExitStack()) for folder in models}
-        for folder, model in models.items() if accelerator.is_main_process else ():
-            room[folder].enter_context(prepared(model, folder, **options))
-        for folder, model in models.items():
-            try:
-                train(model)
-                room[folder].close()
-                if accelerator.is_main_process:  # the weights first; what is said of them can be said later
-                    recipe.save_trained(model, folder, **options)
-            except Exception as error:
-                failed[folder] = f"{type(error).__name__}: {error}"
-                if len(failed) == len(models) or accelerator.num_processes > 1 or os.environ.get("LFRNS_TRACEBACK"):
-                    raise
-                print(f"Warning: {folder} was not made. {failed[folder]}", file=sys.stderr)
-            accelerator.wait_for_everyone()
-    return failed
-
-
-@contextlib.contextmanager
-def described_later(accelerator: Any, folders: Sequence[Path], again: list[str]) -> Iterator[None]:
-    """Turn the failure to measure or describe trained models, which are saved, into a warning that says what to call.
-
-    On several processes it stays an error as well: the others wait for what this one does not do any more.
-
-    Args:
-        accelerator: Of the run.
-        folders: Where the models are saved.
-        again: The options of `lfrns evaluate` that measure them.
-    """
-    try:
-        yield
-    except Exception as error:
+    with kept_run(run, accelerator, resume=asked.resume) as work:
+        results, calibrated = _cut(asked, dense, accelerator, work / "slim")
+        saving = {"processor": load_processor(dense), "label_names": test.class_names or None, "overwrite": True}
         if accelerator.is_main_process:
-            calls = "".join(f"\n  {shlex.join(['lfrns', 'evaluate', str(folder), *again])}" for folder in folders)
-            print(
-                f"Warning: {type(error).__name__}: {error}\nThe weights are saved in {', '.join(map(str, folders))}, "
-                f"but not measured or described. For that:{calls}",
-                file=sys.stderr,
-            )
-        if accelerator.num_processes > 1 or os.environ.get("LFRNS_TRACEBACK"):
-            raise
+            remember_dense(dense, asked.model, asked.weights)
+        training = {"epochs": asked.epochs, "learning_rate": asked.learning_rate, "seed": asked.seed}
+        training |= {"teacher": dense, "accelerator": accelerator, "progress": machine.progress}
+        train_loader = _shuffled(train, asked.batch_size, machine.workers, accelerator)
+        failed = train_each(
+            {folder: result.model for folder, result in zip(folders, results, strict=True)},
+            lambda folder, model: lfrns.retrain(
+                model, train_loader, checkpoint_dir=work / _stage(directory, folder), **training
+            ),
+            saving,
+            accelerator,
+        )
+        made = {folder: result for folder, result in zip(folders, results, strict=True) if folder not in failed}
+        again = [*asked.images.arguments(), "--dense", asked.model]
+        again += ["--weights", asked.weights] if asked.weights else []
+        records: dict[str, Record] = {}
+        index: list[str] = []
+        with described_later(accelerator, list(made), again):
+            records = _describe(asked, dense, made, test_loader, calibrated, saving, accelerator)
+            if several and accelerator.is_main_process:
+                index = [f"Compared in {write_index(directory, f'{Path(asked.model).name}, at several budgets')}"]
+        if records and not failed:
+            run.finish(accelerator)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        left_out = filter(None, [train.describe_unreadable(), test.describe_unreadable()])
+        rows = [json.loads(record.to_json()) for record in records.values()]
+        for row, result in zip(rows, made.values(), strict=False):
+            row |= {"latency": result.report.latency} if result.report.latency else {}
+        _push_and_show(asked, list(made), rows, {str(folder): why for folder, why in failed.items()}, left_out, index)
+    accelerator.end_training()
+    return 1 if failed else 0
 
 
-@app.command(
-    epilog=examples(
-        "lfrns retrain slim/ --data DIR --teacher resnet50 --weights my.pth --epochs 10",
-        "accelerate launch -m lfrns_hub retrain slim/ --data DIR",
+def _cut(asked: Slim, dense: nn.Module, accelerator: Any, keep_in: Path) -> tuple[list[SlimResult], DataLoader]:
+    """Analyse a model once and cut it at each budget, before any training: one out of reach is known within minutes."""
+    machine = asked.machine
+    calibrated, analysis = analyse_images(
+        dense,
+        asked.images,
+        limit=asked.calibration_images,
+        batch_size=asked.batch_size,
+        seed=asked.seed,
+        workers=machine.workers,
+        preset=asked.preset,
+        exclude=tuple(asked.exclude or ()),
+        accelerator=accelerator,
+        progress=machine.progress,
+        checkpoint_dir=keep_in,
     )
-)
-@bundled
-def retrain(
-    *,
-    directory: Folder,
-    teacher: Annotated[str | None, Option(metavar="MODEL", help="dense model to learn from")] = None,
-    weights: Weights = None,
-    epochs: Annotated[int, Option(min=1, help="passes over the training images")] = 3,
-    learning_rate: Rate = None,
-    batch_size: Batch = 64,
-    pictures: Pictures,
-    flip: Flip = True,
-    seed: int = 0,
-    as_json: Json = False,
-) -> None:
-    """Train a slim model further, and bring its weights, record and card up to date.
+    options: dict[str, Any] = {"params": asked.params, "latency": asked.latency, "fcr_steps": asked.fcr_steps}
+    if asked.latency is not None:
+        options["latency_setup"] = lfrns.LatencySetup(
+            batch=asked.latency_batch, threads=asked.latency_threads, compile=asked.latency_compile
+        )
+    return [analysis.cut(macs=budget, **options) for budget in asked.budgets], calibrated
 
-    The weights are saved as soon as they are trained. The dense model is measured beside the slim one where it is the
-    teacher, or found again by what the record says of its weights; it teaches only where it is named.
-    """
-    accelerator = make_accelerator(seed=seed)
-    recipe.hold(Path(directory), f"lfrns retrain {directory}", accelerator)
-    model = load_slim(directory, teacher)
-    dense = create_dense(teacher, weights=weights) if teacher else None
-    train, test = pictures.load(model, "train", augment=True, flip=flip), pictures.load(model, "validation")
-    test_loader = DataLoader(test, batch_size)
+
+def _describe(
+    asked: Slim,
+    dense: nn.Module,
+    made: dict[Path, SlimResult],
+    test_loader: DataLoader,
+    calibrated: DataLoader,
+    saving: dict[str, Any],
+    accelerator: Any,
+) -> dict[str, Record]:
+    """Measure the models of all budgets on the same images, and save each again with its record, card and figures."""
+    machine, models = asked.machine, {folder.name: result.model for folder, result in made.items()}
+    records = measure_each(models, test_loader, dense=dense, accelerator=accelerator, progress=machine.progress)
+    setup = {
+        **recipe.describe_command("lfrns", PACKAGE / "__init__.py"),
+        **recipe.describe_data(asked.images.data),
+        "calibration_images": len(calibrated.dataset),
+        "seed": asked.seed,
+        "epochs": asked.epochs,
+        "val_split": asked.images.val_split,
+        "label_names": saving["label_names"],
+    }
+    if asked.several:
+        setup["budgets"] = [_budget_row(record) for record in records.values()]
+    for (folder, result), record in zip(made.items(), records.values(), strict=True):
+        record.setup.update(setup)
+        if accelerator.is_main_process:
+            recipe.draw_clusters(dense, result, calibrated, folder)
+            lfrns.save(result.model, folder, record=record, **saving)
+            if not machine.as_json:
+                recipe.print_results(record, [], folder)
+                if result.report.latency:
+                    show(False, None, layer_table(result))
+    return records
+
+
+def _budget_row(record: Record) -> dict[str, Any]:
+    """Return what the cards of the other budgets say of this one."""
+    names = ("output", main_figure(record.slim).key, "latency_ms", "occasion")
+    share = record.slim["macs_g"] / record.dense["macs_g"]
+    return {"macs_fraction": share, **{name: record.slim.get(name) for name in names}}
+
+
+def _show_again(asked: Slim, folders: list[Path], accelerator: Any) -> int:
+    """Print the records of a run that has ended, and push what it made once more if asked to."""
+    if accelerator.is_main_process:
+        records = [Record.load(folder / "record.json") for folder in folders]
+        if not asked.machine.as_json:
+            for record, folder in zip(records, folders, strict=True):
+                recipe.print_results(record, [], folder)
+        _push_and_show(asked, folders, [json.loads(record.to_json()) for record in records], {}, (), ())
+    accelerator.end_training()
+    return 0
+
+
+def _push_and_show(
+    asked: Slim, folders: list[Path], rows: list[dict[str, Any]], failed: dict[str, str], left_out: Any, index: Any
+) -> None:
+    """Push the finished checkpoints, and print where everything is and what to do next."""
+    repo = asked.push_to_hub
+    urls = [
+        lfrns.push(folder, f"{repo}/{folder.name}" if asked.several else repo, with_images=asked.with_images)
+        for folder in (folders if repo and rows else ())
+    ]
+    checkpoints = [{"directory": str(folder)} for folder in folders]
+    for checkpoint, row in zip(checkpoints, rows, strict=False):
+        checkpoint |= row
+    following = [] if repo or not rows else [f"Next: lfrns bench {folders[0]}, or lfrns push {folders[0]} user/name"]
+    found = {"checkpoints": checkpoints, "pushed": urls, "failed": failed}
+    show(asked.machine.as_json, found, *left_out, *index, *(f"Pushed: {url}" for url in urls), *following)
+
+
+def retrain(asked: Retrain) -> None:
+    """Train a checkpoint further, from its labels and perhaps a teacher, and save it with its new record."""
+    directory, machine = Path(asked.directory), asked.machine
+    accelerator = start_accelerator(machine, asked.seed)
+    recipe.hold(directory, f"lfrns retrain {directory}", accelerator)
+    run = LeftOver(directory / "work" / "further", f"lfrns retrain {directory}:", vars(asked))
+    if run.unfinished and asked.resume is None:
+        raise ValueError(
+            f"lfrns retrain {directory}: an interrupted retraining lies in {run.directory}. Pass --resume to go on "
+            "with it, or --no-resume to drop it."
+        )
+    if asked.resume and not run.unfinished:
+        raise ValueError(
+            f"lfrns retrain {directory}: there is no interrupted retraining to go on with. Leave --resume out."
+        )
+    run.check(resume=bool(asked.resume))
+    model = load_slim(str(directory), asked.teacher)
+    teacher = create_dense(asked.teacher, weights=asked.weights) if asked.teacher else None
+    train = load_images(asked.images, model, "train", augment=True, flip=asked.flip)
+    test = load_images(asked.images, model, "validation")
+    test_loader = DataLoader(test, asked.batch_size, num_workers=machine.workers)
     check_images(model, test_loader)
-    options = {"accelerator": accelerator, "progress": not as_json}
-    loader = DataLoader(train, max(1, batch_size // accelerator.num_processes), shuffle=True)
-    saving = {"processor": load_processor(model), "label_names": test.class_names or None, "overwrite": True}
-    beside, missing = (dense, "") if teacher else dense_beside(directory, None, None)
-    before = earlier_record(directory)
-    before.setup["epochs"] = (before.setup.get("epochs") or 0) + epochs
+    options = {"accelerator": accelerator, "progress": machine.progress}
+    dense, missing = (teacher, "") if teacher else dense_beside(str(directory), None, None)
+    before = earlier_record(str(directory))
+    trained_before = run.note("epochs", before.setup.get("epochs") or 0)
+    before.setup["epochs"] = trained_before + asked.epochs
     for key in ("budgets", "controls"):  # were trained as long as this one was
         before.setup.pop(key, None)
+    saving = {"processor": load_processor(model), "label_names": test.class_names or None, "overwrite": True}
     saving["record"] = Record(None, {}, before.setup)  # figures of the weights of before are not those of these
-    training = {"teacher": dense, "epochs": epochs, "learning_rate": learning_rate, "seed": seed, **options}
-    train_each({Path(directory): model}, lambda slim: lfrns.retrain(slim, loader, **training), saving, accelerator)
-    again = pictures.arguments()
-    again += ["--dense", teacher, *(["--weights", weights] if weights else [])] if teacher else []
-    with described_later(accelerator, [Path(directory)], again):
-        record = lfrns.measure(model, test_loader, dense=beside, **options)
+    training = {"teacher": teacher, "epochs": asked.epochs, "learning_rate": asked.learning_rate, "seed": asked.seed}
+    loader = _shuffled(train, asked.batch_size, machine.workers, accelerator)
+    with kept_run(run, accelerator, resume=bool(asked.resume)) as work:
+        train_each(
+            {directory: model},
+            lambda _, slim: lfrns.retrain(slim, loader, checkpoint_dir=work / "retrain", **training, **options),
+            saving,
+            accelerator,
+        )
+        run.remove(accelerator)
+    again = asked.images.arguments()
+    again += ["--dense", asked.teacher] if asked.teacher else []
+    again += ["--weights", asked.weights] if asked.weights else []
+    with described_later(accelerator, [directory], again):
+        record = lfrns.measure(model, test_loader, dense=dense, **options)
         if accelerator.is_main_process:
-            record = refresh(directory, model, record, pictures, test.class_names, before=before, missing=missing)
+            record = refresh(
+                str(directory), model, record, asked.images, test.class_names, before=before, missing=missing
+            )
             left_out = filter(None, [train.describe_unreadable(), test.describe_unreadable()])
-            show(as_json, json.loads(record.to_json()), format_table(record), *left_out)
+            show(machine.as_json, json.loads(record.to_json()), format_table(record), *left_out)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def _shuffled(images: Any, batch_size: int, workers: int, accelerator: Any) -> DataLoader:
+    """Return the training batches of one process: `batch_size` is that of all processes together."""
+    share = max(1, batch_size // accelerator.num_processes)
+    return DataLoader(images, share, shuffle=True, num_workers=workers)
+
+
+def _stage(directory: Path, folder: Path) -> str:
+    """Name the folder in work/ where the training of a checkpoint is kept."""
+    return "retrain" if folder == directory else f"retrain-{folder.name}"
 
 
 def _digits_recipe() -> Path:
-    """Find the recipe: inside the wheel, or beside the package in a checkout."""
-    package = Path(__file__).parent.parent
-    inside, beside = package / "_recipes" / "vit_digits.py", package.parent / "recipes" / "vit_digits.py"
-    return inside if inside.is_file() else beside
+    """Find the recipe: inside the wheel, or next to the package in a checkout."""
+    inside, checkout = PACKAGE / "_recipes" / "vit_digits.py", PACKAGE.parent / "recipes" / "vit_digits.py"
+    return inside if inside.is_file() else checkout

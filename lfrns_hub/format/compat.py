@@ -33,22 +33,14 @@ RENAMED = {
 INSIDE, ALL_HEADS = ".attention", "all_head_size"
 
 
-def command_error() -> type[Exception]:
-    """Return what typer raises of arguments that it refuses: up to 0.23 it was click's."""
-    import typer
-
-    if hasattr(typer, "TyperException"):
-        return typer.TyperException
-    from click import ClickException
-
-    return ClickException
-
-
 def vit_processor() -> type:
     """Return the class that AutoImageProcessor opens for ViT, the one on tensors: its name ended in Fast."""
     from transformers.models import vit
 
-    has_fast = find_spec(f"{vit.__name__}.image_processing_vit_fast") is not None
+    try:
+        has_fast = find_spec(f"{vit.__name__}.image_processing_vit_fast") is not None
+    except ValueError:  # releases in between keep the module's name alone, without a file
+        has_fast = False
     return vit.ViTImageProcessorFast if has_fast else vit.ViTImageProcessor
 
 

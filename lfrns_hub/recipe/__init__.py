@@ -14,6 +14,7 @@ from lfrns_hub.recipe.options import kept_fraction, recipe_parser, whole_number
 from lfrns_hub.recipe.program import finish, hold, open_run, publish, run
 from lfrns_hub.recipe.results import (
     control_row,
+    describe_command,
     describe_data,
     describe_run,
     draw_clusters,
@@ -30,6 +31,7 @@ __all__ = [
     "check_output_dir",
     "check_same_run",
     "control_row",
+    "describe_command",
     "describe_data",
     "describe_run",
     "draw_clusters",

@@ -34,6 +34,7 @@ def run(main: Callable[[], None]) -> None:
 
     SIGTERM ends it with one line and exit code 143: what was kept in files is whole. Where `retrain` and `slim` keep
     checkpoints, they finish the step and keep it first; the exit code is then 0, and the line says how to go on.
+    Ctrl-C does the same, with exit code 130; a second one ends the program at once.
     """
 
     def tell(line: str) -> None:
@@ -44,12 +45,30 @@ def run(main: Callable[[], None]) -> None:
         tell("SIGTERM: stopped. What was kept before is there still; what was being done is not.")
         sys.exit(128 + signal.SIGTERM)
 
+    interrupted = []
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupted.append(True)
+        tell("Interrupted: what can be kept is being kept. Once more stops at once.")
+        signal.raise_signal(signal.SIGTERM)
+
     before = signal.signal(signal.SIGTERM, stop)
+    before_interrupt = signal.signal(signal.SIGINT, interrupt)
     try:
         main()
     except Stopped:
-        tell("Of a recipe it is the same command with --resume.")
+        tell("The same command with --resume goes on from there.")
+        if interrupted:
+            sys.exit(128 + signal.SIGINT)
         raise
+    except SystemExit as ended:
+        if interrupted and ended.code == 128 + signal.SIGTERM:
+            sys.exit(128 + signal.SIGINT)
+        raise
+    except KeyboardInterrupt:
+        tell("Stopped at once. What was kept before is there still; what was being done is not.")
+        sys.exit(128 + signal.SIGINT)
     except _USER_ERRORS as error:
         if os.environ.get("LFRNS_TRACEBACK"):
             raise
@@ -57,6 +76,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before_interrupt)
         _HELD.close()
 
 

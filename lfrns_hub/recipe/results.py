@@ -93,13 +93,26 @@ def describe_run(recipe: str) -> dict[str, str | None]:
         and `commit` of the checkout, None outside of one.
     """
     path = Path(recipe)
-    git = ["git", "-C", str(path.parent), "rev-parse", "--short", "HEAD"]
+    return describe_command(f"accelerate launch recipes/{path.name}", path)
+
+
+def describe_command(program: str, path: Path) -> dict[str, str | None]:
+    """Return the command that this process was started with, and the commit of its code, for a record.
+
+    Args:
+        program: What was typed before the arguments.
+        path: A file of the code.
+    Returns:
+        `command`, of paths the last part alone; `commit`, None where git does not track the file.
+    """
+    git = ["git", "-C", str(path.parent)]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 10}
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        subprocess.run([*git, "ls-files", "--error-unmatch", path.name], **options)
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = None
-    typed = map(without_folders, sys.argv[1:])
-    return {"command": shlex.join(["accelerate", "launch", f"recipes/{path.name}", *typed]), "commit": commit}
+    return {"command": shlex.join([*program.split(), *map(without_folders, sys.argv[1:])]), "commit": commit}
 
 
 def without_folders(word: str) -> str:

@@ -1,0 +1,66 @@
+"""The images and the accelerator of a command, from its options."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lfrns_hub as lfrns
+from lfrns_cli.options import Images, Machine
+from lfrns_hub.analysis import Analysis
+from lfrns_hub.retrain import make_accelerator
+from lfrns_hub.zoo import ImageData, check_images, guard_against_chance, load_data, make_transform
+
+
+def start_accelerator(machine: Machine, seed: int = 0) -> Any:
+    """Build the Accelerate accelerator that a command runs on.
+
+    Raises:
+        ValueError: The device is not there, or cannot train in the numbers asked for.
+    """
+    here = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if machine.device not in ("auto", "cpu", here):
+        raise ValueError(f"--device {machine.device}: this machine has {here}. Leave it out for that.")
+    cpu = {"cpu": True} if machine.device == "cpu" else {}
+    return make_accelerator(seed=seed, mixed_precision=machine.mixed_precision, **cpu)
+
+
+def load_images(
+    images: Images,
+    model: nn.Module,
+    split: str,
+    *,
+    augment: bool = False,
+    flip: bool = True,
+    limit: int | None = None,
+    seed: int = 0,
+) -> ImageData:
+    """Load a split, prepared as a model wants its images and labelled as it numbers its classes."""
+    options = {name: value for name, value in vars(images).items() if value is not None}
+    transform = make_transform(model, train=augment, flip=flip)
+    return load_data(options.pop("data"), split, transform=transform, model=model, limit=limit, seed=seed, **options)
+
+
+def analyse_images(
+    dense: nn.Module, images: Images, *, limit: int, batch_size: int, seed: int, workers: int = 0, **options: Any
+) -> tuple[DataLoader, Analysis]:
+    """Analyse a model on some of its training images, if they fit it and it does better than chance on them.
+
+    Args:
+        dense: The model.
+        images: The data of the command.
+        limit: Number of training images, drawn with the seed.
+        batch_size: Images a batch.
+        seed: Of the draw and of the analysis.
+        workers: Processes that read images.
+        options: For `lfrns_hub.analyse`.
+    Returns:
+        The calibration batches and the analysis.
+    Raises:
+        ValueError: The images do not fit the model, it answers at chance, or as `lfrns_hub.analyse`.
+    """
+    loader = DataLoader(load_images(images, dense, "train", limit=limit, seed=seed), batch_size, num_workers=workers)
+    check_images(dense, loader)
+    guard_against_chance(dense, loader, images.data)
+    return loader, lfrns.analyse(dense, loader, seed=seed, **options)
