@@ -98,9 +98,8 @@ def slim(
             gates train saves and ends the program with exit code 0. None: nothing is written.
     Returns:
         The slim model: the plain module in eval mode, on the device of the run, each weight in its own dtype and
-            trainable if it was before; also the plan and the report. transformers' save_pretrained and timm's
-            save_for_hf write files that load again; a slim model may be slimmed further, and its provenance then has
-            both.
+        trainable if it was before; also the plan and the report. Files that transformers' save_pretrained or timm's
+        save_for_hf write load again. A slim model may be slimmed further; its provenance then has both rounds.
     Raises:
         TypeError: `model` is not a module.
         ValueError: A budget, name or option does not fit, the loader is empty, labels do not fit the outputs, the
