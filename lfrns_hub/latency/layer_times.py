@@ -158,7 +158,7 @@ class LayerTable:
             widths: Its dense output and input widths, each with whether plans change it; only the output for a grouped
                 convolution.
         Returns:
-            Times that never fall as a width grows: a fall is noise, and is raised.
+            Times that never fall as a width grows: a fall is noise, and the slower time before it is lowered.
         """
         step = self.step(shape.family)
         grids = [grid(width, step, shape.per_group) if free else (width,) for width, free in widths]

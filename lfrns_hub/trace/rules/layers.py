@@ -142,7 +142,7 @@ def transposed(trace: Any, node: Any, ids: Tensor, weight: Any, bias: Any = None
 
 @register_op("aten.linear", "aten.addmm")
 def linear(trace: Any, node: Any, ids: Tensor, weight: Any, bias: Any = None) -> Tensor:
-    """Contract the last axis; a linear layer shared by heads is not cut itself."""
+    """Contract the last axis; a linear layer shared by heads ties each head into one unit."""
     shape = node.meta["val"].shape
     rows = as_rows(ids, [-1])
     name = trace.layer_of(node, node.args[1])
