@@ -74,8 +74,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
 def carry_facts(model: nn.Module, slim: Any) -> None:
     """Set the provenance of a model that a library built from its config, as `lfrns_hub.load` does.
 
-    model: The model; unchanged without provenance.
-        model: The model; without facts it stays as it is.
+    Args:
+        model: The model; unchanged without provenance.
         slim: The config's entry of that name.
     """
     if isinstance(slim, dict) and slim:

@@ -95,7 +95,7 @@ def has_heads(operands: list[Tensor]) -> bool:
 def tie_heads(trace: Any, node: Any, operands: list[Tensor]) -> Tensor:
     """Tie all ids of each leading index of operands [..., rows, columns].
 
-    An operand that all heads share, such as keys and values of multi-query attention, is not cut.
+    An operand that all heads share, such as keys and values of multi-query attention, is frozen.
 
     Returns:
         One id per leading index, [...].
