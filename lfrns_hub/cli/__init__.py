@@ -1,6 +1,6 @@
 """The command line, `lfrns`: reads arguments, calls the public functions, prints tables or JSON.
 
-A file per theme: `look` (before anything is changed), `make` (a slim checkpoint), `judge` (one that is there), `ship`.
+One file per theme: `look` (inspect a model), `make` (a slim checkpoint), `judge` (measure a checkpoint), `ship`.
 """
 
 import sys
@@ -19,7 +19,7 @@ def main() -> None:
 
 
 def _run() -> None:
-    """Run a command; arguments that typer refuses end as any other bad input does."""
+    """Run a command; arguments that typer refuses end it like any other bad input."""
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="lfrns", standalone_mode=False) or 0)
     except command_error() as error:

@@ -80,7 +80,7 @@ def evaluate(
 
 
 def dense_beside(directory: str, dense: str | None, weights: str | None) -> tuple[nn.Module | None, str]:
-    """Return the dense model to measure a checkpoint beside, the one that is named or that of then, or None and why."""
+    """Return the dense model to compare a checkpoint with, the named one or the original, or None and the reason."""
     setup = earlier_record(directory).setup
     if not dense:
         return find_dense(directory, setup)
@@ -96,7 +96,7 @@ def dense_beside(directory: str, dense: str | None, weights: str | None) -> tupl
 
 
 def earlier_record(directory: str) -> Record:
-    """Read the record that lies in a checkpoint, an empty one where there is none."""
+    """Return the record of a checkpoint, an empty one if there is none."""
     path = Path(directory) / "record.json"
     return Record.load(path) if path.is_file() else Record(None, {})
 
@@ -111,18 +111,18 @@ def refresh(
     before: Record | None = None,
     missing: str = "",
 ) -> Record:
-    """Save a checkpoint over itself with a new record, and bring an index over its folder up to date.
+    """Save a checkpoint over itself with a new record, and update an index of its folder.
 
-    Of the old record only what no moment changes stays: how the model was made, and the dense model's counts where they
-    are of the same input size. What was measured then is not put beside what was measured now.
+    From the old record only facts that stay true are kept: how the model was made, and the dense model's counts if they
+    are for the same input size. Old measurements are not combined with new ones.
 
     Args:
         directory: The checkpoint.
-        model: It, loaded, and perhaps trained since.
-        record: What was measured.
-        pictures: On these.
-        label_names: Their classes, or the names of other outputs; none where nothing names these.
-        before: The record of before it was trained, its epochs those of now; by default the one that lies there.
+        model: Its model, loaded, and perhaps trained since.
+        record: The new measurements.
+        pictures: The data of the measurements.
+        label_names: Names of their classes, or of other outputs; empty if they have no names.
+        before: The record from before the training, with its epochs updated; default: the record in the folder.
         missing: Why the dense model was not measured, if it was not.
     Returns:
         The record that was saved.
@@ -133,7 +133,7 @@ def refresh(
         counts = {key: counted[key] for key in COUNTED if key in counted}
         record.dense = {**dict.fromkeys(("top1_pct", "images", "latency_ms")), **counts} if counts else None
         record.setup["dense_missing"] = missing
-    # Of other budgets there are figures of then alone.
+    # For other budgets there are only old measurements.
     kept = {key: value for key, value in old.setup.items() if key not in ("budgets", "controls", "dense_missing")}
     record.setup = {**kept, **record.setup}
     controls = {"controls": old.setup.get("controls"), "val_split": pictures.val_split}
@@ -175,7 +175,7 @@ def bench(
     Medians, with first and third quartile; the ratio is that of passes side by side. Memory is the peak of a forward
     pass, weights included, in a fresh process. Speed does not depend on weights: those of the dense model are random.
     """
-    from lfrns_hub.plots import plot_bench  # here: matplotlib is slow to import
+    from lfrns_hub.plots import plot_bench  # imported here: matplotlib is slow
 
     accelerator, sizes = make_accelerator(), read_list(batches, "--batches", int)
     drawn = Path(plot) if plot else Path(directory) / "bench.png"
@@ -217,5 +217,5 @@ def bench(
 
 
 def _beside(what: str, dense: float, slim: float) -> str:
-    """Write a size in MB of both models and their ratio."""
+    """Format a size in MB of both models and their ratio."""
     return f"{what}: dense {dense:.2f} MB, slim {slim:.2f} MB ({slim / dense:.3f})."

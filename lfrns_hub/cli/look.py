@@ -1,4 +1,4 @@
-"""Commands that look at a model before anything is changed: units, curve, coverage."""
+"""Commands that inspect a model before anything is changed: units, curve, coverage."""
 
 import time
 from pathlib import Path
@@ -74,7 +74,7 @@ def units(model: Model, as_json: Json = False) -> None:
 
 
 def _taps(group: UnitGroup) -> str:
-    """Name the first layer that reads a group, and count the others."""
+    """Return the first layer that reads a group, and the number of others."""
     others = f" +{len(group.taps) - 1}" if len(group.taps) > 1 else ""
     return f"{group.taps[0].module}{others}" if group.taps else ""
 
@@ -124,7 +124,7 @@ def curve(
     records = measure_each(slim, test, dense=dense, **options)
     if not accelerator.is_main_process:
         return
-    from lfrns_hub.plots import plot_ladder  # here: matplotlib is slow to import
+    from lfrns_hub.plots import plot_ladder  # imported here: matplotlib is slow
 
     first = next(iter(records.values()))
     plot_ladder([record.slim for record in records.values()], first.dense, picture)
@@ -139,7 +139,7 @@ def curve(
 
 
 def _ladder(title: str, dense: dict[str, Any], points: list[dict[str, Any]]) -> Table:
-    """Lay out one row for the dense model and one for each budget."""
+    """Format one row for the dense model and one for each budget."""
     table = Table(title=escape(title))
     for heading in ("budget", *columns(dense)):
         table.add_column(heading, justify="right")

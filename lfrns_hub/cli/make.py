@@ -64,7 +64,7 @@ def demo(context: typer.Context) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr) if own.json else contextlib.nullcontext():
             runpy.run_path(str(script), run_name="__main__")
-    except SystemExit as ended:  # a run that --resume finds finished, or one that SIGTERM stopped
+    except SystemExit as ended:  # a run that --resume finds finished, or that SIGTERM stopped
         if ended.code:
             raise
     parser.add_argument("--output-dir", default="out/vit_digits")
@@ -152,7 +152,7 @@ def slim(
     calibration_loader, analysis = analyse_pictures(
         dense, pictures, limit=calibration_images, batch_size=batch_size, seed=seed, **asked
     )
-    # All cuts come before any training: a budget out of reach is known within minutes.
+    # All cuts come before any training: a budget out of reach is detected within minutes.
     timed: dict[str, Any] = {"latency": latency}
     if latency is not None:
         timed["latency_setup"] = lfrns.LatencySetup(
@@ -232,18 +232,18 @@ def slim(
 def train_each(
     models: dict[Path, nn.Module], train: Callable[[nn.Module], Any], options: dict[str, Any], accelerator: Any
 ) -> dict[Path, str]:
-    """Train models and save each the moment it is trained; that one fails takes none of the others.
+    """Train models and save each right after its training; a failure of one does not affect the others.
 
-    Before the first batch every one is saved next to its folder, which proves that it can be, and keeps the room on the
-    disk until its own weights take it.
+    Before the first batch each model is saved next to its folder, which proves that it can be saved, and reserves the
+    space on disk for its trained weights.
 
     Args:
-        models: By their folders.
+        models: Models by their folders.
         train: Trains one in place.
-        options: For `lfrns_hub.save`.
-        accelerator: Of the run; the main process saves.
+        options: Options of `lfrns_hub.save`.
+        accelerator: Accelerator of the run; the main process saves.
     Returns:
-        Why some failed, by their folders; not of all, and of none on several processes, which have to go on together.
+        The errors of some, by their folders; if all fail, or on several processes, the error is raised instead.
     """
     failed: dict[Path, str] = {}
     with contextlib.ExitStack() as rooms:
@@ -254,7 +254,7 @@ def train_each(
             try:
                 train(model)
                 room[folder].close()
-                if accelerator.is_main_process:  # the weights first; what is said of them can be said later
+                if accelerator.is_main_process:  # the weights first; the description can follow later
                     recipe.save_trained(model, folder, **options)
             except Exception as error:
                 failed[folder] = f"{type(error).__name__}: {error}"
@@ -267,13 +267,13 @@ def train_each(
 
 @contextlib.contextmanager
 def described_later(accelerator: Any, folders: Sequence[Path], again: list[str]) -> Iterator[None]:
-    """Turn the failure to measure or describe trained models, which are saved, into a warning that says what to call.
+    """Log a failure to measure or describe saved models as a warning that names the command to run.
 
-    On several processes it stays an error as well: the others wait for what this one does not do any more.
+    On several processes it is also raised: the others would wait for this one.
 
     Args:
-        accelerator: Of the run.
-        folders: Where the models are saved.
+        accelerator: Accelerator of the run.
+        folders: Folders of the saved models.
         again: The options of `lfrns evaluate` that measure them.
     """
     try:
@@ -328,9 +328,9 @@ def retrain(
     beside, missing = (dense, "") if teacher else dense_beside(directory, None, None)
     before = earlier_record(directory)
     before.setup["epochs"] = (before.setup.get("epochs") or 0) + epochs
-    for key in ("budgets", "controls"):  # were trained as long as this one was
+    for key in ("budgets", "controls"):  # those were trained as long as the earlier weights
         before.setup.pop(key, None)
-    saving["record"] = Record(None, {}, before.setup)  # figures of the weights of before are not those of these
+    saving["record"] = Record(None, {}, before.setup)  # figures of the earlier weights are not valid for the new ones
     training = {"teacher": dense, "epochs": epochs, "learning_rate": learning_rate, "seed": seed, **options}
     train_each({Path(directory): model}, lambda slim: lfrns.retrain(slim, loader, **training), saving, accelerator)
     again = pictures.arguments()
@@ -346,7 +346,7 @@ def retrain(
 
 
 def _digits_recipe() -> Path:
-    """Find the recipe: inside the wheel, or beside the package in a checkout."""
+    """Return the path of the recipe: inside the wheel, or next to the package in a checkout."""
     package = Path(__file__).parent.parent
     inside, beside = package / "_recipes" / "vit_digits.py", package.parent / "recipes" / "vit_digits.py"
     return inside if inside.is_file() else beside

@@ -1,4 +1,4 @@
-"""What the commands share: the app, their common arguments, the pictures they read, how they print."""
+"""Code shared by the commands: the app, their common arguments, their image data, their output."""
 
 import json
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def examples(*lines: str) -> str:
 
 
 def show(as_json: bool, data: Any, *parts: Any) -> None:
-    """Print what a command found: tables and lines for people, or its data as JSON for scripts."""
+    """Print a command's result: tables and lines for people, or its data as JSON for scripts."""
     if as_json:
         print(json.dumps(data, indent=2, allow_nan=False))
         return
@@ -73,7 +73,7 @@ def show(as_json: bool, data: Any, *parts: Any) -> None:
 
 
 def layer_table(result: SlimResult) -> Table:
-    """Lay out what a latency budget removed from each layer and what that bought."""
+    """Format the removed widths and saved time of each layer under a latency budget."""
     told, fraction = result.report.latency, result.report.latency_fraction
     title = f"{told['dense_ms']:.2f} ms to {told['slim_ms']:.2f} ms, {fraction:.3f} of dense; by layer:"
     table = Table("layer", "dense", "slim", title=title)
@@ -87,9 +87,9 @@ def layer_table(result: SlimResult) -> Table:
 
 
 def bundled(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command whose bundles, parameters that are dataclasses, are options: one for each of their fields.
+    """Return a command in which each parameter that is a dataclass is replaced by one option per field.
 
-    What is required comes first in its help; otherwise the order is that of the signature.
+    Required options come first in its help; otherwise the order is that of the signature.
 
     Example:
         >>> def command(*, seed: int = 0, preprocessing: Preprocessing, out: str) -> None: ...
@@ -113,7 +113,7 @@ def bundled(command: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a command was told about pixels, in place of what the model says."""
+    """Pixel options of a command, which override the model's."""
 
     mean: Annotated[Channels, Option(help="pixel mean per channel, overrides the model's")] = None
     std: Annotated[Channels, Option(help="pixel standard deviation per channel, overrides the model's")] = None
@@ -125,7 +125,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The data that a command was given."""
+    """Data options of a command."""
 
     data: Annotated[str, Option("--data", metavar="DIR", help="parquet or image folder, a Hub id, or digits")]
     label_column: Annotated[str | None, Option(help="column in parquet files (default: fine_label or label)")] = None
@@ -136,7 +136,7 @@ class Pictures:
     ] = MAX_UNREADABLE
 
     def arguments(self) -> list[str]:
-        """Return the options that say the same to another command."""
+        """Return the same options as arguments of another command."""
         given = {
             "--data": self.data,
             "--label-column": self.label_column,
@@ -156,7 +156,7 @@ class Pictures:
         limit: int | None = None,
         seed: int = 0,
     ) -> ImageData:
-        """Load a split, prepared as a model wants its images and labelled as it numbers its classes."""
+        """Load a split, with the model's image preprocessing and class numbers."""
         options = vars(self) | {"transform": make_transform(model, train=augment, flip=flip), "model": model}
         return load_data(options.pop("data"), split, limit=limit, seed=seed, **options)
 
@@ -164,19 +164,19 @@ class Pictures:
 def analyse_pictures(
     dense: nn.Module, pictures: Pictures, *, limit: int, batch_size: int, seed: int, **options: Any
 ) -> tuple[DataLoader, Analysis]:
-    """Analyse a model on some of its training pictures, if they fit it and it does better than chance on them.
+    """Analyse a model on some of its training images, if they fit it and its accuracy on them is above chance.
 
     Args:
         dense: The model.
-        pictures: The data that the command was given.
-        limit: Number of training pictures, drawn with the seed.
-        batch_size: Images a batch.
-        seed: Of the draw and of the analysis.
-        options: For `lfrns_hub.analyse`.
+        pictures: The data options of the command.
+        limit: Number of training images, drawn with the seed.
+        batch_size: Images per batch.
+        seed: Seed of the draw and of the analysis.
+        options: Options of `lfrns_hub.analyse`.
     Returns:
         The calibration batches and the analysis.
     Raises:
-        ValueError: The pictures do not fit the model, it answers at chance, or as `lfrns_hub.analyse`.
+        ValueError: The images do not fit the model, its accuracy is at chance level, or as for `lfrns_hub.analyse`.
     """
     loader = DataLoader(pictures.load(dense, "train", limit=limit, seed=seed), batch_size)
     check_images(dense, loader)
@@ -185,10 +185,10 @@ def analyse_pictures(
 
 
 def read_list(text: str, option: str, kind: type) -> list[Any]:
-    """Read numbers with commas between them.
+    """Read numbers separated by commas.
 
     Raises:
-        ValueError: One is no number.
+        ValueError: A part is not a number.
 
     Example:
         >>> read_list("0.75,0.5", "--macs", float)
@@ -206,7 +206,7 @@ def read_budgets(text: str) -> list[float]:
     """Read fractions of the MACs to keep, the largest first.
 
     Raises:
-        ValueError: One is no number, or outside (0, 1].
+        ValueError: A part is not a number, or lies outside (0, 1].
     """
     budgets = read_list(text, "--macs", float)
     for budget in budgets:
@@ -217,16 +217,16 @@ def read_budgets(text: str) -> list[float]:
 
 
 def is_slim(model: str) -> bool:
-    """Tell a folder that `lfrns_hub.save` wrote."""
+    """Return whether a folder is a checkpoint that `lfrns_hub.save` wrote."""
     config = Path(model) / "config.json"
     return config.is_file() and "slim" in read_json(config, model)
 
 
 def load_slim(directory: str, dense: str | None) -> nn.Module:
-    """Load a checkpoint; of a class of one's own by way of the dense model's name.
+    """Load a checkpoint; a custom class is built by the dense model's name.
 
     Raises:
-        ValueError: The folder is no checkpoint, or one that needs the name.
+        ValueError: The folder is not a checkpoint, or it needs the name.
     """
     config = Path(directory) / "config.json"
     stored = read_json(config, directory) if config.is_file() else {}
