@@ -104,7 +104,7 @@ def plot_clusters(
 
 
 def choose_images(loader: Any) -> Tensor:
-    """Choose images to show, one of each class while there are more classes, [N, C, H, W], N at most MAX_IMAGES.
+    """Choose images to show, first one of each class, then a second of each: [N, C, H, W], N at most MAX_IMAGES.
 
     Args:
         loader: Batches; read until enough classes have been seen. Without class labels its first images are used.
