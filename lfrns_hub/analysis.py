@@ -1,4 +1,4 @@
-"""What is known of a model before a budget is named, and the cut that one budget asks for."""
+"""Analysis of a model that no budget changes, and the cut at one budget."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -36,13 +36,13 @@ from lfrns_hub.units import SlimPlan, UnitGroup, forget, frozen_with
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen at one budget, and proved.
+    """Units chosen at one budget, after the proof.
 
     Attributes:
         plan: What stays.
-        every, chosen: All groups and those that are cut, what the proof refuted frozen.
+        every, chosen: All groups and those that are cut; groups that the proof refuted are frozen.
         restored: Units of the pruning set that stay, by group.
-        checked: What the proof found.
+        checked: Results of the proof.
     """
 
     plan: SlimPlan
@@ -54,19 +54,19 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """What is known of a model before a budget is named; `cut` is the rest of `slim`.
+    """Analysis of a model that no budget changes; `cut` is the rest of `slim`.
 
     Attributes:
-        model: The dense model, as it came.
+        model: The caller's dense model.
         dense: Its copy for the analysis, never changed by a cut.
         batches: The calibration images and labels.
         trace: Every group's place in the graph, MACs and parameters as functions of widths.
         every, chosen: All groups, and those that are cut.
-        checked: What the self-check found.
+        checked: Results of the self-check.
         moments, merges: Responses at each tap, by consumer, and the cost of each merge, by group.
-        find, run: As `analyse` was told.
-        cache: Where results are kept.
-        seconds: What each step took.
+        find, run: Options of `analyse`.
+        cache: Cache of the results.
+        seconds: Time of each step.
     """
 
     model: nn.Module
@@ -84,7 +84,7 @@ class Analysis:
     seconds: dict[str, float]
 
     def smallest(self) -> dict[str, float]:
-        """Return the fraction of the dense MACs and parameters that is left when all units go that may."""
+        """Return the fraction of the dense MACs and parameters left when every unit that may be removed is removed."""
         cost, removed = self.trace.cost, {name: len(merges.order) for name, merges in self.merges.items()}
         return {"macs": cost.macs(removed) / cost.macs({}), "params": cost.params(removed) / cost.params({})}
 
@@ -102,19 +102,19 @@ class Analysis:
         fold: bool = True,
         round_to: int | str = "auto",
     ) -> SlimResult:
-        """Cluster, train the gates, restore, cut and fold at one budget; the analysis serves the next as well.
+        """Cluster, train the gates, restore, cut and fold at one budget; the analysis can be reused for others.
 
         Args:
             macs, params, latency, latency_setup, contribution, fcr_steps, restore, fold, round_to: As for `slim`.
         Returns:
-            As `slim`, and equal to what it gives.
+            The same result as `slim`.
         Raises:
             ValueError: A budget or option does not fit, or the budget is not reachable.
         """
         return self.cut_by(CutOptions.of(locals()))
 
     def cut_by(self, how: CutOptions) -> SlimResult:
-        """Do what `cut` does."""
+        """Cut by checked options; see `cut`."""
         how = how.under(self.find.preset)
         with clocked(self.run.shows_progress) as clock:
             meter = self._meter(how, clock)
@@ -139,7 +139,7 @@ class Analysis:
         return SlimResult(carry_config(result), choice.plan, report)
 
     def _meter(self, how: CutOptions, clock: Clock) -> LatencyMeter | None:
-        """Return what times the model, where a budget of latency needs it."""
+        """Return the latency meter, or None without a latency budget."""
         if how.latency is None:
             return None
         clock.step("latency")
@@ -165,7 +165,7 @@ class Analysis:
             return cluster(chosen, self.merges, self.trace, at, self.find.widths, to, predicted, refuted)
 
         while True:
-            at = how.budgets  # as predicted; the measured latency is met by another than the one asked for
+            at = how.budgets  # as predicted; the target is then shifted so that the measured latency fits
             if meter:
                 clock.step("latency")
                 timed = (how.budgets, to, multiple, sorted(checked.frozen))
@@ -199,14 +199,14 @@ class Analysis:
             chosen = [group for group in chosen if group.frozen_reason is None]
 
     def _narrow(self, choice: Choice, fold: bool) -> tuple[nn.Module, dict[str, Any]]:
-        """Return the narrow model with its finished weights, and what `finish` says of them."""
+        """Return the narrow model with its final weights, and the result of `finish`."""
         result = cut(self.dense, choice.every, choice.plan)
         finished = self.cache.keep("weights", lambda: self.finish(result, choice.plan, fold), choice.plan.keep, fold)
         forget(result, [cache for group in self.every for cache in group.caches]).load_state_dict(finished["state"])
         return result, finished
 
     def finish(self, plain: nn.Module, plan: SlimPlan, fold: bool) -> dict[str, Any]:
-        """Fold and recalibrate a cut model, each where it is better: its state, and whether each was."""
+        """Fold and recalibrate a cut model where either helps; return its state dict and whether each was used."""
         images = [images for images, _ in self.batches]
         how = {"seed": self.run.seed, "processes": self.run.processes}
         judge, candidates = Judge(self.dense, images), [plain]
@@ -223,7 +223,7 @@ class Analysis:
     def _report(
         self, result: nn.Module, choice: Choice, budgets: dict[str, float], finished: dict[str, Any]
     ) -> SlimReport:
-        """Say what was found, kept and lost."""
+        """Return the report of the units kept and removed, their cost and the self-check."""
         example, chosen, restored = self.batches[0][0][:1], choice.chosen, choice.restored
         whole = measure_integrity(self.dense, chosen, choice.plan, self.moments)
         return SlimReport(

@@ -21,7 +21,7 @@ class _CifarNet(nn.Module):
         self.global_pool, self.linear = create_classifier(num_features, num_classes, pool_type=global_pool)
 
     def _init_weights(self) -> None:
-        """He initialisation of every conv and linear, as in He et al. 2015, equation 10."""
+        """Initialise every conv and linear as in He et al. 2015, equation 10."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
@@ -29,11 +29,11 @@ class _CifarNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def get_classifier(self) -> nn.Module:
-        """Return the layer that answers the classes."""
+        """Return the classifier layer."""
         return self.linear
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one; 0 classes leaves pooled features."""
+        """Replace the classifier by a new one; 0 classes leaves pooled features."""
         # The width is read from the layer: a slim model has fewer features than its class says.
         num_features = self.linear.in_features if isinstance(self.linear, nn.Linear) else self.num_features
         pool_type = global_pool if global_pool is not None else self.global_pool.pool_type
@@ -157,7 +157,7 @@ class CifarVGG(_CifarNet):
         return self.features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool features [N, C, H, W], pass the hidden layer, classify: [N, classes]."""
+        """Pool features [N, C, H, W], apply the hidden layer and classify: [N, classes]."""
         x = self.act(self.fc1(self.global_pool(x)))
         if self.drop_rate > 0:
             x = F.dropout(x, self.drop_rate, self.training)
@@ -191,7 +191,7 @@ class CifarDenseNet(_CifarNet):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        # 16 filters in front whatever the growth: Huang et al. 2017, section 3, "Implementation Details".
+        # 16 filters in the first conv for every growth: Huang et al. 2017, section 3, "Implementation Details".
         width, self.feature_info = 16, []
         self.conv1 = nn.Conv2d(in_chans, width, 3, 1, 1, bias=False)
         for block in range(1, 4):
@@ -243,7 +243,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _build(cls: type[nn.Module], name: str, pretrained: bool, num_stages: int, **kwargs: Any) -> nn.Module:
-    """Build a network timm's way; `features_only` gives every stage unless the caller names some."""
+    """Build a network as timm does; `features_only` returns every stage unless the caller names some."""
     out_indices = kwargs.pop("out_indices", tuple(range(num_stages)))
     feature_cfg = {"out_indices": out_indices, "flatten_sequential": cls is CifarVGG}
     return build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **kwargs)

@@ -1,4 +1,4 @@
-"""What the caller of `slim`, `analyse` or `Analysis.cut` asks for, checked: the budgets, the groups, the images."""
+"""Options of `slim`, `analyse` and `Analysis.cut`, checked: the budgets, the groups, the images."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from lfrns_hub.units import UnitGroup
 KINDS = ("channel", "head", "neuron")
 
 
-# What a preset fixes, whatever else is asked for: the abstract taken literally.
+# Options that a preset fixes, which override the caller's: the abstract taken literally.
 PRESETS: dict[str, dict[str, Any]] = {
     "ours": {},
     "paper": {"distance": "correlation", "widths": "distance", "fold": False},
@@ -29,20 +29,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class _Options:
-    """Options of a public call; each class checks its own."""
+    """Options of a public call; each subclass checks its own fields."""
 
     @classmethod
     def of(cls, named: Mapping[str, Any]) -> Self:
-        """Take the options from the arguments of a call, by name."""
+        """Build the options from the arguments of a call, by name."""
         return cls(**{field.name: named[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True)
 class FindOptions(_Options):
-    """What may be cut, and how redundancy is found; the attributes are the arguments of `slim`.
+    """Which units may be cut, and how redundancy is found; the attributes are the arguments of `slim`.
 
     Raises:
-        ValueError: One of them does not fit.
+        ValueError: An option does not fit.
     """
 
     preset: str = "ours"
@@ -85,7 +85,7 @@ class CutOptions(_Options):
     """The budgets of one cut, and how it is made; the attributes are the arguments of `slim`.
 
     Raises:
-        ValueError: One of them does not fit, or there is no budget.
+        ValueError: An option does not fit, or there is no budget.
     """
 
     macs: float | None = None
@@ -133,17 +133,17 @@ class CutOptions(_Options):
 
     @property
     def budgets(self) -> dict[str, float]:
-        """The budgets that were named, fractions of the dense model's by name."""
+        """The given budgets, fractions of the dense model's cost by name."""
         given = {"macs": self.macs, "params": self.params, "latency": self.latency}
         return {name: value for name, value in given.items() if value is not None}
 
     @property
     def steps(self) -> int:
-        """Steps that the gates train."""
+        """Number of steps that the gates train."""
         return self.fcr_steps if self.restore else 0
 
     def under(self, preset: str) -> Self:
-        """Return these options with what a preset fixes of them."""
+        """Return a copy with the options that a preset fixes."""
         return replace(self, fold=PRESETS[preset].get("fold", self.fold))
 
 
@@ -169,7 +169,7 @@ class RunOptions(_Options):
 
 
 def check_names(names: Any, option: str) -> None:
-    """Refuse one name where several are asked for: its letters would be taken for names."""
+    """Refuse a single name where a list is needed: its letters would be read as names."""
     if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
         example = names if isinstance(names, str) else "layer1.*"
         raise ValueError(
@@ -179,17 +179,17 @@ def check_names(names: Any, option: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether a value is a number; True is none."""
+    """Return whether a value is a number; True is not."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any, least: int) -> bool:
-    """Return whether a value is a whole number from the least; True is none."""
+    """Return whether a value is an integer of at least `least`; True is not."""
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 def check_example(example_input: Any, name: str) -> Tensor:
-    """Refuse an example that is no batch of images."""
+    """Return the example; refuse one that is not a batch of images."""
     if not isinstance(example_input, Tensor) or example_input.ndim < 2:
         given = list(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
         raise ValueError(
@@ -201,11 +201,11 @@ def check_example(example_input: Any, name: str) -> Tensor:
 def read_loader(loader: Any, dense: nn.Module, seed: int) -> list[tuple[Tensor, Any]]:
     """Read all calibration batches as (images, labels), floating-point images in the dtype of the dense model.
 
-    The images are shuffled (see `shuffle_images`), so that it is images that are held out, of every class, and not the
-    batches of a loader that may come sorted.
+    The images are shuffled (see `shuffle_images`), so that held-out images are of every class even where the loader
+    yields its images sorted by class.
 
     Raises:
-        ValueError: There is none, one has values that are not finite, or a label is no class of the model.
+        ValueError: There are no batches, a value is not finite, or a label is not a class of the model.
     """
     dtype = dtype_of(dense)
     batches = [
@@ -226,7 +226,7 @@ def choose_groups(every: Sequence[UnitGroup], options: FindOptions) -> list[Unit
     """Return the groups that may be cut.
 
     Raises:
-        ValueError: A pattern matches nothing, or nothing is left.
+        ValueError: A pattern matches nothing, or no group is left.
     """
     names, exclude = options.groups, options.exclude
     for pattern in [*(names or ()), *exclude]:

@@ -1,7 +1,8 @@
 """The self-check: slim equals dense with the removed units zeroed at their taps, or the group is frozen by name.
 
-It runs twice. First every group is tried by a random plan, before any image is used. Then the plan that is cut is
-proved: what depends on the width itself, as a shift of an eighth of the channels, may pass a random plan by chance.
+It runs twice. First every group is tested with a random plan, before any image is used. Then the plan that is cut is
+proved: a forward that depends on the width itself, such as a shift of an eighth of the channels, may pass a random
+plan by chance.
 """
 
 import re
@@ -31,20 +32,20 @@ from lfrns_hub.trace.programs import cpu_copy
 from lfrns_hub.units import SlimPlan, UnitGroup, forget
 
 TOLERANCE = 1e-8  # of the largest output, in float64
-REMOVED_SHARES = (0.3, 0.7)  # of a group's units: drawn between them, for each group another
+REMOVED_SHARES = (0.3, 0.7)  # of a group's units: drawn between them, separately for each group
 
 Fault = Callable[[Sequence[UnitGroup]], str | None]
 
 
 @dataclass
 class CheckReport:
-    """What the self-check found.
+    """Results of the self-check.
 
     Attributes:
         largest_error: Largest |slim - masked dense| over the largest output; at most 1e-8 by construction.
         moved: Largest change of an output by the masking, over the largest output.
         checked: Names of the groups that passed.
-        frozen: Group name to the reason, for those that did not.
+        frozen: Group name to the reason, for the groups that failed.
     """
 
     largest_error: float = 0.0
@@ -54,7 +55,7 @@ class CheckReport:
 
 
 class Proof:
-    """A randomised float64 copy of a network on the CPU, on which plans are proved: what is cut equals what is masked.
+    """A randomised float64 copy of a network on the CPU, on which plans are proved: the cut copy equals the masked one.
 
     Attributes:
         model: The copy, in eval mode.
@@ -68,8 +69,8 @@ class Proof:
         Args:
             model: The network; untouched.
             groups: All of its groups.
-            example_input: Images [N, C, H, W]; only the shape is used, and whether they are floating-point.
-            seed: Of the random values.
+            example_input: Images [N, C, H, W]; only the shape is used, and whether the dtype is floating-point.
+            seed: Seed of the random values.
         """
         self.generator = torch.Generator().manual_seed(seed)
         self.groups = list(groups)
@@ -82,7 +83,7 @@ class Proof:
             self.images = torch.randint(2, shape, generator=self.generator).to(example_input.dtype)
         with waking(self.model):
             self._answer(self.model)
-        forget(self.model, caches)  # of weights that are other ones now
+        forget(self.model, caches)  # computed from the old weights
         self._dense: Tensor | None = None
         self._passed = 0.0, 0.0  # error and change of the plan that passed last
 
@@ -90,7 +91,7 @@ class Proof:
         """Return what is wrong with a plan, or None.
 
         Args:
-            plan: What stays; approximate groups must be whole in it.
+            plan: What stays; it must not cut approximate groups.
         """
         try:
             error, moved = self._compare(plan)
@@ -105,8 +106,8 @@ class Proof:
         """Return the exact groups that a plan cuts and must leave whole, each with the reason.
 
         Args:
-            plan: What stays; its approximate groups are held whole.
-            report: Takes the errors of what passed.
+            plan: What stays; approximate groups are tested uncut.
+            report: Updated with the errors of the groups that passed.
         """
         cutting = [group for group in self.groups if group.exact and plan.removed(group)]
 
@@ -114,13 +115,13 @@ class Proof:
             return self.fault(SlimPlan({group.name: plan.keep[group.name] for group in some})) if some else None
 
         refuted = culprits(cutting, fault)
-        if len(refuted) < len(cutting):  # the plan that passed last has all groups that are left
+        if len(refuted) < len(cutting):  # the plan that passed last has all remaining groups
             error, moved = self._passed
             report.largest_error, report.moved = max(report.largest_error, error), max(report.moved, moved)
         return {name: f"the self-check failed: {why}" for name, why in refuted.items()}
 
     def _compare(self, plan: SlimPlan) -> tuple[float, float]:
-        """Return the error of the cut and the change by the masking, both over the largest output."""
+        """Return the error of the cut and the change by the masking, both divided by the largest output."""
         if self._dense is None:
             self._dense = self._answer(self.model)
         with masked(self.model, self.groups, plan):
@@ -133,22 +134,22 @@ class Proof:
 
     @torch.no_grad()
     def _answer(self, model: nn.Module) -> Tensor:
-        """Return all that a network answers: it draws the same every time, and makes and casts tensors to float64."""
+        """Return all outputs of a network: same random draws at each call, tensors created and cast in float64."""
         with same_draw(), in_double():
             return flatten_output(model(self.images.clone()))  # a forward may write to its input
 
 
 def culprits(groups: Sequence[UnitGroup], fault: Fault) -> dict[str, str]:
-    """Find the groups that must be left out for all others to pass together.
+    """Find the groups that must be left out so that all others pass together.
 
-    Groups are added to those that pass, ever more at a time, until something is wrong, and what was added last is
-    bisected: it costs one trial where all pass, and a few for each group that does not.
+    Groups are added to those that pass, more at each step, until a fault appears; then the last addition is
+    bisected. This costs one trial where all pass, and a few for each group that fails.
 
     Args:
         groups: Groups to try.
-        fault: Says what is wrong with some of them taken together, or None; nothing is wrong with none.
+        fault: Returns what is wrong with some groups taken together, or None; returns None for no groups.
     Returns:
-        Group name to what was wrong when it was added.
+        Group name to the fault that appeared when it was added.
     """
     found: dict[str, str] = {}
     passing: list[UnitGroup] = []
@@ -173,7 +174,7 @@ def culprits(groups: Sequence[UnitGroup], fault: Fault) -> dict[str, str]:
 
 
 def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """Copy a model to float64 on the CPU with norms, gates and layer scales randomised: fresh ones hide errors."""
+    """Copy a model to float64 on the CPU with norms, gates and layer scales randomised: fresh values hide errors."""
     copied = model_copy(cpu_copy(model)).double().eval()
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())  # integers have no gradient
@@ -191,10 +192,11 @@ def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
 @contextmanager
 def waking(model: nn.Module) -> Iterator[None]:
-    """Scale each channel that a layer makes to a mean and a spread of its own, by the layer's own weight and bias.
+    """Scale each channel of a layer's output to its own mean and spread, by the layer's own weight and bias.
 
-    A unit that is zero on all images, as every fifth is behind a ReLU of random weights, hides what is wrong with it.
-    So do units that answer alike: of two rows brought to one mean and spread, as behind a global pool, only signs stay.
+    A unit that is zero on all images, as every fifth unit is after a ReLU with random weights, hides its errors. So do
+    units with similar outputs: if two rows are normalised to one mean and spread, as after a global pool, only signs
+    differ.
     """
     generator = torch.Generator().manual_seed(0)
     seen: set[nn.Module] = set()
@@ -203,9 +205,9 @@ def waking(model: nn.Module) -> Iterator[None]:
         weight = layer._parameters.get("weight")
         if layer in seen or not isinstance(weight, nn.Parameter):  # a computed one stays
             return None
-        axis = 1 - weight.ndim  # with an axis of images or without
+        axis = 1 - weight.ndim  # with or without an axis of images
         if not isinstance(output, Tensor) or output.ndim < -axis or output.shape[axis] != len(weight):
-            return None  # a class of the user's own answers otherwise
+            return None  # a custom class may return something else
         rows = output.movedim(axis, -1).reshape(-1, len(weight))
         if not len(rows):
             return None
@@ -225,7 +227,7 @@ def waking(model: nn.Module) -> Iterator[None]:
 
 
 def random_plan(groups: Sequence[UnitGroup], generator: torch.Generator) -> SlimPlan:
-    """Remove units of every group, a share of its own of each, always at least one unit and never all."""
+    """Remove a random share of the units of every group, at least one unit and never all."""
     keep = {}
     least, most = REMOVED_SHARES
     for group in groups:
@@ -237,12 +239,12 @@ def random_plan(groups: Sequence[UnitGroup], generator: torch.Generator) -> Slim
 
 
 def first_line(failure: Exception) -> str:
-    """Return the first line of an error, cut, or its class where it says nothing."""
+    """Return the first line of an error message, truncated, or the error's class where the message is empty."""
     return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:160]
 
 
 def settled_trace(model: nn.Module, example_input: Tensor) -> Trace:
-    """Trace a model, and settle what its forward's own divisions of the channels leave free.
+    """Trace a model and settle how groups whose channels the forward divides itself may lose units.
 
     Args:
         model: The network; untouched.
@@ -258,15 +260,15 @@ def settled_trace(model: nn.Module, example_input: Tensor) -> Trace:
 def settle(
     model: nn.Module, groups: list[UnitGroup], divisions: Sequence[list], example_input: Tensor
 ) -> list[UnitGroup]:
-    """Try what the groups that a forward divides may lose: any units; some of every part; those of one part alone.
+    """Test which units the groups that a forward divides may lose: any; some of every part; those of one part only.
 
     Args:
-        model: The network; where its weights have no values nothing is tried.
+        model: The network; nothing is tested where its weights have no values.
         groups: Its groups.
-        divisions: As the trace found them.
+        divisions: The divisions that the trace found.
         example_input: Images [N, C, H, W]; only the shape is used.
     Returns:
-        The groups; where no way is right they are as they were, and the self-check freezes them.
+        The groups; unchanged where no way passes, and the self-check then freezes them.
     """
     linked = list(clusters(groups, divisions))
     if not linked or any(tensor.is_meta for tensor in model.parameters()):
@@ -302,7 +304,7 @@ def lopsided(groups: Sequence[UnitGroup], part: Sequence[tuple[str, int]]) -> Sl
 
 
 def runs(model: nn.Module, groups: Sequence[UnitGroup], some: Sequence[UnitGroup], images: Tensor) -> str | None:
-    """Run the cut copy of a model on the meta device: why its forward cannot narrow, or None."""
+    """Run the cut copy of a model on the meta device; return why its forward cannot narrow, or None."""
     keep = {group.name: list(range(group.size - max(1, group.size // 3))) for group in some}
     try:
         with torch.no_grad():
@@ -313,7 +315,7 @@ def runs(model: nn.Module, groups: Sequence[UnitGroup], some: Sequence[UnitGroup
 
 
 def variants(group: UnitGroup) -> list[UnitGroup]:
-    """Return a group with fewer of the attributes that follow it: one of equal value may be a coincidence."""
+    """Return a group with fewer of the attributes that follow its width: an equal value may be a coincidence."""
     fewer = [replace(group, widths=tuple(w for w in group.widths if w is not one)) for one in group.widths]
     single = [replace(group, widths=(one,)) for one in group.widths] if len(group.widths) > 2 else []
     return [*fewer, *single, replace(group, widths=())] if group.widths else []
@@ -332,7 +334,7 @@ def narrowing(model: nn.Module, groups: Sequence[UnitGroup], example_input: Tens
     network = meta_copy(model).eval()
     images = torch.empty(2, *example_input.shape[1:], device="meta", dtype=example_input.dtype)
     found = {group.name: group for group in groups}
-    if runs(network, groups, [], images) is not None:  # its forward reads values, which the meta device has none of
+    if runs(network, groups, [], images) is not None:  # its forward reads values, which the meta device does not have
         if any(parameter.is_meta for parameter in model.parameters()):
             return list(groups)
         network, images = cpu_copy(model).eval(), torch.zeros(images.shape, dtype=images.dtype)
@@ -353,7 +355,7 @@ def narrowing(model: nn.Module, groups: Sequence[UnitGroup], example_input: Tens
         found.update({first.name: first, last.name: last})
         reasons = {without_numbers(group.frozen_reason) for group in (first, last)}
         rest = some[1:-1]
-        if len(reasons) == 1 and None not in reasons:  # one class, one reason: its forward is to blame
+        if len(reasons) == 1 and None not in reasons:  # one class, one reason: its forward is the cause
             found.update((group.name, replace(group, frozen_reason=first.frozen_reason)) for group in rest)
         else:
             settle(rest[: len(rest) // 2])
@@ -366,7 +368,7 @@ def narrowing(model: nn.Module, groups: Sequence[UnitGroup], example_input: Tens
         settle(alike)
     settled = [found[group.name] for group in groups]
     alive = [group for group in settled if group.frozen_reason is None]
-    if alive and (why := runs(network, settled, alive, images)):  # each passes alone, together they do not
+    if alive and (why := runs(network, settled, alive, images)):  # each passes by itself, together they fail
         exact = [group for group in alive if group.exact]
         mixed = {g.name for g in alive if not g.exact}
         if runs(network, settled, exact, images) is None:
@@ -375,7 +377,7 @@ def narrowing(model: nn.Module, groups: Sequence[UnitGroup], example_input: Tens
 
 
 def by_class(model: nn.Module, groups: Sequence[UnitGroup]) -> list[list[UnitGroup]]:
-    """Put groups of one kind whose consumers belong to modules of one class together."""
+    """Group together the groups of one kind whose consumers belong to modules of one class."""
     classes: dict[tuple[str, ...], list[UnitGroup]] = {}
     for group in groups:
         owner = group.taps[0].module.rpartition(".")[0]
@@ -393,15 +395,15 @@ def without_numbers(reason: str | None) -> str | None:
 def self_check(
     model: nn.Module, groups: Sequence[UnitGroup], example_input: Tensor, seed: int = 0
 ) -> tuple[list[UnitGroup], CheckReport]:
-    """Cut a random plan of unequal shares from a randomised float64 copy and compare with masking; then train it.
+    """Cut a random plan from a randomised float64 copy, compare with masking, then run one training step.
 
     Args:
         model: The network; untouched.
         groups: Its groups.
         example_input: Images [N, C, H, W]; only the shape is used.
-        seed: Of the random values.
+        seed: Seed of the random values.
     Returns:
-        The groups, those that failed frozen with the reason, and the report.
+        The groups, with those that failed frozen with the reason, and the report.
     """
     report = CheckReport()
     narrow = narrowing(model, groups, example_input)
@@ -420,9 +422,9 @@ def self_check(
 
 
 def untrainable(proof: Proof, groups: Sequence[UnitGroup], plan: SlimPlan, example_input: Tensor) -> dict[str, str]:
-    """Find the groups without which a training-mode forward and backward runs: some branches are in no graph.
+    """Find the groups to leave out so that a training-mode forward and backward runs: some branches are in no graph.
 
-    A network that does not train itself, cut or not, is not held against any group.
+    No group is blamed where the dense network itself fails in training mode.
     """
 
     def fault(network: nn.Module, images: Tensor, some: Sequence[UnitGroup]) -> str | None:
@@ -433,7 +435,7 @@ def untrainable(proof: Proof, groups: Sequence[UnitGroup], plan: SlimPlan, examp
             return f"its forward in training mode cannot narrow ({first_line(failure)})"
         return None
 
-    # Without memory first, where the forward reads no values.
+    # On the meta device first, which needs no memory, where the forward reads no values.
     on_meta = meta_copy(proof.model), proof.images.to("meta")
     for network, images in (on_meta, (proof.model, proof.images)):
         if fault(network, images, []) is None:
@@ -442,7 +444,7 @@ def untrainable(proof: Proof, groups: Sequence[UnitGroup], plan: SlimPlan, examp
 
 
 def train_once(model: nn.Module, images: Tensor) -> None:
-    """Run a training-mode forward and backward of a model that nobody else needs."""
+    """Run a training-mode forward and backward pass; the model is changed."""
     model.train()
     with torch.enable_grad(), same_draw(), in_double():
         answers = read_tensors(model(torch.cat([images, images.flip(0)])))
@@ -453,21 +455,21 @@ def find_units(model: nn.Module, example_input: Tensor) -> list[UnitGroup]:
     """Find all groups of units of a model, frozen ones with the reason.
 
     Args:
-        model: Any image network that torch.export runs, whatever it answers; untouched. Its weights may be on the meta
-            device; where they have values they tell how a forward that divides channels by itself may narrow. Wrappers
-            of torch.compile and DDP come off.
-        example_input: Images [N, C, H, W]; only the shape counts, and whether they are floating-point.
+        model: Any image network that torch.export runs, with any outputs; untouched. Its weights may be on the meta
+            device; values are used to find how a forward that divides channels itself may narrow.
+            Wrappers of torch.compile and DDP are removed.
+        example_input: Images [N, C, H, W]; only the shape is used, and whether the dtype is floating-point.
     Returns:
         Groups in the order of the network, named as in the plain module.
     Raises:
-        TypeError: It is no module.
+        TypeError: `model` is not a module.
         ValueError: The model cannot be exported on such images.
     """
     return survey(model, example_input)[0]
 
 
 def survey(model: nn.Module, example_input: Tensor) -> tuple[list[UnitGroup], dict[str, float]]:
-    """Find all groups, as `find_units` does, and the share of the model's MACs that each of them has a hand in.
+    """Find all groups, as `find_units` does, and the share of the model's MACs in layers that make or read each group.
 
     Args:
         model, example_input: As for `find_units`.
@@ -484,7 +486,7 @@ def survey(model: nn.Module, example_input: Tensor) -> tuple[list[UnitGroup], di
 
 
 def check(model: nn.Module, example_input: Tensor) -> CheckReport:
-    """Run the self-check alone: cut every exact group of a randomised copy at random, compare with masking.
+    """Run only the self-check: cut every exact group of a randomised copy at random and compare with masking.
 
     Args:
         model: Any image network, as for `find_units`, but with weights; untouched. The copy is in float64 on the CPU.
@@ -492,8 +494,8 @@ def check(model: nn.Module, example_input: Tensor) -> CheckReport:
     Returns:
         Largest error over the largest output (float64), and the groups that failed.
     Raises:
-        TypeError: It is no module.
-        ValueError: The model is on the meta device, or as `find_units`.
+        TypeError: `model` is not a module.
+        ValueError: The model is on the meta device, or as for `find_units`.
     """
     model = unwrap(model, "check")
     refuse_meta(model, "check")

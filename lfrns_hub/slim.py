@@ -1,4 +1,4 @@
-"""The one call: trace, self-check, and the steps of `method/`, in reading order."""
+"""The main call: trace, self-check, and the steps of `method/`, in reading order."""
 
 import os
 from collections.abc import Sequence
@@ -62,50 +62,50 @@ def slim(
     """Make a model physically narrower by low functional redundancy network slimming.
 
     Args:
-        model: The dense network, any that torch.export runs: a classifier, or a network that answers with features
-            (lists, dicts, dataclasses of tensors too). Untouched, on any device but meta, of any floating-point type:
-            half precision is analysed in float32. Wrappers of torch.compile and DDP come off.
-        loader: Calibration batches: `(images, labels)`, dicts, or bare images; it is read once, shuffled and kept in
-            memory. Its order does not matter. Labels are class numbers [N], rows [N, K] of labels that hold together,
-            or quantities; of several heads they come by name or in order; those of features are not read. What the
-            outputs mean is said by `model.problem_type` (transformers' words), by the model's configuration or by the
-            labels, else by shape.
-        macs, params: Fraction of the dense cost to keep, in (0, 1]; what is given together holds together.
-        latency: Fraction of the dense model's time of a forward pass to keep, in (0, 1], measured here and now. What
-            layers take by width is measured once and kept in LFRNS_CACHE, else in the user's cache.
-        latency_setup: Batch, dtype, device, threads, and whether compiled; by default one image, run as the model is.
+        model: The dense network, any that torch.export runs: a classifier, or a network that returns features (also
+            lists, dicts or dataclasses of tensors). Untouched, on any device but meta, of any floating-point dtype:
+            half precision is analysed in float32. Wrappers of torch.compile and DDP are removed.
+        loader: Calibration batches: `(images, labels)`, dicts, or images only; it is read once, shuffled and kept in
+            memory. Its order does not matter. Labels are class numbers [N], rows [N, K] for multi-label classes, or
+            quantities (regression); those of several heads come by name or in order; those of feature models are not
+            read. The meaning of the outputs is taken from `model.problem_type` (transformers' words), the model's
+            configuration or the labels, otherwise from the shapes.
+        macs, params: Fraction of the dense cost to keep, in (0, 1]; several budgets are all met at once.
+        latency: Fraction of the dense model's forward time to keep, in (0, 1], measured on this machine in this call.
+            Times of layers by width are measured once and cached in LFRNS_CACHE, else in the user's cache.
+        latency_setup: Batch, dtype, device, threads and compilation; default: one image, run as the model is.
         preset: "ours", or "paper": the abstract taken literally (correlation clusters, FCR, restore, no fold).
         kinds: Kinds of units to cut.
-        groups, exclude: Names or globs of groups to cut, and not to.
+        groups, exclude: Names or globs of groups to cut, and of groups not to cut.
         distance: "functional", "correlation", or a function of (tap views, units) giving distances [U, U].
         contribution: "fcr", or a function of (model, groups, keep, batches, moments) giving {group: [U]}.
-        fcr_steps: Steps that the gates train; 0 skips them and ranks by the cost of merging.
-        restore: Cluster below the budget and restore by contribution; False clusters right down to it.
-        fold: Add what was cut to the consumers' weights, as far as the kept units express it.
+        fcr_steps: Number of steps that the gates train; 0 skips them and ranks by the cost of merging.
+        restore: Cluster below the budget and restore by contribution; False clusters only down to the budget.
+        fold: Add the cut units to the consumers' weights, as far as the kept units express them.
         widths: "global", one threshold of cost per MAC for all groups, or "uniform", the same share of each.
-        round_to: Multiple that widths prefer; "auto" is 8 for groups of 128 and more channels or neurons, and under
-            latency= the multiple at which this machine gets slower, where it shows one.
-        min_keep: Units that every group keeps.
+        round_to: Multiple that widths prefer; "auto" is 8 for groups of 128 or more channels or neurons, and with
+            latency= the multiple at which this machine gets slower, where there is one.
+        min_keep: Smallest number of units that every group keeps.
         approximate: Also cut groups whose removal crosses a LayerNorm; no self-check covers those.
-        accelerator: An Accelerate accelerator; each process then takes its share of the images.
-        seed: Same seed, same plan; under latency= as far as the machine takes the same time.
-        device: Where to run; by default where the model is.
+        accelerator: An Accelerate accelerator; each process then runs its share of the images.
+        seed: The same seed gives the same plan; with latency=, only if the measured times are the same.
+        device: Device to run on; default: the model's.
         progress: Show a bar on the main process.
-        checkpoint_dir: A folder, seen by all processes, where moments, merges, the gates' training and the finished
-            weights are kept by the content of all they hang on: the same call takes up what is there, and ends with
-            the same result, bit by bit on CPU. Moments take 16 bytes x width^2 per consumer, above 512 channels half of
-            that. What was kept of a model and its images stays, at all budgets, until two others have been analysed
-            there. SIGTERM while the gates train saves and ends the program with exit code 0. None: nothing is written.
+        checkpoint_dir: A folder, visible to all processes, for moments, merges, the gates' training and the final
+            weights, cached under a hash of everything they depend on. Repeating the call resumes, with the same result,
+            bit by bit on CPU. Moments take 16 bytes x width^2 per consumer, above 512 channels half of that. Entries
+            of a model and its images stay, at all budgets, until two others have been analysed there. SIGTERM while the
+            gates train saves and ends the program with exit code 0. None: nothing is written.
     Returns:
-        The slim model, the plain module in eval mode, on the device of the run, each weight in its own dtype and
-        trainable if it was; its plan and the report. What transformers' save_pretrained or timm's save_for_hf write
-        of it loads again; a slim model may be slimmed further, and its provenance then tells of both rounds.
+        The slim model: the plain module in eval mode, on the device of the run, each weight in its own dtype and
+        trainable if it was before; also the plan and the report. Files that transformers' save_pretrained or timm's
+        save_for_hf write load again. A slim model may be slimmed further; its provenance then has both rounds.
     Raises:
-        TypeError: The model is no module.
-        ValueError: A budget, name or option does not fit, the loader is empty, labels are none of such outputs, the
+        TypeError: `model` is not a module.
+        ValueError: A budget, name or option does not fit, the loader is empty, labels do not fit the outputs, the
             budget is not reachable.
         OSError: checkpoint_dir cannot be written to.
-    Source: Fang and Yin 2025; each step's docstring says what is ours.
+    Source: Fang and Yin 2025; each step's docstring states what is ours.
     """
     given = locals()
     how = CutOptions.of(given)
@@ -137,9 +137,9 @@ def analyse(
         model, loader, preset, kinds, groups, exclude, distance, widths, min_keep, approximate, accelerator, seed,
             device, progress, checkpoint_dir: As for `slim`.
     Returns:
-        What `.cut(macs=0.5)` makes a slim model of, at as many budgets as are wanted, each as `slim` would give it.
+        An analysis whose `.cut(macs=0.5)` returns what `slim` would, at as many budgets as are wanted.
     Raises:
-        TypeError: The model is no module.
+        TypeError: `model` is not a module.
         ValueError: A name or option does not fit, or the loader is empty.
     """
     given = locals()
@@ -147,7 +147,7 @@ def analyse(
 
 
 def _analyse(model: nn.Module, loader: Any, find: FindOptions, run: RunOptions) -> Analysis:
-    """Trace, self-check, run the images, and find what every merge costs."""
+    """Trace, self-check, run the images, and compute the cost of every merge."""
     model = unwrap(model, call())
     refuse_meta(model, call())
     with clocked(run.shows_progress) as clock:
@@ -203,5 +203,5 @@ def _merges(
 
 
 def as_data(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return dataclasses by name as plain data that a cache keeps."""
+    """Return dataclasses by name as plain data for the cache."""
     return {name: dict(vars(result)) for name, result in results.items()}

@@ -66,7 +66,7 @@ def masked(model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan) -> Ite
         yield
 
 
-FOLDED = ("weight", "bias")  # what `fold` writes to
+FOLDED = ("weight", "bias")  # parameters that `fold` changes
 
 
 def cut(
@@ -78,7 +78,7 @@ def cut(
         model: The dense network; untouched.
         groups: Its groups, from `find_units`.
         plan: What stays.
-        moments: Responses per consumer; given, the cut units are folded into the kept ones' weights.
+        moments: Responses per consumer; if given, the cut units are folded into the kept units' weights.
     Returns:
         A new model of the same classes, in the same mode.
     Raises:
@@ -90,7 +90,7 @@ def cut(
     for group in shrinking:
         for part in group.slices:
             leaving[part.tensor, part.dim].append(part.index[plan.removed(group)].flatten())
-    # What is narrowed below is a new tensor then, so it is not copied: two whole models are never held at once.
+    # Narrowed tensors are new anyway, so they are not copied: two whole models are never in memory at once.
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     owners = Counter(id(tensor) for _, tensor in tensors)
     copied = {f"{module}.{part}" for module in folding for part in FOLDED}
@@ -121,12 +121,12 @@ def narrow_axis(model: nn.Module, name: str, dim: int, leaving: Tensor) -> None:
         setattr(module, leaf, nn.Parameter(new, old.requires_grad))
     else:
         module._buffers[leaf] = new
-        # No class computes what is left of it, so that its values go where the weights go.
+        # No class can recompute the narrowed buffer, so it is saved in the state dict with the weights.
         module._non_persistent_buffers_set.discard(leaf)
 
 
 def sync_widths(slim: nn.Module, dense: nn.Module) -> None:
-    """Let a stock layer's attributes state the widths of its new tensors."""
+    """Set a stock layer's attributes to the widths of its new tensors."""
     if isinstance(slim, nn.Linear):
         slim.out_features, slim.in_features = slim.weight.shape
     elif isinstance(slim, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -146,7 +146,7 @@ def sync_widths(slim: nn.Module, dense: nn.Module) -> None:
 
 
 def sync_stated(slim: nn.Module, dense: nn.Module, shrinking: Sequence[UnitGroup], plan: SlimPlan) -> None:
-    """Let the attributes that state the groups' widths follow them."""
+    """Update the attributes that state the groups' widths."""
     gone: dict[tuple[str, str, int | None], int] = defaultdict(int)
     for group in shrinking:
         for width in group.widths:

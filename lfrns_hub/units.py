@@ -1,4 +1,4 @@
-"""Data only: what leaves the network together (`UnitGroup`) and what stays (`SlimPlan`)."""
+"""Data only: what is removed together (`UnitGroup`) and what stays (`SlimPlan`)."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ class Width:
         module: Name of the module.
         attribute: Name of the attribute.
         entry: Which entry of a tuple or list, or None for an int.
-        per_unit: By how much it shrinks for each unit that leaves.
+        per_unit: By how much it shrinks for each removed unit.
     """
 
     module: str
@@ -58,13 +58,13 @@ class Width:
 
 @dataclass(frozen=True)
 class Cache:
-    """An attribute in which a forward keeps what it computed, beside parameters and buffers.
+    """An attribute in which a forward keeps what it computed, in addition to parameters and buffers.
 
     Attributes:
         module: Name of the module.
         attribute: Name of the attribute.
-        value: What it holds before the first forward.
-        absent: Whether it is not there then.
+        value: Its value before the first forward.
+        absent: Whether the attribute does not exist before the first forward.
     """
 
     module: str
@@ -85,8 +85,8 @@ class UnitGroup:
         frozen_reason: Why it is never cut, or None.
         slices: The parameter slices of the units.
         taps: Where the units are read.
-        widths: Attributes that state how many units there are, beside those of the layers themselves.
-        caches: Attributes that a narrower copy starts without, for the model's forward fills them again.
+        widths: Attributes that state the number of units, in addition to those of the layers themselves.
+        caches: Attributes that a narrower copy starts without; the model's forward fills them again.
     """
 
     name: str
@@ -101,9 +101,9 @@ class UnitGroup:
 
 
 def forget(model: nn.Module, caches: Iterable[Cache]) -> nn.Module:
-    """Take off a model, in place, what its forwards left on it, and give it back.
+    """Reset, in place, the attributes that a model's forwards have filled, and return the model.
 
-    A copy with other weights or fewer units would use what was computed of the old ones.
+    A copy with other weights or fewer units would otherwise use values computed from the old ones.
     """
     for cache in {(cache.module, cache.attribute): cache for cache in caches}.values():
         held = vars(model.get_submodule(cache.module))
@@ -116,7 +116,7 @@ def forget(model: nn.Module, caches: Iterable[Cache]) -> nn.Module:
 
 @dataclass
 class SlimPlan:
-    """Which units stay: group name to ascending indices kept. A group that is not named keeps all.
+    """Units that stay: group name to ascending kept indices. A group that is not named keeps all.
 
     Example:
         >>> SlimPlan.from_json(SlimPlan({"fc1": [0, 2]}).to_json()).keep
@@ -161,11 +161,11 @@ class SlimPlan:
         return list(kept)
 
     def removed(self, group: UnitGroup) -> list[int]:
-        """Return the ascending indices of a group's units that leave."""
+        """Return the ascending indices of a group's removed units."""
         kept = set(self.kept(group))
         return [i for i in range(group.size) if i not in kept]
 
 
 def frozen_with(groups: Sequence[UnitGroup], reasons: dict[str, str]) -> list[UnitGroup]:
-    """Return the groups, those that have a reason here frozen."""
+    """Return the groups, with those that have a reason here frozen."""
     return [replace(group, frozen_reason=reasons.get(group.name, group.frozen_reason)) for group in groups]

@@ -1,4 +1,4 @@
-"""Save a slim model and load it again: safetensors and config.json, in timm's layout or in transformers'."""
+"""Saving and loading of slim models: safetensors and config.json, in timm's or transformers' layout."""
 
 from lfrns_hub.checkpoint.entrypoint import lfrns_slim
 from lfrns_hub.checkpoint.files import FORMAT_VERSION, holds_ours, is_own, refuse_foreign

@@ -1,6 +1,6 @@
 """timm's entrypoint of every slim model, `lfrns_slim`: the stock model, narrowed by the stored sizes.
 
-A checkpoint takes this file along (see remote_code.py): of the package it may import narrow.py alone.
+Checkpoints contain a copy of this file (see remote_code.py): from the package it may import only narrow.py.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import nn
 
 from lfrns_hub.format.narrow import FORMAT_VERSION, Attrs, Shapes, carry_facts, narrow, short
 
-TIMM_NAME = "lfrns_slim"  # what timm prints to people who lack the package
+TIMM_NAME = "lfrns_slim"  # timm prints this name to people without the package
 
 
 @register_model
@@ -42,22 +42,22 @@ def lfrns_slim(
         base: A timm architecture.
         shapes: Tensors that differ from the base's.
         attrs: Width attributes that differ from the base's.
-        slim: How the model was made, of a folder that timm's own save_for_hf wrote: it keeps no other key.
+        slim: How the model was made, in a folder that timm's own save_for_hf wrote: it keeps no other key.
         pretrained_cfg: timm's, from config.json.
         pretrained_cfg_overlay: timm's.
-        pretrained_model_args: timm's record of what the file was saved with.
+        pretrained_model_args: timm's record of the arguments at saving.
         cache_dir: timm's.
-        num_classes: Other than the checkpoint's: a new head after loading.
-        in_chans: Other than the checkpoint's: timm adapts the first convolution.
+        num_classes: If it differs from the checkpoint's, the model gets a new head after loading.
+        in_chans: If it differs from the checkpoint's, timm adapts the first convolution.
         features_only: Wrap as a backbone of feature maps.
-        out_indices: Which maps; the base's own choice by default.
-        kwargs: For the base.
+        out_indices: Indices of the maps; by default those of the base.
+        kwargs: Further arguments of the base.
     """
     if not isinstance(base, str) or base == TIMM_NAME or not is_model(base):
         raise ValueError(f"{TIMM_NAME}(base={short(base)}): not a model of this timm ({timm.__version__}). Load a "
                          "folder saved by lfrns_hub, or upgrade timm.")  # fmt: skip
     build = model_entrypoint(base)
-    # Our weights are safetensors under the model's own names: no loader of another format is called on them.
+    # Our weights are safetensors with the model's own names: loaders of other formats must not be called on them.
     cfg = {key: value for key, value in pretrained_cfg.items() if key != "custom_load"} if pretrained_cfg else None
     stored_classes = cfg.get("num_classes", num_classes) if cfg else num_classes
     stored_chans = (cfg.get("input_size") or (3,))[0] if cfg else in_chans
@@ -67,7 +67,7 @@ def lfrns_slim(
     wanted_size, stored_size = kwargs.get("img_size"), (pretrained_model_args or {}).get("img_size")
     resize = pretrained and wanted_size is not None and _as_size(wanted_size) != _as_size(stored_size)
     if resize:
-        kwargs["img_size"] = stored_size  # the weights are of that size: resized once they are in
+        kwargs["img_size"] = stored_size  # the weights have that size: resized after loading
     model = build(pretrained=False, pretrained_cfg=cfg, **overlay, **own, **_without_none(kwargs))
     shapes, attrs = _fit_classifier(model, shapes or {}, attrs or {})
     if own.get("in_chans") != stored_chans:
@@ -88,7 +88,7 @@ def lfrns_slim(
         model.set_input_size(img_size=wanted_size)
     if num_classes is not None and num_classes != stored_classes:
         model.reset_classifier(num_classes)
-    model.pretrained_cfg["architecture"] = TIMM_NAME  # so that timm's save_for_hf writes what loads again
+    model.pretrained_cfg["architecture"] = TIMM_NAME  # so that timm's save_for_hf writes a folder that loads again
     model._model_args = {**vars(model).get("_model_args", {}), "slim": slim or {"format_version": FORMAT_VERSION}}
     carry_facts(model, slim)
     if features_only:
@@ -97,7 +97,7 @@ def lfrns_slim(
 
 
 def _fit_classifier(model: nn.Module, shapes: Shapes, attrs: Attrs) -> tuple[Shapes, Attrs]:
-    """Fit the classifier's stated sizes to the classes asked for; without classes there is no classifier to narrow."""
+    """Set the classifier's stated sizes to the requested number of classes; without classes drop them."""
     heads = _as_tuple(model.pretrained_cfg.get("classifier"))
     if not model.num_classes:
         shapes = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] not in heads}
@@ -124,7 +124,7 @@ def _as_size(value: Any) -> tuple[int, int] | None:
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is not given."""
+    """Return the items that are not None."""
     return {key: value for key, value in values.items() if value is not None}
 
 

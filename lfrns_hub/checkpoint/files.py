@@ -1,4 +1,4 @@
-"""What every layout has in common: config.json, model.safetensors, the card, and how a finished folder is published."""
+"""Files common to all layouts: config.json, model.safetensors, the card; and how a finished folder is published."""
 
 import json
 import logging
@@ -34,20 +34,20 @@ KINDS = {
     "num_classes": int,
     "label_names": list,
 }
-# By safetensors' names: what a model's floating-point tensors, and its others, may be stored as.
+# Dtypes, by safetensors' names, in which a model's floating-point and other tensors may be stored.
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 OTHERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json, with `slim`, what is known of the model's making, always a dict of the right types."""
+    """Read config.json; `slim`, which records how the model was made, is always a dict of the right types."""
     call = f"load({str(folder)!r})"
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{call}: it has no config.json. Give a folder that lfrns_hub.save wrote.")
     config = read_json(path, call)
     args = config.get("model_args")
-    if "slim" not in config:  # timm's save_for_hf keeps no key but its own
+    if "slim" not in config:  # timm's save_for_hf keeps only its own keys
         config["slim"] = args.get("slim") if isinstance(args, dict) else None
     config["slim"] = config["slim"] or {}
     for key, kind in KINDS.items():
@@ -59,41 +59,41 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def write_config(draft: Path, config: dict[str, Any], model: nn.Module) -> None:
-    """Write config.json with what is known of the model's making, and no code but our own."""
+    """Write config.json with the provenance of the model, and without foreign code."""
     ours = own_names(config.get("auto_map"))
     config = {**without_code(config), **({"auto_map": ours} if ours else {}), "slim": facts_of(model)}
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
-    """Return what config.json says of a model's making."""
+    """Return the provenance of a model for config.json."""
     provenance = getattr(model, "lfrns_base", {}) | provenance_of(model)
     return {**provenance, "format_version": FORMAT_VERSION, "class": type(model).__name__}
 
 
 def state_base(draft: Path, stated: dict[str, str]) -> None:
-    """Say in config.json which published weights the model comes from, in place of what was said before."""
+    """State in config.json which published weights the model comes from, replacing earlier statements."""
     config = read_config(draft)
     config["slim"] = {key: value for key, value in config["slim"].items() if key not in KEYS} | stated
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_weights(model: nn.Module, draft: Path) -> None:
-    """Write model.safetensors under the module's own names, each tensor by itself."""
+    """Write model.safetensors with the module's own names, each tensor separately."""
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
 
 
 def read_tensors(expected: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Read the weights of a skeleton, once names, shapes and kinds of numbers in the header are the skeleton's.
+    """Read the weights of a skeleton, if names, shapes and dtypes in the header match the skeleton's.
 
     Args:
-        expected: The skeleton's state, on any device, meta too.
-        folder: The checkpoint.
+        expected: The skeleton's state dict, on any device including meta.
+        folder: Folder of the checkpoint.
     Returns:
         The tensors, on the CPU, by name.
     Raises:
-        ValueError: A tensor is missing, unexpected, misshapen or of another kind; nothing has been allocated then.
+        ValueError: A tensor is missing, unexpected, misshapen or of another dtype; nothing has been allocated by then.
     """
     found = read_headers(folder, f"load({str(folder)!r})")
     check_shapes(
@@ -125,12 +125,12 @@ def check_shapes(expected: dict[str, list[int]], found: dict[str, list[int]], fo
 
 
 def compare(model: nn.Module, loaded: nn.Module) -> None:
-    """Refuse a checkpoint that does not come back as it was, buffers outside the file included."""
+    """Refuse a checkpoint that loads with different tensors, including buffers that are not in the file."""
     state, again, computed = _tensors(model), _tensors(loaded), computed_buffers(model)
     for name, tensor in state.items():
         other = again.get(name)
         if name in computed and other is not None and tensor.shape != other.shape:
-            continue  # the forward computes it for the images at hand
+            continue  # the forward computes it for its images
         if other is None or not torch.equal(_plain(tensor), _plain(other)):
             raise ValueError(
                 f"save({type(model).__name__}): {name} does not come back as it was. Give the architecture it was cut "
@@ -139,21 +139,21 @@ def compare(model: nn.Module, loaded: nn.Module) -> None:
 
 
 def match_dtype(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """Convert the model to the floating-point type of what was read, where that has one for all."""
+    """Convert the model to the floating-point dtype of the loaded tensors, if they have a single one."""
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     return model.to(kinds.pop()) if len(kinds) == 1 else model
 
 
 def write_card(draft: Path, record: Any, directory: Path, *, name: str, base: str, library: str) -> None:
-    """Write README.md, record.json and the pictures of widths and budgets; take along one of this plan's clusters.
+    """Write README.md, record.json and the plots of widths and budgets; keep a plot of this plan's clusters.
 
     Args:
-        draft: The folder, with its config.json and, where there is one, its preprocessor_config.json.
+        draft: The folder, with its config.json and, if there is one, its preprocessor_config.json.
         record: The Record, its dict, or None.
-        directory: Where the draft will go: of what lies there, the clusters and what people wrote in the card stay.
-        name: Of the model, where the record does not say.
+        directory: Destination of the draft: its clusters plot and the sections that people wrote in its card are kept.
+        name: Name of the model, if the record does not state it.
         base: The dense architecture.
-        library: Which library builds it: timm, transformers or pytorch.
+        library: The library that builds it: timm, transformers or pytorch.
     """
     config = read_config(draft)
     facts, record = config["slim"], read_record(record)
@@ -199,9 +199,9 @@ def write_card(draft: Path, record: Any, directory: Path, *, name: str, base: st
 
 
 def _earlier_card(directory: Path) -> str | None:
-    """Return the card of a checkpoint of ours that lies in a folder; None where there is none."""
+    """Return the card of one of our checkpoints in a folder; None where there is none."""
     readme = directory / "README.md"
-    if readme.is_symlink() or not readme.is_file() or not holds_ours(directory):  # a link could lead to any secret
+    if readme.is_symlink() or not readme.is_file() or not holds_ours(directory):  # a link could point to any secret
         return None
     size = readme.stat().st_size
     if size > MAX_JSON_BYTES:
@@ -213,7 +213,7 @@ def _earlier_card(directory: Path) -> str | None:
 
 
 def is_own(name: str) -> bool:
-    """Return whether a file of this name in a checkpoint's folder is one that `save` writes or replaces."""
+    """Return whether `save` writes or replaces a file of this name in a checkpoint's folder."""
     return name in (*SAVED, INDEX) or fnmatch(name, "model-*-of-*.safetensors")
 
 
@@ -232,21 +232,21 @@ def refuse_foreign(directory: Path, call: str) -> None:
 
 
 def holds_ours(directory: Path) -> bool:
-    """Return whether a folder holds a checkpoint that `save` wrote, perhaps damaged, or the run of a recipe."""
+    """Return whether a folder has a checkpoint that `save` wrote, perhaps damaged, or the run of a recipe."""
     config = directory / "config.json"
     if config.is_file():
         with config.open("rb") as file:
-            if b"lfrns" in file.read(MAX_JSON_BYTES):  # every layout names it
+            if b"lfrns" in file.read(MAX_JSON_BYTES):  # every layout contains this word
                 return True
     return (directory / MODELING_FILE).is_file() or (directory / "work" / "run.json").is_file()
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """List what a model holds: its state, and the buffers that are kept out of it."""
+    """Return all tensors of a model: its state dict, and its non-persistent buffers."""
     return dict(model.named_buffers()) | model.state_dict()
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Bring a tensor to where any two can be compared, NaN equal to NaN."""
+    """Move a tensor to the CPU for comparison, with NaN replaced so that it equals NaN."""
     tensor = tensor.detach().cpu()
     return tensor.nan_to_num() if tensor.is_floating_point() else tensor

@@ -1,19 +1,19 @@
-"""Which layout a checkpoint's config.json states: it says who builds the model, and how it is loaded."""
+"""Layout of a checkpoint, as its config.json states it: the library that builds the model, and how it is loaded."""
 
 from typing import Any, Literal
 
 from lfrns_hub.checkpoint.entrypoint import TIMM_NAME
 from lfrns_hub.checkpoint.narrow_classes import CLASS_PREFIX, TYPE_PREFIX
 
-OWN_NAME = "lfrns_own_class"  # the architecture of a model that its user builds
+OWN_NAME = "lfrns_own_class"  # architecture of a model that its user builds
 WRAPPERS = tuple(CLASS_PREFIX + name for name in ("TimmWrapperForImageClassification", "TimmWrapperModel"))
 
 
 def kind_of(config: dict[str, Any]) -> Literal["timm", "timm_wrapper", "transformers", "own"] | None:
-    """Return which kind of checkpoint a config.json belongs to, None if to none of ours.
+    """Return the kind of checkpoint that a config.json belongs to, None if it is not ours.
 
     Args:
-        config: What the file holds; anybody may have written it.
+        config: Content of the file, from an untrusted source.
 
     Example:
         >>> kind_of({"model_type": "lfrns_vit"}), kind_of({"model_type": "vit"})

@@ -1,7 +1,7 @@
-"""Beside classes of transformers the narrow ones: the same, then narrowed by `config.lfrns`, and loaded strictly.
+"""Narrow classes of transformers' models: the stock classes, narrowed by `config.lfrns` and loaded strictly.
 
-A checkpoint takes this file along (see remote_code.py): of the package it may import narrow.py and compat.py alone.
-Models' classes stand in quotes: transformers takes a second to import them, and `import lfrns_hub` reads this file.
+Checkpoints contain a copy of this file (see remote_code.py): from the package it may import only narrow.py and
+compat.py. Classes of models are quoted: transformers needs a second to import them, and `import lfrns_hub` runs this.
 """
 
 import copy
@@ -21,13 +21,13 @@ from lfrns_hub.format.narrow import Shapes, carry_facts, narrow
 
 TYPE_PREFIX = "lfrns_"
 CLASS_PREFIX = "Lfrns"
-SIZES = ("lfrns", "model_args", "slim")  # of a config: what has an entry for each layer
+SIZES = ("lfrns", "model_args", "slim")  # keys of a config with an entry for each layer
 MAX_SHOWN = 16  # entries of another table of a config
-MODELING = "modeling_lfrns"  # the file in a checkpoint, by its name as a module
+MODELING = "modeling_lfrns"  # module name of the file in a checkpoint
 
 
 def own_names(names: Any) -> dict[str, str]:
-    """Return what of an `auto_map` names our own file, which of a model from the Hub reads "user/name--file.Class"."""
+    """Return the entries of an `auto_map` that name our file; from the Hub they read "user/name--file.Class"."""
     named = names.items() if isinstance(names, dict) else ()
     local = {auto: name.rpartition("--")[2] for auto, name in named if isinstance(name, str)}
     return {auto: name for auto, name in local.items() if name.startswith(f"{MODELING}.{CLASS_PREFIX}")}
@@ -36,18 +36,18 @@ def own_names(names: Any) -> dict[str, str]:
 def narrow_config(
     stock: type[PreTrainedConfig], module: str, write: Callable[[Any, Any], None] | None = None, **body: Any
 ) -> type[PreTrainedConfig]:
-    """Subclass a stock config: its type is `lfrns_<type>`, and what it saves has its code beside it.
+    """Return a subclass of a stock config: its type is `lfrns_<type>`, and it saves its code next to itself.
 
     Args:
         stock: The config class of transformers.
-        module: Where the class will be found.
-        write: Writes the code, given the config and the folder; transformers copies that of a class it got by
-            trust_remote_code itself.
+        module: Module in which the class will be found.
+        write: Writes the code, called with the config and the folder; transformers itself copies the code of a class
+            loaded by trust_remote_code.
         body: Further attributes of the class.
     """
 
     def save_pretrained(self: PreTrainedConfig, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        vars(self).pop("custom_pipelines", None)  # no code of others stands beside what is saved
+        vars(self).pop("custom_pipelines", None)  # foreign code is not saved
         if ours := own_names(vars(self).pop("auto_map", None)):
             self.auto_map = ours
         if write is not None:
@@ -55,7 +55,7 @@ def narrow_config(
         stock.save_pretrained(self, save_directory, *args, **kwargs)
 
     def __repr__(self: PreTrainedConfig) -> str:
-        """Show all but long tables: transformers writes this text, for its log, whenever it reads a config."""
+        """Return a text without long tables: transformers writes it to its log whenever it reads a config."""
         shown = copy.copy(self)
         tables = {key: value for key, value in vars(self).items() if isinstance(value, dict)}
         vars(shown).update({key: "..." for key, value in tables.items() if key in SIZES or len(value) > MAX_SHOWN})
@@ -68,7 +68,7 @@ def narrow_config(
 def narrow_class(
     stock: "type[transformers.PreTrainedModel]", config_class: type[PreTrainedConfig], module: str
 ) -> "type[transformers.PreTrainedModel]":
-    """Subclass a stock classifier: the same, then narrowed by config.lfrns, `{"shapes": ..., "attrs": ...}`."""
+    """Return a subclass of a stock classifier, narrowed by config.lfrns, `{"shapes": ..., "attrs": ...}`."""
 
     def __init__(self: "transformers.PreTrainedModel", config: Any, *args: Any, **kwargs: Any) -> None:
         on_meta = torch.get_default_device().type == "meta"
@@ -77,7 +77,7 @@ def narrow_class(
         sizes = getattr(config, "lfrns", None) or {}
         stated = _fit_head(self, config, sizes.get("shapes", {})), sizes.get("attrs", {})
         narrow(self, *names_here(self, config, *stated))
-        for part in self.modules():  # the narrowed tensors hold no values yet: initialise once more
+        for part in self.modules():  # the narrowed tensors have no values yet: initialise again
             part.__dict__.pop("_is_hf_initialized", None)
         self.init_weights()
         carry_facts(self, getattr(config, "slim", None))
@@ -89,12 +89,12 @@ def narrow_class(
 def narrow_base(
     stock: "type[transformers.PreTrainedModel]", classifier: "type[transformers.PreTrainedModel]", module: str
 ) -> "type[transformers.PreTrainedModel]":
-    """Subclass a stock model without a head, for AutoModel: what a narrow classifier holds, taken out of it."""
+    """Return a subclass of a stock model without a head, for AutoModel: the base of a narrow classifier."""
 
     def taken(
         cls: "type[transformers.PreTrainedModel]", whole: "transformers.PreTrainedModel"
     ) -> "transformers.PreTrainedModel":
-        """Take the base out of a classifier, as this class."""
+        """Return the base of a classifier as this class."""
         base = getattr(whole, whole.base_model_prefix, None)
         if not isinstance(base, stock):
             raise ValueError(
@@ -114,7 +114,7 @@ def narrow_base(
             classifier, *args, output_loading_info=True, **kwargs
         )
         prefix = classifier.base_model_prefix + "."
-        # A folder that this class wrote has no head, and none is needed.
+        # A folder that this class wrote has no head, and needs none.
         _refuse({**info, "missing_keys": {k for k in info["missing_keys"] if k.startswith(prefix)}}, cls, args)
         model = taken(cls, whole)
         return (model, info) if output_loading_info else model
@@ -132,11 +132,11 @@ def narrow_base(
 def wrapper_class(
     stock: "type[transformers.PreTrainedModel]", config_class: type[PreTrainedConfig], module: str
 ) -> "type[transformers.PreTrainedModel]":
-    """Subclass transformers' wrapper of timm models, which timm's entrypoint `lfrns_slim` narrows: loaded strictly."""
+    """Return a subclass of transformers' wrapper of timm models, narrowed by `lfrns_slim` and loaded strictly."""
 
     def __init__(self: "transformers.PreTrainedModel", config: Any) -> None:
         stock.__init__(self, config)
-        if not self.timm_model.num_classes:  # AutoModel: the file has a classifier, the model none
+        if not self.timm_model.num_classes:  # AutoModel: the file has a classifier, the model does not
             heads = config.pretrained_cfg.get("classifier") or ()
             heads = [heads] if isinstance(heads, str) else heads
             ignored = [rf"^(timm_model\.)?{re.escape(head)}\." for head in heads]
@@ -150,7 +150,7 @@ def wrapper_class(
     def save_pretrained(
         self: "transformers.PreTrainedModel", *args: Any, state_dict: Any = None, **kwargs: Any
     ) -> None:
-        """Save the tensors by timm's own names, so that timm opens the folder too."""
+        """Save the tensors with timm's own names, so that timm can open the folder too."""
         state = self.state_dict() if state_dict is None else state_dict
         state = {name.removeprefix(f"{self.base_model_prefix}."): tensor for name, tensor in state.items()}
         tell(self, *args, state_dict=state, **kwargs)
@@ -160,12 +160,12 @@ def wrapper_class(
 
 
 def _subclass(stock: type, module: str, body: dict[str, Any]) -> type:
-    """Make Lfrns<Stock>, which says that it lies in `module`."""
+    """Return a class Lfrns<Stock> that belongs to `module`."""
     return type(CLASS_PREFIX + stock.__name__, (stock,), {**body, "__module__": module, "__doc__": stock.__doc__})
 
 
 def _telling(stock: "type[transformers.PreTrainedModel]") -> Callable[..., None]:
-    """Return a save_pretrained whose config tells what is known of the model's making by now, as after retraining."""
+    """Return a save_pretrained that updates the config's provenance first, for example after retraining."""
 
     def save_pretrained(self: "transformers.PreTrainedModel", *args: Any, **kwargs: Any) -> None:
         if facts := vars(self).get("lfrns_provenance"):
@@ -176,14 +176,14 @@ def _telling(stock: "type[transformers.PreTrainedModel]") -> Callable[..., None]
 
 
 def _strictly(stock: "type[transformers.PreTrainedModel]") -> classmethod:
-    """Return a from_pretrained that raises where transformers only reports."""
+    """Return a from_pretrained that raises an error where transformers only reports."""
 
     @classmethod
     def from_pretrained(
         cls: "type[transformers.PreTrainedModel]", *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         model, info = stock.from_pretrained.__func__(cls, *args, output_loading_info=True, **kwargs)
-        # A base that was saved alone says so: its new head is drawn, as transformers draws it.
+        # A folder with only the base says so in its config: its new head is initialised by transformers.
         new = _head(model) if _is_base(model) else set()
         _refuse({**info, "missing_keys": set(info["missing_keys"]) - new}, cls, args)
         return (model, info) if output_loading_info else model
@@ -192,14 +192,14 @@ def _strictly(stock: "type[transformers.PreTrainedModel]") -> classmethod:
 
 
 def _is_base(model: "transformers.PreTrainedModel") -> bool:
-    """Return whether what a classifier was loaded from is, by its config, the model in it alone."""
+    """Return whether the config of a loaded classifier belongs to a base without a head."""
     inside = type(getattr(model, model.base_model_prefix, None)).__name__
     names = {CLASS_PREFIX + inside, type(model).__name__.replace("ForImageClassification", "Model")}
     return bool(names & set(getattr(model.config, "architectures", None) or ()))
 
 
 def _head(model: "transformers.PreTrainedModel") -> set[str]:
-    """Name the tensors of a classifier's head: of a wrapped timm model those that its pretrained_cfg names."""
+    """Return the names of a classifier's head tensors; for a wrapped timm model, those in its pretrained_cfg."""
     names, body = model.state_dict().keys(), model.base_model_prefix + "."
     cfg = getattr(getattr(model, "timm_model", None), "pretrained_cfg", None)
     if cfg is None:
@@ -210,7 +210,7 @@ def _head(model: "transformers.PreTrainedModel") -> set[str]:
 
 
 def _refuse(info: dict[str, Any], cls: type, args: tuple[Any, ...]) -> None:
-    """Refuse tensors that are missing or unexpected; misshapen ones pass only by ignore_mismatched_sizes."""
+    """Refuse tensors that are missing or unexpected; misshapen ones are allowed only by ignore_mismatched_sizes."""
     misshapen = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     problems = [f"{name} is missing" for name in sorted(set(info["missing_keys"]) - misshapen)]
     problems += [f"{name} is unexpected" for name in sorted(info["unexpected_keys"])]
@@ -224,7 +224,7 @@ def _refuse(info: dict[str, Any], cls: type, args: tuple[Any, ...]) -> None:
 
 
 def _fit_head(model: nn.Module, config: Any, shapes: Shapes) -> Shapes:
-    """Fit the head's stated sizes to the classes asked for (num_labels=), which the stored ones may differ from."""
+    """Set the head's stated sizes to the requested number of classes (num_labels=), where the stored one differs."""
     stored = (getattr(config, "lfrns", None) or {}).get("num_labels", config.num_labels)
     body = model.base_model_prefix + "."
     if stored == config.num_labels:

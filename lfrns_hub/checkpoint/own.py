@@ -1,4 +1,4 @@
-"""A class of one's own: config.json holds sizes, model.safetensors the weights, and its user builds the dense model."""
+"""Checkpoints of a custom class: sizes in config.json, weights in model.safetensors; users build the dense model."""
 
 import copy
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ DATA_CONFIG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_m
 
 
 def own_skeleton(base: Any, base_args: dict[str, Any] | None) -> nn.Module | None:
-    """Build the dense model of a class that timm and transformers do not know, if the caller gave one."""
+    """Build the dense model of a class that timm and transformers do not know, if the caller passed one."""
     if base is None or isinstance(base, nn.Module):
-        return copy.deepcopy(base)  # loading narrows it in place; the caller's stays dense
+        return copy.deepcopy(base)  # loading narrows it in place; the caller's model stays dense
     return base(**(base_args or {}))
 
 
@@ -26,7 +26,7 @@ def write_own(model: nn.Module, draft: Path, skeleton: nn.Module | None, label_n
     """Write sizes and weights of a class that load() gets as model=."""
     shapes, attrs = describe(model, skeleton)
     config = {"architecture": OWN_NAME, "model_args": {"shapes": shapes, "attrs": attrs}}
-    if isinstance(getattr(model, "pretrained_cfg", None), dict):  # as set_preprocessing states it
+    if isinstance(getattr(model, "pretrained_cfg", None), dict):  # as stated by set_preprocessing
         config["pretrained_cfg"] = data_config_of(model)
     if label_names is not None:
         config["label_names"] = list(label_names)
@@ -35,10 +35,10 @@ def write_own(model: nn.Module, draft: Path, skeleton: nn.Module | None, label_n
 
 
 def narrow_as_stored(model: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """Narrow the user's dense model by the sizes that it does not have already.
+    """Narrow the user's dense model by the stored sizes that differ from its own.
 
-    A checkpoint saved without a base states all of them, and with them the numbers that a forward writes on its
-    modules (the shape of the last images, a counter). No cut made those: they stay as the model has them.
+    A checkpoint saved without a base states all of them, including numbers that a forward writes to its modules (the
+    shape of the last images, a counter). These are not from a cut: they keep the model's values.
     """
     sizes = (config["lfrns"] if "lfrns" in config else config.get("model_args")) or {}
     have_shapes, have_attrs = describe(model, None)
@@ -48,7 +48,7 @@ def narrow_as_stored(model: nn.Module, config: dict[str, Any]) -> nn.Module:
 
     def is_stated(name: str, key: str, value: Any) -> bool:
         have = have_attrs.get(name, {}).get(key)
-        is_layer = name in modules and type(modules[name]).__module__.startswith("torch.nn.")  # writes no numbers
+        is_layer = name in modules and type(modules[name]).__module__.startswith("torch.nn.")  # does not write numbers
         return have != value and (is_layer or is_narrower(value, have) or not isinstance(value, (int, list)))
 
     attrs = {
@@ -59,7 +59,7 @@ def narrow_as_stored(model: nn.Module, config: dict[str, Any]) -> nn.Module:
 
 
 def prepare_as_stored(model: nn.Module, config: dict[str, Any]) -> None:
-    """Let the user's model state, as the checkpoint does, how its pictures are prepared."""
+    """Set the image preprocessing of the user's model to the checkpoint's."""
     stored = {key: value for key, value in (config.get("pretrained_cfg") or {}).items() if key in DATA_CONFIG}
     if stored:
         check_settings(stored, "config.json: pretrained_cfg")
@@ -67,7 +67,7 @@ def prepare_as_stored(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 def fill_own(model: nn.Module, folder: Path) -> nn.Module:
-    """Load the weights into a model that has been narrowed."""
+    """Load the weights into a narrowed model."""
     tensors = read_tensors(model.state_dict(), folder)
     model.load_state_dict(tensors, strict=True)
     return match_dtype(model, tensors)

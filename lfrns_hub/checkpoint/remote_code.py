@@ -1,7 +1,7 @@
-"""The file that a checkpoint takes along for `trust_remote_code=True`: it opens where lfrns_hub is not installed.
+"""The file in a checkpoint for `trust_remote_code=True`: with it the checkpoint opens without lfrns_hub.
 
-It is put together from our own sources, so that no logic is there twice: narrow.py, compat.py and what else the kind
-needs, each as it stands without its imports of the package, and a tail that names the classes.
+It is composed of our own sources, so that no code exists twice: narrow.py, compat.py and the other files that a kind
+needs, each without its imports of the package, and a tail that names the classes.
 """
 
 import ast
@@ -29,7 +29,7 @@ def auto_map(config: str, classifier: str, base: str | None) -> dict[str, str]:
     Args:
         config: Name of the stock config class as transformers exports it, "ViTConfig".
         classifier: Name of the stock classifier.
-        base: Name of the stock model in it, for AutoModel; None where there is none to take out.
+        base: Name of the stock model in it, for AutoModel; None where AutoModel cannot load it.
     """
     names = {"AutoConfig": config, "AutoModel": base, "AutoModelForImageClassification": classifier}
     return {auto: f"{MODELING}.{CLASS_PREFIX}{name}" for auto, name in names.items() if name}
@@ -39,9 +39,9 @@ def write_code(folder: Path, names: dict[str, Any], base_source: Path | None = N
     """Write the modeling file of a checkpoint.
 
     Args:
-        folder: The checkpoint's.
-        names: Its auto_map; entries of others are left alone, and nothing is written where none is ours.
-        base_source: Source of a timm model that timm alone does not have.
+        folder: Folder of the checkpoint.
+        names: Its auto_map; other entries are ignored, and nothing is written if none is ours.
+        base_source: Source of a timm model that timm itself does not have.
     """
     ours = {auto: name.removeprefix(f"{MODELING}.{CLASS_PREFIX}") for auto, name in own_names(names).items()}
     config, classifier = ours.get("AutoConfig"), ours.get("AutoModelForImageClassification")
@@ -68,7 +68,7 @@ def write_code(folder: Path, names: dict[str, Any], base_source: Path | None = N
 
 
 def split_source(path: Path) -> tuple[set[str], str]:
-    """Split a source into what it imports from outside the package, and all that follows its imports."""
+    """Split a source into its imports from outside the package, and the code after its imports."""
     text = path.read_text(encoding="utf-8")
     imports = [node for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     outside = {ast.unparse(node) for node in imports if not ast.unparse(node).startswith("from lfrns_hub")}
@@ -76,7 +76,7 @@ def split_source(path: Path) -> tuple[set[str], str]:
 
 
 def _narrow_tail(config: str, classifier: str, base: str | None) -> str:
-    """Name the narrow classes of one kind of transformers model."""
+    """Return the code that names the narrow classes of one kind of transformers model."""
     ours = [CLASS_PREFIX + name for name in (config, classifier, base or "")]
     text = f"{ours[0]} = narrow_config(transformers.{config}, __name__)\n"
     text += f"{ours[1]} = narrow_class(transformers.{classifier}, {ours[0]}, __name__)\n"
@@ -84,7 +84,7 @@ def _narrow_tail(config: str, classifier: str, base: str | None) -> str:
 
 
 def _wrapper_tail(config: str, classifier: str, base: str | None) -> str:
-    """Name the classes that wrap a timm model, whose tensors the file has without the wrapper's prefix."""
+    """Return the code that names the classes for a wrapped timm model, whose file lacks the wrapper's prefix."""
     ours = CLASS_PREFIX + config
     text = f"{ours} = narrow_config(transformers.{config}, __name__)\n"
     for name in filter(None, (classifier, base)):

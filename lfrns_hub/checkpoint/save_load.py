@@ -1,6 +1,6 @@
-"""The two calls: save a model as a folder that loads again, and load it.
+"""`save` and `load`: write a model as a folder that loads again, and load it.
 
-Neither layout overrides a forward: the stock model is built as its config says, then narrowed by the stored sizes.
+No layout overrides a forward: the stock model is built from its config, then narrowed by the stored sizes.
 """
 
 import logging
@@ -66,36 +66,37 @@ def save(
     label_names: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a model as a folder that loads again: config.json, model.safetensors, README.md, a picture.
+    """Write a model as a folder that loads again: config.json, model.safetensors, README.md, a plot.
 
     Everything is written next to the folder, loaded from there and compared tensor by tensor; then the folder changes
     in one step, so that a process killed at any moment leaves the old checkpoint or the new one.
 
     Args:
-        model: A slim (or dense) model: timm's, a transformers image classifier, or a class of your own. Wrappers of
-            torch.compile and DDP come off.
-        directory: Where to; other files in it stay as they are. A clusters.png that was drawn of this plan comes into
-            the card, one of another plan is removed. Of a card that is there the sections and the front matter that
-            people wrote stay (see `handwritten.merge_cards`).
+        model: A slim (or dense) model: timm's, a transformers image classifier, or a custom class. Wrappers of
+            torch.compile and DDP are removed.
+        directory: Destination; other files in it are not changed. A clusters.png of this plan is shown in the card, one
+            of another plan is removed. Of an existing card, the sections and front matter that people wrote are kept
+            (see `handwritten.merge_cards`).
         record: The Record (or its dict) for the card and record.json. None: the card says "not measured".
-        base: The dense architecture, where the model does not say: a timm name, or for your own class (and one of
-            transformers' that is no image classifier) the dense model or a function that builds it.
+        base: The dense architecture, if the model does not state it: a timm name, or for a custom class (and a
+            transformers model that is not an image classifier) the dense model or a function that builds it.
         base_args: Arguments of the base that differ from its defaults.
-        base_model: Whose weights the dense model had, for the card: a timm name with weights, a Hub id or a folder.
-            Its licence is looked up, for seconds at most. None: as `zoo.create_dense` loaded it, or an earlier
-            save said; otherwise the card says "unknown".
-        processor: A transformers image processor, saved beside the model. None: the one that a model of transformers
-            came with, as `set_preprocessing` changed it.
+        base_model: Origin of the dense model's weights, for the card: a timm name with weights, a Hub id or a folder.
+            Its licence is looked up, for a few seconds at most. None: as loaded by `zoo.create_dense` or stated by an
+            earlier save; otherwise the card says "unknown".
+        processor: A transformers image processor, saved with the model. None: the one that a transformers model was
+            loaded with, as changed by `set_preprocessing`.
         label_names: Name of each class, in the order of the logits.
-        overwrite: Replace a checkpoint that is there. Files of the same names that no checkpoint or run of lfrns_hub
-            wrote are not replaced.
+        overwrite: Replace an existing checkpoint. Files of the same names that no checkpoint or run of lfrns_hub wrote
+            are not replaced.
     Returns:
         The folder.
     Raises:
-        FileExistsError: The folder is not empty and overwrite is False, or it holds somebody else's, or it is a file.
+        FileExistsError: The folder is not empty and overwrite is False, or it has other people's files, or it is a
+            file.
         BlockingIOError: Another process is writing to it.
-        OSError: It cannot be written; what was there before is there still.
-        ValueError: The model cannot be told from its base, or does not come back equal; base_model is no such name.
+        OSError: It cannot be written; the earlier files are still there.
+        ValueError: The model does not match its base, or does not load equal; base_model is not such a name.
     """
     options = {"base": base, "base_args": base_args, "base_model": base_model, "processor": processor}
     options |= {"label_names": label_names, "overwrite": overwrite}
@@ -118,17 +119,17 @@ def prepared(
     label_names: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> Iterator[Path]:
-    """Do all that `save` does but its last step, and take it back at the end.
+    """Do all steps of `save` except the last, and remove the draft at the end.
 
-    Before a model is trained it proves that what comes of it can be saved; held meanwhile, it keeps the room on the
-    disk, and the folder from other processes.
+    Before training it proves that the trained model can be saved; until then it reserves the space on disk, and locks
+    the folder against other processes.
 
     Args:
-        model, directory, record, base, base_args, base_model, processor, label_names, overwrite: As `save` takes them.
+        model, directory, record, base, base_args, base_model, processor, label_names, overwrite: As for `save`.
     Yields:
         The folder, next to `directory`, that holds the checkpoint.
     Raises:
-        ValueError, OSError: As `save`.
+        ValueError, OSError: As for `save`.
     """
     model = unwrap(model, "save")
     call = f"save({str(directory)!r})"
@@ -160,7 +161,7 @@ def prepared(
 def _write(
     model: nn.Module, draft: Path, base: Any, base_args: dict[str, Any] | None, label_names: Sequence[str] | None
 ) -> dict[str, str]:
-    """Write config.json and weights, compared with what loads again; return the base's name and library."""
+    """Write config.json and weights, and compare them with what loads again; return the base's name and library."""
     if is_wrapper(model):
         name = base_of(model, base)
         write_wrapper(model, draft, name, base_args, label_names)
@@ -185,7 +186,7 @@ def _write(
 
 @contextmanager
 def _told(call: str) -> Iterator[None]:
-    """Say in one sentence what stopped the writing of files; safetensors tells of a full disk in a type of its own."""
+    """Raise one OSError for any failure of writing; safetensors reports a full disk by a type of its own."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -202,13 +203,13 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
 
     Args:
         source: A folder, or a Hub id, "user/name".
-        model: Your own dense model, narrowed in place and filled; needed for a class that timm and transformers
+        model: Your own dense model, narrowed in place and filled; required for a class that timm and transformers
             do not know, allowed for all.
         revision: Branch, tag or commit on the Hub.
     Returns:
         The model in eval mode, on the CPU, with `lfrns_provenance`: plan, budget, seed.
     Raises:
-        ValueError: The folder is none of ours, damaged, or does not fit `model`.
+        ValueError: The folder is not one of ours, is damaged, or does not fit `model`.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -247,13 +248,13 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
 
 
 def carry_config(model: nn.Module) -> nn.Module:
-    """Let a slim model's own config state its widths, in place, so that its library saves what loads again.
+    """State a slim model's widths in its own config, in place, so that its library saves files that load again.
 
-    A model of transformers becomes an `Lfrns<Class>`, which is the same but for what its config says, so that
-    save_pretrained and the Trainer write it; one of timm gets the entrypoint's arguments, for save_for_hf.
+    A transformers model becomes an `Lfrns<Class>`, which differs only in its config, for save_pretrained and the
+    Trainer; a timm model gets the entrypoint's arguments, for save_for_hf.
 
     Args:
-        model: A slim model, with `lfrns_provenance`. One that neither library can build again stays as it is.
+        model: A slim model, with `lfrns_provenance`. A model that neither library can build is unchanged.
     Returns:
         The same model.
     """
@@ -268,12 +269,12 @@ def carry_config(model: nn.Module) -> nn.Module:
         elif hasattr(model, "num_classes") and (name := timm_base(model, None)) is not None:
             carry_timm(model, name)
     except (ValueError, TypeError, RuntimeError):
-        pass  # its base is not what its config says: save() tells, and takes another by base=
+        pass  # its base is not the one in its config: save() reports it, and accepts another by base=
     return model
 
 
 def _own_processor(model: nn.Module) -> Any:
-    """Find the image processor that a model came with; where it cannot be opened, say so and go without."""
+    """Return the image processor that a model was loaded with; if it cannot be opened, log it and return None."""
     try:
         return find_processor(model)
     except (ValueError, ConnectionError) as error:
@@ -282,5 +283,5 @@ def _own_processor(model: nn.Module) -> Any:
 
 
 def _num_classes(model: nn.Module) -> int | None:
-    """Read how many classes a model answers with."""
+    """Return the number of classes of a model."""
     return getattr(getattr(model, "config", None), "num_labels", None) or getattr(model, "num_classes", None)

@@ -1,6 +1,6 @@
 """timm's layout: config.json and weights that `timm.create_model` loads, by the entrypoint `lfrns_slim`.
 
-The stock model is built as its arguments say, then narrowed by the stored sizes; no forward is overridden.
+The stock model is built from its arguments, then narrowed by the stored sizes; no forward is overridden.
 """
 
 import json
@@ -27,19 +27,19 @@ from lfrns_hub.pictures import check_settings, data_config_of
 
 MAX_ARGUMENT = 1 << 16
 NOT_BASE_ARGS = ("base", "shapes", "attrs", "slim", "num_classes", "pretrained_cfg", "pretrained", "cache_dir")
-# torch's initialisers at random, whose values a file holds; and others, with the operations that timm's consist of.
+# torch's random initialisers, whose values are in the file; and others, with the operations that timm's consist of.
 DRAWS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_}
 FILLS = {nn.init.constant_} | {
     getattr(torch.Tensor, name)
     for name in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
 }
-# The type under which transformers finds its wrapper of timm models, registered in transformers.py.
+# The model type of the wrapper of timm models, registered in transformers.py.
 WRAPPER_TYPE = "lfrns_timm_wrapper"
 WRAPPER_MAP = auto_map("TimmWrapperConfig", "TimmWrapperForImageClassification", "TimmWrapperModel")
 
 
 def timm_base(model: nn.Module, base: Any) -> str | None:
-    """Name the timm architecture of a model, None if it is not timm's."""
+    """Return the timm architecture of a model, None if it is not a timm model."""
     if isinstance(base, str):
         if not is_model(base):
             raise ValueError(
@@ -85,25 +85,25 @@ def write_timm(
 
 
 def carry_timm(model: nn.Module, base: str) -> None:
-    """Let a slim model's own arguments state its widths, so that timm's save_for_hf writes what loads again."""
+    """State a slim model's widths in its own arguments, so that timm's save_for_hf writes a folder that loads again."""
     model._model_args = {**model_args(model, base, {}), "slim": facts_of(model)}
     model.pretrained_cfg = {**model.pretrained_cfg, **_shown(model), "architecture": TIMM_NAME}
 
 
 def _shown(model: nn.Module) -> dict[str, Any]:
-    """Return the size and the statistics by which pictures are prepared: img_size and in_chans change the published."""
+    """Return the size and statistics of the image preprocessing: img_size and in_chans change the published ones."""
     config = data_config_of(model)
     return {key: config[key] for key in ("input_size", "mean", "std")}
 
 
 def model_args(model: nn.Module, base: str, base_args: dict[str, Any]) -> dict[str, Any]:
-    """Return the entrypoint's arguments for a model: base, what differs from it, and the base's own arguments."""
+    """Return the entrypoint's arguments for a model: base, differences from the base, and the base's own arguments."""
     args = {k: v for k, v in (get_model_args(model) | base_args).items() if k not in NOT_BASE_ARGS}
     with torch.device("meta"):
         cfg = {**model.pretrained_cfg, "num_classes": model.num_classes}
         try:
             skeleton = _create_slim({**args, "base": base, "num_classes": model.num_classes}, cfg)
-        except Exception as error:  # each architecture refuses arguments in its own way
+        except Exception as error:  # each architecture raises its own errors
             raise ValueError(
                 f"save(base={base!r}, base_args={short(args)}): they build no model ({short(str(error), 200)}). Give "
                 "the base this model was cut from, and its arguments."
@@ -113,13 +113,13 @@ def model_args(model: nn.Module, base: str, base_args: dict[str, Any]) -> dict[s
 
 
 def own_source(base: str | None) -> Path | None:
-    """Name the source of a base that timm alone does not have."""
+    """Return the source of a base that timm itself does not have."""
     is_ours = is_model(base or "") and model_entrypoint(base).__module__ == lfrns_hub.models.__name__
     return Path(lfrns_hub.models.__file__) if is_ours else None
 
 
 class _NoDraws(TorchFunctionMode):
-    """Leaves out what initialises tensors that hold no values: of a ViT it took most of the time of loading."""
+    """Skips the initialisation of tensors that have no values: for a ViT it took most of the loading time."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -137,10 +137,10 @@ def _create_slim(args: dict[str, Any], pretrained_cfg: dict[str, Any]) -> nn.Mod
 
 
 def read_timm(folder: Path, call: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the entrypoint's arguments and the pretrained_cfg of a folder, as timm does, with numbers within bounds."""
+    """Read the entrypoint's arguments and the pretrained_cfg of a folder, as timm does, and check their numbers."""
     with refusing(call):
         cfg, _, args = load_model_config_from_path(folder)
-        own = {key: value for key, value in args.items() if key not in ("slim", "shapes", "attrs")}  # narrow's
+        own = {key: value for key, value in args.items() if key not in ("slim", "shapes", "attrs")}  # checked later
         refuse_large(own, "model_args", MAX_ARGUMENT)
         refuse_large(cfg.get("num_classes"), "num_classes")
         check_settings(cfg, "pretrained_cfg")
@@ -150,9 +150,9 @@ def read_timm(folder: Path, call: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def load_timm(folder: Path, config: dict[str, Any], *, headless: bool = False) -> nn.Module:
     """Build the model without values, twice, and fill it from the file.
 
-    The first has everything on the meta device, to be compared with the file's header before anything is allocated.
-    The second computes the buffers that no file holds; its parameters have no memory until they have their final size.
-    Neither follows what the config says of where weights lie. `headless` builds it without a classifier.
+    The first is entirely on the meta device, to be compared with the file's header before anything is allocated. The
+    second computes the buffers that no file has; its parameters have no memory until they have their final size.
+    Neither follows paths to weights in the config. `headless` builds it without a classifier.
     """
     call = f"load({str(folder)!r})"
     headers = read_headers(folder, call)
@@ -168,12 +168,12 @@ def load_timm(folder: Path, config: dict[str, Any], *, headless: bool = False) -
             model = _create_slim(args, dict(cfg))
         _give_memory(model, skeleton)
         model.load_state_dict(tensors, strict=True)
-    model._model_args = {**args, "slim": config["slim"]}  # as timm's factory has it
+    model._model_args = {**args, "slim": config["slim"]}  # as set by timm's factory
     return match_dtype(model, tensors)
 
 
 def _give_memory(model: nn.Module, skeleton: nn.Module) -> None:
-    """Allocate the parameters of a model, one for all names of a tied one, which the skeleton knows."""
+    """Allocate the parameters of a model; parameters that are tied in the skeleton share their memory."""
     modules, made = dict(model.named_modules(remove_duplicate=False)), {}
     for name, like in skeleton.named_parameters(remove_duplicate=False):
         module, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""transformers' wrapper of a timm model: saved in timm's layout, which says that it was wrapped, and wrapped again."""
+"""transformers' wrapper of a timm model: saved in timm's layout with a note that it was wrapped, and wrapped again."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +23,12 @@ def is_wrapper(model: nn.Module) -> bool:
 
 
 def _class_of(model: nn.Module) -> type:
-    """Return the class that a wrapper is saved as."""
+    """Return the class in which a wrapper is saved."""
     return wrapper_classes()["Lfrns" + type(model).__name__.removeprefix("Lfrns")]
 
 
 def base_of(model: nn.Module, base: Any) -> str:
-    """Name the timm architecture of the model in a wrapper."""
+    """Return the timm architecture of the model in a wrapper."""
     name = timm_base(model.timm_model, base)
     if name is None:
         raise ValueError(
@@ -39,7 +39,7 @@ def base_of(model: nn.Module, base: Any) -> str:
 
 
 def carry_wrapper(model: nn.Module) -> None:
-    """Let a slim wrapper be of the class, and its config of the type, that state its widths when they are saved."""
+    """Set a slim wrapper's class and config type to those that save its widths."""
     arguments = model_args(model.timm_model, base_of(model, None), {})
     cfg = filter_pretrained_cfg(model.timm_model.pretrained_cfg, remove_source=True, remove_null=True)
     config = model.config
@@ -53,7 +53,7 @@ def carry_wrapper(model: nn.Module) -> None:
 def write_wrapper(
     model: nn.Module, draft: Path, base: str, base_args: dict[str, Any] | None, label_names: Sequence[str] | None
 ) -> None:
-    """Write the model in a wrapper as timm's, and that it was wrapped."""
+    """Write the model in a wrapper as a timm model, with a note that it was wrapped."""
     names = model.config.id2label or {}
     if label_names is None and any(name != f"LABEL_{number}" for number, name in names.items()):
         label_names = [names[number] for number in sorted(names)]
@@ -62,7 +62,7 @@ def write_wrapper(
 
 
 def load_wrapper(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """Load the timm model of a folder and wrap it as it was."""
+    """Load the timm model of a folder and wrap it again."""
     cls = next(cls for name, cls in wrapper_classes().items() if name in config["architectures"])
     call = f"load({str(folder)!r})"
     model = load_timm(folder, config, headless=not cls.__name__.endswith("ForImageClassification"))

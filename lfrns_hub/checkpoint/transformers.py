@@ -1,8 +1,8 @@
-"""transformers' layout: beside every image classifier a `lfrns_<type>`, the stock classes narrowed by `config.lfrns`.
+"""transformers' layout: `lfrns_<type>` for every image classifier, its stock classes narrowed by `config.lfrns`.
 
-The configs are registered on import by their names alone, and made when transformers asks for them. The classes, and
-with them transformers' modeling files, a second and more to import, follow when the first config of their type is made,
-which is before AutoModelForImageClassification looks for them.
+The configs are registered on import by name only, and created when transformers requests them. The classes, and
+with them transformers' modeling files (a second and more to import), follow when the first config of their type is
+created, which is before AutoModelForImageClassification looks for them.
 """
 
 import sys
@@ -43,11 +43,11 @@ from lfrns_hub.format.narrow import describe, short
 from lfrns_hub.format.untrusted import Header, read_headers, refuse_large, refusing, size_of
 from lfrns_hub.model_io.meaning import problem_type_of
 
-# Image classifiers that build what they wrap by name, so that a subclass has nothing to narrow; what to save instead.
+# Image classifiers that build a wrapped model by name, so that a subclass cannot narrow it; what to save instead.
 NOT_SAVED = {
     "shieldgemma2": "It is a text generator: slim its image tower as a class of your own.",
 }
-# Keys by which a config would have transformers fetch or run what is no part of it, with the harmless values.
+# Config keys by which transformers would fetch or run something outside the checkpoint, with their harmless values.
 OUTSIDE = {
     "attn_implementation": (None, "eager", "sdpa"),
     "_attn_implementation": (None, "eager", "sdpa"),
@@ -68,7 +68,7 @@ CONFIGS = {CLASS_PREFIX + CONFIG_MAPPING_NAMES[name]: name for name in (*TYPES, 
 
 @cache
 def _config_class(model_type: str) -> type[PreTrainedConfig]:
-    """Generate the config of `lfrns_<type>`: the stock config with the sizes, or of what wraps a timm model."""
+    """Create the config class of `lfrns_<type>`: the stock config with the sizes, or that of wrapped timm models."""
 
     def __new__(cls: type[PreTrainedConfig], *args: Any, **kwargs: Any) -> PreTrainedConfig:
         wrapper_classes() if model_type == WRAPPER else narrow_classes(model_type)
@@ -83,20 +83,20 @@ def _config_class(model_type: str) -> type[PreTrainedConfig]:
 
 
 def _add(made: type) -> type:
-    """Let a generated class be found by its name."""
+    """Register a generated class under its name."""
     globals()[made.__name__] = made
     return made
 
 
 def _write_code(config: PreTrainedConfig, folder: str | Path) -> None:
-    """Write the modeling file beside a config that transformers saves."""
+    """Write the modeling file next to a config that transformers saves."""
     base = (getattr(config, "model_args", None) or {}).get("base")
     write_code(Path(folder), getattr(config, "auto_map", None) or {}, own_source(base))
 
 
 @cache
 def wrapper_classes() -> "dict[str, type[transformers.PreTrainedModel]]":
-    """Generate and register the classes under which transformers opens folders in timm's layout: by their names."""
+    """Create and register the classes with which transformers opens folders in timm's layout; return them by name."""
     config_class = _config_class(WRAPPER)
     classes = {}
     for mapping, stock in (
@@ -111,12 +111,12 @@ def wrapper_classes() -> "dict[str, type[transformers.PreTrainedModel]]":
 
 @cache
 def narrow_classes(model_type: str) -> "dict[type[transformers.PreTrainedModel], type[transformers.PreTrainedModel]]":
-    """Generate and register the classes of `lfrns_<type>`: the narrow class by the stock class."""
+    """Create and register the classes of `lfrns_<type>`; return the narrow class by stock class."""
     config_class = _config_class(model_type)
     stock_classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[CONFIG_MAPPING[model_type]]
     stock_classes = stock_classes if isinstance(stock_classes, tuple) else (stock_classes,)
     classes = {stock: _add(narrow_class(stock, config_class, __name__)) for stock in stock_classes}
-    # A tuple, as transformers has it for DeiT: the config's `architectures` says which.
+    # A tuple, as in transformers for DeiT: the config's `architectures` states which.
     value = Classes(classes.values()) if len(classes) > 1 else next(iter(classes.values()))
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(config_class, value, exist_ok=True)
     if (stock := _stock_base(model_type)) is not None:
@@ -126,13 +126,13 @@ def narrow_classes(model_type: str) -> "dict[type[transformers.PreTrainedModel],
 
 
 def _stock_base(model_type: str) -> "type[transformers.PreTrainedModel] | None":
-    """Find the model without a head that AutoModel gives for a type."""
+    """Return the model without a head that AutoModel returns for a type."""
     found = MODEL_MAPPING.get(CONFIG_MAPPING[model_type], None)
     return found[0] if isinstance(found, tuple) else found
 
 
 def __getattr__(name: str) -> Any:
-    """Make the class that transformers, a pickled model or a worker process asks for by its name."""
+    """Create the class that transformers, a pickled model or a worker process requests by name."""
     if name in CONFIGS:
         return _config_class(CONFIGS[name])
     if name in WRAPPERS:
@@ -147,7 +147,7 @@ def __getattr__(name: str) -> Any:
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """Return whether a model is one of transformers'."""
+    """Return whether a model is a transformers model."""
     return isinstance(model, transformers.PreTrainedModel)
 
 
@@ -177,7 +177,7 @@ def write_transformers(model: "transformers.PreTrainedModel", draft: Path, label
 
 
 def carry_transformers(model: "transformers.PreTrainedModel") -> None:
-    """Let a slim model be of the class, and its config of the type, that state its widths when they are saved."""
+    """Set a slim model's class and config type to those that save its widths."""
     generated, config = _narrow_class_of(model), _narrow_config_of(model)
     model.__class__, model.config.__class__ = generated, generated.config_class
     model.config.lfrns, model.config.auto_map, model.config.slim = config.lfrns, config.auto_map, facts_of(model)
@@ -185,12 +185,12 @@ def carry_transformers(model: "transformers.PreTrainedModel") -> None:
 
 
 def is_narrow_base(model: "transformers.PreTrainedModel") -> bool:
-    """Return whether a model is what AutoModel takes out of a slim classifier."""
+    """Return whether a model is the base that AutoModel loads from a slim classifier."""
     return type(model) is MODEL_MAPPING.get(type(model.config), None) and type(model).__name__.startswith(CLASS_PREFIX)
 
 
 def carry_base(model: "transformers.PreTrainedModel") -> None:
-    """Let the config of a model without a head state the widths that it has now; those of the head stay."""
+    """State the present widths of a model without a head in its config; those of the head are kept."""
     generated = next(iter(narrow_classes(model.config.model_type.removeprefix(TYPE_PREFIX)).values()))
     body, stated = generated.base_model_prefix, model.config.lfrns
     _, skeleton = _dense_skeleton(model, generated)
@@ -205,7 +205,7 @@ def carry_base(model: "transformers.PreTrainedModel") -> None:
 
 
 def _dense_skeleton(model: "transformers.PreTrainedModel", generated: type) -> tuple[PreTrainedConfig, nn.Module]:
-    """Make the config of a model without its widths, and the dense model of it on the meta device."""
+    """Return the config of a model without its widths, and the dense model of that config on the meta device."""
     fields = model.config.to_dict()
     for key in ("model_type", "lfrns", "slim", "architectures", "transformers_version"):
         fields.pop(key, None)
@@ -215,7 +215,7 @@ def _dense_skeleton(model: "transformers.PreTrainedModel", generated: type) -> t
 
 
 def _narrow_config_of(model: "transformers.PreTrainedModel") -> PreTrainedConfig:
-    """Make the config that states a model's widths and its code."""
+    """Return the config that states a model's widths and its code."""
     generated = _narrow_class_of(model)
     config, skeleton = _dense_skeleton(model, generated)
     shapes, attrs = describe(model, skeleton)
@@ -227,14 +227,14 @@ def _narrow_config_of(model: "transformers.PreTrainedModel") -> PreTrainedConfig
 
 
 def _exported_base(model: "transformers.PreTrainedModel") -> str | None:
-    """Name the model inside a classifier, where AutoModel gives its class and transformers exports it."""
+    """Return the name of the model in a classifier, if AutoModel loads its class and transformers exports it."""
     stock = _stock_base(model.config.model_type.removeprefix(TYPE_PREFIX))
     inside = getattr(model, model.base_model_prefix, None)
     return stock.__name__ if type(inside) is stock and hasattr(transformers, stock.__name__) else None
 
 
 def _narrow_class_of(model: "transformers.PreTrainedModel") -> "type[transformers.PreTrainedModel]":
-    """Find the generated class that a model is saved as."""
+    """Return the generated class in which a model is saved."""
     model_type = model.config.model_type.removeprefix(TYPE_PREFIX)
     if model_type in TYPES:
         for stock, generated in narrow_classes(model_type).items():
@@ -250,7 +250,7 @@ def _narrow_class_of(model: "transformers.PreTrainedModel") -> "type[transformer
 
 
 def read_transformers(folder: Path, call: str, headers: dict[str, Header]) -> PreTrainedConfig:
-    """Make the config of a folder, with numbers within bounds and nothing that reaches outside of it."""
+    """Read the config of a folder, and check that numbers are bounded and nothing refers to outside the folder."""
     fields = read_config(folder)
     model_type = str(fields.get("model_type"))
     if model_type.removeprefix(TYPE_PREFIX) not in TYPES:
@@ -266,9 +266,9 @@ def read_transformers(folder: Path, call: str, headers: dict[str, Header]) -> Pr
 
 
 def load_transformers(folder: Path) -> nn.Module:
-    """Check names and shapes on the meta device, then fill the model from tensors that we read.
+    """Check names and shapes on the meta device, then fill the model from tensors that we read ourselves.
 
-    Transformers is given neither the folder nor a name: it follows no index of shards, no adapter and no `auto_map`.
+    transformers gets neither the folder nor a name: it follows no index of shards, no adapter and no `auto_map`.
     """
     call = f"load({str(folder)!r})"
     headers = read_headers(folder, call)
@@ -276,11 +276,11 @@ def load_transformers(folder: Path) -> nn.Module:
     config = read_transformers(folder, call, headers)
     with refusing(call):
         base = MODEL_MAPPING.get(type(config), None)
-        is_base = getattr(base, "__name__", None) in (config.architectures or ())  # saved alone, without a head
+        is_base = getattr(base, "__name__", None) in (config.architectures or ())  # saved without a head
         auto = AutoModel if is_base else AutoModelForImageClassification
         with bounded(*limits), torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
-        from transformers.core_model_loading import revert_weight_conversion  # here: slow to import
+        from transformers.core_model_loading import revert_weight_conversion  # imported here: slow
 
         # names on disk are transformers' own, older ones
         expected = revert_weight_conversion(model, model.state_dict(keep_vars=True))
@@ -298,15 +298,14 @@ def load_transformers(folder: Path) -> nn.Module:
 def _assign(
     model: "transformers.PreTrainedModel", expected: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]
 ) -> bool:
-    """Fill a model on the meta device with a file's tensors as they are, which takes half the time.
+    """Assign a file's tensors to a model on the meta device, which takes half the time of copying.
 
     Args:
         model: All on the meta device.
-        expected: The model's own tensors by their names on disk, or what transformers made of them.
-        tensors: The file's, by the same names.
+        expected: The model's own tensors by their names on disk, or what transformers converted them to.
+        tensors: The file's tensors, by the same names.
     Returns:
-        False, with nothing done, where transformers has to do more than rename: split or cast what is stored, or tie
-        weights.
+        False, with nothing done, if transformers has to do more than rename: split, cast or tie the stored weights.
     """
     computed = dict(model.named_non_persistent_buffers())
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -317,7 +316,7 @@ def _assign(
     if any(stored[id(own)].dtype != own.dtype for _, own in held):
         return False
     model.load_state_dict({name: stored[id(own)] for name, own in held}, strict=True, assign=True)
-    if computed:  # no file holds them: transformers computes them, and leaves alone what is marked
+    if computed:  # no file has them: transformers computes them, and skips those that are marked
         for tensor in model.state_dict(keep_vars=True).values():
             tensor._is_hf_initialized = True
         for name, buffer in computed.items():
@@ -328,7 +327,7 @@ def _assign(
 
 
 def refuse_outside(fields: dict[str, Any], call: str) -> None:
-    """Refuse what would have transformers fetch or run something, at any depth of a config."""
+    """Refuse config entries by which transformers would fetch or run something, at any depth."""
     for key, value in fields.items():
         if key in OUTSIDE and value not in OUTSIDE[key]:
             raise ValueError(
@@ -346,14 +345,14 @@ def fill_transformers(model: nn.Module, folder: Path) -> nn.Module:
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     check_shapes(expected, {name: list(tensor.shape) for name, tensor in state.items()}, folder)
     model.load_state_dict(state, strict=True)
-    if (folder / "preprocessor_config.json").is_file():  # it, not the dense model's, says how pictures are prepared
+    if (folder / "preprocessor_config.json").is_file():  # its preprocessing replaces the dense model's
         model.name_or_path = model.config.name_or_path = str(folder)
     return match_dtype(model, state)
 
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing bars for what takes an instant."""
+    """Disable transformers' progress bars, for operations that take an instant."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -363,6 +362,6 @@ def _no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-for _name, _type in CONFIGS.items():  # as transformers holds its own: a name, and the module to ask for it
+for _name, _type in CONFIGS.items():  # as transformers stores its own: a name, and the module that provides it
     CONFIG_MAPPING._mapping[TYPE_PREFIX + _type] = _name
     CONFIG_MAPPING._modules[model_type_to_module_name(TYPE_PREFIX + _type)] = sys.modules[__name__]

@@ -1,4 +1,4 @@
-"""The dense model of a checkpoint, found again by its weights: what it is measured beside, or why that cannot be."""
+"""The dense model of a checkpoint, found again by its weights for a comparison, or why it cannot be found."""
 
 import json
 import re
@@ -21,11 +21,11 @@ NOT_FOUND = (
 
 
 def remember_dense(dense: nn.Module, name: str, weights: str | None) -> None:
-    """Note in the user's cache, not in the checkpoint, where a dense model came from: paths are nobody else's business.
+    """Record the origin of a dense model in the user's cache, not in the checkpoint, because paths are private.
 
     Args:
-        dense: The model, as it was made of the two.
-        name, weights: What the command was given.
+        dense: The model built from the two.
+        name, weights: Arguments of the command.
     """
     source = {
         "model": str(Path(name).resolve()) if Path(name).is_dir() else name,
@@ -34,16 +34,16 @@ def remember_dense(dense: nn.Module, name: str, weights: str | None) -> None:
     try:
         with written_aside(_note_of(weights_id(dense))) as partial:
             partial.write_text(json.dumps(source), encoding="utf-8")
-    except OSError:  # a home that cannot be written to: the model is not found again then
+    except OSError:  # a home that cannot be written to: the model will not be found again
         pass
 
 
 def find_dense(directory: str, setup: dict[str, Any]) -> tuple[nn.Module | None, str]:
-    """Build the dense model of a checkpoint again, if weights are at hand that are those of then.
+    """Build the dense model of a checkpoint again, if the original weights can be found.
 
     Args:
         directory: The checkpoint.
-        setup: Of its record: `dense_id` says which weights they were.
+        setup: Setup of its record: `dense_id` identifies the weights.
     Returns:
         The model, or None and the reason.
     """
@@ -53,7 +53,7 @@ def find_dense(directory: str, setup: dict[str, Any]) -> tuple[nn.Module | None,
     for build in _ways(Path(directory), wanted, setup):
         try:
             dense = build()
-        except (ValueError, OSError, ImportError, RuntimeError, KeyError):  # gone, damaged, or of another network
+        except (ValueError, OSError, ImportError, RuntimeError, KeyError):  # missing, damaged, or of another network
             continue
         if weights_id(dense) == wanted:
             return dense, ""
@@ -61,7 +61,7 @@ def find_dense(directory: str, setup: dict[str, Any]) -> tuple[nn.Module | None,
 
 
 def _ways(directory: Path, wanted: str, setup: dict[str, Any]) -> Iterator[Callable[[], nn.Module]]:
-    """Yield what may build the dense model: the command's own words, the run's weights, the published ones."""
+    """Yield functions that may build the dense model: from the command's arguments, the run's or published weights."""
     note = _note_of(wanted)
     if note.is_file():
 
@@ -80,7 +80,7 @@ def _ways(directory: Path, wanted: str, setup: dict[str, Any]) -> Iterator[Calla
 
         yield trained_here
     published = setup.get("base_model") or (setup.get("provenance") or {}).get("base_model")
-    # The record may be a stranger's: no folder, and no function that would be imported and run.
+    # The record is untrusted: no folder, and no function that would be imported and run.
     if (
         isinstance(published, str)
         and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", published)
@@ -90,5 +90,5 @@ def _ways(directory: Path, wanted: str, setup: dict[str, Any]) -> Iterator[Calla
 
 
 def _note_of(identity: str) -> Path:
-    """Return the file that notes where weights came from."""
+    """Return the file that records the origin of weights."""
     return cache_directory() / "dense" / f"{Path(identity).name}.json"

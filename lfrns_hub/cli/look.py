@@ -1,4 +1,4 @@
-"""Commands that look at a model before anything is changed: units, curve, coverage."""
+"""Commands that inspect a model before anything is changed: units, curve, coverage."""
 
 import time
 from pathlib import Path
@@ -54,7 +54,7 @@ def units(asked: Units) -> None:
 
 
 def _taps(group: UnitGroup) -> str:
-    """Name the first layer that reads a group, and count the others."""
+    """Return the first layer that reads a group, and the number of others."""
     others = f" +{len(group.taps) - 1}" if len(group.taps) > 1 else ""
     return f"{group.taps[0].module}{others}" if group.taps else ""
 
@@ -84,7 +84,7 @@ def curve(asked: Curve) -> None:
     records = measure_each(slim, test, dense=dense, **options)
     if not accelerator.is_main_process:
         return
-    from lfrns_hub.plots import plot_ladder  # here: matplotlib is slow to import
+    from lfrns_hub.plots import plot_ladder  # imported here: matplotlib is slow
 
     first = next(iter(records.values()))
     plot_ladder([record.slim for record in records.values()], first.dense, picture)
@@ -99,7 +99,7 @@ def curve(asked: Curve) -> None:
 
 
 def _ladder(title: str, dense: dict[str, Any], points: list[dict[str, Any]]) -> Table:
-    """Lay out one row for the dense model and one for each budget."""
+    """Format one row for the dense model and one for each budget."""
     table = Table(title=escape(title))
     for heading in ("budget", *columns(dense)):
         table.add_column(heading, justify="right")

@@ -1,4 +1,4 @@
-"""Commands that take a checkpoint elsewhere: push, export."""
+"""Commands that publish or export a checkpoint: push, export."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Every family, tried: `lfrns coverage` and `python -m lfrns_hub.coverage` write docs/coverage.md.
+"""Trial of every model family: `lfrns coverage` and `python -m lfrns_hub.coverage` write docs/coverage.md.
 
-families.py holds the tables, cases.py chooses from them and builds, trial.py tries one network, processes.py runs many,
+families.py has the tables, cases.py selects from them and builds, trial.py tries one network, processes.py runs many,
 table.py prints and writes, command.py reads the command line.
 """
 

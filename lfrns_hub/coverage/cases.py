@@ -1,4 +1,4 @@
-"""The networks that `lfrns coverage` tries, chosen by name and built with random weights."""
+"""The networks that `lfrns coverage` tries, selected by name and built with random weights."""
 
 import contextlib
 import importlib
@@ -49,11 +49,11 @@ class Case:
     Attributes:
         section: One of SECTIONS.
         family: timm's module, transformers' model type, or the package.
-        model: timm name, model type, "package.module:function", or any name that `lfrns units` takes.
-        kind: Who builds it: "timm", "transformers", "function", or "name" for zoo.create_skeleton.
+        model: timm name, model type, "package.module:function", or any name that `lfrns units` accepts.
+        kind: The builder: "timm", "transformers", "function", or "name" for zoo.create_skeleton.
         args: Arguments that differ from the model's own.
-        size: Pixels of the image's sides; None is the model's own.
-        option: What is special about a variant.
+        size: Side of the image in pixels; None is the model's own.
+        option: Description of a variant.
     """
 
     section: str
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """Name the model with the arguments that differ from its own.
+        """The name of the model with the arguments that differ from its own.
 
         Example:
             >>> Case("timm convnets", "vgg", "vgg11", args={"mlp_ratio": 0.25}).title
@@ -80,10 +80,10 @@ class Case:
 
 
 def list_cases(*, variants: bool = True) -> list[Case]:
-    """List all networks of the tables that the installed packages have, and families that no table names.
+    """Return all networks of the tables that the installed packages have, and families that are in no table.
 
     Args:
-        variants: Also the option variants.
+        variants: Whether to include the option variants.
     """
     cases = [*_timm_cases(), *_transformers_cases()]
     if variants:
@@ -100,17 +100,17 @@ def list_cases(*, variants: bool = True) -> list[Case]:
 
 
 def select_cases(patterns: Sequence[str], *, variants: bool = True, size: int | None = None) -> list[Case]:
-    """Choose networks by name.
+    """Return networks selected by name.
 
     Args:
-        patterns: Globs of a family, a model or a section of the tables; where they match none, of timm's models; or
-            any other name that `lfrns units` takes ("package.module:function", a folder). None given: all tables.
-        variants: Also the option variants.
-        size: Pixels of the image's sides in place of the tables'.
+        patterns: Globs of a family, a model or a section of the tables; if they match none, of timm's models; or
+            any other name that `lfrns units` accepts ("package.module:function", a folder). Empty: all tables.
+        variants: Whether to include the option variants.
+        size: Side of the image in pixels, instead of the tables'.
     Returns:
         The networks, each once, in the order of the tables.
     Raises:
-        ValueError: A glob that matches nothing.
+        ValueError: A glob matches nothing.
 
     Example:
         >>> [case.model for case in select_cases(["test_resnet"])]
@@ -127,7 +127,7 @@ def select_cases(patterns: Sequence[str], *, variants: bool = True, size: int | 
 
 
 def build(case: Case) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Build a network with random weights and without a network connection, and say what images it takes.
+    """Build a network with random weights and offline, and return its input size.
 
     Returns:
         The model in eval mode, and channels, height and width.
@@ -153,7 +153,7 @@ def build(case: Case) -> tuple[nn.Module, tuple[int, int, int]]:
 
 
 def build_sequential(num_classes: int = 10) -> nn.Module:
-    """Build a classifier that is nothing but layers in a row."""
+    """Build a classifier that consists only of layers in sequence."""
     return nn.Sequential(
         nn.Conv2d(3, 24, 3, padding=1),
         nn.BatchNorm2d(24),
@@ -170,14 +170,14 @@ def build_sequential(num_classes: int = 10) -> nn.Module:
 
 
 def build_split_batch_norm(name: str) -> nn.Module:
-    """Build a timm model with its batch norms split: in training half of the batch goes through norms of its own."""
+    """Build a timm model with split batch norms: in training half of the batch goes through separate norms."""
     return convert_splitbn_model(timm.create_model(name, pretrained=False), 2)
 
 
 def _timm_cases() -> Iterator[Case]:
-    """List the smallest model of every module of the installed timm."""
+    """Yield the smallest model of every module of the installed timm."""
     tables = dict(zip(SECTIONS, (TIMM_CONVNETS, TIMM_VITS, TIMM_HYBRIDS), strict=False))
-    # Others, we too, register models with timm: only its own modules are its families.
+    # Others, including this package, register models with timm: only timm's own modules are its families.
     installed = [name for name in timm.list_modules() if hasattr(timm.models, name) and timm.list_models(module=name)]
     for section, table in tables.items():
         for family in [module for module in installed if module in table]:
@@ -190,17 +190,17 @@ def _timm_cases() -> Iterator[Case]:
 
 
 def _smallest(family: str) -> str:
-    """Find the smallest model of a timm module by building all of them on the meta device."""
+    """Return the smallest model of a timm module by building all of them on the meta device."""
     names = timm.list_models(module=family)
     sizes = {}
     for name in [name for name in names if not name.startswith("test_")]:
-        with torch.device("meta"), contextlib.suppress(Exception):  # one that cannot be built is not the smallest
+        with torch.device("meta"), contextlib.suppress(Exception):  # a model that cannot be built is not the smallest
             sizes[name] = sum(p.numel() for p in timm.create_model(name, pretrained=False).parameters())
     return min(sizes, key=sizes.__getitem__, default=names[0])
 
 
 def _transformers_cases() -> Iterator[Case]:
-    """List every type of transformers' image classifiers that takes images."""
+    """Yield every type of transformers' image classifiers that has images as input."""
     tables = {"transformers convnets": TRANSFORMERS_CONVNETS, "transformers ViTs": TRANSFORMERS_VITS}
     for section, table in tables.items():
         for name, (size, args) in table.items():
@@ -213,7 +213,7 @@ def _transformers_cases() -> Iterator[Case]:
 
 
 def _named(pattern: str) -> list[Case]:
-    """Return the networks of a pattern that no table has."""
+    """Return the networks of a pattern that are in no table."""
     names = timm.list_models(pattern) if any(mark in pattern for mark in "*?[") else [pattern]
     if not names:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The command: which networks, how long, where the table goes, and what an earlier run has done already."""
+"""The command: which networks, the time limit, where the table is written, and which rows an earlier run has."""
 
 import argparse
 import contextlib
@@ -27,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Try the networks that the command line names.
 
     Args:
-        arguments: The command line; None takes the process's own.
+        arguments: The command line; None for the process's own.
     Returns:
-        0, or 1 where a network failed.
+        0, or 1 if a network failed.
     Raises:
         ValueError: A pattern matches nothing, or an option does not fit.
     """
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def in_order(rows: Mapping[Key, Row]) -> list[Row]:
-    """Sort rows as the tables are, whatever order they finished in; others by name behind them."""
+    """Return rows in the order of the tables, whatever order they finished in; others follow, sorted by name."""
     listed = {_key(vars(case) | {"model": case.title}): place for place, case in enumerate(list_cases())}
     return sorted(
         rows.values(), key=lambda row: (SECTIONS.index(row["section"]), listed.get(_key(row), len(listed)), _key(row))
@@ -82,7 +82,7 @@ def in_order(rows: Mapping[Key, Row]) -> list[Row]:
 
 
 def command_of(options: argparse.Namespace) -> str:
-    """Return the command that makes the same table: no paths, and no patterns where they only chose what to redo."""
+    """Return the command that makes the same table: no paths, and no patterns if they only selected rows to repeat."""
     words = ["lfrns", "coverage", *([] if options.resume else options.patterns)]
     words += [] if options.variants else ["--no-variants"]
     words += ["--input-size", str(options.input_size)] if options.input_size else []
@@ -125,7 +125,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def read_rows(path: Path, versions: Mapping[str, str | None]) -> dict[Key, Row]:
-    """Read the rows of an earlier run, without those that were taken with other versions or options."""
+    """Read the rows of an earlier run, without those of other versions or options."""
     rows = {}
     for row in json_lines(path):
         if row.get("versions") == versions and row.get("options") == OPTIONS:
@@ -134,7 +134,7 @@ def read_rows(path: Path, versions: Mapping[str, str | None]) -> dict[Key, Row]:
 
 
 def json_lines(path: Path) -> list[Row]:
-    """Read rows, but for a line that an interrupted run was writing."""
+    """Read rows, except for a line that an interrupted run was writing."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):
@@ -143,7 +143,7 @@ def json_lines(path: Path) -> list[Row]:
 
 
 def _key(row: Mapping[str, Any]) -> Key:
-    """Say which network a row is of."""
+    """Return the key of a row's network."""
     return row["section"], row["family"], row["model"], row["option"]
 
 

@@ -1,7 +1,7 @@
-"""The networks that `lfrns coverage` tries: the smallest of each family of timm and transformers, options, others.
+"""Networks that `lfrns coverage` tries: the smallest of each family of timm and transformers, options, others.
 
-The tables are static, as finding the smallest model of each family means building all of timm once (minutes). A family
-that a newer timm brings and no table names is looked up on the spot. Sorting timm's modules into convnets, ViTs and
+The tables are static, because finding the smallest model of each family means building all of timm once (minutes). A
+family of a newer timm that is in no table is looked up at run time. Sorting timm's modules into convnets, ViTs and
 hybrids is ours: a hybrid has attention and stages of convolutions, a network without attention on a ViT's grid of
 patches (MLP-Mixer, Sequencer) is with the ViTs, one on a convnet's stages (MetaFormer, MambaOut, FocalNet) with the
 convnets.
@@ -9,7 +9,7 @@ convnets.
 
 from typing import Any
 
-CONVNET_SIZE = 128  # pixels; convolutions take any size, and a quarter of the area saves three quarters of the time
+CONVNET_SIZE = 128  # pixels; convolutions accept any size, and a quarter of the area saves three quarters of the time
 
 TIMM_CONVNETS = {
     "byobnet": "mobileone_s1",
@@ -116,7 +116,7 @@ TIMM_HYBRIDS = {
     "vitamin": "vitamin_small_224",
 }
 
-# Where even the smallest model has more than 60 M parameters it is built with fewer blocks, or thinner.
+# If even the smallest model has more than 60 M parameters it is built with fewer blocks, or narrower.
 TIMM_ARGS: dict[str, dict[str, Any]] = {
     "beit_base_patch16_224": {"depth": 2},
     "deepseek_vit_412m": {"depth": 2},
@@ -128,7 +128,7 @@ TIMM_ARGS: dict[str, dict[str, Any]] = {
     "samvit_base_patch16_224": {"depth": 2, "global_attn_indexes": [1]},
     "vgg11": {"mlp_ratio": 0.25},
 }
-# Pixels, where the published size only costs time, or a convnet takes no other.
+# Pixels, where the published size only costs time, or a convnet accepts no other.
 TIMM_SIZES = {
     "bat_resnext26ts": 256,
     "csatv2": 256,
@@ -140,7 +140,7 @@ TIMM_SIZES = {
     "sam2_hiera_tiny": 224,
 }
 
-Option = tuple[str, str, dict[str, Any]]  # what is special, timm name or function, arguments
+Option = tuple[str, str, dict[str, Any]]  # description, timm name or function, arguments
 SPLIT = "lfrns_hub.coverage.cases:build_split_batch_norm"
 VARIANTS: dict[str, list[Option]] = {
     "resnet": [
@@ -473,7 +473,7 @@ TRANSFORMERS_VITS: dict[str, tuple[int, dict[str, Any]]] = {
     "vit": (32, VIT),
     "vit_msn": (32, VIT),
 }
-# Types of the same registry that take no images, or not here.
+# Types of the same registry that do not use images, or cannot run here.
 NOT_IMAGES = {
     "dinat": "needs the natten package, which builds only with CUDA",
     "imagegpt": "takes ids of colour clusters, not pixels",

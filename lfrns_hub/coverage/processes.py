@@ -1,4 +1,4 @@
-"""Networks tried in processes of their own: one that hangs, dies or eats the memory costs its own row alone."""
+"""Trials of networks in separate processes: a network that hangs, dies or uses up the memory loses only its own row."""
 
 import logging
 import multiprocessing
@@ -17,18 +17,18 @@ from lfrns_hub.coverage.trial import measure, shorten
 
 
 def run_cases(cases: Sequence[Case], *, workers: int = 2, time_limit: float = 240.0) -> Iterator[Row]:
-    """Try networks in processes of their own and give each one's row as it finishes.
+    """Try networks in separate processes and yield each one's row as it finishes.
 
     Args:
         cases: The networks.
-        workers: Processes at a time, one thread each.
-        time_limit: Seconds for one network; its process is killed then.
+        workers: Number of processes at a time, one thread each.
+        time_limit: Seconds for one network; its process is then killed.
     """
-    # Before numpy is imported over there: one thread a process.
+    # Before the child processes import numpy: one thread per process.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    if method == "forkserver":  # imports take ten seconds: once, not once a network
+    if method == "forkserver":  # imports take ten seconds: once, not once per network
         context.set_forkserver_preload(["lfrns_hub.coverage.processes", "torch._export", "torch._dynamo"])
     waiting, running = list(reversed(cases)), {}
     try:
@@ -62,13 +62,13 @@ def run_cases(cases: Sequence[Case], *, workers: int = 2, time_limit: float = 24
 
 
 def work(case: Case, sender: Any) -> None:
-    """Try one network, in its own process: what is told goes to the parent."""
+    """Try one network, in its own process; the facts are sent to the parent."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     try:
         measure(case, lambda **facts: sender.send(facts))
-    except Exception as error:  # whatever a network does becomes its row
+    except Exception as error:  # any error becomes the network's row
         sender.send({"reason": shorten(f"{type(error).__name__}: {error}")})
     finally:
         sender.send({"seconds": time.process_time()})
@@ -76,7 +76,7 @@ def work(case: Case, sender: Any) -> None:
 
 
 def receive(receiver: Any, row: Row) -> bool:
-    """Add what a process told to its row; False when it has nothing more to tell."""
+    """Add facts received from a process to its row; return False when there are no more."""
     try:
         row.update(receiver.recv())
     except EOFError:
@@ -85,7 +85,7 @@ def receive(receiver: Any, row: Row) -> bool:
 
 
 def finish(row: Row, exitcode: int | None, seconds: float, limit: float | None) -> Row:
-    """Complete a row: how long it took where the process could not say, and why there is no more of it."""
+    """Complete a row: the time if the process could not report it, and the reason if it ended early."""
     row.setdefault("seconds", seconds)
     if limit is not None:
         row["reason"] = f"stopped after {limit:g} s"

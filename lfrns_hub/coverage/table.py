@@ -1,4 +1,4 @@
-"""The table of what was tried: a line as a network finishes, tables on the terminal, docs/coverage.md."""
+"""Output of the trials: a line as a network finishes, tables on the terminal, docs/coverage.md."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ arguments in its row say."""
 
 
 def describe_row(row: Row) -> str:
-    """Say in a line what became of a network."""
+    """Return the result of a network in one line."""
     name = f"{row['section']}: {row['model']}" + (f" ({row['option']})" if row["option"] else "")
     if reason := why_not(row):
         return f"{name}: {reason}, {row['seconds']:.0f} s"
@@ -55,7 +55,7 @@ def describe_row(row: Row) -> str:
 
 
 def why_not(row: Row) -> str | None:
-    """Return the reason why a network does not work, and at which step; None where it works."""
+    """Return the reason why a network does not work, and at which step; None if it works."""
     return f"{row['reason']} (at: {row.get('step', 'start')})" if row.get("reason") else None
 
 
@@ -88,14 +88,14 @@ def cells_of(row: Row) -> list[str]:
 
 
 def count_rows(rows: Sequence[Row]) -> str:
-    """Count what works: "43 of 44, 3 of them with approximate groups"."""
+    """Return a count of what works: "43 of 44, 3 of them with approximate groups"."""
     works = [row for row in rows if not why_not(row)]
     inexact = sum(row["slimmed"] == "approximate" for row in works)
     return f"{len(works)} of {len(rows)}" + (f", {inexact} of them with approximate groups" if inexact else "")
 
 
 def print_tables(rows: Sequence[Row], console: Console) -> None:
-    """Print one table a section, reasons beneath it, and the counts."""
+    """Print one table per section, the reasons below it, and the counts."""
     for section in SECTIONS:
         here = [row for row in rows if row["section"] == section]
         if not here:
@@ -114,10 +114,10 @@ def write_tables(rows: Sequence[Row], facts: Mapping[str, str], path: Path, befo
     """Write the tables as Markdown.
 
     Args:
-        rows: In the order of the table.
-        facts: What the figures were taken with, by name: "command", "machine", "versions".
+        rows: Rows in the order of the table.
+        facts: Setup of the run, by name: "command", "machine", "versions".
         path: The file.
-        before: Rows of an earlier table; what got worse since is listed.
+        before: Rows of an earlier table; networks that got worse since are listed.
     """
     lines = ["# Coverage: which networks were tried, with what result", ""]
     lines += ["Generated; do not edit.", "", "| | |", "|---|---|"]
@@ -150,7 +150,7 @@ def write_tables(rows: Sequence[Row], facts: Mapping[str, str], path: Path, befo
 
 
 def worse_than(before: Sequence[Row], rows: Sequence[Row]) -> list[str]:
-    """List what worked before and does not now, or has more of its MACs out of reach."""
+    """Return the networks that worked before and do not now, or whose MACs can be reduced less."""
     earlier = {(row["section"], _title(row)): row for row in before}
     worse = []
     for row in rows:
@@ -167,12 +167,12 @@ def worse_than(before: Sequence[Row], rows: Sequence[Row]) -> list[str]:
 
 
 def _title(row: Row) -> str:
-    """Name a network."""
+    """Return the name of a network."""
     return f"{row['family']}, {row['model']}{': ' + row['option'] if row['option'] else ''}"
 
 
 def count_minutes(rows: Sequence[Row]) -> float:
-    """Add up the time on the clock of all sessions that made the rows (an interrupted run has several)."""
+    """Return the total elapsed minutes of all sessions that made the rows (an interrupted run has several)."""
     sessions: dict[str, float] = {}
     for row in rows:
         session = row.get("session", "")
@@ -181,7 +181,7 @@ def count_minutes(rows: Sequence[Row]) -> float:
 
 
 def _reasons(row: Row) -> list[str]:
-    """Say why a network does not work, and what most of its frozen units are frozen for."""
+    """Return why a network does not work, and the reasons for most of its frozen units."""
     if not (reason := why_not(row)):
         return []
     lines = [f"- {_title(row)}: {reason}"]
@@ -198,10 +198,10 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Keep Markdown from reading marks in a message."""
+    """Escape characters of a message that Markdown would interpret."""
     return re.sub(r"([\\*_<>\[\]])", r"\\\1", text)
 
 
 def _cell(text: str) -> str:
-    """Keep a table's cell in one cell."""
+    """Escape characters of a text that would split a table cell."""
     return re.sub(r"([|*<>])", r"\\\1", text)

@@ -1,4 +1,4 @@
-"""One network, tried: trace, slim to three quarters of the MACs, self-check, save, load, compare, train a step."""
+"""Trial of one network: trace, slim to three quarters of the MACs, self-check, save, load, compare, train a step."""
 
 import re
 import tempfile
@@ -21,22 +21,22 @@ from lfrns_hub.trace import Trace
 from lfrns_hub.units import UnitGroup
 
 TARGET = 0.75  # of the MACs
-BATCHES, BATCH = 4, 8  # images in all: 32
+BATCHES, BATCH = 4, 8  # 32 images in total
 OPTIONS = {"fcr_steps": 2}  # all others are the defaults
-SAME = 1e-5  # of the largest output, float32: what may differ after loading
+SAME = 1e-5  # of the largest output, float32: the difference allowed after loading
 OUTPUT_REASON = "network's output"  # classes are never cut; they are not counted as frozen
 
 Tell = Callable[..., None]
 
 
 def measure(case: Case, tell: Tell) -> None:
-    """Try one network, and tell what is known as soon as it is, so that a process that dies leaves a trail.
+    """Try one network, and report each fact as soon as it is known, so that a process that dies leaves a record.
 
     Args:
         case: The network.
-        tell: Takes facts by name, as a row has them.
+        tell: Called with facts by name, as in a row.
     Raises:
-        ValueError: The network cannot be cut to TARGET, or does not come back from disk as it was.
+        ValueError: The network cannot be cut to TARGET, or does not load unchanged.
     """
     tell(step="build")
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def measure(case: Case, tell: Tell) -> None:
     try:
         result, approximate = slim_to_target(dense, batches, known["reach"])
     except ValueError:
-        if known["reach"]["approximate"] <= TARGET:  # then the self-check froze what was counted on
+        if known["reach"]["approximate"] <= TARGET:  # then the self-check froze groups that were counted on
             failed = check(dense, batches[0][:1]).frozen
             tell(**describe_groups(trace, frozen_by_check(trace.groups, failed)))
         raise
@@ -72,7 +72,7 @@ def measure(case: Case, tell: Tell) -> None:
 
 
 def enliven(model: nn.Module) -> None:
-    """Randomise parameters and norm statistics that are all alike: zeros and ones hide mistakes."""
+    """Randomise parameters and norm statistics with constant values: zeros and ones hide errors."""
     statistics = {name: b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
     with torch.no_grad():
         for tensor in (dict(model.named_parameters()) | statistics).values():
@@ -82,17 +82,17 @@ def enliven(model: nn.Module) -> None:
 
 
 def is_free(group: UnitGroup) -> bool:
-    """Whether a group has units that may go."""
+    """Return whether a group has units that may be removed."""
     return group.frozen_reason is None and group.size > 1
 
 
 def frozen_by_check(groups: Sequence[UnitGroup], frozen: dict[str, str]) -> list[UnitGroup]:
-    """Add what the self-check froze."""
+    """Return the groups with those that the self-check froze."""
     return [replace(g, frozen_reason=g.frozen_reason or frozen.get(g.name)) for g in groups]
 
 
 def describe_groups(trace: Trace, groups: Sequence[UnitGroup]) -> dict[str, Any]:
-    """Count groups and units by state and kind, say how far the MACs can go, and what most units are frozen for."""
+    """Return counts of groups and units by state and kind, the smallest reachable MACs, and the main frozen reasons."""
     counts: dict[str, dict[str, list[int]]] = {"exact": {}, "approximate": {}, "frozen": {}}
     reasons: dict[str, dict[str, Any]] = {}
     for group in groups:
@@ -122,7 +122,7 @@ def describe_groups(trace: Trace, groups: Sequence[UnitGroup]) -> dict[str, Any]
 
 
 def slim_to_target(dense: nn.Module, batches: list[Tensor], reach: dict[str, float]) -> tuple[SlimResult, bool]:
-    """Slim by exact groups alone where they suffice, else with approximate ones too; says which it was."""
+    """Slim only by exact groups if they suffice, else with approximate ones too; return which."""
     ways = [approximate for approximate, key in ((False, "exact"), (True, "approximate")) if reach[key] <= TARGET]
     if not ways:
         raise ValueError(
@@ -131,13 +131,13 @@ def slim_to_target(dense: nn.Module, batches: list[Tensor], reach: dict[str, flo
     for approximate in ways:
         try:
             return slim(dense, batches, macs=TARGET, approximate=approximate, progress=False, **OPTIONS), approximate
-        except ValueError as error:  # the self-check may have frozen what the trace counted on
+        except ValueError as error:  # the self-check may have frozen groups that the trace counted on
             last = error
     raise last
 
 
 def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Return every floating-point tensor of a model's answer, whatever its form."""
+    """Return every floating-point tensor of a model's output in any form."""
     tensors = [t for t in tree_leaves(model(images)) if isinstance(t, Tensor) and t.is_floating_point()]
     if not tensors or not all(bool(t.isfinite().all()) for t in tensors):
         raise ValueError("the slim model's answer holds no numbers, or infinite ones.")
@@ -145,7 +145,7 @@ def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def reload_difference(case: Case, dense: nn.Module, slim_model: nn.Module, images: Tensor) -> float:
-    """Save, load and give the largest difference of the outputs, over the largest output."""
+    """Save and load; return the largest difference of the outputs, over the largest output."""
     own = case.kind == "function"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "slim"
@@ -158,7 +158,7 @@ def reload_difference(case: Case, dense: nn.Module, slim_model: nn.Module, image
 
 
 def train_once(model: nn.Module, images: Tensor) -> None:
-    """Run a training-mode forward and backward of the slim model."""
+    """Run a training-mode forward and backward pass of the slim model."""
     model.train().requires_grad_(True)
     sum(tensor.square().mean() for tensor in outputs(model, images)).backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -167,7 +167,7 @@ def train_once(model: nn.Module, images: Tensor) -> None:
 
 
 def shorten(text: str, limit: int = 300) -> str:
-    """Bring a message to one line without the folders of this machine."""
+    """Return a message in one line without the folders of this machine."""
     text = re.sub(r"[^\s`'\"(]*/(?=(site-packages|lfrns_hub)/)", "", " ".join(text.split())).replace(
         "site-packages/", ""
     )

@@ -1,1 +1,1 @@
-"""What strangers wrote: how much memory it may take, and how it is shown, as text."""
+"""Untrusted input: limits on its memory and size, and its display as text."""

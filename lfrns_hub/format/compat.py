@@ -1,6 +1,6 @@
-"""Where releases of what we stand on differ, and what is done about it: the only file that knows.
+"""Differences between releases of our dependencies, and how they are handled: no other file depends on them.
 
-A checkpoint takes this file along, so it imports nothing of the package.
+Checkpoints contain a copy of this file, so it imports nothing of the package.
 """
 
 from collections.abc import Iterable
@@ -10,8 +10,8 @@ from typing import Any
 import transformers
 from torch import nn
 
-# transformers renamed parts of its models after 5.0 (tensors in files keep the older names): the older spelling and the
-# newer. A pair finds a name as the pairs before it left it.
+# transformers renamed parts of its models after 5.0 (tensors in files keep the older names): the older name and the
+# newer. Each pair is applied to the result of the pairs before it.
 _ATTENTION = (
     ("attention.attention.query", "attention.q_proj"),
     ("attention.attention.key", "attention.k_proj"),
@@ -29,12 +29,12 @@ RENAMED = {
     ),
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), _ATTENTION),
 }
-# The number of heads stood one module deeper, and beside it their width in all.
+# The number of heads was one module deeper, next to their total width.
 INSIDE, ALL_HEADS = ".attention", "all_head_size"
 
 
 def vit_processor() -> type:
-    """Return the class that AutoImageProcessor opens for ViT, the one on tensors: its name ended in Fast."""
+    """Return the class that AutoImageProcessor opens for ViT, the tensor-based one: its name ended in Fast."""
     from transformers.models import vit
 
     try:
@@ -45,7 +45,7 @@ def vit_processor() -> type:
 
 
 class Classes(tuple):
-    """The several classes of one type: the pipelines of 5.0 ask what is registered for its name, a tuple too."""
+    """Several classes of one type: the pipelines of 5.0 read `__name__` of a registered class, even of a tuple."""
 
     __name__ = "classes"
 
@@ -53,20 +53,20 @@ class Classes(tuple):
 def names_here(
     model: nn.Module, config: Any, shapes: dict[str, Any], attrs: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Say stated sizes in this release's names of a model's parts, which an older or newer release may have stated.
+    """Translate stated sizes to this release's names of a model's parts; another release may have stated them.
 
     Args:
-        model: The dense skeleton, one of transformers'.
+        model: The dense skeleton of a transformers model.
         config: Its narrow config.
         shapes: Shape by parameter or buffer name.
         attrs: By module name and attribute, an int or a list of ints.
     Returns:
         The same by the model's own names.
     Raises:
-        ValueError: Another release stated a part that has no name here.
+        ValueError: Another release stated a part that has no name in this one.
     """
     if not (isinstance(shapes, dict) and isinstance(attrs, dict)):
-        return shapes, attrs  # a stranger's, which `narrow` refuses by name
+        return shapes, attrs  # untrusted input, refused by `narrow` by name
     modules = dict(model.named_modules(remove_duplicate=False))
     if not _strangers(shapes, modules) and all(_states(modules.get(name), values) for name, values in attrs.items()):
         return shapes, attrs
@@ -93,7 +93,7 @@ def names_here(
         names += [n + INSIDE for n in names] + [n.removesuffix(INSIDE) for n in names]
         owner = next((n for n in names if _states(modules.get(n), values)), name)
         said[owner] = {k: v for k, v in values.items() if k != ALL_HEADS or k in vars(modules.get(owner, model))}
-    for name, module in modules.items():  # in the newer spelling the weights alone may say how many heads there are
+    for name, module in modules.items():  # with the newer names only the weights may show the number of heads
         rows = shapes.get(f"{name}.query.weight")
         if ALL_HEADS in vars(module) and isinstance(rows, list) and rows and isinstance(rows[0], int):
             heads = rows[0] // module.attention_head_size
@@ -102,10 +102,10 @@ def names_here(
 
 
 def _strangers(names: Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
-    """List the tensors that no module of the model could own."""
+    """Return the tensors whose module does not exist in the model."""
     return [name for name in names if name.rpartition(".")[0] not in modules]
 
 
 def _states(module: nn.Module | None, values: Any) -> bool:
-    """Return whether a module has the attributes, but for one that the newer spelling does without."""
+    """Return whether a module has the attributes, except one that newer releases do not have."""
     return module is not None and isinstance(values, dict) and values.keys() - {ALL_HEADS} <= vars(module).keys()

@@ -1,4 +1,4 @@
-"""The public call that is running, for errors to name: set at the door, so that nothing passes it down."""
+"""The public call that is running, for error messages: set on entry, so that no function needs to pass it on."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ _CALL: ContextVar[str | None] = ContextVar("call", default=None)
 
 
 def public(function: Function) -> Function:
-    """Decorate a public function, which `call` names while it runs; of one inside another, the outer one.
+    """Decorate a public function, which `call` names while it runs; for nested calls, the outer one.
 
     Example:
         >>> @public

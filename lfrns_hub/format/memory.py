@@ -1,7 +1,7 @@
-"""Building a model as a stranger's config says, within a budget: what would take more is refused before it runs.
+"""Building a model from an untrusted config within a memory budget: anything larger is refused before it runs.
 
-On the meta device nothing is allocated, and all is counted: a dry run there shows what a constructor would take. The
-same count holds where it then computes values.
+On the meta device nothing is allocated, but everything is counted: a dry run there shows what a constructor needs. The
+same count holds when it then computes values.
 """
 
 import ctypes
@@ -22,25 +22,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lfrns_hub.format.untrusted import AGAIN
 
-SPARE_BYTES = 512 << 20  # what any file may take beside its own size: the tables of the largest Swin take 0.1 GB
+SPARE_BYTES = 512 << 20  # allowed for any file in addition to its own size: the tables of the largest Swin take 0.1 GB
 DENSE_TIMES = 4  # the size of a slim file, for the dense model that it was cut from
-# Parts of a network that hold no parameter (activations, dropouts, containers) for each that does.
+# Parts of a network without parameters (activations, dropouts, containers) per part with parameters.
 MODULES_PER_TENSOR = 16
 SECONDS = 15  # of one thread; a network of ten thousand layers takes one
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class OverBudget(ValueError):
-    """What a config asks for is more than its file accounts for."""
+    """A config needs more memory or time than its file justifies."""
 
 
 class MemoryBudget(TorchDispatchMode):
-    """Counts the bytes of the tensors that live, by their storages, and refuses an operation that would exceed them.
+    """Counts the bytes of live tensors, by their storages, and refuses an operation that would exceed the budget.
 
-    An operation with values is tried on the meta device first, which allocates nothing.
+    An operation with values is run on the meta device first, which allocates nothing.
 
     Args:
-        most: Bytes.
+        most: Budget in bytes.
     """
 
     def __init__(self, most: int) -> None:
@@ -52,7 +52,7 @@ class MemoryBudget(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.is_view:
             return func(*args, **kwargs)
-        if func._schema.is_mutable:  # in place: nothing is made
+        if func._schema.is_mutable:  # in place: nothing is allocated
             return args[0] if args and is_placeholder(args[0]) else func(*args, **kwargs)
         given = list(_tensors((*args, *kwargs.values())))
         device = kwargs.get("device")
@@ -68,11 +68,11 @@ class MemoryBudget(TorchDispatchMode):
         return result
 
     def let_go(self, tensor: Tensor) -> None:
-        """Count a tensor no longer: a parameter, which the file has to fill."""
+        """Stop counting a tensor: a parameter, which the file has to fill."""
         self._drop(tensor.untyped_storage()._cdata)
 
     def _hold(self, tensor: Tensor) -> None:
-        """Count a tensor's storage for as long as it lives."""
+        """Count a tensor's storage as long as it is alive."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._held:
             self._held[storage._cdata] = storage.nbytes()
@@ -83,7 +83,7 @@ class MemoryBudget(TorchDispatchMode):
         self.live -= self._held.pop(key, 0)
 
     def _refuse(self, more: int) -> None:
-        """Refuse what takes more than the budget."""
+        """Refuse an allocation beyond the budget."""
         if self.live + more > self.most:
             raise OverBudget(
                 f"the config asks for {(self.live + more) / 1e9:,.2f} GB that the weights do not hold, at most "
@@ -92,17 +92,17 @@ class MemoryBudget(TorchDispatchMode):
 
 
 def bytes_for(size: int, *, dense: bool = False) -> int:
-    """Return how many bytes building a model may take, beyond its weights.
+    """Return the bytes that building a model may take, in addition to its weights.
 
     Args:
-        size: Of the files of its weights.
-        dense: Whether that is the dense model that the weights were cut from, with its parameters.
+        size: Bytes of the files of its weights.
+        dense: Whether it is the dense model that the weights were cut from, with its parameters.
     """
     return SPARE_BYTES + (DENSE_TIMES if dense else 1) * size
 
 
 def is_placeholder(value: Any) -> bool:
-    """Return whether a value is a tensor of any shape over one number, which nothing is written to."""
+    """Return whether a value is a tensor expanded from a single number, which is never written to."""
     return isinstance(value, Tensor) and value.numel() > 1 and value.layout == torch.strided and not any(value.stride())
 
 
@@ -110,16 +110,17 @@ def is_placeholder(value: Any) -> bool:
 def bounded(
     tensors: int, most: int = SPARE_BYTES, *, dense: bool = False, placeholders: bool = False
 ) -> Iterator[None]:
-    """Stop a constructor that makes more than a file can fill: parts, or bytes of what the file does not hold.
+    """Stop a constructor that creates more than a file can fill: parts, or bytes that are not in the file.
 
     Args:
-        tensors: How many the weights hold. Twice as many parameters may be made: a constructor makes a head anew.
-        most: Bytes that buffers, and all else that lives at once, may take: see `bytes_for`.
-        dense: Whether parameters count as well: those of a dense model, most of which no file fills.
-        placeholders: Whether parameters are replaced by ones that take no memory, to be filled later.
+        tensors: Number of tensors in the weights. Twice as many parameters are allowed: a constructor may rebuild a
+            head.
+        most: Bytes for buffers and all other live tensors: see `bytes_for`.
+        dense: Whether parameters count as well: those of a dense model, most of which are not in a file.
+        placeholders: Whether parameters are replaced by placeholders without memory, to be filled later.
     Raises:
-        OverBudget: More parameters, more than 16 modules for each, or more bytes were asked for; or python computed for
-            15 seconds, as over all pairs of a million places.
+        OverBudget: More parameters, more than 16 modules for each, or more bytes were needed; or python computed for
+            15 seconds, for example over all pairs of a million places.
     """
     limits = {"parameters": 2 * tensors + 64, "modules": MODULES_PER_TENSOR * tensors + 4096}
     made, budget = dict.fromkeys(limits, 0), MemoryBudget(most)
@@ -156,7 +157,7 @@ def bounded(
 
 
 class TooLong(OverBudget):
-    """What is raised in a thread that computes for too long."""
+    """Raised in a thread that computes for too long."""
 
     def __init__(self) -> None:
         super().__init__(f"the config asks for more than {SECONDS} seconds of computing. {AGAIN}")
@@ -164,7 +165,7 @@ class TooLong(OverBudget):
 
 @contextmanager
 def _in_time() -> Iterator[None]:
-    """Stop python code that computes for more than 15 seconds: what waits, or stands in a debugger, goes on."""
+    """Stop python code that computes for more than 15 seconds; waiting, also in a debugger, does not count."""
     thread, over = threading.get_ident(), threading.Event()
     clock = time.pthread_getcpuclockid(thread) if hasattr(time, "pthread_getcpuclockid") else time.CLOCK_MONOTONIC
     start = time.clock_gettime(clock)
@@ -184,11 +185,11 @@ def _in_time() -> Iterator[None]:
     finally:
         over.set()
         watcher.join()
-        stop(None)  # one that has not arrived yet
+        stop(None)  # cancels one that has not arrived yet
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """List the tensors among the arguments or the results of an operation."""
+    """Yield the tensors among the arguments or the results of an operation."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -197,7 +198,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _foreseen(func: Any, args: Any, kwargs: Any) -> int:
-    """Return how many bytes an operation would allocate; 0 where that depends on values."""
+    """Return the bytes that an operation would allocate; 0 where that depends on values."""
 
     def on_meta(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -209,6 +210,6 @@ def _foreseen(func: Any, args: Any, kwargs: Any) -> int:
         moved["device"] = torch.device("meta")
     try:
         made = func(*map(on_meta, args), **moved)
-    except Exception:  # it looks at values, or knows no meta tensors: what it makes is of the size of what it is given
+    except Exception:  # it reads values, or does not support meta tensors: its result has the size of its inputs
         return 0
     return sum(tensor.untyped_storage().nbytes() for tensor in _tensors((made,)))

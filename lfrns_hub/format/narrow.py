@@ -1,6 +1,6 @@
-"""What of a slim model differs from its dense skeleton, as plain numbers, and a skeleton made that narrow again.
+"""Differences of a slim model from its dense skeleton, as plain numbers, and narrowing of a skeleton by them.
 
-A checkpoint takes this file along, so it imports nothing of the package.
+Checkpoints contain a copy of this file, so it imports nothing of the package.
 """
 
 import copy
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 Shapes = dict[str, list[int]]
 Attrs = dict[str, dict[str, Any]]
 
-FORMAT_VERSION = 1  # of how a checkpoint states shapes and attrs
+FORMAT_VERSION = 1  # of the form in which a checkpoint states shapes and attrs
 
 
 def short(value: Any, length: int = 60) -> str:
-    """Show a value that anybody may have written: a text itself on one line, of anything else its repr, both cut.
+    """Return an untrusted value as short text: a string in one line, anything else by its repr, both truncated.
 
     Example:
         >>> short([1, 2, 3])
@@ -35,7 +35,7 @@ def short(value: Any, length: int = 60) -> str:
 
 
 def loose_tensors(value: Any) -> list[Tensor]:
-    """List the tensors in an attribute of a module: itself, or what its lists, tuples and dicts hold."""
+    """Return the tensors in an attribute of a module: itself, or those in its lists, tuples and dicts."""
     if isinstance(value, Tensor):
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
@@ -43,16 +43,16 @@ def loose_tensors(value: Any) -> list[Tensor]:
 
 
 def kept_tensors(model: nn.Module) -> list[Tensor]:
-    """List the tensors that attributes of a model's modules hold: parameters, buffers, and constants beside them."""
+    """Return the tensors in attributes of a model's modules: parameters, buffers, and other constants."""
     return [tensor for module in model.modules() for value in vars(module).values() for tensor in loose_tensors(value)]
 
 
 def model_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a model as `copy.deepcopy` does, also where a forward or a hook left a computed tensor on a module.
+    """Copy a model as `copy.deepcopy` does, even where a forward or a hook left a computed tensor on a module.
 
     Args:
         model: Any module, such as one with `torch.nn.utils.weight_norm`, whose weight torch refuses to copy.
-        memo: What stands for an object in the copy, by its id.
+        memo: Replacements of objects in the copy, by id.
     """
     memo = {} if memo is None else memo
     for tensor in kept_tensors(model):
@@ -72,18 +72,18 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def carry_facts(model: nn.Module, slim: Any) -> None:
-    """Let a model that a library built from its config tell of its making, as `lfrns_hub.load` lets it.
+    """Set the provenance of a model that a library built from its config, as `lfrns_hub.load` does.
 
     Args:
-        model: The model; without facts it stays as it is.
-        slim: What the config says under that name.
+        model: The model; unchanged without provenance.
+        slim: The config's entry of that name.
     """
     if isinstance(slim, dict) and slim:
         model.lfrns_provenance = {k: v for k, v in slim.items() if k not in ("format_version", "class")}
 
 
 def feature_entries(model: nn.Module) -> list[dict[str, Any]]:
-    """Return what a timm model says of its feature maps: num_chs, reduction and module of each; [] for others."""
+    """Return a timm model's entries for its feature maps: num_chs, reduction and module of each; [] for others."""
     info = vars(model).get("feature_info") or []
     entries = getattr(info, "info", info)
     return entries if isinstance(entries, list) and all(isinstance(e, dict) and "num_chs" in e for e in entries) else []
@@ -100,16 +100,16 @@ def set_width(module: nn.Module, attribute: str, value: Any) -> None:
 
 
 def describe(model: nn.Module, base: nn.Module | None) -> tuple[Shapes, Attrs]:
-    """Tell a narrow model from its skeleton: the shapes and the width attributes that differ, nothing else.
+    """Return the shapes and width attributes in which a narrow model differs from its skeleton.
 
     Args:
         model: The slim model.
-        base: The dense skeleton, on any device, meta too. None states every shape and attribute, for a class whose
-            skeleton is not at hand.
+        base: The dense skeleton, on any device including meta. None states every shape and attribute, for a class
+            without a skeleton.
     Returns:
         Shape by parameter or buffer name; int or list of ints by module name and attribute.
     Raises:
-        ValueError: A tensor or module is in one of the two and not in the other.
+        ValueError: A tensor or module is in only one of the two.
 
     Example:
         >>> describe(nn.Linear(4, 2), nn.Linear(4, 3))
@@ -125,7 +125,7 @@ def describe(model: nn.Module, base: nn.Module | None) -> tuple[Shapes, Attrs]:
                 f"describe({type(model).__name__}): {_few(strangers)} not in both the model and its base "
                 f"{type(base).__name__}. Give the base this model was cut from."
             )
-    computed = computed_buffers(model)  # no cut made their shapes: what is cut is stored (see `surgery.cut`)
+    computed = computed_buffers(model)  # not from a cut: cut buffers are stored (see `surgery.cut`)
     shapes = {
         n: list(t.shape)
         for n, t in tensors.items()
@@ -135,7 +135,7 @@ def describe(model: nn.Module, base: nn.Module | None) -> tuple[Shapes, Attrs]:
     for name, module in modules.items():
         dense = read_widths(base_modules[name]) if base is not None else {}
         here = read_widths(module)
-        if base is not None:  # what is larger than in the base is no width: the forward wrote it
+        if base is not None:  # a number larger than in the base is not a width: the forward wrote it
             here = {k: v for k, v in here.items() if k in dense and v != dense[k] and is_narrower(v, dense[k])}
         if here:
             attrs[name] = here
@@ -143,7 +143,7 @@ def describe(model: nn.Module, base: nn.Module | None) -> tuple[Shapes, Attrs]:
 
 
 def computed_buffers(model: nn.Module) -> set[str]:
-    """Name the buffers that no file holds: a forward computes them for the images at hand."""
+    """Return the names of buffers that no file has: a forward computes them for its images."""
     modules = _modules(model).items()
     return {f"{name}.{leaf}".lstrip(".") for name, module in modules for leaf in module._non_persistent_buffers_set}
 
@@ -151,17 +151,17 @@ def computed_buffers(model: nn.Module) -> set[str]:
 def narrow(model: nn.Module, shapes: Shapes, attrs: Attrs) -> nn.Module:
     """Set the named tensors to the stated shapes, uninitialised, and the modules to the stated widths, in place.
 
-    Every size is checked against the model's own before anything is allocated or changed: shapes and attrs come from
-    a config.json, which anybody may have written.
+    Every size is checked against the model's own before anything is allocated or changed: shapes and attrs come from a
+    config.json, which is untrusted.
 
     Args:
-        model: The dense skeleton, on any device, meta too.
+        model: The dense skeleton, on any device including meta.
         shapes: Shape by parameter or buffer name; each size from 1 to the skeleton's.
         attrs: By module name and attribute, an int or a list of ints, each from 0 to the skeleton's.
     Returns:
         The same model.
     Raises:
-        ValueError: A name the model lacks, or a size beyond the model's own.
+        ValueError: The model lacks a name, or a size is larger than the model's own.
     """
     for what, given in (("shapes", shapes), ("attrs", attrs)):
         if not isinstance(given, dict):
@@ -190,7 +190,7 @@ def narrow(model: nn.Module, shapes: Shapes, attrs: Attrs) -> nn.Module:
             if name in tensors:
                 made[id(old)] = new
         (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = new
-        owner._non_persistent_buffers_set.discard(leaf)  # as `surgery.cut` has it: of a cut one the file has the values
+        owner._non_persistent_buffers_set.discard(leaf)  # as in `surgery.cut`: the file has a cut buffer's values
     for name, values in attrs.items():
         for key, value in values.items():
             set_width(modules[name], key, value)
@@ -198,9 +198,9 @@ def narrow(model: nn.Module, shapes: Shapes, attrs: Attrs) -> nn.Module:
 
 
 def _check_shape(model: nn.Module, name: str, shape: Any, old: Tensor | None) -> None:
-    """Refuse a tensor that the model lacks or that would be larger than the model's own."""
+    """Refuse a tensor that the model does not have or that would be larger than the model's own."""
 
-    def call() -> str:  # written for an error alone: most of the time of narrowing went into it
+    def call() -> str:  # only for errors: formatting it took most of the time of narrowing
         return f"narrow(shapes: {short(name)} = {short(shape)})"
 
     if not _are_sizes(shape):
@@ -208,7 +208,7 @@ def _check_shape(model: nn.Module, name: str, shape: Any, old: Tensor | None) ->
     if old is None:
         if not _may_create(model, name):
             raise ValueError(f"{call()}: {type(model).__name__} has no such parameter or buffer.")
-        limit = [len(_modules(model)[name.rpartition(".")[0]].weight)]  # a bias that the base goes without
+        limit = [len(_modules(model)[name.rpartition(".")[0]].weight)]  # a bias that the base does not have
     else:
         limit = list(old.shape)
     within = len(shape) == len(limit) and all(1 <= s <= most or s == most for s, most in zip(shape, limit, strict=True))
@@ -217,7 +217,7 @@ def _check_shape(model: nn.Module, name: str, shape: Any, old: Tensor | None) ->
 
 
 def is_narrower(value: Any, old: Any) -> bool:
-    """Return whether a width, an int or list of ints, is what a cut can leave of another.
+    """Return whether a width, an int or list of ints, can result from a cut of another.
 
     Example:
         >>> is_narrower(3, 4), is_narrower([2, 9], [4, 8]), is_narrower(3, None)
@@ -233,7 +233,7 @@ def is_narrower(value: Any, old: Any) -> bool:
 
 
 def _check_width(name: str, value: Any, old: Any) -> None:
-    """Refuse an attribute that the module lacks, or a width larger than the module's own."""
+    """Refuse an attribute that the module does not have, or a width larger than the module's own."""
 
     def call() -> str:
         return f"narrow(attrs: {short(name)} = {short(value)})"
@@ -245,29 +245,29 @@ def _check_width(name: str, value: Any, old: Any) -> None:
 
 
 def _are_sizes(value: Any) -> bool:
-    """Return whether a value is a list of ints (bools are none)."""
+    """Return whether a value is a list of ints (bools are not)."""
     return isinstance(value, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """List parameters and buffers, tied ones under each of their names."""
+    """Return parameters and buffers, tied ones by each of their names."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """List modules, shared ones under each of their names."""
+    """Return modules, shared ones by each of their names."""
     return dict(model.named_modules(remove_duplicate=False))
 
 
 def _may_create(model: nn.Module, name: str) -> bool:
-    """Return whether a tensor is a bias that the base registers as None (folding puts an offset there)."""
+    """Return whether a tensor is a bias that the base registers as None (folding sets an offset there)."""
     owner = _modules(model).get(name.rpartition(".")[0])
     has_weight = owner is not None and owner._parameters.get("weight") is not None
     return has_weight and name.rpartition(".")[2] == "bias" and owner._parameters.get("bias", 0) is None
 
 
 def read_widths(module: nn.Module) -> dict[str, int | list[int]]:
-    """List the attributes of one module that are ints or tuples of ints."""
+    """Return the attributes of one module that are ints or tuples of ints."""
     found: dict[str, int | list[int]] = {}
     for key, value in vars(module).items():
         if isinstance(value, int) and not isinstance(value, bool):
@@ -280,5 +280,5 @@ def read_widths(module: nn.Module) -> dict[str, int | list[int]]:
 
 
 def _few(names: list[str]) -> str:
-    """Name a few of many."""
+    """Return the first few of many names."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,4 +1,4 @@
-"""Text of others on the terminal: whatever it says, rich prints it as it is, without styles, links and escape codes."""
+"""Untrusted text on the terminal: rich always prints it unchanged, without styles, links and escape codes."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 
 def plain_console(**options: Any) -> "Console":
-    """Return a console for which nothing in square brackets or between colons means anything: paths have both."""
-    from rich.console import Console  # here: who loads a model prints nothing
+    """Return a console without markup in square brackets or between colons: paths have both."""
+    from rich.console import Console  # imported here: loading a model prints nothing
 
     return Console(markup=False, emoji=False, **options)
 
 
 def cell(value: Any, length: int = 200, style: str = "") -> "Text":
-    """Return what a table shows as it is on any console, cut to a length."""
+    """Return a table cell that shows a value unchanged on any console, truncated to a length."""
     from rich.text import Text
 
     return Text(short(str(value), length), style)

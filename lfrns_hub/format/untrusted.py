@@ -1,6 +1,6 @@
-"""Files that anybody may have written: read within bounds, or refused with one clear error.
+"""Untrusted files: read within limits, or refused with one clear error.
 
-What is trusted and what is not stands in SECURITY.md.
+SECURITY.md states what is trusted.
 """
 
 import errno
@@ -37,22 +37,22 @@ MAX_JSON_BYTES = 16 << 20
 MAX_HEADER_BYTES = 16 << 20
 MAX_DEPTH = 64
 MAX_NUMBER = 1 << 20  # of a size in a config: the largest published vocabulary has 901,629 entries
-NO_MEMORY = re.compile(r"DefaultCPUAllocator|CUDA out of memory|std::bad_alloc")  # as torch says it, by a RuntimeError
-# By keys: of what constructors make lists of all places, in python, and tables of all pairs of places.
+NO_MEMORY = re.compile(r"DefaultCPUAllocator|CUDA out of memory|std::bad_alloc")  # torch's messages, in a RuntimeError
+# By key: sizes from which constructors build lists of all places, in python, and tables of all pairs of places.
 SIDES = {re.compile(r"(img|image|input)_?size"): 4096, re.compile(r"window|resol|grid|patch_?size"): 1024}
 LABELS = ("num_labels", "num_classes", "id2label", "label2id")
-CODE_KEYS = ("auto_map", "custom_pipelines")  # by which transformers finds code beside a config
+CODE_KEYS = ("auto_map", "custom_pipelines")  # by which transformers finds code next to a config
 AGAIN = "The file is damaged or hostile: download it again, or save the model again."
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of one tensor.
+    """Header entry of one tensor in a safetensors file.
 
     Attributes:
         shape: The shape.
-        dtype: By safetensors' name, such as "F32".
-        file: Where it lies.
+        dtype: safetensors' name, such as "F32".
+        file: Path of the file.
     """
 
     shape: list[int]
@@ -61,7 +61,7 @@ class Header:
 
 
 def size_of(headers: dict[str, Header]) -> int:
-    """Return how many bytes the files of some weights have."""
+    """Return the total bytes of the files of some weights."""
     return sum(file.stat().st_size for file in {header.file for header in headers.values()})
 
 
@@ -70,9 +70,9 @@ def read_json(path: str | os.PathLike[str], call: str) -> dict[str, Any]:
 
     Args:
         path: The file.
-        call: What the user called, for the error.
+        call: The user's call, for the error.
     Raises:
-        ValueError: It is no JSON object, too large, or too deep.
+        ValueError: It is not a JSON object, too large, or too deep.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -88,9 +88,9 @@ def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
 
     Args:
         text: JSON, UTF-8 if it is bytes.
-        what: Names it in the error.
+        what: Name of the text in the error.
     Raises:
-        ValueError: It is no JSON object, too large, or too deep.
+        ValueError: It is not a JSON object, too large, or too deep.
     """
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{what} has {len(text):,} bytes, at most {MAX_JSON_BYTES:,} are read. {AGAIN}")
@@ -111,12 +111,12 @@ def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
 
 
 def read_headers(folder: Path, call: str) -> dict[str, Header]:
-    """Read what a folder's weights hold, without reading the weights: model.safetensors, else its shards.
+    """Read the tensor headers of a folder, without the weights: model.safetensors, else its shards.
 
-    Shards are found by their names. An index, which could name files elsewhere, is not followed.
+    Shards are found by their names. An index, which could name files outside the folder, is not followed.
 
     Raises:
-        ValueError: There is no such file, or one is cut short, damaged or larger in its header than 16 MiB.
+        ValueError: There is no such file, or it is cut short, damaged or has a header larger than 16 MiB.
     """
     whole = folder / "model.safetensors"
     shards = (path for path in folder.glob("model-*-of-*.safetensors") if path.is_file())  # a pipe would never end
@@ -144,22 +144,22 @@ def read_headers(folder: Path, call: str) -> dict[str, Header]:
 
 
 def without_code(fields: Any) -> Any:
-    """Return what a config states, but for what names code to be run by `trust_remote_code`, at any depth."""
+    """Return the fields of a config without those that name code for `trust_remote_code`, at any depth."""
     if isinstance(fields, dict):
         return {key: without_code(value) for key, value in fields.items() if key not in CODE_KEYS}
     return [without_code(item) for item in fields] if isinstance(fields, list) else fields
 
 
 def refuse_large(values: Any, what: str, most: int = MAX_NUMBER, labels: int = MAX_NUMBER) -> None:
-    """Refuse numbers in a config that would build what no machine holds.
+    """Refuse numbers in a config that would build a model too large for any machine.
 
     Args:
         values: A number, or lists and dicts with numbers in them.
-        what: Names them in the error.
-        most: The largest number; of pixels of a side 4,096, of patches and windows 1,024.
-        labels: The largest number of classes, each of which has its name.
+        what: Name of the values in the error.
+        most: The largest number allowed; for pixels of a side 4,096, for patches and windows 1,024.
+        labels: The largest number of classes, each of which has a name.
     Raises:
-        ValueError: One is larger, in absolute value, or no number at all (NaN).
+        ValueError: A number is larger, in absolute value, or not a number (NaN).
     """
     if isinstance(values, dict):
         for key, value in values.items():
@@ -176,20 +176,20 @@ def refuse_large(values: Any, what: str, most: int = MAX_NUMBER, labels: int = M
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Return whether no memory was left, as python, pillow, torch or the system say it."""
+    """Return whether an error means that memory ran out, as python, pillow, torch or the system report it."""
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
 def refuse_shortage(error: BaseException, what: str) -> None:
-    """Tell a machine that runs short of memory or of open files from a file that is damaged.
+    """Raise an error of its own if memory or open files ran out, rather than a file being damaged.
 
     Args:
-        error: What came of reading a file.
-        what: Names the file in the error.
+        error: The error of reading a file.
+        what: Name of the file in the error.
     Raises:
-        MemoryError: No memory was left.
+        MemoryError: Memory ran out.
         OSError: No file could be opened.
     """
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
@@ -200,7 +200,7 @@ def refuse_shortage(error: BaseException, what: str) -> None:
 
 @contextmanager
 def refusing(call: str, way_out: str = AGAIN) -> Iterator[None]:
-    """Turn whatever a library raises over a config into one error: each architecture refuses in its own way."""
+    """Convert any error of a library about a config into one: each architecture raises its own."""
     try:
         yield
     except Exception as error:

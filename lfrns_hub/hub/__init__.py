@@ -1,4 +1,4 @@
-"""What people see of a checkpoint on the Hub, and the way there and back."""
+"""The Hub: model cards and indexes of checkpoints, upload and download."""
 
 from lfrns_hub.hub.push import fetch, push
 

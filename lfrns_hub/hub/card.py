@@ -1,4 +1,4 @@
-"""A model card from a Record: every number is read from it, and what is missing reads "not measured"."""
+"""A model card from a Record: every number is read from it, and missing ones read "not measured"."""
 
 import json
 import re
@@ -45,41 +45,41 @@ def render_card(
     processor: bool | None = None,
     remote_code: bool = False,
 ) -> str:
-    """Render the model card.
+    """Return the model card.
 
     Args:
-        record: A Record, its dict, or None where nothing was measured.
+        record: A Record, its dict, or None if nothing was measured.
         model_name: Heading, and the name in the usage lines.
         base: Architecture of the dense model.
         provenance: Plan, widths, budget, seed of the slim model; by default the record's.
-        library: What loads it: timm, transformers or pytorch.
-        plot: File name of the picture of widths, beside the card.
-        gallery: File name of the picture of clusters, beside the card.
-        curve: File name of the picture of accuracy against MACs, beside the card.
-        processor: Whether a pipeline finds out how to prepare pictures. By default where timm's configuration says it.
-        remote_code: Whether the folder holds a modelling file for `trust_remote_code`.
+        library: The library that loads it: timm, transformers or pytorch.
+        plot: File name of the plot of widths, next to the card.
+        gallery: File name of the figure of clusters, next to the card.
+        curve: File name of the plot of accuracy against MACs, next to the card.
+        processor: Whether a pipeline can find the image preprocessing. Default: whether timm's configuration states it.
+        remote_code: Whether the folder has a modelling file for `trust_remote_code`.
     Returns:
-        Markdown with the Hub's YAML header. Base model, licence and data stand there only if the record's setup or
-        the provenance names them (`base_model`, `license`, `dataset`; see `lineage.base_facts`). Whatever the record
-        and the names say is shown as text of one line: no markup, no link but the licence's to the web.
+        Markdown with the Hub's YAML header. It states base model, licence and data only if the record's setup or
+        the provenance names them (`base_model`, `license`, `dataset`; see `lineage.base_facts`). All text of the record
+        and the names is shown as one line of plain text: no markup, and no link except the licence's to the web.
     """
     record = read_record(record) or {}
     setup = record.get("setup") or {}
     provenance = provenance or setup.get("provenance") or {}
     slim, dense = record.get("slim") or {}, comparable_dense(record)
-    if isinstance(word := provenance.get("output"), str) and word in OUTPUTS:  # said where nothing was measured, too
+    if isinstance(word := provenance.get("output"), str) and word in OUTPUTS:  # stated even where nothing was measured
         slim = {"output": word} | slim
     stated = {key: setup.get(key) or provenance.get(key) for key in (*KEYS, "dataset", "dataset_id")}
     known = {key: plain(value, MAX_NAME) if value else None for key, value in stated.items()}
     known["license_link"] = web_link(stated["license_link"])
-    if known["license"] != "other":  # the Hub knows the others by their identifier
+    if known["license"] != "other":  # the Hub knows other licences by their identifier
         known["license_name"] = known["license_link"] = None
     ids = {
         key: known[key] if HUB_ID.fullmatch(known[key] or "") else None
         for key in ("base_model", "dataset_id", "license")
     }
     tasks = {OUTPUTS[word_of(of_head)].task for of_head in heads_of(slim).values()}
-    task = tasks.pop() if len(tasks) == 1 else None  # the Hub has no word for quantities, nor for several at once
+    task = tasks.pop() if len(tasks) == 1 else None  # the Hub has no name for quantities, nor for several tasks
     shown = main_figure(slim)
     data = ModelCardData(
         model_name=plain(model_name, MAX_NAME),
@@ -130,14 +130,14 @@ def render_card(
 
 
 def read_record(record: Any) -> dict[str, Any] | None:
-    """Return a Record, or a dict of one, as a plain dict."""
+    """Return a Record, or its dict, as a plain dict."""
     return record if record is None or isinstance(record, dict) else json.loads(record.to_json())
 
 
 def _summary(
     base: str, dense: dict[str, Any], slim: dict[str, Any], provenance: dict[str, Any], known: dict[str, Any]
 ) -> str:
-    """Say in two sentences what it is."""
+    """Return a summary of the model in two sentences."""
     widths, kinds = provenance.get("widths") or {}, provenance.get("kinds") or {}
     narrower = {kinds.get(name) for name, (kept, full) in widths.items() if kept < full}
     units = _list([word for kind, word in KINDS.items() if kind in narrower]) or "units"
@@ -159,7 +159,7 @@ def _summary(
 
 
 def _rows(dense: dict[str, Any], slim: dict[str, Any], names: list[str] | None) -> list[list[str]]:
-    """Lay the figures out as rows of name, dense, slim, and what is left."""
+    """Return the figures as rows of name, dense, slim, and change."""
     rows = []
     for head, of_head in heads_of(slim).items():
         kind, of_dense = OUTPUTS[word_of(of_head)], heads_of(dense).get(head, {})
@@ -184,7 +184,7 @@ def _rows(dense: dict[str, Any], slim: dict[str, Any], names: list[str] | None) 
 
 
 def _worst_row(head: str, scores: dict[str, Any], names: list[str] | None) -> list[str]:
-    """Show the class or label that lost most."""
+    """Return the row of the class or label that lost most."""
     worst, word = scores.get("worst_class") or {}, "Label" if word_of(scores) == "labels" else "Class"
     which = f": {names[worst['class']] if names else worst['class']}" if worst else ""
     sides = _change(worst.get("dense_pct"), worst.get("slim_pct"), OUTPUTS["classes"].figures[0])
@@ -192,19 +192,19 @@ def _worst_row(head: str, scores: dict[str, Any], names: list[str] | None) -> li
 
 
 def _change(before: float | None, after: float | None, figure: Any) -> list[str]:
-    """Show a figure of both models and what is between them."""
+    """Return a figure of both models and its change."""
     points = " points" if figure.change == "points" else ""
     change = "" if before is None or after is None else f"{after - before:+{figure.form}}{points}"
     return [_figure(before, figure), _figure(after, figure), change]
 
 
 def _figure(value: float | None, figure: Any) -> str:
-    """Show a figure of the outputs."""
+    """Format a figure of the outputs."""
     return NOT_MEASURED if value is None else f"{value:{figure.form}}{figure.unit}"
 
 
 def _latency(setup: dict[str, Any], dense: dict[str, Any]) -> str:
-    """Say what the latency was measured on."""
+    """Return a sentence on the machine of the latency."""
     machine = setup.get("machine") or {}
     if not machine:
         return f"The machine of the latency: {UNKNOWN}."
@@ -224,7 +224,7 @@ def _latency(setup: dict[str, Any], dense: dict[str, Any]) -> str:
 
 
 def _removed(provenance: dict[str, Any]) -> str:
-    """Count what left, and why."""
+    """Return a sentence on the removed units, and why they were removed."""
     widths, report = provenance.get("widths") or {}, provenance.get("report") or {}
     if not widths:
         return "Which units were removed is not recorded."
@@ -241,7 +241,7 @@ def _removed(provenance: dict[str, Any]) -> str:
 
 
 def _groups(provenance: dict[str, Any]) -> list[list[str]]:
-    """List kind, dense and kept width and integrity of every group; an approximate one is called so."""
+    """Return kind, dense and kept width and integrity of every group, with a note for approximate groups."""
     kinds = dict(provenance.get("kinds") or {})
     for name in provenance.get("approximate") or []:
         kinds[name] = f"{kinds.get(name, UNKNOWN)}, approximate"
@@ -253,7 +253,7 @@ def _groups(provenance: dict[str, Any]) -> list[list[str]]:
 
 
 def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, Any]) -> list[tuple[str, Any]]:
-    """List what the model was made from and how; what was not recorded reads unknown."""
+    """Return how the model was made; facts that were not recorded read "unknown"."""
     budget = provenance.get("budget") or {}
     shares = [f"{value:g} of the dense {BUDGETS.get(name, name)}" for name, value in budget.items()]
     versions = [f"{name} {version}" for name, version in (setup.get("versions") or {}).items() if version]
@@ -283,7 +283,7 @@ def _facts(setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, A
 
 
 def _licence(known: dict[str, Any]) -> str | None:
-    """Name the base's licence; the Hub calls one that it has no identifier for "other"."""
+    """Return the base's licence; the Hub calls a licence without an identifier "other"."""
     name = known["license_name"] or known["license"]
     return link(name, known["license_link"]) if name else None
 
@@ -291,7 +291,7 @@ def _licence(known: dict[str, Any]) -> str | None:
 def _limits(
     slim: dict[str, Any], setup: dict[str, Any], provenance: dict[str, Any], known: dict[str, Any]
 ) -> list[str]:
-    """Say what the figures do not."""
+    """Return the limits of the figures."""
     limits = []
     scored = main_figures(slim)
     if scored:
@@ -323,7 +323,7 @@ def _limits(
 
 
 def _eval_results(slim: dict[str, Any], known: dict[str, Any]) -> list[EvalResult] | None:
-    """Make the Hub's model-index, where accuracy was measured on data that has a name."""
+    """Return the Hub's model-index, if accuracy was measured on data with a name."""
     scored = main_figures(slim)
     if not scored or not known["dataset"]:
         return None
@@ -342,23 +342,23 @@ def _eval_results(slim: dict[str, Any], known: dict[str, Any]) -> list[EvalResul
 
 
 def _metrics(slim: dict[str, Any]) -> list[str]:
-    """List the Hub's words for what is measured of such outputs."""
+    """Return the Hub's names of the metrics of such outputs."""
     kinds = [OUTPUTS[word_of(of_head)] for of_head in heads_of(slim).values()]
     return list(dict.fromkeys(figure.metric for kind in kinds for figure in kind.figures if figure.metric))
 
 
 def _list(words: list[str]) -> str:
-    """Join as "a, b and c"."""
+    """Join words as "a, b and c"."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def _of(value: int | None, unit: str) -> str | None:
-    """Show a number with what it counts, None where there is none."""
+    """Format a number with its unit, None if there is none."""
     return None if value is None else f"{value:,} {unit.removesuffix('s') if value == 1 else unit}"
 
 
 def _number(value: float | None, unit: str, digits: int) -> str:
-    """Show a number with its unit, or say that there is none."""
+    """Format a number with its unit, or return "not measured"."""
     return NOT_MEASURED if value is None else f"{value:,.{digits}f}{unit}"
 
 
@@ -375,7 +375,7 @@ def _count(value: int | None) -> str:
 
 
 def _with_prefix(value: float | None, unit: float) -> str:
-    """Show a count to three digits with k, M or G."""
+    """Format a count to three digits with k, M or G."""
     if value is None:
         return NOT_MEASURED
     count, prefix = value * unit, ""
@@ -389,5 +389,5 @@ def _with_prefix(value: float | None, unit: float) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Write a size as 3x32x32."""
+    """Format a size as 3x32x32."""
     return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,7 +1,7 @@
-"""What people wrote into a card outlives the next save and the next push of it.
+"""Sections that people wrote into a card, which survive the next save and the next push.
 
-Both mark the sections that the card's template writes, title included. In the card that is already there, a marked
-section is ours and is replaced; one without the mark is somebody's own and stays behind the section it followed.
+Both mark the sections that the card's template writes, including the title. In an existing card a marked section is
+ours and is replaced; an unmarked one was written by a person and stays after the section that it followed.
 """
 
 import re
@@ -12,15 +12,15 @@ from typing import Any
 import yaml
 from huggingface_hub import CardData, RepoCard
 
-MARK_START = "<!-- lfrns_hub writes this section"  # what it is known by; the rest is for the reader
+MARK_START = "<!-- lfrns_hub writes this section"  # identifies the mark; the rest is for the reader
 MARK = f"{MARK_START} again at every save and push; write under a heading of your own, which stays -->"
-GENERATED = ("model-index", "model_name")  # of the weights that were there; `model_name` where there were no results
-UNKNOWN = "unknown"  # how a card says that nothing is known: no statement, so a person's stands
+GENERATED = ("model-index", "model_name")  # of the earlier weights; `model_name` where there were no results
+UNKNOWN = "unknown"  # "unknown" in a card is not a statement, so a person's statement is kept
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and the text down to the next."""
+    """A heading and the text down to the next heading."""
 
     heading: str
     text: str
@@ -28,23 +28,23 @@ class Section:
 
     @property
     def name(self) -> str:
-        """What it is called from push to push; our title changes with the model's name."""
+        """A name that is stable between pushes; our title changes with the model's name."""
         return "title" if self.ours and self.heading.startswith("# ") else self.heading
 
 
 def merge_cards(new: str, old: str | None, *, local: bool = False) -> str:
-    """Put a person's sections and front matter of the old card into the new one.
+    """Merge a person's sections and front matter of the old card into the new one.
 
     Args:
         new: The card to be saved or pushed.
-        old: The card that is there, None where there is none.
-        local: It lies in a checkpoint's folder: where nothing in it is marked, an earlier version saved it, and what
-            stands under headings of the template is ours.
+        old: The existing card, None if there is none.
+        local: Whether it is from a checkpoint's folder: if nothing in it is marked, an earlier version saved it, and
+            text under headings of the template is ours.
     Returns:
-        The new card, its generated sections marked; merged with `new` again it stays as it is. Of the old front matter
-        it has the keys that `new` does not state, and the tags; results of weights that a push replaced go.
+        The new card, its generated sections marked; merging `new` again does not change it. From the old front matter
+        it has the keys that `new` does not state, and the tags; results of weights that a push replaced are removed.
     Raises:
-        ValueError: The front matter of one of them cannot be read.
+        ValueError: The front matter of a card cannot be read.
     """
     stated, plain = _read(new, "the card to be pushed")
     facts, before = _read(old, "the card that is there") if old else ({}, [])
@@ -53,7 +53,7 @@ def merge_cards(new: str, old: str | None, *, local: bool = False) -> str:
     sections = _mark(plain)
     same = {section.text: marked.name for section, marked in zip(plain, sections, strict=True)}
     ours = {section.name: section.ours for section in sections}
-    after: dict[str | None, list[Section]] = {}  # a person's sections by the name of what they follow in the new card
+    after: dict[str | None, list[Section]] = {}  # a person's sections, by the section before them
     place = None
     for section in before:
         if section.text in same:  # word for word: it came by another way than a push
@@ -72,8 +72,8 @@ def merge_cards(new: str, old: str | None, *, local: bool = False) -> str:
 
 
 def _merge_facts(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """Take what the new front matter states, from the old one the other keys and all tags."""
-    if new.get("license") not in (None, UNKNOWN):  # the name and link of an old licence are not those of a new one
+    """Return the new front matter with all tags and the other keys of the old one."""
+    if new.get("license") not in (None, UNKNOWN):  # the name and link of an old licence do not belong to a new one
         old = {key: value for key, value in old.items() if not key.startswith("license_")}
     merged = new | {key: value for key, value in old.items() if new.get(key) in (None, UNKNOWN)}
     tags = [tag for facts in (new, old) for tag in _as_list(facts.get("tags"))]
@@ -81,7 +81,7 @@ def _merge_facts(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_list(value: Any) -> list[Any]:
-    """Return a list of what YAML has as nothing, one or several."""
+    """Return a list for a YAML value that is empty, single or a list."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -95,7 +95,7 @@ def _read(card: str, which: str) -> tuple[dict[str, Any], list[Section]]:
     blocks, fence = [[""]], ""
     lines = parsed.text.splitlines()
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
-        if fence and following.startswith(MARK_START):  # left open by a person: what we wrote below is not code
+        if fence and following.startswith(MARK_START):  # a fence that a person left open: our text below is not code
             blocks[-1].append(fence)
             fence = ""
         mark = re.match(r" {0,3}(`{3,}(?!.*`)|~{3,})(.*)", line)
@@ -118,7 +118,7 @@ def _read(card: str, which: str) -> tuple[dict[str, Any], list[Section]]:
 
 
 def _mark(sections: list[Section]) -> list[Section]:
-    """Write the mark under the title and under each heading of the card's template, once."""
+    """Insert the mark below the title and each heading of the card's template, once."""
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     generated = set(re.findall(r"^##+ .*\S", template, re.MULTILINE))
     generated |= {next((section.heading for section in sections if section.heading.startswith("# ")), "")}

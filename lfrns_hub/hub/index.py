@@ -1,4 +1,4 @@
-"""A folder of checkpoints of one model at several budgets: their names, and the README that compares them."""
+"""Index of a folder of checkpoints of one model at several budgets: their names, and the README that compares them."""
 
 import os
 import re
@@ -19,7 +19,7 @@ END = "<!-- end of the table -->"
 
 
 def checkpoint_name(model: str, data: str, macs: float) -> str:
-    """Name a checkpoint as the Hub's collections do: the architecture, how much is left, and the data.
+    """Return the name of a checkpoint in the Hub's style: the architecture, the MACs kept, and the data.
 
     Args:
         model: A timm name, repo id, folder, or "package.module:function".
@@ -37,18 +37,18 @@ def checkpoint_name(model: str, data: str, macs: float) -> str:
 
 
 def write_index(directory: str | Path, title: str) -> Path:
-    """Write README.md over the checkpoints in a folder: one table, and accuracy against MACs as a picture.
+    """Write the README.md of a folder of checkpoints: one table, and a plot of accuracy against MACs.
 
-    Of an index that is there, what people wrote above and below the table stays, its title included; any other README
-    is replaced.
+    In an existing index, text that people wrote above and below the table is kept, including its title; any other
+    README is replaced.
 
     Args:
-        directory: Its subfolders with a record.json are listed, the largest model first.
-        title: Heading of a new one.
+        directory: Folder whose subfolders with a record.json are listed, the largest model first.
+        title: Heading of a new index.
     Returns:
-        The README. A checkpoint whose record cannot be read has a line that says so.
+        Path of the README. A checkpoint whose record cannot be read has a line that says so.
     Raises:
-        ValueError: No subfolder holds a record that can be listed.
+        ValueError: No subfolder has a record that can be listed.
         OSError: The folder cannot be written, or another process is writing to it.
     """
     directory = Path(directory)
@@ -70,7 +70,7 @@ def write_index(directory: str | Path, title: str) -> Path:
 
 
 def _read_records(directory: Path) -> tuple[dict[str, Record], dict[str, str]]:
-    """Read the records of the checkpoints in a folder, by their names; and say of those that cannot be listed why."""
+    """Read the records of the checkpoints in a folder; return them by name, and why others cannot be listed."""
     records, unread = {}, {}
     for path in sorted(directory.glob("*/record.json")):
         if path.parent.name.startswith("."):  # the draft of a save
@@ -88,24 +88,24 @@ def _read_records(directory: Path) -> tuple[dict[str, Record], dict[str, str]]:
 
 
 def _is_own(name: str) -> bool:
-    """Return whether a file of this name in the folder is one that `write_index` writes."""
+    """Return whether `write_index` writes a file of this name in the folder."""
     return name in ("README.md", PICTURE)
 
 
 def refresh_index(directory: str | Path) -> Path | None:
-    """Bring the index over a folder of checkpoints up to date with their records.
+    """Update the index of a folder of checkpoints from their records.
 
     Args:
-        directory: The folder above the checkpoints.
+        directory: The folder that contains the checkpoints.
     Returns:
-        Its README; None where there is none, or one that `write_index` did not write, which stays as it is.
+        Path of its README; None if there is none, or if `write_index` did not write it: then it is unchanged.
     """
     readme = Path(directory) / "README.md"
     return write_index(directory, "") if _around(readme) else None
 
 
 def _around(readme: Path) -> tuple[str, str] | None:
-    """Return what stands above and below the table of an index; None of a file that is none."""
+    """Return the text above and below the table of an index; None for any other file."""
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     above, start, rest = text.partition(START)
     _, end, below = rest.partition(END)
@@ -113,9 +113,9 @@ def _around(readme: Path) -> tuple[str, str] | None:
 
 
 def _table(records: dict[str, Record], picture: Path) -> list[str]:
-    """Lay out the table and its footnotes, and draw the picture where all figures are of one occasion.
+    """Return the table and its footnotes, and draw the plot if all figures are from one occasion.
 
-    What was measured at another time or on other images stands under a dense row of its own.
+    Figures measured at another time or on other images are listed below a dense row of their own.
     """
     fields = {name: asdict(record) for name, record in records.items()}
     dense = {name: comparable_dense(record) for name, record in fields.items()}
@@ -147,7 +147,7 @@ def _table(records: dict[str, Record], picture: Path) -> list[str]:
     if len(together) > 1:
         lines += ["", "No picture: the checkpoints were measured at different times, and such figures do not compare."]
     elif first and all(side.get(key) is not None for side in [first, *(r.slim for r in records.values())]):
-        from lfrns_hub.plots import plot_ladder  # here: matplotlib is slow to import
+        from lfrns_hub.plots import plot_ladder  # imported here: matplotlib is slow
 
         plot_ladder([record.slim for record in records.values()], first, picture)
         lines += ["", f"![Accuracy against MACs and latency, dense and slim]({PICTURE})"]
@@ -155,14 +155,14 @@ def _table(records: dict[str, Record], picture: Path) -> list[str]:
 
 
 def columns(side: dict[str, Any]) -> Sequence[str]:
-    """Return the headings of the figures of one model, which its outputs decide."""
+    """Return the headings of the figures of one model, which depend on its outputs."""
     near = nearness(side).label.replace("agreement with dense", "agreement")
     accuracy = main_figure(side).label
     return ("MACs kept", accuracy, near, "params, M", "GMACs", "latency, ms", "dense, ms", "size, MB")
 
 
 def cells(side: dict[str, Any], dense: dict[str, Any] | None) -> Sequence[str]:
-    """Return the figures of one model under `columns`."""
+    """Return the figures of one model for `columns`."""
     kept = side["macs_g"] / dense["macs_g"] if dense and dense.get("macs_g") else None
     before = (dense or {}).get("latency_ms")
     figures = [
@@ -182,7 +182,7 @@ def cells(side: dict[str, Any], dense: dict[str, Any] | None) -> Sequence[str]:
 
 
 def _footnote(record: Record, dense: dict[str, Any], why: str | None) -> str:
-    """Say what the figures were taken on, and why the dense model's are missing where they are."""
+    """Return how the figures were measured, and why the dense model's are missing if they are."""
     setup, images = record.setup, record.slim.get("images")
     machine = setup.get("machine") or {}
     beside = (
@@ -196,5 +196,5 @@ def _footnote(record: Record, dense: dict[str, Any], why: str | None) -> str:
 
 
 def _plain(name: str) -> str:
-    """Keep what the Hub takes in a name."""
+    """Return a name with only the characters that the Hub allows."""
     return re.sub(r"[^\w-]+", "_", name).strip("_")

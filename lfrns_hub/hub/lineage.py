@@ -1,4 +1,4 @@
-"""Where published weights come from: the Hub id of the dense model, and its licence as its publisher states it."""
+"""Origin of published weights: the Hub id of the dense model, and its licence as its publisher states it."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download, hf_hub_url, metadata_load
 from lfrns_hub.hub.reach import CONNECT_TIMEOUT_S, cached, reach_hub
 
 KEYS = ("base_model", "license", "license_name", "license_link")
-# Of the licences that timm names, those that the Hub has an identifier for; it refuses a card with any other.
+# Licences named by timm for which the Hub has an identifier; it refuses a card with any other.
 HUB_LICENSES = {
     "apache-2.0",
     "apple-amlr",
@@ -25,14 +25,14 @@ HUB_LICENSES = {
 
 
 def base_facts(name: str) -> dict[str, str]:
-    """Say of published weights where they come from and under which licence, as their publisher states it.
+    """Return the origin and the licence of published weights, as their publisher states them.
 
     Args:
         name: A timm name with weights ("resnet50.a1_in1k"), a Hub id ("user/name", "hf-hub:user/name@revision"), or a
-            folder ("local-dir:" may stand before it), whose README.md is asked.
+            folder (with or without "local-dir:"), whose README.md is read.
     Returns:
-        Of `base_model` (Hub id), `license` (the Hub's identifier, "other" with a `license_name` and perhaps a
-        `license_link`) what is known; what is not, a Hub that cannot be reached within seconds included, is left out.
+        The known ones of `base_model` (Hub id) and `license` (the Hub's identifier, or "other" with a `license_name`
+        and perhaps a `license_link`). Unknown ones are left out, also if the Hub cannot be reached within seconds.
     Raises:
         ValueError: Neither a timm name, a Hub id nor a folder.
 
@@ -58,7 +58,7 @@ def base_facts(name: str) -> dict[str, str]:
 
 
 def _license(timm_license: str | None) -> dict[str, str]:
-    """Put timm's word for a licence into the Hub's."""
+    """Translate timm's name of a licence to the Hub's."""
     if not timm_license or timm_license == "unknown":
         return {}
     known = timm_license in HUB_LICENSES
@@ -66,28 +66,28 @@ def _license(timm_license: str | None) -> dict[str, str]:
 
 
 def _fetch_card(repo_id: str) -> Path | None:
-    """Find a model's card in the cache or on the Hub; None where there is none or no way to it."""
+    """Return a model's card from the cache or the Hub; None if there is none or the Hub is out of reach."""
     try:
         if (path := cached(repo_id, "README.md")) is None:
             reach_hub(f"the card of {repo_id}")
             path = Path(hf_hub_download(repo_id, "README.md", etag_timeout=CONNECT_TIMEOUT_S))
-    except Exception:  # of the client's dozen whichever it is: a card that cannot be had leaves the licence unknown
+    except Exception:  # any of the client's dozen errors: without a card the licence is unknown
         return None
     return path
 
 
 def _stated(card: Path | None, repo_id: str | None = None) -> dict[str, str]:
-    """Read what a card's front matter says, if there is one that can be read; a link to a file of the repository."""
+    """Read a card's front matter, if possible; a link to a file refers to the card's repository."""
     if card is None or not card.is_file():
         return {}
     try:
         front: Any = metadata_load(card) or {}
-    except Exception:  # YAML that cannot be parsed states nothing
+    except Exception:  # invalid YAML states nothing
         return {}
     stated = {key: front[key] for key in KEYS if isinstance(front.get(key), str) and front[key] != "unknown"}
-    if stated.get("license") != "other":  # what the Hub has an identifier for needs no name and no link
+    if stated.get("license") != "other":  # a licence with an identifier needs no name and no link
         stated = {key: value for key, value in stated.items() if key in ("base_model", "license")}
     link = stated.pop("license_link", "")
-    if "://" not in link:  # a file beside that card, not beside ours
+    if "://" not in link:  # a file next to that card, not next to ours
         link = hf_hub_url(repo_id, link) if repo_id and link else ""
     return stated | ({"license_link": link} if link else {})

@@ -1,4 +1,4 @@
-"""To the Hub and from it: the one place that speaks huggingface_hub's HTTP."""
+"""Upload to the Hub and download from it: the only file that uses huggingface_hub's HTTP client."""
 
 import hashlib
 import logging
@@ -22,11 +22,11 @@ from lfrns_hub.format.untrusted import read_json, short
 from lfrns_hub.hub.handwritten import merge_cards
 from lfrns_hub.runs import settle
 
-# Root of the client's HTTP errors, by way of one of them: the library under huggingface_hub changes between versions.
+# Base class of the client's HTTP errors, through one of them: the library below huggingface_hub changes with versions.
 TransportError = HfHubHTTPError.__bases__[0]
 WEIGHTS, INDEX, GALLERY = "model.safetensors", "model.safetensors.index.json", "clusters.png"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-# What `save` writes, and what it may find of an earlier one.
+# Files that `save` writes, and that it may find from an earlier save.
 SAVED = (
     "README.md",
     "config.json",
@@ -38,10 +38,10 @@ SAVED = (
     GALLERY,
     WEIGHTS,
 )
-# What a checkpoint consists of, whoever wrote it: `save`, save_pretrained, the Trainer, timm. No pickle goes up or
-# comes down, nor does a state of training, which names folders of the machine.
+# Files of a checkpoint, written by `save`, save_pretrained, the Trainer or timm. Pickles are neither sent nor fetched,
+# nor are training states, which contain folder names of the machine.
 NAMES = (*SAVED, "processor_config.json", INDEX)
-# Of an earlier push they stay where the folder has no such file; all others would be false beside new weights.
+# Files of an earlier push that stay if the folder has no such file; all others would not match the new weights.
 KEPT = ("README.md", "config.json")
 AGAIN = "Push the folder again."
 MAX_LISTED = 8  # names in a message
@@ -59,30 +59,30 @@ def push(
     token: str | None = None,
     with_images: bool = False,
 ) -> str | None:
-    """Upload a saved checkpoint as one commit: the repository then holds all of it, or is as it was.
+    """Upload a saved checkpoint as one commit: the repository then has all of it, or is unchanged.
 
-    What a checkpoint consists of is sent, by name; what else lies in the folder stays there and is named in a warning.
-    Of a card that is in the repository already, the sections and the front matter that people wrote are kept (see
-    `handwritten.merge_cards`), as are files that are not a checkpoint's.
+    Files of a checkpoint are sent, by name; other files in the folder are not sent and are listed in a warning. Of an
+    existing card in the repository, the sections and the front matter that people wrote are kept (see
+    `handwritten.merge_cards`), as are files that do not belong to a checkpoint.
 
     Args:
-        folder: What `save` wrote.
-        repo_id: "user/name"; made if it is not there.
-        private: The repository must be private, and is made so if it is new.
-        revision: Branch to commit to, made of the default branch if it is not there, or "refs/pr/N".
-        commit_message: What the commit says.
+        folder: A folder written by `save`.
+        repo_id: "user/name"; created if it does not exist.
+        private: The repository must be private; a new one is created private.
+        revision: Branch to commit to, created from the default branch if it does not exist, or "refs/pr/N".
+        commit_message: Message of the commit.
         create_pr: Open a pull request against the default branch instead of committing to it.
-        token: Of the Hub; by default the one that `hf auth login` stored.
-        with_images: Send clusters.png as well, and let the card show it: there are your training images in it.
+        token: Token of the Hub; default: the one stored by `hf auth login`.
+        with_images: Also send clusters.png, and show it in the card: it contains some of your training images.
     Returns:
-        Address of the commit, or of the pull request. Of several processes only the main one pushes, and the others
-        get None at once.
+        Address of the commit, or of the pull request. Of several processes only the main one pushes; the others return
+        None at once.
     Raises:
         FileNotFoundError: The folder is not a saved checkpoint, or lacks a shard that its index names.
-        ValueError: A file of the folder is a link to elsewhere, the id is none, both a revision and a pull request are
-            asked for, the repository is public where private is asked for, or the front matter of a card cannot be
+        ValueError: A file of the folder is a link to outside, the id is not valid, both a revision and a pull request
+            are requested, the repository is public but private is requested, or the front matter of a card cannot be
             read.
-        ConnectionError: The Hub could not be reached, refused, or had somebody else's commit meanwhile.
+        ConnectionError: The Hub could not be reached, refused, or had another commit in the meantime.
     Example:
         >>> push("out", "user/resnet50.lfrns50", private=True)  # doctest: +SKIP
         'https://huggingface.co/user/resnet50.lfrns50/commit/...'
@@ -94,7 +94,7 @@ def push(
             f"push(revision={revision!r}, create_pr=True): a pull request is opened against the default branch. "
             "Give only one of them."
         )
-    settle(folder, _is_own)  # a save that was killed may have left its last step
+    settle(folder, _is_own)  # a killed save may not have done its last step
     own = _own_files(folder, call, with_images=with_images)
     files: dict[str, Path | bytes] = {path.name: path for path in own}
     if not _is_main_process():
@@ -126,7 +126,7 @@ def push(
     removals = [CommitOperationDelete(name) for name in gone]
     with _one_message(call, api, "If there is no new pull request, push the folder again." if create_pr else AGAIN):
         if not has_branch:
-            api.preupload_lfs_files(repo_id, additions, free_memory=False)  # first: if it fails, there is no branch
+            api.preupload_lfs_files(repo_id, additions, free_memory=False)  # first: if it fails, no branch is created
             api.create_branch(repo_id, branch=revision, revision=head.sha, exist_ok=True)
         # Not upload_folder, which makes several commits of a folder.
         commit = api.create_commit(
@@ -135,15 +135,15 @@ def push(
             commit_message=commit_message or f"Upload {folder.resolve().name}",
             revision=revision,
             create_pr=create_pr,
-            parent_commit=head.sha,  # the Hub refuses if somebody else has committed since
+            parent_commit=head.sha,  # the Hub refuses if there has been another commit since
         )
     return commit.pr_url or commit.commit_url
 
 
 def _own_files(folder: Path, call: str, *, with_images: bool = False) -> list[Path]:
-    """List what of a folder is a checkpoint's, by name, shards by their index; what else lies there stays at home.
+    """Return the files of a folder that belong to a checkpoint, by name, shards by their index.
 
-    A link that leads out of the folder could send anything: only those of the Hub's own cache are followed.
+    A link to outside the folder could send anything: only links of the Hub's own cache are followed.
     """
     needed = ["config.json", *_weights_of(folder, call)]
     for name in needed:
@@ -162,7 +162,7 @@ def _own_files(folder: Path, call: str, *, with_images: bool = False) -> list[Pa
 
 
 def _weights_of(folder: Path, call: str) -> list[str]:
-    """Name the files that hold a folder's weights: model.safetensors, else the index of shards and those it names."""
+    """Return the weight files of a folder: model.safetensors, else the index of shards and the shards that it names."""
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return [WEIGHTS]
     shards = read_json(folder / INDEX, call).get("weight_map")
@@ -177,7 +177,7 @@ def _weights_of(folder: Path, call: str) -> list[str]:
 
 
 def _name_others(folder: Path, sent: Iterable[str], call: str) -> None:
-    """Warn of what lies in a folder and is not sent."""
+    """Log a warning about files in a folder that are not sent."""
     others = sorted({path.name for path in folder.iterdir()} - set(sent))
     if GALLERY in others:
         logger.warning("%s: %s shows training images and is not sent; with_images=True (lfrns push: --with-images) "
@@ -190,7 +190,7 @@ def _name_others(folder: Path, sent: Iterable[str], call: str) -> None:
 
 
 def _without_gallery(card: str) -> str:
-    """Take the picture of clusters out of a card that goes where the picture does not."""
+    """Remove the figure of clusters from a card that is sent without it."""
     return re.sub(rf"^!\[[^\]\n]*\]\({re.escape(GALLERY)}\)\n*", "", card, flags=re.MULTILINE)
 
 
@@ -203,9 +203,9 @@ def fetch(repo_id: str, *, revision: str | None = None) -> Path:
     Returns:
         Folder of the snapshot.
     Raises:
-        FileNotFoundError: Neither a folder nor an id of a repository that can be seen.
-        ConnectionError: The Hub cannot be reached or fails, and the cache does not hold it.
-        ValueError: A file is not the one that the Hub has; the next call downloads it again.
+        FileNotFoundError: Neither a folder nor the id of a visible repository.
+        ConnectionError: The Hub cannot be reached or fails, and the checkpoint is not in the cache.
+        ValueError: A file differs from the Hub's; the next call downloads it again.
     """
     call = f"load({repo_id!r})" if revision is None else f"load({repo_id!r}, revision={revision!r})"
     endpoint = HfApi().endpoint
@@ -237,10 +237,10 @@ def fetch(repo_id: str, *, revision: str | None = None) -> Path:
 
 
 def _refuse_damaged(folder: Path, call: str) -> None:
-    """Compare the LFS files of a snapshot with their SHA-256, and take a wrong one out of the cache.
+    """Compare the LFS files of a snapshot with their SHA-256, and remove a wrong one from the cache.
 
-    The client compares no more than sizes. Its cache names an LFS file by the SHA-256 that the repository's metadata
-    gives, so that this needs no network. (Where there are no symbolic links, the cache has no such name.)
+    The client compares only sizes. Its cache names an LFS file by the SHA-256 in the repository's metadata, so this
+    needs no network. (Without symbolic links the cache has no such name.)
     """
     for path in folder.iterdir():
         blob = path.resolve()
@@ -258,7 +258,7 @@ def _refuse_damaged(folder: Path, call: str) -> None:
 
 
 def _find_head(api: HfApi, repo_id: str, revision: str | None) -> tuple[ModelInfo, bool]:
-    """Return the commit that a push builds on, and whether the revision is there."""
+    """Return the commit that a push builds on, and whether the revision exists."""
     try:
         return api.model_info(repo_id, revision=revision), True
     except RevisionNotFoundError:
@@ -267,13 +267,13 @@ def _find_head(api: HfApi, repo_id: str, revision: str | None) -> tuple[ModelInf
 
 @contextmanager
 def _one_message(call: str, api: HfApi, again: str = AGAIN) -> Iterator[None]:
-    """Turn whatever the client raises during a push into one error."""
+    """Convert any error of the client during a push into one."""
     try:
         yield
     except HFValidationError as error:
         raise ValueError(f"{call}: {_first_line(error)}. A Hub id has the form user/name.") from error
     except (TransportError, OSError, RuntimeError, ValueError) as error:
-        # The client wraps what stopped an upload into a RuntimeError, and cannot parse some servers' errors.
+        # The client wraps the cause of a failed upload in a RuntimeError, and cannot parse some servers' errors.
         origin = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         status = getattr(getattr(origin, "response", None), "status_code", None)
         way_out = {
@@ -288,19 +288,19 @@ def _one_message(call: str, api: HfApi, again: str = AGAIN) -> Iterator[None]:
 
 
 def _is_main_process() -> bool:
-    """Return whether this is the first of the processes that run together."""
+    """Return whether this is the main process."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0"  # launched together, but the group is not made yet
+    return os.environ.get("RANK", "0") == "0"  # launched together, but the group does not exist yet
 
 
 def _is_own(name: str) -> bool:
-    """Return whether a file of a repository is a checkpoint's."""
+    """Return whether a file of a repository belongs to a checkpoint."""
     return name in NAMES or SHARD.fullmatch(name) is not None
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the first line of the client's message and what the server said, or the error's class."""
+    """Return the first line of the client's message and the server's message, or the error's class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = getattr(error, "server_message", None)
     parts = [lines[0] if lines else type(error).__name__, *([said.strip()] if said else [])]

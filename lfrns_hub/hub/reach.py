@@ -1,11 +1,11 @@
-"""The Hub within reach or not: noticed within seconds, said in one message."""
+"""Whether the Hub can be reached: detected within seconds, reported in one message."""
 
 import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-# No server that is there takes longer to answer a HEAD; a missing one must be noticed within seconds.
+# A server that exists answers a HEAD faster than this; a missing one must be detected within seconds.
 CONNECT_TIMEOUT_S = 5.0
 OFFLINE_OPTIONS = (
     "Two options need no network: --model FOLDER, a local model (or --weights FILE with a timm name), "
@@ -14,7 +14,7 @@ OFFLINE_OPTIONS = (
 
 
 def cached(repo_id: str, filename: str = "config.json") -> Path | None:
-    """Find a Hub file in the local cache."""
+    """Return the path of a Hub file in the local cache, None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
@@ -24,7 +24,7 @@ def cached(repo_id: str, filename: str = "config.json") -> Path | None:
 
 
 def reach_hub(what: str) -> None:
-    """Raise within seconds where the Hub is out of reach; its own client would retry for a minute."""
+    """Raise an error within seconds if the Hub is out of reach; its own client would retry for a minute."""
     import huggingface_hub
 
     endpoint = huggingface_hub.constants.ENDPOINT
@@ -32,13 +32,13 @@ def reach_hub(what: str) -> None:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         huggingface_hub.get_session().head(endpoint, timeout=CONNECT_TIMEOUT_S)
-    except Exception as error:  # httpx names a dozen; whichever it is, nothing can be fetched
+    except Exception as error:  # httpx has a dozen error types; with any of them nothing can be fetched
         raise ConnectionError(f"could not reach {endpoint} for {what} ({error}). {OFFLINE_OPTIONS}") from error
 
 
 @contextlib.contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into one message."""
+    """Convert errors of the Hub's client into one message."""
     from huggingface_hub import errors
 
     try:

@@ -1,4 +1,4 @@
-"""Latency budgets: what each layer takes by width, measured; what a plan will take, predicted; what it takes, timed."""
+"""Latency budgets: layer times measured by width, latency of plans predicted from them, latency of models measured."""
 
 from lfrns_hub.latency.budget import LatencyBudget
 from lfrns_hub.latency.layer_times import cache_directory

@@ -1,4 +1,4 @@
-"""A budget of latency at one cut: the predicted fraction that its plans are made for, as the whole model is timed."""
+"""A latency budget of one cut: the predicted fraction at which the measured latency of the whole model fits."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,16 +16,16 @@ from lfrns_hub.units import SlimPlan, UnitGroup
 
 
 class LatencyBudget:
-    """Finds predicted fractions of the dense latency at which the measured one is met, and keeps them in the cache."""
+    """Search, with a cache, for predicted fractions of the dense latency at which the measured one meets the budget."""
 
     def __init__(self, meter: LatencyMeter, target: float, cache: Cache, content: Sequence[Any]):
-        """Begin for one cut.
+        """Set up the search for one cut.
 
         Args:
-            meter: Of the dense model.
+            meter: Meter of the dense model.
             target: Fraction of the dense latency to keep, measured.
-            cache: Of the analysis.
-            content: What else the plans depend on.
+            cache: Cache of the analysis.
+            content: Everything else that the plans depend on.
         """
         self.meter, self.target, self.cache = meter, target, cache
         self._content = (*content, meter.setup.describe())
@@ -39,11 +39,11 @@ class LatencyBudget:
         merges: dict[str, Merges],
         round_to: int | str,
     ) -> float:
-        """Find the fraction before anything is learned: units rank by what merging them costs.
+        """Find the fraction before any training: units are ranked by the cost of merging them.
 
         Args:
-            budgets: All of them, as fractions.
-            clustered: Gives representatives, pruning sets and ledger at some budgets.
+            budgets: All budgets, as fractions.
+            clustered: Returns representatives, pruning sets and ledger at some budgets.
             contributions: The costs, [U] per group.
             chosen: Groups that may be cut.
             merges: Their hierarchies.
@@ -65,18 +65,18 @@ class LatencyBudget:
         restored_by: Callable[..., tuple[SlimPlan, dict[str, list[int]]]],
         *content: Any,
     ) -> Ledger:
-        """Return the ledger at the fraction that is right once contributions are known.
+        """Return the ledger at the right fraction when contributions are known.
 
         Args:
-            budgets: As `first` had them, with what it found.
+            budgets: The budgets of `first`, with the fraction that it found.
             ledger: At the clustered widths.
-            restored_by: Gives the plan of a ledger.
-            content: What the plan depends on.
+            restored_by: Returns the plan of a ledger.
+            content: Everything that the plan depends on.
         """
         plan_at = lambda fraction: restored_by(ledger=ledger.in_steps(fraction))[0]  # noqa: E731
         return ledger.in_steps(self._met(plan_at, budgets["latency"], 0.0, budgets, *content))
 
     def _met(self, plan_at: Callable[[float], SlimPlan], start: float, least: float, *content: Any) -> float:
-        """Search from a start, or take what was found before."""
+        """Search from a start, or return the cached result."""
         find = partial(search, plan_at, self.meter.ratio, self.target, start=start, least=least)
         return self.cache.keep("latency", find, *self._content, *content)

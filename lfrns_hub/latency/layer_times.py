@@ -1,4 +1,4 @@
-"""What a stock layer takes by width: measured on a grid once, kept per machine, interpolated between."""
+"""Times of stock layers by width: measured once on a grid, stored per machine, interpolated in between."""
 
 import bisect
 import contextlib
@@ -23,14 +23,14 @@ from lfrns_hub.runs import written_aside
 from lfrns_hub.runs.cache import digest
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the dense width, where a layer is timed; one step as well
-STEPS = (1, 8, 16, 32, 64)  # what vector registers and matrix tiles are made of
+SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the dense width: the widths timed, in addition to one step
+STEPS = (1, 8, 16, 32, 64)  # sizes of vector registers and matrix tiles
 PROBE_WIDTHS = tuple(range(64, 129, 4))
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A layer without its widths: all that its time depends on besides them.
+    """A layer without its widths: everything else that its time depends on.
 
     Attributes:
         kind: "linear", "conv1d", "conv2d" or "conv3d".
@@ -46,7 +46,7 @@ class LayerShape:
 
     @classmethod
     def of(cls, layer: nn.Module, shape: Sequence[int]) -> "LayerShape":
-        """Describe a stock layer on inputs of a shape."""
+        """Return the shape of a stock layer for inputs of a shape."""
         if isinstance(layer, nn.Linear):
             return cls("linear", tuple(shape[:-1]), (("bias", layer.bias is not None),))
         names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
@@ -58,11 +58,11 @@ class LayerShape:
 
     @property
     def family(self) -> str:
-        """Give "linear" or "conv": layers of a family share the hardware's step."""
+        """The family, "linear" or "conv": its layers share the hardware's step."""
         return "linear" if self.kind == "linear" else "conv"
 
     def build(self, out: int, read: int, setup: LatencySetup, channels_last: bool) -> tuple[nn.Module, Tensor]:
-        """Give a stock layer of these widths and an input; what the values are does not matter, if they are normal."""
+        """Build a stock layer of these widths and an input; their values do not matter if they are normal numbers."""
         place = {"dtype": setup.dtype, "device": setup.device}
         options = dict(self.options)
         if self.kind == "linear":
@@ -80,7 +80,7 @@ class LayerShape:
         return layer.eval().requires_grad_(False), images
 
     def key(self, out: int, read: int) -> str:
-        """Name the layer at two widths, for the file."""
+        """Return the key of the layer at two widths, for the file."""
         options = " ".join(f"{name}={value}" for name, value in self.options)
         groups = f" per_group={self.per_group}" if self.per_group else ""
         return f"{self.kind} {list(self.positions)} {options}{groups} {read}->{out}"
@@ -88,12 +88,12 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Milliseconds of one layer over the widths that can change.
+    """Milliseconds of one layer over its variable widths.
 
     Attributes:
-        widths: Ascending widths of each axis that is measured, the last the dense one: [axes][grid].
-        ms: The times there, [grid of axis 0 x grid of axis 1 x ...], the last axis fastest.
-        step: A width costs what the next multiple of this does; 1 interpolates.
+        widths: Ascending widths of each measured axis, the last one dense: [axes][grid].
+        ms: The times at these widths, [grid of axis 0 x grid of axis 1 x ...], the last axis fastest.
+        step: A width costs as much as the next multiple of this; 1 interpolates.
     """
 
     widths: tuple[tuple[int, ...], ...]
@@ -102,11 +102,11 @@ class LayerTimes:
     _seen: dict[tuple[float, ...], float] = field(default_factory=dict, compare=False, repr=False)
 
     def scaled(self, factor: float, step: int) -> "LayerTimes":
-        """Return the times times a factor, in steps."""
+        """Return the times multiplied by a factor, with a step."""
         return LayerTimes(self.widths, tuple(factor * ms for ms in self.ms), step)
 
     def at(self, *kept: float) -> float:
-        """Return the time at widths, one an axis, by linear interpolation; below the grid, that of its smallest.
+        """Return the time at some widths, one per axis, by linear interpolation; below the grid, that of its smallest.
 
         Example:
             >>> LayerTimes(((16, 32),), (1.0, 3.0)).at(24), LayerTimes(((16, 32),), (1.0, 3.0), step=16).at(24)
@@ -133,11 +133,11 @@ class LayerTimes:
 
 
 class LayerTable:
-    """Layers' times on this machine under one setup, measured where they are not known yet.
+    """Layer times on this machine with one setup; unknown ones are measured.
 
     Args:
-        machine: What times layers, as `Machine` does.
-        directory: Where the table is kept, one file a machine and setup; None: the user's cache.
+        machine: An object that times layers, like `Machine`.
+        directory: Folder of the table, one file per machine and setup; None: the user's cache.
     """
 
     def __init__(
@@ -151,14 +151,14 @@ class LayerTable:
         self.known = self._read()
 
     def times(self, shape: LayerShape, widths: Sequence[tuple[int, bool]]) -> LayerTimes:
-        """Return a layer's times over the widths that can change.
+        """Return a layer's times over its variable widths.
 
         Args:
             shape: The layer.
-            widths: Its dense output and input widths, each with whether plans change it; of a grouped convolution the
-                output alone.
+            widths: Its dense output and input widths, each with whether plans change it; only the output for a grouped
+                convolution.
         Returns:
-            Times that never fall as a width grows: what falls is noise, and what is slower by it.
+            Times that never fall as a width grows: a fall is noise, and the slower time before it is lowered.
         """
         step = self.step(shape.family)
         grids = [grid(width, step, shape.per_group) if free else (width,) for width, free in widths]
@@ -176,20 +176,20 @@ class LayerTable:
         return LayerTimes(tuple(grids), tuple(ms.flatten().tolist()))
 
     def step(self, family: str) -> int:
-        """Return the multiple of channels at which layers of a family get slower, as this machine shows it."""
+        """Return the multiple of channels at which layers of a family get slower, as measured on this machine."""
         key = f"step {family}"
         if key not in self.known:
             if family == "linear":
                 shape = LayerShape("linear", (1, 196), (("bias", True),))
             else:
                 shape = LayerShape.of(nn.Conv2d(128, 128, 3, padding=1, bias=False), (1, 128, 28, 28))
-            # Several times, so that a busy moment does not pass for a step.
+            # Several times, so that a busy moment is not taken for a step.
             rounds = [self.machine.time_layers([(shape, width, 128) for width in PROBE_WIDTHS]) for _ in range(3)]
             self.known[key] = find_step(dict(zip(PROBE_WIDTHS, map(min, zip(*rounds, strict=True)), strict=True)))
         return int(self.known[key])
 
     def keep(self) -> None:
-        """Write what was measured; where the folder cannot be written, the next call measures again."""
+        """Write the measured times; if the folder cannot be written, the next call measures again."""
         merged = dict(sorted({**self._read(), **self.known}.items()))
         text = json.dumps({"machine": self.described, "ms": merged, "digest": digest(merged)}, indent=0)
         try:
@@ -199,7 +199,7 @@ class LayerTable:
             pass
 
     def _read(self) -> dict[str, float]:
-        """Return what the file holds; one that is damaged, or was not written by `keep`, holds nothing."""
+        """Return the content of the file; a damaged file, or one not written by `keep`, counts as empty."""
         try:
             stored = read_json(self.path, str(self.path))
         except (OSError, ValueError):
@@ -208,7 +208,7 @@ class LayerTable:
         return ms if isinstance(ms, dict) and stored.get("digest") == digest(ms) else {}
 
     def _point(self, shape: LayerShape, widths: tuple[int, ...]) -> tuple[int, int]:
-        """Return output and input width of a point of a grid."""
+        """Return output and input width of a grid point."""
         if shape.per_group is None:
             return widths[0], widths[1]
         read, made = shape.per_group
@@ -216,7 +216,7 @@ class LayerTable:
 
 
 def grid(width: int, step: int, per_group: tuple[int, int] | None) -> tuple[int, ...]:
-    """Return the widths at which a layer of a dense width is timed: one step, and shares of it in whole steps.
+    """Return the widths at which a layer of a dense width is timed: one step, and shares of the width in whole steps.
 
     Example:
         >>> grid(100, 16, None)
@@ -228,7 +228,7 @@ def grid(width: int, step: int, per_group: tuple[int, int] | None) -> tuple[int,
 
 
 def find_step(ms: dict[int, float]) -> int:
-    """Find at which multiples of a width its times go up: the step whose staircase they fit best, 1 for none.
+    """Find the multiples of a width at which its times rise: the step whose staircase fits best, 1 for none.
 
     Args:
         ms: Times by width, in ms.
@@ -253,7 +253,7 @@ def find_step(ms: dict[int, float]) -> int:
 def cache_directory() -> Path:
     """Return the folder of the user's cache: LFRNS_CACHE, or lfrns_hub in XDG_CACHE_HOME or in ~/.cache.
 
-    A user without a home (a container's unknown uid) has one among the temporary files, and nobody else's.
+    A user without a home (a container's unknown uid) gets a private folder among the temporary files.
     """
     own, home = os.environ.get("LFRNS_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
@@ -266,7 +266,7 @@ def cache_directory() -> Path:
 
 @functools.cache
 def _homeless_directory() -> Path:
-    """Return a folder of this user's alone among the temporary files, the same in every process."""
+    """Return a private folder of this user among the temporary files, the same in every process."""
     folder = Path(tempfile.gettempdir()) / f"lfrns_hub-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)

@@ -1,4 +1,4 @@
-"""What takes times on the machine: of layers by themselves, of layers inside a network, of networks in turns."""
+"""Timing on the machine: of single layers, of layers inside a network, of networks in turns."""
 
 import math
 import statistics
@@ -17,21 +17,21 @@ from lfrns_hub.latency.setup import LatencySetup
 from lfrns_hub.measure import forward_passes, take_turns, wait_for
 from lfrns_hub.model_io.hooks import on_input, on_output
 
-Layer = tuple[LayerShape, int, int]  # and its output and input channels
+Layer = tuple[LayerShape, int, int]  # with its output and input channels
 
-MAX_BYTES = 2**28  # of layers timed in turns: they push each other out of the processor's near caches, as in a network
+MAX_BYTES = 2**28  # of layers timed in turns: they evict each other from the processor's caches, as in a network
 LAYER_SECONDS = 1.0  # for the grid of one layer
 LAYER_RUNS = (3, 9)
-RUNS = 10  # of each network, between two looks at the spread
+RUNS = 10  # of each network, between two checks of the spread
 SECONDS = 3.0  # at most, of one comparison of networks
 SPREAD = 0.004  # standard error of a median ratio that is good enough
 
 
 class Machine:
-    """Takes times as a setup says.
+    """Timing with a setup.
 
     Args:
-        setup: With nothing left to None.
+        setup: The setup, all fields resolved.
         channels_last: Whether convolutions run in this memory format.
     """
 
@@ -39,11 +39,11 @@ class Machine:
         self.setup, self.channels_last = setup, channels_last
 
     def describe(self) -> dict[str, Any]:
-        """Say all that times hang on besides what is timed."""
+        """Return everything that times depend on except the timed module."""
         return {**self.setup.describe(), "channels_last": self.channels_last, "torch": torch.__version__}
 
     def time_layers(self, layers: Sequence[Layer]) -> list[float]:
-        """Time layers by themselves, in turns: the least of some runs, what each takes when nothing disturbs it, ms."""
+        """Time single layers in turns; return the minimum of some runs, the undisturbed time, in ms."""
         found: list[float] = []
         with self.setup.running():
             for part in parts(layers, MAX_BYTES // self.setup.dtype.itemsize):
@@ -58,9 +58,9 @@ class Machine:
         return found
 
     def time_inside(self, models: dict[str, nn.Module], images: Tensor) -> dict[str, dict[str, float]]:
-        """Time networks in turns and the layers inside them: name -> {layer: ms in all its calls, "": ms of the rest}.
+        """Time networks in turns and the layers inside them: name -> {layer: ms of all its calls, "": ms of the rest}.
 
-        Medians over passes; so a layer counts with the weights that it has to fetch, and all with the machine's load.
+        Medians over passes; so a layer's time includes fetching its weights, and all times have the same machine load.
         """
         found = {}
         with self.setup.running(), watched_layers(models, images.device) as laps:
@@ -72,7 +72,7 @@ class Machine:
         return found
 
     def time_models(self, models: dict[str, nn.Module], images: Tensor) -> dict[str, list[float]]:
-        """Time networks in turns until the ratio of the last to the first is known well enough: name -> ms a turn."""
+        """Time networks in turns until the ratio of the last to the first is accurate enough: name -> ms per turn."""
         with self.setup.running():
             if self.setup.compile:
                 torch.compiler.reset()  # else the widths of earlier candidates count towards its limit of recompiles
@@ -89,7 +89,7 @@ class Machine:
 
 @contextmanager
 def watched_layers(models: dict[str, nn.Module], device: torch.device) -> Iterator[dict[str, dict[str, list[float]]]]:
-    """Take the time of every stock layer in every pass: model -> layer -> ms of each pass, all its calls together."""
+    """Time every stock layer in every pass: model -> layer -> ms of each pass, all its calls together."""
     laps: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in models}
     hooks = [hook for name, model in models.items() for hook in _watch(model, device, laps[name])]
     try:
@@ -100,7 +100,7 @@ def watched_layers(models: dict[str, nn.Module], device: torch.device) -> Iterat
 
 
 def _watch(model: nn.Module, device: torch.device, laps: dict[str, list[float]]) -> list[RemovableHandle]:
-    """Hook one model's layers."""
+    """Add timing hooks to one model's layers."""
     started: list[float] = []
     passes = 0
 
@@ -128,7 +128,7 @@ def _watch(model: nn.Module, device: torch.device, laps: dict[str, list[float]])
 
 
 def parts(layers: Sequence[Layer], most: int) -> list[list[Layer]]:
-    """Split layers into runs of at most so many numbers, inputs and weights."""
+    """Split layers into runs of at most `most` numbers, inputs and weights."""
     found: list[list[Layer]] = [[]]
     total = 0
     for shape, out, read in layers:
@@ -143,7 +143,7 @@ def parts(layers: Sequence[Layer], most: int) -> list[list[Layer]]:
 
 
 def spread(times: Sequence[float], others: Sequence[float]) -> float:
-    """Estimate the standard error of the median ratio of two rows of times, as a fraction of it."""
+    """Return an estimate of the standard error of the median ratio of two rows of times, as a fraction of it."""
     low, middle, high = statistics.quantiles((t / o for t, o in zip(times, others, strict=True)), n=4)
-    # Of normal noise: a quartile lies 0.674 deviations off, and a median's error is 1.253 of a mean's.
+    # For normal noise: a quartile lies 0.674 deviations off, and a median's error is 1.253 of a mean's.
     return 1.253 * (high - low) / (2 * 0.674) / middle / len(times) ** 0.5

@@ -1,4 +1,4 @@
-"""One model on one machine: its layers' times, the whole of it dense and slim, the same for all processes."""
+"""Latency meter of one model on one machine: times of its layers and of the whole model, equal on all processes."""
 
 import os
 import statistics
@@ -19,15 +19,15 @@ from lfrns_hub.runs.processes import ALONE, Processes
 from lfrns_hub.surgery import cut
 from lfrns_hub.units import SlimPlan, UnitGroup
 
-LEAST_MS = 1e-6  # a difference of two times can come out below nothing
+LEAST_MS = 1e-6  # a difference of two times can be negative
 
 
 class LatencyMeter:
-    """Times a model and its narrower copies. Only the main process times; the others are told.
+    """Times a model and its narrower copies. Only the main process measures; the others receive its results.
 
     Attributes:
-        setup: With nothing left to None.
-        predicted: What a plan will take.
+        setup: The setup, all fields resolved.
+        predicted: The latency prediction for plans.
     """
 
     def __init__(
@@ -43,17 +43,17 @@ class LatencyMeter:
         directory: str | os.PathLike | None = None,
         machine: Any = None,
     ):
-        """Measure what the cache does not hold.
+        """Measure everything that the cache does not have.
 
         Args:
             dense: The dense model, of any dtype; untouched.
             every, chosen: All groups, and those that may be cut.
-            example: Images [N, C, H, W], of which the first is used.
-            setup: Resolved.
-            channels_last: The layout in which convolutions are to be timed: that of the caller's model.
-            processes: Of the run; the main one takes the times.
-            directory: Of the cache; None: the user's.
-            machine: What takes the times, in place of this machine.
+            example: Images [N, C, H, W]; only the first is used.
+            setup: The resolved setup.
+            channels_last: Whether convolutions are timed in this memory format: that of the caller's model.
+            processes: The processes of the run; the main process measures.
+            directory: Folder of the cache; None: the user's.
+            machine: Replacement for the timing on this machine.
         """
         self.setup, self.processes, self.every, self.plain = setup, processes, every, dense
         self.seen: dict[tuple[tuple[str, int], ...], dict[str, float]] = {}
@@ -88,14 +88,14 @@ class LatencyMeter:
         self.predicted = LatencyModel(costs, chosen, steps, places, (dense_rest, half_rest), half)
 
     def ratio(self, plan: SlimPlan) -> float:
-        """Measure the fraction of the dense time that a plan's model takes: the median over turns of the two.
+        """Measure the fraction of the dense time that a plan's model needs: the median over turns of the two.
 
         Plans of equal widths are timed once.
         """
         return self._timed(plan)["fraction"]
 
     def tell(self, plan: SlimPlan, chosen: Sequence[UnitGroup]) -> dict[str, Any]:
-        """Say what a plan's model takes, measured, and what each layer's part of it is, predicted."""
+        """Return the measured latency of a plan's model, and the predicted part of each layer."""
         removed = {group.name: len(plan.removed(group)) for group in chosen}
         timed = self._timed(plan)
         return {
@@ -108,7 +108,7 @@ class LatencyMeter:
         }
 
     def _timed(self, plan: SlimPlan) -> dict[str, float]:
-        """Time a plan's model beside the dense one."""
+        """Time a plan's model together with the dense one."""
         widths = tuple(sorted((name, len(kept)) for name, kept in plan.keep.items()))
 
         def measure() -> dict[str, float]:
@@ -122,11 +122,11 @@ class LatencyMeter:
         return self.seen[widths]
 
     def _cut(self, plan: SlimPlan) -> nn.Module:
-        """Return a plan's model as it is timed; its weights do not matter."""
+        """Return a plan's model for timing; its weights do not matter."""
         return self._placed(cut(self.plain, self.every, plan))
 
     def _placed(self, model: nn.Module) -> nn.Module:
-        """Bring a copy to the setup's device, dtype and memory format."""
+        """Move a copy to the setup's device, dtype and memory format."""
         model = model.to(device=self.setup.device, dtype=self.setup.dtype).eval()
         return model.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 

@@ -1,4 +1,4 @@
-"""What a forward pass will take at given widths: the layers' measured times, and what is left of the whole model's."""
+"""Predicted latency of a forward pass at given widths: the layers' measured times and the rest of the model."""
 
 import math
 from collections import defaultdict
@@ -21,12 +21,12 @@ class LayerCost:
     """One call of one layer.
 
     Attributes:
-        name: Of the module.
-        times: What it takes over the widths that change.
-        axes: What those widths hang on, in the order of the times' axes.
+        name: Name of the module.
+        times: Its times over the variable widths.
+        axes: Dependence of those widths on the groups, in the order of the times' axes.
         widths: Dense input and output channels.
-        made, read: What its output and input channels hang on.
-        outputs: Numbers that it gives, dense.
+        made, read: Dependence of its output and input channels on the groups.
+        outputs: Size of its output, dense.
     """
 
     name: str
@@ -43,8 +43,8 @@ def observe_shapes(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[t
     shapes: dict[str, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
 
     def note(name: str, inputs: tuple[Any, ...], output: Any) -> None:
-        answers = read_tensors(output)  # of a class of the user's own perhaps several
-        if inputs and answers:  # a keyword argument is for no hook to see
+        answers = read_tensors(output)  # a custom class may return several
+        if inputs and answers:  # a hook does not see keyword arguments
             shapes[name].append((tuple(inputs[0].shape), answers[0].numel()))
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)]
@@ -60,13 +60,13 @@ def layer_costs(
     shapes: dict[str, list[tuple[tuple[int, ...], int]]],
     table: LayerTable,
 ) -> list[LayerCost]:
-    """Look every call of every layer up in the table, which measures what it does not hold.
+    """Look up every call of every layer in the table, which measures missing entries.
 
     Args:
         model: The dense network.
-        groups: Groups that may be cut; widths of no other change.
-        shapes: As `observe_shapes` gives them.
-        table: Of this machine.
+        groups: Groups that may be cut; no other widths change.
+        shapes: As returned by `observe_shapes`.
+        table: Table of this machine.
     """
     owners: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
     for group in groups:
@@ -91,13 +91,13 @@ def layer_costs(
 class LatencyModel:
     """Predicted milliseconds as a function of the units removed.
 
-    The sum of the layers and the rest: norms, activations, additions, softmax, the interpreter. A layer takes what it
-    takes inside the dense model, and falls with its widths as the table says. The rest has a fixed part and one that
-    goes with the numbers that the layers give.
+    The sum of the layers and the rest: norms, activations, additions, softmax, the interpreter. A layer's time is that
+    inside the dense model, and falls with its widths as in the table. The rest has a fixed part and a part proportional
+    to the layers' output sizes.
 
     Attributes:
         smooth: Milliseconds, linear between the measured widths, so that each unit counts.
-        stepped: The same with widths in whole steps of the hardware, as it will be.
+        stepped: The same with widths in whole steps of the hardware, as will be measured.
         multiples: Units of each group that make a whole step.
         rest: Milliseconds of the rest, dense: fixed, and following the widths.
     """
@@ -111,15 +111,15 @@ class LatencyModel:
         rests: tuple[float, float],
         half: dict[str, int],
     ):
-        """Put together what was measured.
+        """Combine the measurements.
 
         Args:
-            layers: Every call of a layer, as `layer_costs` gives them.
+            layers: Every call of a layer, as returned by `layer_costs`.
             groups: Groups that may be cut.
             steps: Multiple at which each layer gets slower, by name of the module.
-            inside: What each layer takes in the dense model, all its calls, ms.
-            rests: What the dense model takes besides, and one with the units of `half` removed, ms.
-            half: Units removed of the latter.
+            inside: Time of each layer in the dense model, all its calls, ms.
+            rests: Time of the rest of the dense model, and of a model with the units of `half` removed, ms.
+            half: Units removed in the latter.
         """
         alone: dict[str, float] = defaultdict(float)
         for layer in layers:
@@ -137,7 +137,7 @@ class LatencyModel:
         parts = [(layer.times, layer.axes) for layer in self.layers]
         for layer in self.layers:
             size, ms = layer.widths[1], follows * layer.outputs / total
-            # In steps as the layer goes: what fills one up costs the rest next to nothing either.
+            # In steps like the layer: filling up a step costs the rest almost nothing either.
             times = LayerTimes(((0, size),), (0.0, ms), layer.times.step) if layer.made else ms
             parts.append((times, [(layer.made, size)] if layer.made else []))
         parts.append((self.rest[0], []))
@@ -146,15 +146,15 @@ class LatencyModel:
         self.multiples = {group.name: self._multiple(group, steps) for group in groups}
 
     def ms(self, removed: dict[str, int]) -> float:
-        """Predict the milliseconds of one pass when `removed` units of each group are gone."""
+        """Return the predicted milliseconds of one pass when `removed` units of each group are removed."""
         return self.stepped(removed)
 
     def fraction(self, removed: dict[str, int]) -> float:
-        """Predict the fraction of the dense time, each unit with its share of a step."""
+        """Return the predicted fraction of the dense time, with an equal share of a step for each unit."""
         return self.smooth(removed) / self.smooth({})
 
     def by_layer(self, removed: dict[str, int]) -> list[dict[str, Any]]:
-        """Tell for each layer what was removed and what it bought; the last row is the rest of the model.
+        """Return for each layer its widths and predicted times; the last row is the rest of the model.
 
         Returns:
             Rows of "layer", "dense" and "slim" [input, output channels], "dense_ms", "slim_ms", predicted. A layer
@@ -187,6 +187,6 @@ class LatencyModel:
 
 
 def ms_left(ms: float | LayerTimes, axes: Axes, removed: dict[str, int]) -> float:
-    """Return the milliseconds of a term when `removed` units of each group are gone."""
+    """Return the milliseconds of a term when `removed` units of each group are removed."""
     kept = (size - sum(width * removed.get(name, 0) for name, width in units.items()) for units, size in axes)
     return ms.at(*kept) if isinstance(ms, LayerTimes) else ms

@@ -1,11 +1,11 @@
-"""The table predicts, the whole model decides: the predicted budget at which the measured one is met."""
+"""Search for the predicted budget at which the latency measured on the whole model meets its budget."""
 
 from collections.abc import Callable
 from typing import TypeVar
 
 Plan = TypeVar("Plan")
 
-WINDOW = 0.98  # of the target: what is measured may lie between this share of it and the target
+WINDOW = 0.98  # of the target: the measured latency may lie between this share of it and the target
 TRIES = 8
 
 
@@ -17,14 +17,14 @@ def search(
     start: float,
     least: float = 0.0,
 ) -> float:
-    """Find the predicted fraction whose plan meets a measured one from below.
+    """Find the predicted fraction at which the measured fraction meets its target from below.
 
     Args:
-        plan_at: Gives the plan at a predicted fraction.
-        measure: Gives the fraction of the dense time that a plan's model takes.
+        plan_at: Returns the plan at a predicted fraction.
+        measure: Returns the fraction of the dense time that a plan's model needs.
         target: Fraction to meet.
-        start: Predicted fraction that is tried first.
-        least: The smallest that there is a plan for.
+        start: Predicted fraction to test first.
+        least: The smallest fraction for which there is a plan.
     Returns:
         The predicted fraction.
     Raises:
@@ -64,12 +64,12 @@ def search(
 
 
 def _next(below: tuple[float, float] | None, above: tuple[float, float] | None, aim: float) -> float:
-    """Return the next predicted fraction to try: in proportion, or between two that enclose the target."""
+    """Return the next predicted fraction to test: in proportion, or between two that enclose the target."""
     if below is None or above is None:
         at, ratio = below or above
         return at * aim / ratio
     (low, slow), (high, fast) = below, above
-    if low >= high:  # noise: what was predicted smaller was measured slower
+    if low >= high:  # noise: the plan that was predicted faster was measured slower
         return high * aim / fast
     part = (aim - slow) / (fast - slow)
     return low + (high - low) * min(0.9, max(0.1, part))

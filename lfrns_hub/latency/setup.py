@@ -1,4 +1,4 @@
-"""How forward passes are timed: the caller's choice, the place and the number of threads."""
+"""Setup of timed forward passes: the caller's options, the device and the number of threads."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ from lfrns_hub.model_io.model import dtype_of
 
 @dataclass(frozen=True)
 class LatencySetup:
-    """How a latency budget is timed.
+    """Setup of the measurements for a latency budget.
 
     Attributes:
         batch: Images in one forward pass.
-        dtype: Floating-point type of weights and images; None: the model's.
-        device: Where the passes run; None: where `slim` runs.
-        threads: CPU threads; None: as many as torch uses.
-        compile: Time the models under torch.compile. Layers by themselves are timed eagerly all the same.
+        dtype: Floating-point dtype of weights and images; None: the model's.
+        device: Device of the passes; None: the device of `slim`.
+        threads: CPU threads; None: torch's setting.
+        compile: Time the models under torch.compile. Single layers are still timed eagerly.
 
     Example:
         >>> LatencySetup(threads=1).describe()["threads"]
@@ -67,7 +67,7 @@ class LatencySetup:
                 raise ValueError("LatencySetup(device=meta): nothing runs there. Pass 'cpu' or 'cuda'.")
 
     def resolved(self, model: nn.Module, device: torch.device) -> "LatencySetup":
-        """Put in place of None what a model and the device of a run say."""
+        """Replace None by the values of a model and of a run's device."""
         return replace(
             self,
             dtype=self.dtype or dtype_of(model),
@@ -98,7 +98,7 @@ class LatencySetup:
 
 
 def name_device(device: torch.device) -> str:
-    """Name the processor behind a device."""
+    """Return the name of the processor of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_name() if device.type == "cpu" else device.type

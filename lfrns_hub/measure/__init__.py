@@ -1,4 +1,4 @@
-"""What a model scores and what it costs: accuracy, parameters, MACs, latency, and the Record that keeps them."""
+"""Measurements of a model: accuracy, parameters, MACs, latency, and the Record of them."""
 
 from lfrns_hub.measure.compare import measure, measure_each
 from lfrns_hub.measure.counting import count_macs, count_params

@@ -1,4 +1,4 @@
-"""One model measured, or slim ones beside their dense one: the Record of all figures."""
+"""Measurement of one model, or of slim models and their dense one: the Record of all figures."""
 
 import copy
 from collections.abc import Iterable
@@ -25,24 +25,25 @@ def measure(
     example_input: Tensor | None = None,
     progress: bool = True,
 ) -> Record:
-    """Measure a model, and its dense one beside it on the same images and in turns on the clock.
+    """Measure a model and its dense one, on the same images and with alternating latency runs.
 
     Args:
-        model: The slim model (or any model, if there is no dense one). Wrappers of torch.compile and DDP come off:
+        model: The slim model (or any model, if there is no dense one). Wrappers of torch.compile and DDP are removed:
             the figures are the plain module's.
-        loader: Labelled images, without labels for a model that answers with features; None leaves every accuracy
-            unmeasured. Images take each model's own dtype. What the outputs mean, and so what is measured, is said as
-            for `slim`.
-        dense: The model it came from.
-        accelerator: Shares the images out; latency is taken on the main process alone while the others wait.
-        example_input: Images [N, C, H, W] of which the first sets the input size of MACs and latency. Without it: the
-            size of the loader's images, else the input size that the model's timm or transformers configuration names.
+        loader: Labelled images, or unlabelled ones for a model that returns features; None leaves every accuracy
+            unmeasured. Images are cast to each model's dtype. The meaning of the outputs, and so the figures, is
+            determined as for `slim`.
+        dense: The model that it was made from.
+        accelerator: Splits the images over its processes; latency is measured only on the main process while others
+            wait.
+        example_input: Images [N, C, H, W]; the first sets the input size for MACs and latency. Without it: the size of
+            the loader's images, else the input size in the model's timm or transformers configuration.
         progress: Show a bar on the main process.
     Returns:
         The record, the same on every process, with the figures that fit the outputs; see `evaluate`. For features it
-        has explained_pct alone.
+        has only explained_pct.
     Raises:
-        ValueError: No input size is known, or as `evaluate`.
+        ValueError: No input size is known, or as for `evaluate`.
     """
     options = {"accelerator": accelerator, "example_input": example_input, "progress": progress}
     return measure_each({"slim": model}, loader, dense=dense, **options)["slim"]
@@ -57,15 +58,15 @@ def measure_each(
     example_input: Tensor | None = None,
     progress: bool = True,
 ) -> dict[str, Record]:
-    """Measure several models of one dense one in a single pass over the images, and all in turns on the clock.
+    """Measure several slim models of one dense model in a single pass over the images, with alternating latency runs.
 
     Args:
-        models: By any name but "dense", at least one.
+        models: By name, at least one; the name "dense" is reserved.
         loader, dense, accelerator, example_input, progress: As for `measure`.
     Returns:
-        A record for each, as `measure` would give it, all of one occasion.
+        A record for each model, as `measure` would return it, all from one occasion.
     Raises:
-        ValueError: As `measure`.
+        ValueError: As for `measure`.
     """
     slims = {name: unwrap(model, "measure") for name, model in models.items()}
     models = slims if dense is None else {**slims, "dense": unwrap(dense, "measure")}
@@ -110,7 +111,7 @@ def measure_each(
 
 
 def _configured_image(model: nn.Module) -> Tensor:
-    """Return a black image of the size that a model's configuration names, which other arguments may have overruled."""
+    """Return a black image of the size in a model's configuration, which other arguments may have overridden."""
     image = torch.zeros(1, *_configured_size(model))
     try:
         count_macs(model, image)

@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from lfrns_hub.format.narrow import model_copy
 from lfrns_hub.model_io.model import as_input, unwrap
 
-# torch counts the fused attention of GPUs; that of CPUs is missing from its table and would count as nothing.
+# torch counts the fused attention of GPUs; the CPU kernel is missing from its table and would count as zero.
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def count_params(model: nn.Module) -> int:
-    """Count parameters; one that several modules share counts once.
+    """Count parameters; a parameter that several modules share counts once.
 
     Example:
         >>> count_params(nn.Linear(3, 2))
@@ -26,11 +26,11 @@ def count_params(model: nn.Module) -> int:
 def count_macs(model: nn.Module, example_input: Tensor) -> int:
     """Count multiply-accumulates of convolutions, linear layers and attention for one image.
 
-    The count runs on a copy on the meta device, which computes nothing; a model that cannot run there is counted
-    on a copy where it is.
+    The count runs on a copy on the meta device, which computes nothing; a model that cannot run there is counted on
+    a copy on its own device.
 
     Args:
-        model: Left untouched; in wrappers of torch.compile or DDP too.
+        model: Untouched; may be wrapped by torch.compile or DDP.
         example_input: Images [N, C, H, W]; only the first is used.
     Returns:
         MACs of one forward pass in eval mode, batch 1.

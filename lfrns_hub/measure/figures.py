@@ -1,4 +1,4 @@
-"""The figures of each kind of output: what they need of every batch, what they are, how slim compares with dense.
+"""Figures of each kind of output: the data kept of every batch, the scores, the comparison of slim with dense.
 
 N images, K outputs of one head.
 """
@@ -18,13 +18,13 @@ class Figure:
     """One figure of a head, as tables and cards show it.
 
     Attributes:
-        key: In a record.
-        label: In the table on the terminal.
-        title: In a card.
-        form: Of its digits.
-        unit: After the number in a card.
-        change: What tells slim from dense: "points", "difference", or "" for a figure of the slim model alone.
-        metric: Name of the metric in the Hub's model-index; "" for one that has no place there.
+        key: Its key in a record.
+        label: Its label in the table on the terminal.
+        title: Its title in a card.
+        form: Format of its digits.
+        unit: Unit after the number in a card.
+        change: How slim compares with dense: "points", "difference", or "" for a figure of the slim model only.
+        metric: Name of the metric in the Hub's model-index; "" for a figure that has none.
     """
 
     key: str
@@ -46,12 +46,12 @@ FEATURES_EXPLAINED = Figure(
 
 
 class Kind(ABC):
-    """How outputs of one meaning are scored.
+    """Scoring of outputs of one meaning.
 
     Attributes:
-        figures: What of the scores is shown, the first ones first.
-        worst: The key of the figures by class or label of which the largest loss is told; "" for none.
-        task: The Hub's word.
+        figures: The figures that are shown, the most important first.
+        worst: Key of the figures by class or label whose largest loss is reported; "" for none.
+        task: The Hub's name of the task.
     """
 
     figures: tuple[Figure, ...] = ()
@@ -60,45 +60,45 @@ class Kind(ABC):
 
     @abstractmethod
     def of_batch(self, meaning: Any, part: Tensor, dense: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """Return what is kept of one batch, each [N, ...].
+        """Return the data kept of one batch, each [N, ...].
 
         Args:
-            meaning: Of the head.
+            meaning: Meaning of the head.
             part: Its outputs [N, K].
-            dense: Those of the model to compare with.
-            labels: As `Outputs.read_labels` gives them.
+            dense: Outputs of the model to compare with.
+            labels: As returned by `Outputs.read_labels`.
         """
 
     @abstractmethod
     def scores(self, meaning: Any, kept: dict[str, Tensor], labels: Tensor | None, width: int) -> dict[str, Any]:
-        """Return the figures of one model, from what was kept of all images."""
+        """Return the figures of one model, from the data kept of all images."""
 
     @abstractmethod
     def compared(self, slim: dict[str, Tensor], dense: dict[str, Tensor]) -> dict[str, Any]:
-        """Return the figures of a slim model that a dense one is needed for."""
+        """Return the figures of a slim model that need a dense one."""
 
     def labels_of_batch(self, labels: Tensor) -> Tensor:
-        """Return what is kept of a batch's labels."""
+        """Return the labels to keep of a batch."""
         return labels
 
 
 class ClassFigures(Kind):
-    """Of classes: top-1, by class too."""
+    """Figures of classes: top-1, also by class."""
 
     figures = (Figure("top1_pct", "top-1, %", "Top-1", ".2f", " %", "points", "accuracy"), AGREEMENT)
     worst, task = "per_class_pct", "image-classification"
 
     def of_batch(self, meaning: Classes, part: Tensor, dense: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """Keep the class that each image is taken for, and the cross-entropy."""
+        """Return the predicted class of each image and the cross-entropy."""
         logits = part.float()
         return {"predicted": logits.argmax(1), "loss": F.cross_entropy(logits, labels, reduction="none")}
 
     def labels_of_batch(self, labels: Tensor) -> Tensor:
-        """Take the most likely class of probabilities."""
+        """Return class labels; for probabilities, the most likely class."""
         return labels if labels.ndim == 1 else labels.argmax(1).masked_fill(labels.sum(1) == 0, -100)
 
     def scores(self, meaning: Classes, kept: dict[str, Tensor], labels: Tensor | None, width: int) -> dict[str, Any]:
-        """Count hits, over all images and by class."""
+        """Count correct predictions, over all images and by class."""
         known = meaning.known(labels)
         labels, right = labels[known], (kept["predicted"] == labels)[known]
         counts, hits = labels.bincount(minlength=width).tolist(), labels[right].bincount(minlength=width).tolist()
@@ -110,12 +110,12 @@ class ClassFigures(Kind):
         }
 
     def compared(self, slim: dict[str, Tensor], dense: dict[str, Tensor]) -> dict[str, Any]:
-        """Count the images that both take for the same class."""
+        """Count the images for which both predict the same class."""
         return {"agreement_pct": percent(slim["predicted"] == dense["predicted"])}
 
 
 class LabelFigures(Kind):
-    """Of labels that hold together: mean average precision, and how many single labels are right."""
+    """Figures of multi-label classes: mean average precision and accuracy of single labels."""
 
     figures = (
         Figure("map_pct", "mean average precision, %", "Mean average precision", ".2f", " %", "points",
@@ -126,11 +126,11 @@ class LabelFigures(Kind):
     worst, task = "per_label_ap_pct", "image-classification"
 
     def of_batch(self, meaning: Labels, part: Tensor, dense: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """Keep the logits: average precision ranks all images."""
+        """Return the logits: average precision ranks all images."""
         return {"logits": part.float()}
 
     def scores(self, meaning: Labels, kept: dict[str, Tensor], labels: Tensor | None, width: int) -> dict[str, Any]:
-        """Rank the images by each label; one that no image has, has no average precision."""
+        """Rank the images by each label; a label without images has no average precision."""
         logits, known, holds = kept["logits"], meaning.known(labels), labels > 0.5
         precisions = [_average_precision(holds[k, i], logits[k, i]) for i, k in enumerate(known.T)]
         return {
@@ -142,22 +142,22 @@ class LabelFigures(Kind):
         }
 
     def compared(self, slim: dict[str, Tensor], dense: dict[str, Tensor]) -> dict[str, Any]:
-        """Count the single labels on which both decide alike."""
+        """Count the single labels on which both agree."""
         return {"agreement_pct": percent(((slim["logits"] > 0) == (dense["logits"] > 0)).flatten())}
 
 
 class QuantityFigures(Kind):
-    """Of quantities: R2 and mean absolute error, and the share of the dense model's variance that is reproduced."""
+    """Figures of quantities: R2 and mean absolute error, and the explained share of the dense model's variance."""
 
     figures = (
         Figure("r2", "R2", "R²", ".3f", "", "difference", "r_squared"),
         Figure("mae", "mean absolute error", "Mean absolute error", ".4g", "", "difference", "mae"),
         EXPLAINED,
     )
-    task = None  # the Hub has no word for it
+    task = None  # the Hub has no name for it
 
     def of_batch(self, meaning: Quantities, part: Tensor, dense: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """Keep the answers."""
+        """Return the outputs."""
         return {"values": part}
 
     def scores(self, meaning: Quantities, kept: dict[str, Tensor], labels: Tensor | None, width: int) -> dict[str, Any]:
@@ -172,28 +172,28 @@ class QuantityFigures(Kind):
         return dict(zip(names, (_mean(r2), _mean(mae), loss, r2, mae), strict=True))
 
     def compared(self, slim: dict[str, Tensor], dense: dict[str, Tensor]) -> dict[str, Any]:
-        """Tell how much of the dense answers' variance the slim ones reproduce, the mean over the quantities."""
+        """Return the share of the dense outputs' variance that the slim ones explain, the mean over the quantities."""
         pairs = zip(dense["values"].double().T, slim["values"].double().T, strict=True)
         explained = _mean([_r2(wanted, got) for wanted, got in pairs])
         return {"explained_pct": None if explained is None else 100 * explained}
 
 
 class FeatureFigures(Kind):
-    """Of features: the share of the dense model's variance that is reproduced."""
+    """Figures of features: the explained share of the dense model's variance."""
 
     figures = (FEATURES_EXPLAINED,)
     task = "image-feature-extraction"
 
     def of_batch(self, meaning: Features, part: Tensor, dense: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """Keep each image's relative error."""
+        """Return each image's relative error."""
         return {"error": meaning.relative_error(part, dense)}
 
     def scores(self, meaning: Features, kept: dict[str, Tensor], labels: Tensor | None, width: int) -> dict[str, Any]:
-        """Return nothing: no label speaks of features."""
+        """Return nothing: features have no labels."""
         return {}
 
     def compared(self, slim: dict[str, Tensor], dense: dict[str, Tensor]) -> dict[str, Any]:
-        """Take the mean relative error from one."""
+        """Return one minus the mean relative error, in percent."""
         return {"explained_pct": 100 * (1 - slim["error"].double().mean().item())}
 
 
@@ -206,23 +206,23 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(meaning: Meaning) -> Kind:
-    """Return how outputs of a meaning are scored."""
+    """Return the scoring of a meaning's outputs."""
     return KINDS[meaning.name]
 
 
 def word_of(scores: dict[str, Any]) -> str:
-    """Return what the outputs of a record's side mean; records of before say it by what they hold alone."""
+    """Return the meaning of the outputs of a record's side; older records show it only by their keys."""
     word = scores.get("output")
     return word if isinstance(word, str) and word in KINDS else "features" if "explained_pct" in scores else "classes"
 
 
 def main_figure(scores: dict[str, Any]) -> Figure:
-    """Return the figure that stands for all in a table or plot of several models."""
+    """Return the figure shown in a table or plot of several models."""
     return KINDS[word_of(scores)].figures[0]
 
 
 def nearness(scores: dict[str, Any]) -> Figure:
-    """Return the figure that tells how near a slim model is to its dense one."""
+    """Return the figure for how near a slim model is to its dense one."""
     return KINDS[word_of(scores)].figures[-1]
 
 
@@ -232,7 +232,7 @@ def heads_of(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def main_figures(scores: dict[str, Any]) -> list[tuple[str, Figure, float]]:
-    """Return what labels say of a model: the head, the figure, its value."""
+    """Return the figures of a model that are based on labels: the head, the figure, its value."""
     return [
         (head, figure, of_head[figure.key])
         for head, of_head in heads_of(scores).items()
@@ -242,7 +242,7 @@ def main_figures(scores: dict[str, Any]) -> list[tuple[str, Figure, float]]:
 
 
 def worst(dense: list[float | None], slim: list[float | None]) -> dict[str, Any] | None:
-    """Find the class or label that lost most; of equals the first, None where none was scored."""
+    """Return the class or label that lost most; the first of equals, None where none was scored."""
     pairs = zip(dense, slim, strict=True)
     drops = [(before - after, -i) for i, (before, after) in enumerate(pairs) if None not in (before, after)]
     if not drops:
@@ -258,19 +258,19 @@ def percent(right: Tensor) -> float:
 
 def _average_precision(holds: Tensor, logits: Tensor) -> float | None:
     """Return the average precision of one label in percent, None where no image has it."""
-    from sklearn.metrics import average_precision_score  # here: slow to import
+    from sklearn.metrics import average_precision_score  # imported here: slow
 
     return 100 * float(average_precision_score(holds.numpy(), logits.numpy())) if holds.any() else None
 
 
 def _r2(wanted: Tensor, got: Tensor) -> float | None:
     """Return the share of the variance that is explained, None where there is no variance."""
-    from sklearn.metrics import r2_score  # here: slow to import
+    from sklearn.metrics import r2_score  # imported here: slow
 
     return float(r2_score(wanted.numpy(), got.numpy())) if len(wanted) > 1 and wanted.var() > 0 else None
 
 
 def _mean(values: list[float | None]) -> float | None:
-    """Return the mean of what was measured."""
+    """Return the mean of the measured values."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

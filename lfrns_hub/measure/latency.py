@@ -1,4 +1,4 @@
-"""Milliseconds of a forward pass, models in turns, and what they were taken on."""
+"""Milliseconds of a forward pass, of several models in turns, and the setup of the measurement."""
 
 import contextlib
 import copy
@@ -27,8 +27,8 @@ def measure_latency(
     """Time one forward pass of several models, taking turns so that a busy machine slows them alike.
 
     Args:
-        models: Name -> model, each run as it is (compiled, if it is compiled) and where it is, in eval mode.
-        example_input: Images [N, C, H, W], run as they are: give one image for the latency of batch 1.
+        models: Name -> model, each run as it is (compiled or not, on its device), in eval mode.
+        example_input: Images [N, C, H, W], run as given: pass one image for the latency of batch 1.
         runs: Timed passes of each model.
         warmup: Passes of each model before them that are not timed.
     Returns:
@@ -44,7 +44,7 @@ def measure_latency(
 
 
 def forward_passes(models: dict[str, nn.Module], example_input: Tensor) -> dict[str, Callable[[], None]]:
-    """Return a call for each model that runs it on the images where it is, and returns when it is done."""
+    """Return a call for each model that runs the images on its device and returns when it is done."""
 
     def call(model: nn.Module, images: Tensor) -> None:
         model(images)
@@ -59,15 +59,15 @@ def forward_passes(models: dict[str, nn.Module], example_input: Tensor) -> dict[
 def take_turns(
     calls: dict[str, Callable[[], Any]], *, runs: int, warmup: int, seconds: float = math.inf
 ) -> dict[str, list[float]]:
-    """Time several calls one after the other, again and again.
+    """Time several calls in turns.
 
     Args:
         calls: By name.
         runs, warmup: Turns that are timed, and turns before them that are not.
-        seconds: After which no more turns are taken: a tenth of them for warming up, after one turn at the earliest;
-            the rest for timing, after MIN_TURNS at the earliest.
+        seconds: Time limit of the turns: a tenth of it for warming up, after at least one turn; the rest for timing,
+            after at least MIN_TURNS.
     Returns:
-        Name -> milliseconds of each timed turn, [runs] or fewer; equal places are of the same turn.
+        Name -> milliseconds of each timed turn, [runs] or fewer; equal positions are from the same turn.
     """
     for turns, least, share in ((warmup, 1, 0.1), (runs, MIN_TURNS, 0.9)):
         times: dict[str, list[float]] = {name: [] for name in calls}
@@ -83,7 +83,7 @@ def take_turns(
 
 
 def describe_setup(model: nn.Module, example_input: Tensor, device: torch.device) -> dict[str, Any]:
-    """State what the figures were taken with."""
+    """Return the setup of the measurement."""
     setup = {
         "machine": {
             "cpu": cpu_name(),
@@ -100,7 +100,7 @@ def describe_setup(model: nn.Module, example_input: Tensor, device: torch.device
 
 
 def _version(package: str) -> str | None:
-    """Return the installed version of a package, None where it is not installed (as in a bare checkout)."""
+    """Return the installed version of a package, None where it is not installed (as in a plain checkout)."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -108,7 +108,7 @@ def _version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """Name the processor; on Linux platform.processor() is often empty."""
+    """Return the name of the processor; on Linux platform.processor() is often empty."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -117,6 +117,6 @@ def cpu_name() -> str:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was given."""
+    """Wait until an accelerator has finished its queued work."""
     if device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(device)

@@ -1,4 +1,4 @@
-"""The occasion of a figure: on which images it was taken, and when; only figures of one occasion are compared.
+"""The occasion of a figure: on which images it was measured, and when; only figures of one occasion are compared.
 
 N images, V values of one.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 CHUNK = 1 << 22  # values hashed at once
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a value
-# What is counted of a model and not measured: the same at any moment, for images of one size.
+# Figures that are counted and not measured: always the same for images of one size.
 COUNTED = ("params_m", "macs_g", "flops_g", "size_mb", "input_size")
 BY_SIZE = ("macs_g", "flops_g")
 ANOTHER = (
@@ -23,7 +23,7 @@ ANOTHER = (
 
 
 def new_occasion() -> str:
-    """Name an occasion."""
+    """Return a random id for an occasion."""
     return f"{secrets.randbits(62):016x}"
 
 
@@ -37,12 +37,12 @@ def image_keys(images: Tensor, labels: Any) -> Tensor:
 
 
 def images_id(keys: Tensor) -> str:
-    """Name a set of images by their keys [N], in whatever order and on however many processes they came."""
+    """Return an id of a set of images by their keys [N], independent of their order and of the number of processes."""
     return f"{len(keys)}-{int(keys.sum()) % 2**64:016x}"
 
 
 def weights_id(model: nn.Module) -> str:
-    """Name a model's weights, so that the same can be known again."""
+    """Return an id of a model's weights, so that equal weights can be recognised."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, Tensor) or tensor.is_quantized or tensor.is_sparse:
@@ -54,10 +54,10 @@ def weights_id(model: nn.Module) -> str:
 
 
 def same_occasion(dense: dict[str, Any], slim: dict[str, Any]) -> bool:
-    """Return whether the figures of a record's two sides were taken side by side.
+    """Return whether the figures of a record's two sides were measured together.
 
-    A record of before occasions were noted says it by the agreement of the two models, which only a call that had both
-    could tell.
+    An older record without occasions shows it by the agreement of the two models, which only a call with both could
+    compute.
     """
     if "occasion" in dense or "occasion" in slim:
         return dense.get("occasion") is not None and dense.get("occasion") == slim.get("occasion")
@@ -65,9 +65,9 @@ def same_occasion(dense: dict[str, Any], slim: dict[str, Any]) -> bool:
 
 
 def comparable_dense(record: dict[str, Any]) -> dict[str, Any]:
-    """Return those figures of a record's dense side that may stand beside the slim side's.
+    """Return the figures of a record's dense side that can be compared with the slim side's.
 
-    All that was measured side by side with them; else what is counted, MACs for the same input size alone.
+    These are all that were measured together with them; else those that are counted, MACs only for the same input size.
     """
     dense, slim = record.get("dense") or {}, record.get("slim") or {}
     if not dense or same_occasion(dense, slim):
@@ -78,7 +78,7 @@ def comparable_dense(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def why_no_dense(record: dict[str, Any]) -> str | None:
-    """Say why a record's dense side has no measured figures; None where it has, or where there is nothing to say."""
+    """Explain why a record's dense side has no measured figures; None where it has, or where there is no reason."""
     dense, slim = record.get("dense") or {}, record.get("slim") or {}
     if dense and slim and same_occasion(dense, slim):
         return None
@@ -86,17 +86,17 @@ def why_no_dense(record: dict[str, Any]) -> str | None:
 
 
 def comparable_budgets(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the models at other budgets that were measured side by side with this one."""
+    """Return the models at other budgets that were measured together with this one."""
     occasion = (record.get("slim") or {}).get("occasion")
     rows = (record.get("setup") or {}).get("budgets") or []
     return [row for row in rows if occasion is not None and row.get("occasion") == occasion]
 
 
 def comparable_controls(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the controls whose accuracy is of the same images as the slim model's.
+    """Return the controls whose accuracy was measured on the same images as the slim model's.
 
-    Controls of a recipe that noted no images are of its test images; so is the slim side, unless the command line
-    measured it again since, which notes its `val_split`.
+    Controls of a recipe without recorded images were measured on its test images; so was the slim side, unless the
+    command line measured it again later, which records its `val_split`.
     """
     setup, images = record.get("setup") or {}, (record.get("slim") or {}).get("images_id")
     if images is None and "val_split" in setup:
@@ -116,5 +116,5 @@ def _row_keys(values: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _factors(count: int) -> Tensor:
-    """Draw odd numbers, the same at every call."""
+    """Return random odd numbers, the same at every call."""
     return torch.randint(-(2**62), 2**62, (count,), generator=torch.Generator().manual_seed(count)) * 2 + 1

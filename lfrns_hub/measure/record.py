@@ -1,4 +1,4 @@
-"""The Record of what was measured, its file, and its table."""
+"""The Record of measured figures, its file, and its table."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-# What is told as a number, or as nothing where it was not measured.
+# Keys of numbers, or of None where not measured.
 FIGURES = (
     *dict.fromkeys(figure.key for kind in KINDS.values() for figure in kind.figures),
     "images",
@@ -25,8 +25,8 @@ FIGURES = (
     "latency_ms",
     "size_mb",
 )
-MAX_FIGURE = 1e15  # no figure is as large, NaN and infinity among them
-# What of a setup is read again, and as what.
+MAX_FIGURE = 1e15  # no figure is as large; excludes NaN and infinity
+# Fields of a setup that are read, with their types.
 SETUP = {
     **dict.fromkeys(("dense_id", "dense_missing"), str),
     "machine": dict,
@@ -43,14 +43,14 @@ class Record:
     """The measured figures of a slim model and, where given, of its dense one; None means not measured.
 
     Attributes:
-        dense: output (what the outputs mean: classes, labels, quantities or features; of several heads one word each),
-            the figures that fit them (see `evaluate`), such as top1_pct, images, per_class_pct; and params_m, macs_g,
-            flops_g, latency_ms, size_mb of the dense model.
-        slim: The same of the slim model, plus agreement_pct and worst_class (of labels: the label that lost most)
-            where the dense model was given; of quantities and features explained_pct, the share of the variance of
-            the dense model's answers that the slim model's reproduce, in percent.
-            Each side says by `occasion` in which call it was measured and by `images_id` on which images: only what was
-            measured side by side is ever compared.
+        dense: output (meaning of the outputs: classes, labels, quantities or features; one word each for several
+            heads), the figures that fit them (see `evaluate`), such as top1_pct, images, per_class_pct; and params_m,
+            macs_g, flops_g, latency_ms, size_mb of the dense model.
+        slim: The same for the slim model, plus agreement_pct and worst_class (for labels: the label that lost most)
+            where the dense model was given; for quantities and features explained_pct, the share of the variance of
+            the dense model's outputs that the slim model's explain, in percent.
+            Each side states in `occasion` the call that measured it and in `images_id` the images: only figures
+            measured together are ever compared.
         setup: Machine, dtype, batch and input size of the latency, versions, the slim model's provenance; `dense_id`
             of the dense model's weights, or `dense_missing`, why it was not measured.
     """
@@ -60,21 +60,21 @@ class Record:
     setup: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Write the record as strict JSON (no NaN), indented, one trailing newline."""
+        """Return the record as strict JSON (no NaN), indented, with one trailing newline."""
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Record":
-        """Read what `to_json` wrote.
+        """Read a record that `to_json` wrote.
 
         Raises:
-            ValueError: It is no record.
+            ValueError: The text is not a record.
         """
         return cls._from_fields(parse_json(text, "Record.from_json(...)"))
 
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> "Record":
-        """Take a record from what its JSON holds."""
+        """Build a record from its JSON fields."""
         if not {"slim"} <= fields.keys() <= {"dense", "slim", "setup"}:
             raise ValueError(
                 f"Record.from_json({short(sorted(fields))}): a record has the keys dense, slim, setup. "
@@ -117,8 +117,8 @@ class Record:
 
 
 def format_table(record: Record) -> "Table":
-    """Lay a record out as a table: dense against slim, and what is left of a dense figure of the same occasion."""
-    from rich.table import Table  # here: rich is for tables alone
+    """Format a record as a table: dense, slim, and the change from a dense figure of the same occasion."""
+    from rich.table import Table  # imported here: rich is used only for tables
 
     fields = asdict(record)
     why = why_no_dense(fields)
@@ -148,7 +148,7 @@ def format_table(record: Record) -> "Table":
 
 
 def _figure_row(figure: Figure, head: str, before: float | None, after: float | None) -> "tuple[str | Text, ...]":
-    """Lay out a figure of one head."""
+    """Format a figure of one head."""
     label, shown = cell(f"{head} {figure.label}".strip()), _text(after, figure.form)
     if not figure.change:
         return label, "", shown, ""
@@ -158,7 +158,7 @@ def _figure_row(figure: Figure, head: str, before: float | None, after: float | 
 
 
 def _title(record: Record) -> str:
-    """Say on how many images and on what machine."""
+    """Return the number of images and the machine."""
     machine = record.setup.get("machine", {})
     images = record.slim.get("images")
     accuracy = f"{images} images tested" if images else "accuracy not measured"
@@ -167,16 +167,16 @@ def _title(record: Record) -> str:
 
 
 def _text(value: float | None, form: str) -> str:
-    """Format a figure, or say that there is none."""
+    """Format a figure, or return "not measured"."""
     return "not measured" if value is None else format(value, form)
 
 
 def _worst_row(word: str, head: str, worst: dict[str, Any] | None, names: Any) -> "tuple[str | Text, ...]":
-    """Lay out the class or label that lost most."""
+    """Format the class or label that lost most."""
     label = f"{head} worst {'label' if word == 'labels' else 'class'}".strip()
     if worst is None:
         return cell(f"{label}, %"), "not measured", "not measured", ""
-    name = short(str(names[worst["class"]] if names else worst["class"]))  # a data set's own word
+    name = short(str(names[worst["class"]] if names else worst["class"]))  # a name from a data set
     return (
         cell(f"{label} ({name}), %"),
         f"{worst['dense_pct']:.2f}",

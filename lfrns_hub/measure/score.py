@@ -1,4 +1,4 @@
-"""Run models over images, each counted once on however many processes, and sum their answers up."""
+"""Model outputs on images, each image counted once on any number of processes, and their scores."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ NO_LABELS = (
 
 @dataclass
 class Answers:
-    """What models answered to the images, gathered from all processes.
+    """Outputs of models on the images, gathered from all processes.
 
     Attributes:
-        outputs: What they mean.
-        kept: By model and head, what its `Kind` kept of the images that count, [images, ...] each.
-        labels: Of each head, None where there are none.
-        images, skipped: How many count, and how many could not be read.
-        images_id: Which images count.
+        outputs: Meaning of the outputs.
+        kept: By model and head, the data that its `Kind` kept of the images that count, [images, ...] each.
+        labels: Labels of each head, None where there are none.
+        images, skipped: Number of images that count, and of those that could not be read.
+        images_id: Id of the images that count.
         input_size: [C, H, W].
     """
 
@@ -57,7 +57,7 @@ class Answers:
         }
 
     def compared(self, slim: str, dense: str) -> dict[str, Any]:
-        """Return the figures of one model that another is needed for: agreement, and the class that lost most."""
+        """Return the figures of one model that need another: agreement, and the class that lost most."""
         heads = {}
         for head, meaning in self.outputs.heads.items():
             kind, sides = kind_of(meaning), (self.kept[slim, head], self.kept[dense, head])
@@ -71,7 +71,7 @@ class Answers:
         return self._joined(heads)
 
     def _joined(self, heads: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Put the figures of several heads side by side; those of feature tensors are one."""
+        """Combine the figures of several heads; feature tensors have common figures."""
         word = self.outputs.word
         if isinstance(word, dict):
             return {"output": word, "heads": {name: {"output": word[name]} | one for name, one in heads.items()}}
@@ -89,32 +89,31 @@ def evaluate(
     accelerator: Any = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Score a model on labelled images, each counted once, on however many processes.
+    """Score a model on labelled images, each counted once on any number of processes.
 
     Args:
-        model: Run in eval mode, out of any wrapper; its training mode and device are as before when done.
+        model: Run in eval mode, without wrappers; its training mode and device are restored at the end.
         loader: Yields (images, labels) or dicts with pixel_values and labels.
-        teacher: A model to agree with, such as the dense one.
-        accelerator: Shares the images out among its processes; without it, one process on the model's device.
+        teacher: A model to compare with, such as the dense one.
+        accelerator: Splits the images over its processes; without it, one process on the model's device.
         progress: Show a bar on the main process.
     Returns:
-        output (what the outputs mean), loss (what training lowers, the mean), images, images_skipped (those that could
-        not be read, of label -100: they count in no other figure), images_id (which images these are), input_size
-        [C, H, W], and
+        output (meaning of the outputs), loss (the mean training loss), images, images_skipped (images that could not be
+        read, with label -100: they count in no other figure), images_id (id of these images), input_size [C, H, W], and
 
-        - of classes: top1_pct, per_class_pct (None for a class without images), class_counts; of labels that are
-          probabilities the most likely class is the label. With a teacher agreement_pct, the share of images on which
+        - for classes: top1_pct, per_class_pct (None for a class without images), class_counts; if labels are
+          probabilities, the most likely class is the label. With a teacher agreement_pct, the share of images for which
           it predicts the same class;
-        - of labels that hold together: map_pct (mean average precision, the mean over labels that an image has),
+        - for multi-label classes: map_pct (mean average precision, the mean over labels that an image has),
           per_label_ap_pct, label_accuracy_pct (single labels that are right at a probability of 1/2), label_counts.
-          With a teacher agreement_pct, the share of single labels on which both decide alike;
-        - of quantities: r2 and mae (mean absolute error), the mean over the quantities, per_quantity_r2,
-          per_quantity_mae. With a teacher explained_pct, the share of its answers' variance that is reproduced;
-        - of several heads: these by name, in heads.
+          With a teacher agreement_pct, the share of single labels on which both agree;
+        - for quantities: r2 and mae (mean absolute error), the mean over the quantities, per_quantity_r2,
+          per_quantity_mae. With a teacher explained_pct, the explained share of its outputs' variance;
+        - for several heads: these by name, in heads.
 
-        With a teacher worst_class too, the class or label that lost most, but of quantities.
+        With a teacher also worst_class, the class or label that lost most, except for quantities.
     Raises:
-        ValueError: The loader is empty or has no labels, a label does not fit, or the model answers with features.
+        ValueError: The loader is empty or has no labels, a label does not fit, or the model returns features.
     """
     models = {"model": unwrap(model, "evaluate")}
     if teacher is not None:
@@ -132,7 +131,7 @@ def evaluate(
 
 
 def merged(scores: dict[str, Any], compared: dict[str, Any]) -> dict[str, Any]:
-    """Put what `Answers.compared` tells beside the scores, head by head."""
+    """Add the results of `Answers.compared` to the scores, head by head."""
     if "heads" not in scores:
         return scores | compared
     return scores | {"heads": {name: one | compared["heads"][name] for name, one in scores["heads"].items()}}
@@ -142,13 +141,13 @@ def answer(models: dict[str, nn.Module], loader: Any, processes: Processes, prog
     """Run all models over the images.
 
     Args:
-        models: By name, without wrappers; the last is the one that others are compared with.
-        loader: Batches; their labels are not read where the models answer with features.
-        processes: Share the images out.
+        models: By name, without wrappers; the last is the model that others are compared with.
+        loader: Batches; their labels are not read where the models return features.
+        processes: The processes that share the images.
         progress: Show a bar on the main process.
     Raises:
-        ValueError: There is no image, one has values that are not finite, classes come without labels, labels do not
-            fit, or the models do not answer alike.
+        ValueError: There are no images, a value is not finite, classes come without labels, labels do not fit, or the
+            models' outputs do not match.
     """
     device = processes.device or device_of(next(iter(models.values())))
     loader = processes.prepare_loader(loader)
@@ -189,11 +188,11 @@ def answer(models: dict[str, nn.Module], loader: Any, processes: Processes, prog
 
 
 def _keep(answers: dict[str, Answer], labels: Any, images: int, device: torch.device) -> dict[tuple[str, ...], Tensor]:
-    """Return what is kept of one batch, each [N, ...], by what it is of: of models, of labels, or which images count.
+    """Return the data kept of one batch, each [N, ...], by model and head, by labels, or by which images count.
 
     Raises:
-        ValueError: Classes or labels that hold together come without labels, labels do not fit, or one model has
-            another number of outputs.
+        ValueError: Classes or multi-label classes come without labels, labels do not fit, or a model has another
+            number of outputs.
     """
     *_, dense = answers.values()
     outputs = dense.outputs
@@ -225,7 +224,7 @@ def _keep(answers: dict[str, Answer], labels: Any, images: int, device: torch.de
 
 
 def _readable(labels: Any, images: int) -> Tensor:
-    """Tell which images of a batch could be read, by labels that are used for nothing else, [N], bool."""
+    """Return which images of a batch could be read, by labels that are used for nothing else, [N], bool."""
     if isinstance(labels, Tensor) and labels.shape == (images,) and not labels.is_floating_point():
         return labels.cpu() != UNREADABLE
     return torch.ones(images, dtype=torch.bool)

@@ -1,19 +1,19 @@
-"""The method, a file a step; docs/method.md has the equations. Each file reads those above it alone; slim.py runs them.
+"""The method, one file per step; docs/method.md has the equations. A file imports only those above; slim.py runs them.
 
 | step | file | in the paper's words |
 |---|---|---|
-| the layers that read a group, and how they are watched | taps | |
-| moments of what they read, Fisher weights of what they answer | responses | feature maps |
-| which units others stand in for: functional distance, elimination | redundancy | feature clustering |
-| what kept units express of cut ones, by least squares; integrity | fold | integrity of features' functions |
-| a gate a unit | gates | FCR unit |
-| what a merge costs in loss | costs | |
-| what the network costs at its present widths, against its budgets | ledger | |
-| clusters: the units that leave | pruning_set | pruning set |
+| the layers that read a group, and hooks on their inputs | taps | |
+| moments of their inputs, Fisher weights of their outputs | responses | feature maps |
+| which units can be replaced by others: functional distance, elimination | redundancy | feature clustering |
+| how far kept units express cut ones, by least squares; integrity | fold | integrity of features' functions |
+| one gate per unit | gates | FCR unit |
+| the cost of a merge in loss | costs | |
+| the cost of the network at its present widths, against its budgets | ledger | |
+| clusters: the units to be removed | pruning_set | pruning set |
 | the gates' training, each unit's contribution | fcr | feature contribution ranking |
-| what comes back of the pruning set, by contribution per cost | restore | restore |
+| the units of the pruning set to restore, by contribution per cost | restore | restore |
 | folding layer after layer | reconstruct | |
 | BatchNorm statistics; which candidate is nearest to the dense model | recalibrate | |
-| what was found, kept and lost | report | |
-| what checkpoint and card say of it | provenance | |
+| report of a run | report | |
+| record of a run for checkpoint and card | provenance | |
 """

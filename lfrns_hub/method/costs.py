@@ -1,4 +1,4 @@
-"""What every merge costs in loss: measured group by group where that is affordable, so that layers compare.
+"""The cost of every merge in loss: measured group by group where that is affordable, so that layers compare.
 
 N images, D input channels of a consumer, K of them kept and R removed.
 """
@@ -24,9 +24,9 @@ from lfrns_hub.units import UnitGroup
 
 PROBED_SHARES = (0.25, 0.5, 0.75)
 MOST_PROBES = 256
-FEWEST_PROBES = 8  # with fewer, what is measured is worse than what gradients tell
+FEWEST_PROBES = 8  # with fewer, the measurement is worse than the estimate by gradients
 FEWEST_GRADIENTS = 8
-GRADIENTS_EVERY = 32  # images, of which one is differentiated
+GRADIENTS_EVERY = 32  # images, one of which is differentiated
 
 
 def measure_costs(
@@ -42,23 +42,23 @@ def measure_costs(
 ) -> dict[str, Merges]:
     """Return every merge with its cost in loss: the divergence from the dense model, group by group.
 
-    Each group alone is cut to a few widths, its stand-ins folded in, on a few images; between these widths the
-    divergence is taken as linear in the cumulated cost of the merges. So costs of different layers compare. All these
-    forward passes together may be as many as those of calibration. Where that leaves fewer than FEWEST_PROBES images a
-    width, as for deep networks and few images, the divergence is estimated to second order, for all groups by the same
-    few backward passes.
+    Each group by itself is cut to a few widths, with its stand-ins folded in, on a few images; between these widths the
+    divergence is taken as linear in the cumulated cost of the merges. So costs of different layers compare. There are
+    at most as many of these forward passes as of the calibration. Where that leaves fewer than FEWEST_PROBES images
+    per width, as for deep networks and few images, the divergence is estimated to second order, for all groups by the
+    same few backward passes.
 
     Args:
         model: The dense network in eval mode.
         groups: The groups that are cut.
         merges: Their hierarchies, with costs that compare within a group.
         images: Batches [N, C, H, W] to probe on, held out from the moments' fitting part.
-        calibration_images: How many there are in all.
+        calibration_images: Number of calibration images.
         moments: Responses per consumer.
-        seed: Of the labels drawn for the estimate.
+        seed: Seed of the labels drawn for the estimate.
         processes: Each takes its share of the groups, or of the images.
     Returns:
-        The same orders, costs in nats an image (of features: in shares of their variance), non-decreasing.
+        The same orders, costs in nats per image (features: in shares of their variance), non-decreasing.
     Source: ours; DESIGN.md section 5 asks for a cost in terms of the loss.
     """
     counts = {}
@@ -82,7 +82,7 @@ def measure_costs(
 
 
 def first_images(batches: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Return the first images of some batches, in batches."""
+    """Return the first `count` images, in batches."""
     chosen: list[Tensor] = []
     for batch in batches:
         chosen.append(batch[: count - sum(map(len, chosen))])
@@ -97,9 +97,9 @@ def measured(
     moments: dict[str, Moments],
     processes: Processes = ALONE,
 ) -> Tensor:
-    """Run the network once for each group and width: the divergence per image, [groups, widths], float64.
+    """Run the network once per group and width; return the divergence per image, [groups, widths], float64.
 
-    At each width of a group the units `gone` of it are left out.
+    At each width of a group the units in `gone` are removed.
     """
     with torch.no_grad():
         dense = [answer_to(model, batch) for batch in images]
@@ -112,10 +112,10 @@ def measured(
 
 @dataclass
 class Change:
-    """What one consumer's input loses at one width of a group: x_R becomes x_K F + b.
+    """Change of one consumer's input at one width of a group: x_R becomes x_K F + b.
 
     Attributes:
-        group, place: Of the divergence that it is part of.
+        group, place: Indices of the divergence that it is part of.
         keep, leave: Channels kept [K] and cut [R], int64.
         weight, offset: F [K, R] and b [R], float32.
     """
@@ -128,7 +128,7 @@ class Change:
     offset: Tensor
 
     def of(self, rows: Tensor) -> Tensor:
-        """Return the change of the removed channels of some rows [..., D], [..., R]."""
+        """Return the change of the removed channels for rows [..., D]: [..., R]."""
         estimate = rows[..., self.keep] @ self.weight.to(rows) + self.offset.to(rows)
         return estimate - rows[..., self.leave]
 
@@ -144,10 +144,10 @@ def estimated(
 ) -> Tensor:
     """Estimate the same divergence to second order, [groups, widths], float64.
 
-    With g the gradient, at the consumers' inputs, of the loss to a label drawn from the model's own answer, and d what
-    the inputs change by, it is half the mean over the images of (sum of g d)^2, the sum over positions, channels and
+    With g the gradient, at the consumers' inputs, of the loss for a label drawn from the model's own output, and d the
+    change of the inputs, it is half the mean over the images of (sum of g d)^2, the sum over positions, channels and
     consumers: d^T F d / 2 with the Fisher information F. Errors of one sign at all positions, which a global pool
-    adds up, count as such.
+    adds up, are counted as such.
     """
     device = device_of(model)
     changes: dict[str, list[Change]] = {}
@@ -165,7 +165,7 @@ def estimated(
     found = torch.zeros(len(groups), len(PROBED_SHARES), dtype=torch.float64)
 
     def sloped(slopes: Tensor, of_tap: list[Change], module: nn.Module, value: Tensor) -> Tensor:
-        value = value.clone()  # so that its gradient is this consumer's alone
+        value = value.clone()  # so that its gradient is only this consumer's
         if value.requires_grad:
             on_gradient(value, partial(add_slopes, slopes, of_tap, module, value.detach()))
         return value
@@ -186,13 +186,13 @@ def estimated(
 
 
 def add_slopes(slopes: Tensor, changes: Sequence[Change], module: nn.Module, value: Tensor, gradient: Tensor) -> None:
-    """Add what each change of a consumer's input would change each image's loss by, to first order, in place.
+    """Add, in place, the first-order change of each image's loss by each change of a consumer's input.
 
     Args:
         slopes: [groups, widths, N], float64, on the CPU.
-        changes: Of this consumer.
+        changes: Changes of this consumer's input.
         module: The consumer.
-        value, gradient: Its input and the loss's gradient there.
+        value, gradient: Its input and the gradient of the loss there.
     """
     rows, slope = (
         channels_last(module, t).reshape(slopes.shape[2], -1, channel_count(module)) for t in (value, gradient)
@@ -203,7 +203,7 @@ def add_slopes(slopes: Tensor, changes: Sequence[Change], module: nn.Module, val
 
 
 def spread(merges: Merges, counts: list[int], measured: list[float]) -> Merges:
-    """Return merges whose costs add up to what was measured after some of them, in the proportions that they had."""
+    """Return merges with costs in the same proportions whose sums after some of them equal the measured ones."""
     if not counts:
         return merges
     cost = torch.tensor(merges.cost, dtype=torch.float64)
@@ -226,7 +226,7 @@ def divergence(
     dense: Sequence[Answer],
     moments: dict[str, Moments],
 ) -> float:
-    """Return the divergence from the dense model per image, when one group alone loses units to its stand-ins."""
+    """Return the divergence per image from the dense model when one group loses units to its stand-ins."""
     device = device_of(model)
     hooks = {}
     for tap in group.taps:

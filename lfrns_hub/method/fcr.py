@@ -1,4 +1,4 @@
-"""The FCR unit: the training of the gates, and the contribution of each unit that is read from it.
+"""The FCR unit: the training of the gates, and the contribution of each unit that it gives.
 
 D input channels of a consumer, K kept and R cut of them; O its outputs; U units of a group.
 """
@@ -36,30 +36,30 @@ def learn_contributions(
     progress: Callable[[int], None] | None = None,
     training: Training | None = None,
 ) -> dict[str, Tensor]:
-    """Train the gates and read each unit's contribution.
+    """Train the gates and return each unit's contribution.
 
     The network's weights are frozen. Gates of the pruning set start nearly closed with their stand-ins folded in, so a
-    gate learns what its unit still adds once others stand in for it. The contribution is the part of the loss's fall
-    that a gate's own moves account for, the sum over steps of -gradient x move: units of the loss, comparable across
-    groups, and only large for a gate that learned to open.
+    gate learns what its unit still adds when others stand in for it. The contribution is the decrease of the loss due
+    to a gate's own moves, the sum over steps of -gradient x move: in units of the loss, comparable across groups, and
+    large only for a gate that learned to open.
 
     Args:
         model: The dense network in eval mode, weights not requiring gradients.
         groups: The groups that are cut.
         keep: The representatives of each group; the other units are its pruning set.
         batches: Batches of the user's loader, cycled.
-        moments: Responses per consumer; {} where nothing will be folded, so that nothing stands in for a unit.
-        steps: Gate updates.
-        processes: Each takes its share of every batch; gradients are averaged.
+        moments: Responses per consumer; {} where nothing will be folded, so that there are no stand-ins.
+        steps: Number of gate updates.
+        processes: Each runs its share of every batch; gradients are averaged.
         progress: Called with 1 after each step.
-        training: Where the state is kept, and gone on from.
+        training: Storage of the training state, from which it resumes.
     Returns:
         Contribution of each unit, [U], float64, per group.
     Raises:
         FloatingPointError: The loss is not finite.
-        ValueError: A label is no class of the model.
-    Source: Fang and Yin 2025, the FCR unit; the abstract says what it learns, the gate, the start and the reading are
-        ours (DESIGN.md section 6).
+        ValueError: A label is not a class of the model.
+    Source: Fang and Yin 2025, the FCR unit; the abstract states what it learns; the gate, its start and how the
+        contribution is computed are ours (DESIGN.md section 6).
     """
     run = GateTraining(model, groups, keep, batches, moments, processes)
     state = training.load() if training else None
@@ -83,8 +83,8 @@ class GateTraining:
     """The training of the gates, step by step; its arguments are those of `learn_contributions`.
 
     Attributes:
-        done: Steps taken.
-        contributions: What each group's units have gained so far, [U], float64.
+        done: Number of steps done.
+        contributions: Contribution of each group's units so far, [U], float64.
     """
 
     def __init__(
@@ -105,11 +105,11 @@ class GateTraining:
         self._dense: dict[int, Answer] = {}
 
     def step(self) -> None:
-        """Move every gate once.
+        """Update every gate once.
 
         Raises:
             FloatingPointError: The loss is not finite.
-            ValueError: A label is no class of the model.
+            ValueError: A label is not a class of the model.
         """
         number = self.done % len(self._parts)
         images, labels = self._parts[number]
@@ -126,9 +126,9 @@ class GateTraining:
                 loss = gate_loss(answer, self._dense[number], labels, share) / len(images)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss.item()} at step {self.done}. Check the images' scale.")
-                if not loss.requires_grad:  # all of them lie behind outputs that are not compared: auxiliary heads
+                if not loss.requires_grad:  # all gates lie before outputs that are not compared: auxiliary heads
                     return [torch.zeros_like(gate) for gate in self.gates]
-                # Zero where the forward lets no gradient through, as by rounding.
+                # Zero where no gradient passes through the forward, as after rounding.
                 return list(torch.autograd.grad(loss, self.gates, materialize_grads=True))
 
         gradients = list(map(self.processes.sum, differentiated(gradients_of_gates)))
@@ -142,12 +142,12 @@ class GateTraining:
         self.done += 1
 
     def state(self) -> dict[str, Any]:
-        """Return all that the training goes on from; it draws no random numbers."""
+        """Return the state from which the training resumes; it draws no random numbers."""
         adam = [dict(self._optimizer.state[gate]) for gate in self.gates]
         return {"step": self.done, "gates": list(self.gates), "adam": adam, "contributions": list(self.contributions)}
 
     def take(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Resume from a state that `state` returned."""
         self.done = state["step"]
         for gate, total, value, adam, gained in zip(
             self.gates, self.contributions, state["gates"], state["adam"], state["contributions"], strict=True
@@ -158,7 +158,7 @@ class GateTraining:
 
 
 def small_batches(batches: Sequence[Any]) -> list[tuple[Tensor, Any]]:
-    """Cut the user's batches into those of one step, evenly: gates are few, and many short steps teach them most."""
+    """Split the user's batches evenly into those of one step: gates are few and learn most from many small steps."""
     parts = []
     for batch in batches:
         images, labels = split_batch(batch)
@@ -170,11 +170,11 @@ def small_batches(batches: Sequence[Any]) -> list[tuple[Tensor, Any]]:
 
 
 def gate_loss(answer: Answer, dense: Answer, labels: Any, share: slice) -> Tensor:
-    """Return the divergence from the dense model, plus minus the log-likelihood of labels, summed over the images.
+    """Return the divergence from the dense model minus the log-likelihood of the labels, summed over the images.
 
     Args:
-        answer, dense: Of the gated and the dense model.
-        labels: Of the whole batch; None without labels.
+        answer, dense: Answers of the gated and the dense model.
+        labels: Labels of the whole batch; None without labels.
         share: The images that were run.
     """
     loss = answer.divergence(dense)
@@ -189,7 +189,7 @@ def gate_loss(answer: Answer, dense: Answer, labels: Any, share: slice) -> Tenso
 
 
 def _part(labels: Any, part: slice) -> Any:
-    """Return the labels of some images; several heads have theirs by name."""
+    """Return the labels of some images; with several heads, by name."""
     if isinstance(labels, Mapping):
         return {name: _part(value, part) for name, value in labels.items()}
     return labels[part] if isinstance(labels, (Tensor, list, tuple)) else labels

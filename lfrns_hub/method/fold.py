@@ -1,4 +1,4 @@
-"""Fold: what kept channels express of cut ones, by least squares, and how much of a layer that explains.
+"""Fold: least-squares estimates of cut channels from kept ones, and the share of a layer's output they explain.
 
 D input channels of a consumer, K kept and R cut of them; O its outputs.
 """
@@ -22,7 +22,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, second: Tensor, keep: Tensor, leave: Tensor) -> Self:
-        """Gather them once: of a wide layer that takes as long as solving does."""
+        """Gather the blocks once: for a wide layer this takes as long as solving."""
         rows = second[keep]
         return cls(rows[:, keep], rows[:, leave], second[leave][:, leave])
 
@@ -67,16 +67,16 @@ def output_error(second: Tensor, products: Tensor, keep: Tensor, leave: Tensor, 
         second: Covariance or second moment of all channels, [D, D].
         products: `weight_products` of the channels cut, [cut, cut].
         keep, leave: Channels kept [K] and cut [cut].
-        fold: The estimate [cut, K], or None for nothing.
+        fold: The estimate [cut, K], or None for an estimate of zero.
     """
     return Blocks.of(second, keep, leave).error(products, fold)
 
 
 def best_fold(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> Tensor | None:
-    """Choose the ridge on the held-out images; None where no fold is the best.
+    """Return the fold with the ridge chosen on the held-out images; None where no fold is best.
 
     Args:
-        moments: Of the consumer's input.
+        moments: Moments of the consumer's input.
         weight: The consumer's weight [O, D, ...].
         keep, leave: Channels kept [K] and cut [cut].
     Returns:
@@ -115,10 +115,10 @@ def integrity(moments: Moments, weight: Tensor, keep: Tensor, leave: Tensor) -> 
 def fold(consumer: nn.Module, moments: Moments, keep: Tensor) -> None:
     """Add the cut channels, as far as the kept ones express them, to a consumer's weights, in place.
 
-    Kept channels stand for themselves exactly. A padded convolution takes no offset: it would be wrong at the border.
+    Kept channels keep their own weights exactly. A padded convolution gets no offset: it would be wrong at the border.
 
     Args:
-        consumer: A linear or convolution, still of its dense width D.
+        consumer: A linear or convolution, still with its dense width D.
         moments: Its input's moments.
         keep: Channels that stay, [K], int64.
     """

@@ -1,4 +1,4 @@
-"""The gates of units at the layers that read them, with what stands in for a closed one.
+"""The gates of units at the layers that read them, with the stand-ins of closed units.
 
 D input channels of a consumer, K kept and R cut of them; O its outputs; U units of a group.
 """
@@ -17,22 +17,22 @@ from lfrns_hub.model_io.model import device_of
 from lfrns_hub.units import UnitGroup
 
 NEARLY_CLOSED = 0.05
-# Whose forward pass reads nothing but weight and bias, each by its name: a subclass may read what it likes.
+# Stock forwards that read only `weight` and `bias`, by name. A subclass may read more, so it does not qualify.
 PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 class Gate:
-    """The FCR unit of one consumer: kept channels times their gate; cut ones between their stand-ins and themselves.
+    """The FCR unit of one consumer: kept channels times their gate; cut ones blended with their stand-ins.
 
-    Gates and stand-ins are linear in the consumer's input, as the consumer is: a plain one takes them into its weights
-    at a cost that no image adds to. Any other takes them as a hook on its input.
+    Gates and stand-ins are linear in the consumer's input, as the consumer is: a plain consumer has them folded into
+    its weights, at a cost that does not depend on the number of images. Any other has them as a hook on its input.
 
     Attributes:
-        places: The gates [U] of a group and their channels [U, w], of each group read here.
+        places: The gates [U] and channels [U, w] of each group read here.
     """
 
     def __init__(self, consumer: nn.Module, moments: Moments | None, keep: Tensor, leave: Tensor, device: torch.device):
-        """Fit the stand-ins of channels `leave` [R] from channels `keep` [K]; without moments nothing stands in."""
+        """Fit the stand-ins of channels `leave` [R] from channels `keep` [K]; without moments there are none."""
         fold = None if moments is None else best_fold(moments, consumer.weight.detach(), keep, leave)
         self.fold = self.offset = None
         if fold is not None:
@@ -60,8 +60,8 @@ class Gate:
         return channels_back(module, gated)
 
     def weights(self, consumer: nn.Module) -> dict[str, Tensor]:
-        """Return the weight, and the bias where it changes, by which a plain consumer gates its input itself."""
-        if self._rows is None:  # laid out and gathered once, not at every step
+        """Return the gated weight, and the bias where it changes, of a plain consumer."""
+        if self._rows is None:  # rearranged and gathered once, not at every step
             rows = consumer.weight.movedim(1, -1).contiguous()
             self._rows = rows, rows[..., self.leave]
         (rows, cut_rows), gate = self._rows, self.factors().to(consumer.weight)  # [O, ..., D] and [O, ..., R]; [D]
@@ -69,17 +69,17 @@ class Gate:
         if self.fold is not None:
             standing = cut_rows * (1 - gate[self.leave])
             gated = gated.index_add(-1, self.keep, standing @ self.fold.to(rows))
-            if self.offset is not None:  # nothing is padded: every position of the kernel sees it
+            if self.offset is not None:  # no padding: every position of the kernel reads it
                 added = (standing @ self.offset.to(rows)).reshape(len(rows), -1).sum(1)
                 changed["bias"] = added if consumer.bias is None else consumer.bias + added
         weight = gated.movedim(-1, 1)
-        if consumer.weight.is_contiguous():  # its outputs lie as its weights do, and a forward may view them
+        if consumer.weight.is_contiguous():  # its output has the weights' memory layout, and a forward may view it
             weight = weight.contiguous()
         return changed | {"weight": weight}
 
 
 def is_plain(consumer: nn.Module) -> bool:
-    """Whether a consumer's output is a function of its input, weight and bias alone, with all channels mixed."""
+    """Return whether a consumer's output depends only on its input, weight and bias, with all channels mixed."""
     stock = type(consumer).forward in PLAIN_FORWARDS and "forward" not in vars(consumer)
     return stock and consumer._parameters.get("weight") is not None and getattr(consumer, "groups", 1) == 1
 
@@ -88,7 +88,7 @@ def is_plain(consumer: nn.Module) -> bool:
 def gated(model: nn.Module, hooks: dict[str, Gate]) -> Iterator[None]:
     """Run a model with its consumers gated; a backward pass inside may run parts of the forward again.
 
-    Of a weight that two layers share only this one's reading is gated.
+    For a weight that two layers share, only this layer's use is gated.
     """
     others, before = {}, []
     for name, gate in hooks.items():
@@ -108,7 +108,7 @@ def gated(model: nn.Module, hooks: dict[str, Gate]) -> Iterator[None]:
 
 
 def answer_gated(model: nn.Module, hooks: dict[str, Gate], images: Tensor) -> Answer:
-    """Run images through a model whose consumers are gated, and read the answer; the model stays as it is."""
+    """Run images through a model whose consumers are gated and return the answer; the model is unchanged."""
     with gated(model, hooks):
         return answer_to(model, images)
 
@@ -138,5 +138,5 @@ def make_gates(
 
 
 def answer_to(model: nn.Module, images: Tensor) -> Answer:
-    """Run images, wherever they are, and read the answer."""
+    """Run images, moved to the model's device, and return the answer."""
     return read_answer(model, model(images.to(device_of(model))))

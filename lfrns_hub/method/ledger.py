@@ -1,4 +1,4 @@
-"""What the network costs at the present widths, against its budgets."""
+"""The cost of the network at the present widths, against its budgets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -8,12 +8,12 @@ from lfrns_hub.trace.groups import Cost, MacsModel
 
 
 class SteppedCost(Protocol):
-    """A cost that hardware pays in whole steps of a width, as it does latency.
+    """A cost that changes only in whole steps of a width, as latency does on hardware.
 
     Attributes:
-        smooth: Each unit has its share of a step.
-        stepped: The same in whole steps.
-        multiples: Units of each group that make a step.
+        smooth: The cost with an equal share of a step for each unit.
+        stepped: The cost in whole steps.
+        multiples: Units per step, by group.
     """
 
     smooth: Cost
@@ -23,13 +23,13 @@ class SteppedCost(Protocol):
 
 @dataclass
 class Ledger:
-    """What the network costs at the present widths, and what one unit of a group more or less changes.
+    """The cost of the network at the present widths, and the change when units of a group are removed or restored.
 
     Attributes:
         budgets: Fraction of the dense cost to keep, by "macs", "params" and "latency".
         removed: Units removed so far, by group.
-        latency: What predicts it, where it is among the budgets.
-        stepped: Whether latency goes in the hardware's whole steps, as in truth, or each unit has its share of one.
+        latency: The latency prediction, where latency is among the budgets.
+        stepped: Whether latency changes in the hardware's whole steps, as measured, or by an equal share for each unit.
     """
 
     cost: MacsModel
@@ -52,7 +52,7 @@ class Ledger:
         return cost(after, group) - cost(self.removed, group)
 
     def excess(self, budget: str) -> float:
-        """Return by how much a cost is above its budget, as a fraction of dense."""
+        """Return by how much a cost exceeds its budget, as a fraction of dense."""
         return self.now[budget] / self.dense[budget] - self.budgets[budget]
 
     def apply(self, group: str, units: int) -> None:
@@ -62,14 +62,14 @@ class Ledger:
         self.removed[group] = self.removed.get(group, 0) + units
 
     def share(self, group: str, units: int, over: Sequence[str]) -> float:
-        """Return the mean fraction of dense cost that `units` of a group stand for, over the named budgets."""
+        """Return the mean fraction of the dense cost of `units` of a group, over the named budgets."""
         return sum(abs(self.change(b, group, units)) / self.dense[b] for b in over) / max(1, len(over))
 
     def in_steps(self, latency: float) -> "Ledger":
-        """Return a copy for a predicted latency, which then goes in the hardware's whole steps."""
+        """Return a copy with a budget for the predicted latency, which then changes in the hardware's whole steps."""
         budgets = self.budgets | {"latency": latency}
         return replace(self, budgets=budgets, removed=dict(self.removed), stepped=True)
 
     def met(self) -> bool:
-        """Whether every budget is met."""
+        """Return whether every budget is met."""
         return all(self.excess(b) <= 1e-12 for b in self.budgets)

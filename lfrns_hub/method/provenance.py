@@ -1,4 +1,4 @@
-"""What a checkpoint and its card say of how a slim model was made, of several rounds too."""
+"""Provenance: how a slim model was made, in one or several rounds, for its checkpoint and card."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypedDict, get_origin, get_type_hints
@@ -10,7 +10,7 @@ from lfrns_hub.method.report import SlimReport
 from lfrns_hub.model_io.batches import split_batch
 from lfrns_hub.units import SlimPlan, UnitGroup
 
-MAX_GROUPS = 4096  # of units: the largest models of timm have a few hundred
+MAX_GROUPS = 4096  # unit groups: the largest models of timm have a few hundred
 
 
 def _is_number(value: Any) -> bool:
@@ -35,20 +35,20 @@ def _each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 class Provenance(TypedDict, total=False):
-    """What is known of how a slim model was made: its `lfrns_provenance`, and `slim` in its config.json.
+    """How a slim model was made: its `lfrns_provenance`, and `slim` in its config.json.
 
-    A plain dict in the order of the file, where any field may be missing and others may stand. What a card cannot be
-    written without is annotated with what is needed, in words and as a test.
+    A plain dict in the order of the file; any field may be missing and there may be others. Fields that a card needs
+    are annotated with the required type, in words and as a test.
 
     Attributes:
         widths, kinds, plan: Kept and dense units, kind, and indices of the kept units, by group.
-        budget: Fraction of the dense model's asked for, by name.
+        budget: Fraction of the dense model's cost asked for, by name.
         report: Fractions reached and numbers of units; the integrity of each group.
         approximate: Groups that are not exact.
-        calibration_images, fcr_steps, preset, seed, latency_setup: What `slim` was given.
-        rounds: Of several rounds, what each was asked for and gave.
-        output: What the model's outputs mean: a word, or one by head.
-        base_model, license, license_name, license_link: Of the published weights (see `lineage.base_facts`).
+        calibration_images, fcr_steps, preset, seed, latency_setup: Arguments of `slim`.
+        rounds: Budget and result of each round, if there were several.
+        output: Meaning of the model's outputs: a word, or one per head.
+        base_model, license, license_name, license_link: Facts of the published weights (see `lineage.base_facts`).
     """
 
     widths: Annotated[dict[str, list[int]], "[kept, dense] by group", _each(_is_width)]
@@ -73,18 +73,18 @@ class Provenance(TypedDict, total=False):
 
 
 def provenance_of(model: nn.Module) -> Provenance:
-    """Return what is known of a model's making; of a dense one nothing."""
+    """Return the provenance of a model; empty for a dense one."""
     return getattr(model, "lfrns_provenance", None) or {}
 
 
 def check_provenance(facts: dict[str, Any], call: str) -> None:
-    """Refuse what a file says of a model's making where the card could not be written from it.
+    """Refuse a provenance from a file if the card could not be written from it.
 
     Args:
-        facts: `slim` of a config.json, which anybody may have written.
-        call: What the user called, for the error.
+        facts: `slim` of a config.json, from an untrusted source.
+        call: The user's call, for the error.
     Raises:
-        ValueError: A field is of another type than a card needs, or has more groups than any model.
+        ValueError: A field has another type than a card needs, or more groups than any model has.
     """
     for key, kind in get_type_hints(Provenance, include_extras=True).items():
         if get_origin(kind) is Annotated and facts.get(key) is not None:
@@ -105,7 +105,7 @@ def describe_round(
     fcr_steps: int,
     batches: list[Any],
 ) -> Provenance:
-    """Return what a checkpoint and a card say of one call of `slim`."""
+    """Return the provenance of one call of `slim`."""
     return {
         "plan": plan.keep,
         "widths": {group.name: [group.kept_units, group.dense_units] for group in report.groups},
@@ -131,13 +131,13 @@ def describe_round(
 
 
 def add_round(before: Provenance, made: Provenance) -> Provenance:
-    """Put what was known of a model's making before this round together with this round.
+    """Merge the provenance of earlier rounds with that of this round.
 
-    Plan, widths, budget and fractions are then those of the first dense model; `rounds` has each round as it was.
+    Plan, widths, budget and fractions are then relative to the first dense model; `rounds` has each round unchanged.
 
     Args:
-        before: The provenance of the model that was slimmed, empty of a dense one.
-        made: This round's.
+        before: The provenance of the model that was slimmed, empty for a dense one.
+        made: The provenance of this round.
 
     Example:
         >>> first = {"plan": {"a": [1, 3, 4]}, "widths": {"a": [3, 6]}, "budget": {"macs": 0.5}}
@@ -155,7 +155,7 @@ def add_round(before: Provenance, made: Provenance) -> Provenance:
     was, now = dict(before.get("report") or {}), dict(made.get("report") or {})
     budget = dict(before.get("budget") or {})
     for name, fraction in made["budget"].items():
-        if name != "latency" or "latency_fraction" in was:  # else the first model's time is not known
+        if name != "latency" or "latency_fraction" in was:  # else the first model's latency is not known
             budget[name] = round(fraction * was.get(f"{name}_fraction", budget.get(name, 1.0)), 4)
     for name in ("macs_fraction", "params_fraction", "latency_fraction"):
         if name in was and name in now:
@@ -180,7 +180,7 @@ def add_round(before: Provenance, made: Provenance) -> Provenance:
 
 
 def _round(made: Provenance) -> dict[str, Any]:
-    """Return what one round was asked for and gave, as fractions of the model that it began with."""
+    """Return the options and results of one round, as fractions of the model that it started from."""
     fractions = {k: v for k, v in (made.get("report") or {}).items() if k.endswith("_fraction")}
     asked = ("budget", "preset", "seed", "fcr_steps", "calibration_images")
     return {k: made[k] for k in asked if k in made} | fractions

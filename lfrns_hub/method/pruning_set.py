@@ -12,7 +12,7 @@ from lfrns_hub.method.redundancy import Merges
 from lfrns_hub.trace import Trace
 from lfrns_hub.units import UnitGroup
 
-CLUSTER_TO = 0.8  # of the budget; what lies between it and the budget is restored by contribution
+CLUSTER_TO = 0.8  # of the budget; the remaining part of the budget is restored by contribution
 
 
 def cluster(
@@ -25,10 +25,10 @@ def cluster(
     latency: SteppedCost | None = None,
     refuted: dict[str, str] | None = None,
 ) -> tuple[dict[str, list[int]], dict[str, list[int]], Ledger]:
-    """Cluster below the budgets: representatives and pruning set of each group, and the ledger at those widths.
+    """Cluster below the budgets; return representatives and pruning set of each group, and the ledger at those widths.
 
     Raises:
-        ValueError: The budgets are out of reach; of the groups `refuted` it says why they stay whole.
+        ValueError: The budgets are out of reach; the message explains why the `refuted` groups are not cut.
     """
     full = Ledger(trace.cost, budgets, latency=latency)
     try:
@@ -50,14 +50,14 @@ def cluster(
 
 
 def cluster_down(groups: Sequence[UnitGroup], merges: dict[str, Merges], ledger: Ledger, widths: str) -> dict[str, int]:
-    """Merge the cheapest units of all groups until the budgets are met; returns how many merges of each group.
+    """Merge the cheapest units of all groups until the budgets are met; return the number of merges per group.
 
     Args:
         groups: Groups that may be cut.
         merges: Their hierarchies.
-        ledger: At dense widths; at the clustered ones when this returns.
+        ledger: At dense widths; changed to the clustered widths.
         widths: "global": one threshold of cost per MAC for all groups; "uniform": the same share of each group;
-            "distance": one threshold of cost, whatever it saves.
+            "distance": one threshold of cost, regardless of the savings.
     Raises:
         ValueError: All merges together do not meet the budgets.
     """
@@ -77,7 +77,7 @@ def cluster_down(groups: Sequence[UnitGroup], merges: dict[str, Merges], ledger:
     heapq.heapify(heap)
     while not ledger.met():
         if not heap:
-            shares = {b: math.ceil(1000 * ledger.now[b] / ledger.dense[b]) / 1000 for b in ledger.budgets}  # these hold
+            shares = {b: math.ceil(1000 * ledger.now[b] / ledger.dense[b]) / 1000 for b in ledger.budgets}  # reachable
             least = ", ".join(f"{b}={share:g}" for b, share in shares.items())
             asked = ", ".join(f"{b}={v:g}" for b, v in ledger.budgets.items())
             raise ValueError(
@@ -97,7 +97,7 @@ def cluster_down(groups: Sequence[UnitGroup], merges: dict[str, Merges], ledger:
 
 
 def merge_costs(chosen: Sequence[UnitGroup], merges: dict[str, Merges]) -> dict[str, Tensor]:
-    """Return what merging each unit costs, [U] per group, infinite where it is never merged."""
+    """Return the cost of merging each unit, [U] per group, infinite where it is never merged."""
     by_cost = {}
     for group in chosen:
         by_cost[group.name] = torch.full((group.size,), float("inf"), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""BatchNorm statistics taken again, and which of several slim models is nearest to the dense one on held-out images."""
+"""BatchNorm statistics recomputed, and the choice of the slim model nearest to the dense one on held-out images."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,14 @@ from lfrns_hub.model_io.model import as_input, device_of, same_draw
 
 
 class Judge:
-    """The held-out images and the dense model's answers to them; each model is asked once."""
+    """The held-out images and the dense model's answers to them; each model is run once."""
 
     def __init__(self, dense: nn.Module, batches: Sequence[Tensor]):
-        """Ask the dense model.
+        """Run the dense model.
 
         Args:
-            dense: In eval mode.
-            batches: Calibration images [N, C, H, W], of which those held out are taken.
+            dense: The dense model in eval mode.
+            batches: Calibration images [N, C, H, W]; the held-out ones are used.
         """
         self._held = [batch.to(device_of(dense)) for batch in held_out(batches)]
         with torch.no_grad(), same_draw():
@@ -40,15 +40,15 @@ class Judge:
         return self._known[-1][1]
 
     def nearest(self, candidates: Sequence[nn.Module]) -> nn.Module:
-        """Return the model that diverges least, the first of equals."""
+        """Return the model with the smallest divergence, the first of equals."""
         return min(candidates, key=self.divergence)
 
 
-STATISTICS_BATCH = 32  # images at least of which BatchNorm takes statistics at once: of few they are noise, of one none
+STATISTICS_BATCH = 32  # fewest images for BatchNorm statistics: those of few images are noise, of one undefined
 
 
 def joined(batches: Sequence[Tensor], least: int) -> list[Tensor]:
-    """Join batches of one size of image that follow each other until each has so many images; a short rest joins too.
+    """Join consecutive batches of one image size until each has at least `least` images; a short rest is joined too.
 
     Example:
         >>> [len(batch) for batch in joined([torch.zeros(n, 3, 4, 4) for n in (2, 2, 2, 40, 1)], 4)]
@@ -65,12 +65,12 @@ def joined(batches: Sequence[Tensor], least: int) -> list[Tensor]:
 
 
 def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
-    """Return a copy whose BatchNorm statistics are those of the images.
+    """Return a copy with BatchNorm statistics computed on the images.
 
     Args:
         model: A network with BatchNorm.
-        batches: Images, each [N, C, H, W]; their statistics are averaged. One alone of its size has none and is left
-            out.
+        batches: Images, each [N, C, H, W]; their statistics are averaged. A single image of its size has none and is
+            left out.
     """
     together = [images for images in joined(batches, STATISTICS_BATCH) if len(images) > 1]
     result = model_copy(model).eval()
@@ -92,7 +92,7 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
 
 
 def recalibrated(model: nn.Module, batches: list[Tensor]) -> list[nn.Module]:
-    """Return the copy that `recalibrate` makes on the images not held out; none without BatchNorm or such images."""
+    """Return the copy from `recalibrate` on the images not held out; none without BatchNorm or such images."""
     fit = fitting(batches)
     normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     return (

@@ -1,7 +1,7 @@
-"""Fold: fit the weights of a cut network, layer after layer, so that every layer answers what the dense one's does.
+"""Fold: fit the weights of a cut network, layer after layer, so that every layer's output matches the dense one's.
 
-N images, r positions sampled of each, C channels, P entries that one output reads (input channels x kernel), O outputs,
-G conv groups.
+N images, r positions sampled per image, C channels, P entries that one output reads (input channels x kernel),
+O outputs, G conv groups.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,14 +25,12 @@ from lfrns_hub.units import SlimPlan, UnitGroup
 
 ROWS_PER_ENTRY = 4  # at least
 MAX_ROWS = 65536
-ROWS_SHARE = 4.0  # of the MACs of all images, for the products of rows beyond that; fewer cost accuracy
-TARGETS = 2**24  # figures kept for one layer: rows x outputs, 64 MiB
+ROWS_SHARE = 4.0  # of the MACs of all images, for products of further rows; fewer rows cost accuracy
+TARGETS = 2**24  # values kept for one layer: rows x outputs, 64 MiB
 MAX_ENTRIES = 4608  # 512 channels under a 3x3 kernel: 170 MB of moments, seconds to solve
 MAX_BYTES = 2**30  # of the largest activation: all images run at once
 CHUNK = 16384  # rows in one product
-PRIOR_ROWS = (
-    8  # what the start weighs, in rows at an entry's typical peak: units that hardly ever fire stay as they are
-)
+PRIOR_ROWS = 8  # weight of the start, in rows at an entry's typical peak: units that rarely fire keep their weights
 
 
 def reconstruct(
@@ -46,20 +44,20 @@ def reconstruct(
     seed: int = 0,
     processes: Processes = ALONE,
 ) -> nn.Module:
-    """Return a copy of a cut network whose layers were fitted to the dense one's outputs, on its own inputs.
+    """Return a copy of a cut network whose layers are fitted to the dense one's outputs, on its own inputs.
 
-    One pass: when a layer is about to run, all layers before it have been fitted, so it is fitted to make up for what
-    they could not. Where its output is added to another tensor (a residual sum), it also makes up for that tensor's
-    difference from the dense network's. A layer keeps its weights where held-out images say that they are better.
+    One pass: when a layer is about to run, all layers before it have been fitted, so its fit compensates for their
+    remaining errors. Where its output is added to another tensor (a residual sum), it also compensates for that
+    tensor's difference from the dense network's. A layer keeps its weights where held-out images show they are better.
 
     Args:
         dense: The dense network, in eval mode.
-        slim: What `cut` made of it.
+        slim: The result of `cut`.
         sites: The layers, from the trace, in the order in which they run.
-        groups, plan: What was cut.
+        groups, plan: The groups and the plan of the cut.
         batches: Images [N, C, H, W]; four batches of five fit, the fifth chooses the ridge.
-        seed: Of the sampled positions.
-        processes: Each takes its share of the images; the sums are reduced.
+        seed: Seed of the sampled positions.
+        processes: Each runs its share of the images; the sums are reduced.
     Returns:
         A new model; weights, biases and the running means of BatchNorms differ from `slim`'s.
     Source: Least squares on the layers' outputs is He et al. 2017 (channel pruning), on the slim network's own inputs
@@ -73,13 +71,13 @@ def reconstruct(
 
 @dataclass
 class Fit:
-    """What came of fitting one layer.
+    """Result of fitting one layer.
 
     Attributes:
         weight: [G, O / G, P], float64.
-        offset: [O], or None where the layer has no place for one.
-        share: Of the targets' variance on held-out images, what the weight explains.
-        changed: Whether it differs from where it started.
+        offset: [O], or None where the layer has no parameter for it.
+        share: Share of the targets' variance on held-out images that the weight explains.
+        changed: Whether the weight differs from the start.
     """
 
     weight: Tensor
@@ -89,14 +87,14 @@ class Fit:
 
 
 class Layer:
-    """One layer of the narrow network and what its dense counterpart answers.
+    """One layer of the narrow network, with the outputs of its dense counterpart.
 
     Attributes:
         name, module: The narrow layer.
         kept: Outputs of the dense layer that are compared, [O], int64.
-        scale: What the norm and the layer scales behind it multiply its outputs by, [O].
+        scale: Factor of the following norm and layer scales on its outputs, [O].
         positions: Sampled output positions of each image, [N, r], int64.
-        targets: What it should answer there, [N, r, O], float32.
+        targets: Desired outputs there, [N, r, O], float32.
     """
 
     def __init__(self, site: Site, dense: nn.Module, slim: nn.Module, kept: Tensor, positions: Tensor):
@@ -116,20 +114,21 @@ class Layer:
         """Return the rows of `value` at the sampled positions of its images, [n, r, C].
 
         Args:
-            value: Of those images, [..., C], image after image: [n, T, C], or windows of them [n x windows, T, C].
-            images: Which of all images they are.
+            value: A tensor of those images, [..., C], image after image: [n, T, C], or windows of them [n x windows, T,
+                C].
+            images: Indices of the images among all images.
         """
         index = self.positions[images]
         rows = value.reshape(len(index), -1, value.shape[-1])
         return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1])).float()
 
     def of_sum(self, other: Tensor) -> Tensor:
-        """Return what the layer would have to answer to stand for `other` [n, r, O] in the sum behind it."""
+        """Return the layer output that is equivalent to `other` [n, r, O] in the following sum."""
         small = self.scale.abs() < 1e-2 * self.scale.abs().median()
         return torch.where(small, 0, other / torch.where(small, 1, self.scale))
 
     def entries(self, value: Tensor, images: Tensor) -> Tensor:
-        """Return what each sampled output of some images reads, [G, n r, P + 1]; the last entry is 1."""
+        """Return the input entries of each sampled output of some images, [G, n r, P + 1]; the last entry is 1."""
         if isinstance(self.module, nn.Linear):
             whole = value.reshape(len(self.positions), -1, value.shape[-1])
             rows = self.take(whole[images], images).flatten(0, 1)[:, None]
@@ -167,7 +166,7 @@ class Layer:
         has_offset = self.norm is not None or self.module.bias is not None
         if not has_offset:
             inner, cross, start, fourth = inner[..., :-1, :-1], cross[..., :-1], start[..., :-1], fourth[..., :-1]
-        judge = int(bool(inner[1].any()))  # one batch alone has no held-out part
+        judge = int(bool(inner[1].any()))  # a single batch has no held-out part
         cost = self.scale.double().square().cpu().view(groups, -1)
 
         def error(weight: Tensor) -> float:
@@ -177,7 +176,7 @@ class Layer:
         own = inner[0].diagonal(dim1=-2, dim2=-1).clamp(min=0)
         prior = PRIOR_ROWS * fourth / own.clamp(min=1e-30) + 1e-9 * own.amax(-1, keepdim=True) + 1e-30
         best, least = start, error(start)
-        for ridge in reversed(RIDGES):  # the error has one valley: what comes after it is not solved for
+        for ridge in reversed(RIDGES):  # the error has a single minimum: smaller ridges are not solved for
             fit = solve(inner[0], cross[0], start, ridge * own + prior)
             if (now := error(fit)) >= least:
                 break
@@ -191,7 +190,7 @@ class Layer:
         return Fit(best, None, share, best is not start)
 
     def start(self, groups: int) -> Tensor:
-        """Return the layer's weight and offset, where the ridge draws to, [G, O / G, P + 1]; zero in other widths."""
+        """Return the weight and offset to which the ridge shrinks, [G, O / G, P + 1]; zero if the widths differ."""
         weight, bias = self.module.weight.detach().double().cpu(), self.module.bias
         if len(weight) != len(self.kept):
             return weight.new_zeros(groups, len(self.kept) // groups, weight[0].numel() + 1)
@@ -221,14 +220,14 @@ def fit_layers(
     seed: int,
     processes: Processes = ALONE,
 ) -> None:
-    """Run the dense network for the targets, then the narrow one; hand on each layer's fit just before it runs."""
+    """Run the dense network for the targets, then the narrow one; pass on each layer's fit just before it runs."""
     device, ranks = device_of(dense), processes.count
     numbers = [number for number, batch in enumerate(batches) if batch.shape[1:] == batches[0].shape[1:]]
     batches = [batches[number] for number in numbers]
     every_image = torch.cat(batches)
     two = every_image[:2].to(device)
     places, left = count_places(dense, sites, two), count_places(slim, sites, two)
-    # Where units are the positions of a layer, as in a layer that mixes tokens, rows of the two could not be paired.
+    # Where units are positions of a layer, as in a token-mixing layer, rows of the two networks cannot be paired.
     sites = [
         s for s in sites if left.get(s.module, 0) == places.get(s.module) and fittable(slim.get_submodule(s.module))
     ]
@@ -280,7 +279,7 @@ def fit_layers(
 
 
 def fittable(module: nn.Module) -> bool:
-    """Whether a layer's entries can be gathered and its moments be kept."""
+    """Return whether a layer's entries can be gathered and its moments fit in memory."""
     padding, mode = getattr(module, "padding", 0), getattr(module, "padding_mode", "zeros")
     return module.weight[0].numel() <= MAX_ENTRIES and not isinstance(padding, str) and mode == "zeros"
 
@@ -296,15 +295,15 @@ def kept_outputs(dense: nn.Module, name: str, groups: Sequence[UnitGroup], plan:
 
 
 def count_places(model: nn.Module, sites: Sequence[Site], images: Tensor) -> dict[str, int]:
-    """Count the outputs [O] that each layer gives for one image.
+    """Count the output positions of each layer per image.
 
     Args:
         model: The dense network.
         sites: Its layers.
-        images: Two images, [2, C, H, W]; of one alone nothing can be told, and any order is taken for right.
+        images: Two images, [2, C, H, W]; with one image the order cannot be tested and any order is accepted.
     Returns:
-        Layers whose outputs come image after image: a layer that sees positions first, or windows of all images in
-        turn, is left out, for rows of two networks could not be paired.
+        Layers whose outputs come image after image. A layer with positions first, or with windows of all images in
+        turn, is left out: rows of two networks could not be paired.
     """
 
     def outputs(some: Tensor) -> dict[str, Tensor]:
@@ -312,7 +311,7 @@ def count_places(model: nn.Module, sites: Sequence[Site], images: Tensor) -> dic
 
         def note(name: str) -> OnOutput:
             def noted(module: nn.Module, _inputs: Any, output: Any) -> None:
-                if isinstance(output, Tensor):  # a class of the user's own may answer otherwise
+                if isinstance(output, Tensor):  # a custom class may return something else
                     found[name] = channels_last(module, output)
 
             return noted
@@ -345,7 +344,7 @@ def watching(
     on_output: Callable[[Layer, Tensor], None] | None = None,
     on_other: Callable[[Layer, Tensor], None],
 ) -> Iterator[None]:
-    """Call functions with each layer's input, its output and the other summand, the last two with channels last."""
+    """Call functions on each layer's input, its output and the other summand, the last two with channels last."""
     inputs: list[tuple[nn.Module, OnInput]] = []
     outputs: list[tuple[nn.Module, OnOutput]] = []
 
@@ -378,12 +377,12 @@ def watching(
 
 
 def patches(conv: nn.Module, value: Tensor, positions: Tensor) -> Tensor:
-    """Return what a convolution reads for some of its outputs.
+    """Return the input entries of a convolution for some of its outputs.
 
     Args:
         conv: A convolution of 1 to 3 dimensions, padded with zeros.
         value: Its input, [n, C, ...].
-        positions: Outputs of each image, [n, r], int64.
+        positions: Output positions of each image, [n, r], int64.
     Returns:
         Rows [n r, G, C / G x kernel], in the order of a weight's entries.
     """
@@ -402,15 +401,15 @@ def patches(conv: nn.Module, value: Tensor, positions: Tensor) -> Tensor:
 
 
 def solve(inner: Tensor, cross: Tensor, start: Tensor, pull: Tensor) -> Tensor:
-    """Return the weight [G, O / G, P] of least squared error, drawn to where it starts.
+    """Return the weight [G, O / G, P] of least squared error, with a ridge towards the start.
 
     Args:
         inner: Products of the entries, [G, P, P].
         cross: Products of the targets with the entries, [G, O / G, P].
-        start: Where it is drawn to.
-        pull: How strongly, as a sum of squares of each entry, [G, P].
+        start: The weight that the ridge shrinks to.
+        pull: Strength of the ridge, as a sum of squares of each entry, [G, P].
     Returns:
-        The weight; where it started, if rounding leaves the system without a solution.
+        The weight; the start, if rounding leaves the system without a solution.
     """
     factor, failed = torch.linalg.cholesky_ex(inner + torch.diag_embed(pull))
     if failed.any():

@@ -1,4 +1,4 @@
-"""Pure maths: moments to the order in which a group's units can be merged into others, and what every merge costs.
+"""Pure maths: from moments to the order in which a group's units can be merged into others, and each merge's cost.
 
 U units, at each tap of a width w of its own, D = U x w channels there, O outputs of its consumer.
 """
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from lfrns_hub.method.responses import Moments
 from lfrns_hub.units import UnitGroup
 
-RIDGE = 1e-3  # of each channel's own variance: what the moments of a few thousand rows can tell apart
-MIN_R2 = 0.5  # from here on a removed unit counts as redundant, below as weak
-CANDIDATES = 64  # channels among which a round removes
-MIN_ROUND = 8  # channels that leave in a round at least
+RIDGE = 1e-3  # of each channel's own variance: the resolution of the moments of a few thousand rows
+MIN_R2 = 0.5  # from here on a removed unit is reported as redundant, below as weak
+CANDIDATES = 64  # candidate channels of a round
+MIN_ROUND = 8  # fewest channels removed in a round
 
 
 @dataclass
 class TapView:
-    """What one consumer sees of a group, channels unit after unit.
+    """One consumer's view of a group, channels unit after unit.
 
     Attributes:
-        second: Moments [D, D]; float64, of wide taps float32 (`Moments.matrix`).
-        weight: Its weights, [r, D] in the same dtype: one row of each output and position of the kernel, scaled by the
-            root of what a squared error there costs in loss, or fewer rows with the same Gram matrix.
+        second: Moments [D, D]; float64, for wide taps float32 (`Moments.matrix`).
+        weight: Its weights, [r, D] in the same dtype: one row per output and kernel position, scaled by the root of the
+            loss per squared error there, or fewer rows with the same Gram matrix.
     """
 
     second: Tensor
@@ -44,7 +44,7 @@ class Merges:
     """The hierarchy of one group.
 
     Attributes:
-        order: Units in the order in which they are merged into others; what is not named is never merged.
+        order: Units in the order in which they are merged into others; a unit not listed is never merged.
         cost: Cost of each merge, non-decreasing.
     """
 
@@ -53,13 +53,13 @@ class Merges:
 
 
 def weight_rows(weight: Tensor, channels: Tensor, loss_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a consumer's weights over a group's input channels, outputs weighted by their loss, [r, D], r at most D.
+    """Return a consumer's weights over a group's input channels, scaled by loss weight, [r, D], r at most D.
 
     Args:
         weight: [O, I] or [O, I, kernel...]; the kernel's positions count as outputs.
         channels: The group's input channels, [D], int64.
-        loss_weight: What a squared error at each output costs, [O].
-        dtype: Of the result.
+        loss_weight: Loss per squared error at each output, [O].
+        dtype: Dtype of the result.
     """
     chosen = weight.detach().cpu()[:, channels].to(dtype)
     scaled = chosen * loss_weight.to(dtype).view(-1, *[1] * (chosen.ndim - 1)).sqrt()
@@ -68,23 +68,23 @@ def weight_rows(weight: Tensor, channels: Tensor, loss_weight: Tensor, dtype: to
 
 
 def eliminate(taps: Sequence[TapView], units: int, keep_at_least: int = 1) -> Merges:
-    """Merge units one after the other into all that are left, always the cheapest.
+    """Merge units one after the other into all remaining ones, always the cheapest.
 
     The functional distance of a unit to the rest of its group: the error at the consumers' outputs, in units of the
-    loss, when the unit is replaced by its least-squares estimate from the units that are left, whose weights already
-    carry the units merged before.
+    loss, when the unit is replaced by its least-squares estimate from the remaining units, whose weights already
+    include the units merged before.
 
-    Units leave in rounds: the cheapest of a round are its candidates, and among them every removal counts at once.
-    What it changes for the others is made up for after the round, as products of matrices: of the precision a downdate,
-    of the weights a fold.
+    Units are removed in rounds: the cheapest of a round are its candidates, and every removal among them counts at
+    once. Its effect on the other units is applied after the round, as matrix products: a downdate of the precision, a
+    fold of the weights.
 
     Args:
-        taps: What each consumer sees of the group, channels unit after unit.
+        taps: Each consumer's view of the group, channels unit after unit.
         units: U.
-        keep_at_least: Units never merged.
+        keep_at_least: Number of units never merged.
     Returns:
         The merges; the cost is half the weighted squared error, made non-decreasing.
-    Source: DESIGN.md section 5; against the pairwise distance there, the estimate uses all units that are left. The
+    Source: DESIGN.md section 5; unlike the pairwise distance there, the estimate uses all remaining units. The
         downdate is that of Hassibi and Stork's optimal brain surgeon (1993), applied to activations.
     """
     views = [Elimination(tap, units) for tap in taps]
@@ -117,19 +117,19 @@ def eliminate(taps: Sequence[TapView], units: int, keep_at_least: int = 1) -> Me
 def remove_candidates(
     blocks: Sequence[tuple[Tensor, Tensor]], count: int, others: float, least: int, most: int
 ) -> tuple[list[int], list[float]]:
-    """Remove units of a few candidates one after the other, until the others are cheaper.
+    """Remove units among a few candidates one after the other, until a unit outside them is cheaper.
 
     A removal is a downdate: with the unit's rows R of the precision, its block R_u and the share S = R^T R_u^-1 that
     each channel takes over, the precision loses S R and the Gram matrix S E + (S E)^T, E = C - B S^T / 2, C being the
     unit's rows of the Gram matrix and B its block.
 
     Args:
-        blocks: Of each tap precision and Gram matrix of the candidates, [c w, c w].
-        count: How many candidates, c.
-        others: What the cheapest of the units costs that are no candidates.
-        least, most: How many leave.
+        blocks: For each tap, precision and Gram matrix of the candidates, [c w, c w].
+        count: Number of candidates, c.
+        others: Cost of the cheapest unit that is not a candidate.
+        least, most: Bounds on the number of removed units.
     Returns:
-        Places of those removed, in order, and what each cost: twice the error.
+        Places of the removed units, in order, and the cost of each: twice the error.
     """
     by_width: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for block in blocks:
@@ -152,17 +152,17 @@ def remove_candidates(
     return gone, paid
 
 
-# Not by BLAS, whose threads take longer to meet than such small products take.
+# Not by BLAS, whose threads take longer to synchronise than such small products take.
 _product = functools.partial(np.einsum, "tkw,tkc->twc")
 
 
 class Downdates:
     """Precision and Gram matrices of one round's candidates, at the T taps that read a unit at the same width w.
 
-    Of the matrices only the units' own blocks are brought up to date; rows are made up when they are needed.
+    Only the units' own blocks of the matrices are kept up to date; rows are computed when they are needed.
 
     Attributes:
-        own: Of precision and Gram matrix each unit's own block, [c, T, w, w].
+        own: Each unit's own blocks of precision and Gram matrix, [c, T, w, w].
     """
 
     def __init__(self, blocks: Sequence[tuple[Tensor, Tensor]], count: int, most: int):
@@ -174,7 +174,7 @@ class Downdates:
         self._shares, self._rows, self._moved = np.empty((3, len(blocks), most * self._width, count * self._width))
 
     def remove(self, unit: int) -> None:
-        """Take one candidate out."""
+        """Remove one candidate."""
         width, taps = self._width, len(self._gram)
         done, out = slice(self._gone * width), slice(unit * width, (unit + 1) * width)
         taken, given = self._shares[:, done, out], self._moved[:, done, out]
@@ -188,7 +188,7 @@ class Downdates:
         self.own[0] -= np.einsum("tacx,tacy->ctxy", share, rows)
         change = np.einsum("tacx,tacy->ctxy", share, moved)
         self.own[1] -= change + change.swapaxes(2, 3)
-        self.own[0][unit] = np.eye(width)  # it is out: nothing is left of it that could be inverted
+        self.own[0][unit] = np.eye(width)  # removed: nothing invertible is left of it
         self._gone += 1
 
 
@@ -200,12 +200,12 @@ def removal_costs(precision: np.ndarray, gram: np.ndarray) -> np.ndarray:
 
 
 class Elimination:
-    """One tap's precision matrix and its consumer's weights while units leave.
+    """One tap's precision matrix and its consumer's weights while units are removed.
 
-    Both are of channels of unit variance. Channels that are out carry nothing until they are dropped.
+    Both are for channels of unit variance. Entries of removed channels are zero until they are dropped.
 
     Attributes:
-        width: Channels a unit, w.
+        width: Channels per unit, w.
         precision, weight: [D, D] and [r, D], in the dtype of the tap's moments.
     """
 
@@ -220,7 +220,7 @@ class Elimination:
             correlation.diagonal().add_(ridge)
             factor, failed = torch.linalg.cholesky_ex(correlation)
             ridge *= 10
-            if failed and ridge > 10 * len(scale):  # correlations are at most 1 each, so a ridge of D always holds
+            if failed and ridge > 10 * len(scale):  # correlations are at most 1 each, so a ridge of D always works
                 raise FloatingPointError(
                     f"the moments of {len(scale)} channels have no inverse: they are not finite, or of no network's "
                     "answers. Check the images' scale and the weights."
@@ -233,7 +233,7 @@ class Elimination:
         return matrix.unflatten(-1, (-1, self.width))
 
     def unit_costs(self) -> Tensor:
-        """Return the error of removing each unit, [U]: its conditional covariance, seen through its weights."""
+        """Return the error of removing each unit, [U]: its conditional covariance, weighted by its weights."""
         if self.width == 1:
             return (self.weight.square().sum(0) / self.precision.diagonal()).double()
         own = self.blocks(self.precision).unflatten(0, (-1, self.width)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -251,24 +251,24 @@ class Elimination:
         return (chosen[:, None] * self.width + torch.arange(self.width)).flatten()
 
     def remove(self, gone: Tensor) -> None:
-        """Take units out, [b], and give their weights to the others."""
+        """Remove units, [b], and fold their weights into the others."""
         out = self.channels(gone)
         rows = self.precision[out]
-        share = torch.linalg.inv(rows[:, out]) @ rows  # what each channel takes over, [b, D]
+        share = torch.linalg.inv(rows[:, out]) @ rows  # share of each channel in the estimate, [b, D]
         self.weight.addmm_(self.weight[:, out], share, alpha=-1)
         self.precision.addmm_(share.T, rows, alpha=-1)
-        self.precision[out, out] = 1.0  # all else of theirs is zero now, up to rounding
+        self.precision[out, out] = 1.0  # their other entries are zero now, up to rounding
         self.weight[:, out] = 0.0
 
     def compact(self, stay: Tensor) -> None:
-        """Drop the units that are out, [U] bool."""
+        """Drop the removed units; `stay` is [U], bool."""
         kept = self.channels(stay.nonzero().flatten())
         self.precision = self.precision.index_select(0, kept).index_select(1, kept)
         self.weight = self.weight.index_select(1, kept)
 
 
 def unit_correlation(taps: Sequence[TapView], units: int) -> Tensor:
-    """Give 1 - |correlation| of the units' responses, [U, U], the mean over taps; heads by their block's norm."""
+    """Return 1 - |correlation| of responses, [U, U], mean over taps; for heads, by the norm of their block."""
     total = torch.zeros(units, units, dtype=torch.float64)
     for tap in taps:
         scale = tap.second.diagonal().clamp(min=1e-30).sqrt()
@@ -280,19 +280,19 @@ def unit_correlation(taps: Sequence[TapView], units: int) -> Tensor:
 
 
 def agglomerate(distance_UU: Tensor, strength_U: Tensor, keep_at_least: int = 1) -> Merges:
-    """Cluster units by a distance; of two clusters that merge the representative of less strength leaves.
+    """Cluster units by a distance; of two merged clusters the weaker representative is removed.
 
     Args:
         distance_UU: Distances, symmetric, zero diagonal.
-        strength_U: Strength of each unit, the larger represents.
-        keep_at_least: Units never merged.
+        strength_U: Strength of each unit; the stronger unit represents.
+        keep_at_least: Number of units never merged.
     Returns:
         The merges, cost being the distance at which clusters merge (average linkage).
     """
     units = len(distance_UU)
     if units == 1:
         return Merges([], [])
-    from sklearn.cluster import AgglomerativeClustering  # here: it takes as long to import as timm
+    from sklearn.cluster import AgglomerativeClustering  # imported here: it takes as long to import as timm
 
     model = AgglomerativeClustering(
         n_clusters=None, distance_threshold=0, metric="precomputed", linkage="average", compute_distances=True
@@ -322,10 +322,10 @@ def find_merges(
     """Find the merges of one group.
 
     Args:
-        taps: What each consumer sees of the group.
+        taps: Each consumer's view of the group.
         units: U.
         distance: "functional", "correlation", or `f(taps, units)` giving distances [U, U].
-        keep_at_least: Units never merged.
+        keep_at_least: Number of units never merged.
     Raises:
         ValueError: The distance is none of these.
     """
@@ -340,12 +340,12 @@ def find_merges(
 
 
 def stand_ins(second: Tensor, keep: Tensor, leave: Tensor, width: int) -> tuple[list[list[int]], list[float]]:
-    """Name the kept units that stand in for each removed one, and how much of its response they explain.
+    """Return the kept units that stand in for each removed one, and the share of its response that they explain.
 
     Args:
         second: Moments [D, D] of a group's channels, unit after unit.
         keep, leave: Unit indices.
-        width: Channels a unit.
+        width: Channels per unit.
     Returns:
         Up to three stand-ins for each removed unit, the strongest first, and its R^2 in [0, 1].
     """
@@ -364,7 +364,7 @@ def stand_ins(second: Tensor, keep: Tensor, leave: Tensor, width: int) -> tuple[
 
 
 def views(model: nn.Module, group: UnitGroup, moments: dict[str, Moments]) -> list[TapView]:
-    """Return what each consumer sees of a group."""
+    """Return each consumer's view of a group."""
     seen = []
     for tap in group.taps:
         weight, of_tap, channels = model.get_submodule(tap.module).weight, moments[tap.module], tap.index.flatten()

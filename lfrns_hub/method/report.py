@@ -1,4 +1,4 @@
-"""What `slim` did, for people and for the card: per group and in all."""
+"""The report of `slim`, for people and for the card: per group and in total."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ from lfrns_hub.units import SlimPlan, UnitGroup
 
 @dataclass
 class GroupReport:
-    """What became of one group.
+    """Report of one group.
 
     Attributes:
         name, kind, dense_units, kept_units: The group.
         redundant: Removed units that others stand in for: {"unit", "stand_ins", "r2"}.
-        weak: Removed units that no other stands in for, the same keys: they hardly reach any consumer.
-        restored: Units of the pruning set that their contribution brought back.
+        weak: Removed units without stand-ins, the same keys: they hardly affect any consumer.
+        restored: Number of units of the pruning set restored by their contribution.
         integrity: Share of the consumers' output variance that the kept units explain on held-out images.
         exact: Whether removing a unit equals zeroing it; False for approximate groups.
     """
@@ -40,11 +40,11 @@ class GroupReport:
 
 @dataclass
 class SlimReport:
-    """What `slim` did: per group, in all, and how long it took.
+    """Report of `slim`: per group, in total, and the time of each step.
 
-    `folded` and `recalibrated` say what was kept of either, as the held-out images decided. `latency_fraction` is
-    measured, under a budget of latency alone; `latency` has the setup, the milliseconds and a row for each layer: its
-    widths, and what it takes, dense and slim, by the table.
+    `folded` and `recalibrated` state whether each was used, as decided on the held-out images. `latency_fraction` is
+    measured only under a latency budget; `latency` has the setup, the milliseconds and a row for each layer: its widths
+    and its time, dense and slim, by the table.
     """
 
     groups: list[GroupReport] = field(default_factory=list)
@@ -68,7 +68,7 @@ class SlimReport:
 def measure_integrity(
     dense: nn.Module, chosen: Sequence[UnitGroup], plan: SlimPlan, moments: dict[str, Moments]
 ) -> dict[str, float]:
-    """Give, for every consumer that lost channels, the share of its output variance that is still explained."""
+    """Return, for every consumer that lost channels, the share of its output variance that is still explained."""
     gone: dict[str, list[Tensor]] = {}
     for group in chosen:
         for tap in group.taps:
@@ -88,7 +88,7 @@ def measure_integrity(
 def report_group(
     group: UnitGroup, plan: SlimPlan, moments: dict[str, Moments], restored: int, whole: dict[str, float]
 ) -> GroupReport:
-    """Say of a group what left as redundant and as weak, and how whole its function is."""
+    """Return the report of a group: redundant and weak removed units, restored units and integrity."""
     kept, removed = plan.kept(group), plan.removed(group)
     redundant, weak = [], []
     if removed:

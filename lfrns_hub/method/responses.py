@@ -1,4 +1,4 @@
-"""Run images, keep running moments per tap, and what a consumer's output error costs in loss.
+"""Run images, keep running moments per tap, and the loss per squared error at a consumer's outputs.
 
 N rows (images x positions), D input channels of a consumer, O its outputs. Nothing of size N x D is kept.
 """
@@ -22,25 +22,25 @@ from lfrns_hub.runs.processes import ALONE, Processes
 from lfrns_hub.units import UnitGroup
 
 HELD_OUT_EVERY = 5  # every fifth batch chooses the ridge; the others fit (their images: shuffle_images)
-ROWS_PER_CHANNEL = 4  # at least: what a covariance needs that is to be inverted
+ROWS_PER_CHANNEL = 4  # at least: needed by a covariance that is inverted
 MOMENTS_SHARE = 0.05  # of the forward passes' MACs, for the products of rows
 BLOCK = 256  # channels; the products of a wider tap are symmetric in blocks of an eighth
-MAX_MOMENT_BYTES = 2**33  # in memory; beyond it they lie in a file, of which the system keeps in memory what it can
+MAX_MOMENT_BYTES = 2**33  # in memory; larger moments are mapped from files, which the system caches in free memory
 WIDE = 512  # channels; moments of more are kept, inverted and solved in float32, at half the memory and time
-WEIGHED_EVERY = 32  # images, of which one is differentiated for the loss weights
+WEIGHED_EVERY = 32  # images, one of which is differentiated for the loss weights
 LEAST_WEIGHED = 8
 
 
 @dataclass
 class Moments:
-    """First and second moments of a consumer's input, the fitting part and the held-out part apart.
+    """First and second moments of a consumer's input, the fitting part separate from the held-out part.
 
     Attributes:
-        centred: Whether the consumer has no padding, so that covariances and an offset are right.
+        centred: Whether the consumer has no padding, so that covariances and an offset are valid.
         count, total: Rows, [2], and their sum [2, D], float64; first fit, then held out.
-        square: Sum of the products of rows about `about`, [2, D, D]; float64, of more than WIDE channels float32.
-        about: Near the mean, [D], float64: where the mean is large, products about zero lose what differs between rows.
-        loss_weight: What one unit of squared error at each output costs in loss, [O], float64.
+        square: Sum of the products of rows about `about`, [2, D, D]; float64, for more than WIDE channels float32.
+        about: Near the mean, [D], float64: where the mean is large, products about zero lose the differences of rows.
+        loss_weight: Loss per unit of squared error at each output, [O], float64.
     """
 
     centred: bool
@@ -56,8 +56,8 @@ class Moments:
 
         Args:
             module: The consumer.
-            about: As the attribute.
-            file: Where `square` lies, mapped; in memory if None.
+            about: See the attribute.
+            file: File to which `square` is mapped; in memory if None.
         """
         width = channel_count(module)
         count, total, loss_weight = (
@@ -76,11 +76,11 @@ class Moments:
         return self.total.shape[1]
 
     def matrix(self, part: int | None = None, channels: Tensor | None = None) -> Tensor:
-        """Give the covariance, or for a padded consumer the raw second moment, [D, D], float64; float32 if `square` is.
+        """Return the covariance, or the raw second moment if padded, [D, D], float64; float32 if `square` is float32.
 
         Args:
             part: 0 the fitting images, 1 the held-out ones, None both.
-            channels: Of these alone, int64; None all.
+            channels: Only these channels, int64; None for all.
         """
         if part is None or self.count[part] == 0:
             count, total, square = self.count.sum(), self.total.sum(0), self.square.sum(0)
@@ -103,10 +103,10 @@ class Moments:
 
 
 def without_noise(second: Tensor, size: Tensor) -> Tensor:
-    """Zero, in place, the channels of a moment matrix [D, D] whose own moment is the rounding of a difference.
+    """Set to zero, in place, the channels of a moment matrix [D, D] whose own moment is rounding error.
 
     Args:
-        size: Diagonal of what was subtracted from, [D]. Images are float32, whose sums err by about 1e-7 of it.
+        size: Diagonal before the subtraction, [D]. Images are float32, whose sums err by about 1e-7 of it.
     """
     noise = second.diagonal() <= 1e-6 * size
     if noise.any():
@@ -116,7 +116,7 @@ def without_noise(second: Tensor, size: Tensor) -> Tensor:
 
 
 def held_out(batches: Sequence[Any]) -> list[Any]:
-    """Return the batches that nothing is fitted to, every fifth; all of them where there are fewer than five."""
+    """Return the batches used for no fit, every fifth; all of them where there are fewer than five."""
     return list(batches)[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or list(batches)
 
 
@@ -126,19 +126,19 @@ def fitting(batches: Sequence[Any]) -> list[Any]:
 
 
 def is_unpadded(module: nn.Module) -> bool:
-    """Whether every output position of a consumer sees only real inputs."""
+    """Return whether every output position of a consumer reads only real inputs."""
     return isinstance(module, nn.Linear) or (not isinstance(module.padding, str) and not any(module.padding))
 
 
 def square_dtype(width: int) -> torch.dtype:
-    """Return the dtype in which the second moments of so many channels are kept."""
+    """Return the dtype of the second moments for a number of channels."""
     return torch.float64 if width <= WIDE else torch.float32
 
 
 def empty_moments(modules: dict[str, nn.Module], means: dict[str, Tensor]) -> dict[str, Moments]:
-    """Return the moments of some consumers before any image, mapped from files where they are too many for memory.
+    """Return the moments of some consumers before any image, mapped from files if they are too large for memory.
 
-    The files lie in the folder for temporary files (TMPDIR), have no name any more, and go with the moments.
+    The files lie in the folder for temporary files (TMPDIR), are already unlinked, and are freed with the moments.
     """
     figures = sum(2 * len(mean) ** 2 * square_dtype(len(mean)).itemsize for mean in means.values())
     if figures <= MAX_MOMENT_BYTES:
@@ -161,21 +161,21 @@ def collect(
 ) -> dict[str, Moments]:
     """Run the images once and keep the moments at each tap.
 
-    All rows of all images are more than the moments need, and cost as much as the network itself. Of each tap so many
-    are drawn that their products cost a twentieth of the passes, but at least four for each channel.
+    All rows of all images are more than the moments need, and cost as much as the network itself. The number of rows
+    drawn per tap is set so that their products cost a twentieth of the passes, but is at least four per channel.
 
     Args:
         model: The dense network, in eval mode.
         taps: Names of consumers.
         batches: Batches as the user's loader yields them; labels are not needed.
-        macs: Of the forward pass of one image.
-        seed: Of the rows drawn and of the labels drawn from the model's own predictions.
-        processes: Each takes its share of the batches; the sums are reduced.
+        macs: MACs of the forward pass of one image.
+        seed: Seed of the rows drawn and of the labels drawn from the model's own predictions.
+        processes: Each runs its share of the batches; the sums are reduced.
     Returns:
         Moments per consumer; those that read the same tensor share them.
     Source: Moments of the features as DESIGN.md section 4; the loss weights are the diagonal of the Fisher
         information at the consumers' outputs, with labels drawn from the model's own distribution (`drawn_loss`), on
-        one image of WEIGHED_EVERY.
+        one image in WEIGHED_EVERY.
     """
     modules = {name: model.get_submodule(name) for name in taps}
     images_of = [split_batch(batch)[0] for batch in batches]
@@ -228,22 +228,22 @@ def collect(
 
 
 def backward_share(batch: int) -> int:
-    """Return so many images of a batch that their backward pass, which keeps all activations, takes no more memory."""
+    """Return how many images of a batch a backward pass, which keeps all activations, can run in the same memory."""
     return max(1, batch // 32)
 
 
 def first_readers(model: nn.Module, taps: Sequence[str], image: Tensor) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Tell which consumers read the same tensors, at every call, by one image.
+    """Find which consumers read the same tensors, at every call, by running one image.
 
     Returns:
-        For each consumer the first one that reads what it reads, often itself; and for each of these the mean of each
-        channel, [D], float64.
+        For each consumer the first one that reads the same tensors, often itself; and for each of these first ones the
+        mean of each channel, [D], float64.
     """
     read: dict[str, list[Tensor]] = {name: [] for name in taps}
     with watched(model, {name: lambda _, value, name=name: read[name].append(value) for name in taps}), torch.no_grad():
         model(image)
     firsts: dict[tuple[int, ...], str] = {}
-    # Tensors that are held here have each an id of their own.
+    # Tensors are all kept alive here, so their ids are unique.
     readers = {name: firsts.setdefault(tuple(map(id, values)) or (name,), name) for name, values in read.items()}
     means = {}
     for name in firsts.values():
@@ -256,7 +256,7 @@ def first_readers(model: nn.Module, taps: Sequence[str], image: Tensor) -> tuple
 def accumulate(
     moments: Moments, wanted: int, part: int, generator: torch.Generator, module: nn.Module, value: Tensor
 ) -> None:
-    """Add a seeded subsample of rows of a consumer's input to the moments, products in float32; see `add_products`."""
+    """Add a seeded sample of the rows of a consumer's input to the moments, products in float32; see `add_products`."""
     value = channels_last(module, value.detach())
     lead, width = value.shape[:-1], value.shape[-1]
     if lead.numel() > wanted:
@@ -273,7 +273,7 @@ def accumulate(
 
 
 def add_products(square: Tensor, rows: Tensor) -> None:
-    """Add the products of rows to `square`, but for blocks below the diagonal, in place.
+    """Add the products of rows to `square`, except for blocks below the diagonal, in place.
 
     Args:
         square: [..., D, D], on the CPU.
@@ -304,7 +304,7 @@ def add_loss_weights(
     generator: torch.Generator,
 ) -> None:
     """Add each consumer output's squared gradient, summed over positions and images, to its loss weight."""
-    if not images.is_floating_point():  # nothing to differentiate by: all outputs weigh alike
+    if not images.is_floating_point():  # no gradient is possible: all outputs have equal weight
         with torch.no_grad():
             model(images)
         for weight in loss_weights.values():
@@ -334,6 +334,6 @@ def add_loss_weights(
 def observe(
     dense: nn.Module, chosen: Sequence[UnitGroup], batches: Batches, macs: float, seed: int, processes: Processes
 ) -> dict[str, Moments]:
-    """Run the images and keep the moments at every tap of the chosen groups."""
+    """Run the images and return the moments at every tap of the chosen groups."""
     taps = list(dict.fromkeys(tap.module for group in chosen for tap in group.taps))
     return collect(dense, taps, batches, macs=macs, seed=seed, processes=processes)

@@ -1,4 +1,4 @@
-"""What comes back from the pruning set: the units that contribute most for what they cost, within the budgets."""
+"""Restoring from the pruning set: the units that contribute most for their cost, within the budgets."""
 
 import heapq
 from collections.abc import Sequence
@@ -38,13 +38,13 @@ def restore(
     ledger: Ledger,
     round_to: int | str,
 ) -> dict[str, list[int]]:
-    """Return units of the pruning set back, by contribution per cost, until the budgets are full.
+    """Restore units of the pruning set, by contribution per cost, until the budgets are full.
 
     Args:
         groups: Groups that are cut.
         pruning_set: Units of each group that are merged into others.
         contributions: Contribution of each unit, [U], per group.
-        ledger: At the clustered widths; at the final ones when this returns.
+        ledger: At the clustered widths; changed to the final widths.
         round_to: "auto" or a multiple that widths prefer; the budget outranks it.
     Returns:
         Units restored, per group.
@@ -62,7 +62,7 @@ def restore(
 
     def give_back(name: str, count: int) -> bool:
         added = {b: ledger.change(b, name, -count) / ledger.dense[b] for b in ledger.budgets}
-        # What adds nothing fits any budget: the rest of a step that is paid for already.
+        # Units that add no cost fit any budget: the rest of a step that is already counted.
         if count <= 0 or any(more > 1e-12 and ledger.excess(b) + more > 1e-12 for b, more in added.items()):
             return False
         ledger.apply(name, -count)

@@ -30,7 +30,7 @@ def watched(model: nn.Module, hooks: dict[str, Callable[[nn.Module, Tensor], Ten
     """Call a function on the input of each named consumer.
 
     Args:
-        model: The network; it is as before when the context ends, also by an error.
+        model: The network; it is unchanged when the context ends, also after an error.
         hooks: Consumer name to `f(module, input)`, which returns the input to use instead, or None.
     """
 

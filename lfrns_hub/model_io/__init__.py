@@ -1,1 +1,1 @@
-"""How models are asked and what they answer."""
+"""Model inputs and outputs: running a model, its batches, its answers and their meaning."""

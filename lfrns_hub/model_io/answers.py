@@ -1,4 +1,4 @@
-"""What a model answers, read by what it means, and how far two answers lie apart.
+"""A model's answers, read by their meaning, and the divergence of two answers.
 
 N images, K outputs of one head, f features of one tensor.
 """
@@ -30,19 +30,19 @@ from lfrns_hub.model_io.meaning import (
 from lfrns_hub.model_io.model import as_input, differentiated
 from lfrns_hub.runs.processes import ALONE, Processes
 
-# Of a feature map a fixed random choice stands for all: a backbone's maps of a few hundred images are gigabytes.
+# A fixed random choice represents a feature map: a backbone's maps of a few hundred images are gigabytes.
 FEATURES_READ = 4096
-IMAGES_SEEN = 64  # of a dataset, to tell labels from each other
+IMAGES_SEEN = 64  # of a dataset, to determine the form of the labels
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What each head of a model means; `settle` finds it.
+    """Meaning of each head of a model; `settle` determines it.
 
     Attributes:
-        heads: Meanings by name. One head with labels is named "".
-        widths: Outputs of each, K.
-        sure: Whether the model or the labels say it, not only the shape.
+        heads: Meanings by name. A single head with labels is named "".
+        widths: Number of outputs of each head, K.
+        sure: Whether the model or the labels state it, rather than only the shape.
     """
 
     heads: dict[str, Meaning]
@@ -51,12 +51,12 @@ class Outputs:
 
     @property
     def are_features(self) -> bool:
-        """Whether no label speaks of any of them."""
+        """Whether no head has labels."""
         return not any(isinstance(meaning, Labelled) for meaning in self.heads.values())
 
     @property
     def word(self) -> str | dict[str, str]:
-        """What records and provenance call it: one word, or of several heads one for each."""
+        """The name in records and provenance: one word, or with several heads one for each."""
         names = {name: meaning.name for name, meaning in self.heads.items()}
         return names if len(names) > 1 and not self.are_features else next(iter(names.values()))
 
@@ -65,7 +65,7 @@ class Outputs:
         if list(self.heads) == [""] and not self.are_features:
             logits = find_logits(output)
             if logits is None:
-                # In training mode a model may add outputs of other shapes after the one that evaluation has.
+                # In training mode a model may add outputs of other shapes after its evaluation output.
                 logits = next(iter(read_rows(output).values()))
             rows = {"": logits}
         else:
@@ -79,10 +79,10 @@ class Outputs:
         return tuple(rows[name] for name in self.heads)
 
     def read_labels(self, labels: Any, images: int, call: str) -> dict[str, Tensor | None]:
-        """Bring the labels of a batch to the form that each head's losses take; None for a head without labels.
+        """Convert the labels of a batch to the form of each head's losses; None for a head without labels.
 
         Raises:
-            ValueError: They are no labels of these outputs, or not as many as images.
+            ValueError: The labels do not fit these outputs, or their number differs from the images'.
         """
         shared = share_out(labels, list(self.heads))
         read: dict[str, Tensor | None] = {}
@@ -104,11 +104,11 @@ class Outputs:
 
 @dataclass
 class Answer:
-    """One answer of a model to N images.
+    """A model's answer to N images.
 
     Attributes:
-        parts: The tensor of each head [N, K], float32 or float64; of a feature tensor at most FEATURES_READ.
-        outputs: What they mean.
+        parts: The tensor of each head [N, K], float32 or float64; a feature tensor has at most FEATURES_READ columns.
+        outputs: Meaning of the heads.
     """
 
     parts: tuple[Tensor, ...]
@@ -121,10 +121,10 @@ class Answer:
         return [(name, meaning, part) for (name, meaning), part in zip(meanings, self.parts, strict=True)]
 
     def divergence(self, dense: "Answer") -> Tensor:
-        """Return how far this answer is from the dense model's, summed over images and heads.
+        """Return the divergence of this answer from the dense model's, summed over images and heads.
 
-        Of classes and labels it is in nats; see each `Meaning`. Of feature tensors the mean counts as one head, so
-        that every tensor weighs alike whatever its scale.
+        For classes and labels it is in nats; see each `Meaning`. All feature tensors together count as one head by
+        their mean, so that every tensor has the same weight at any scale.
         """
         return sum(
             share * meaning.divergence(got, target)
@@ -132,14 +132,14 @@ class Answer:
         )
 
     def drawn_loss(self, generator: torch.Generator) -> Tensor:
-        """Return a random loss of which the expected square of a gradient is the curvature of `divergence`."""
+        """Return a randomised loss whose expected squared gradient is the curvature of `divergence`."""
         return sum(
             share**0.5 * meaning.drawn_loss(got, generator)
             for (_, meaning, got), share in zip(self.heads, self._shares(), strict=True)
         )
 
     def _shares(self) -> list[float]:
-        """Return what each head counts."""
+        """Return the weight of each head."""
         features = sum(isinstance(meaning, Features) for meaning in self.outputs.heads.values())
         return [1 / features if isinstance(meaning, Features) else 1.0 for meaning in self.outputs.heads.values()]
 
@@ -150,10 +150,10 @@ def read_answer(
     """Read a model's output.
 
     Args:
-        model: Without wrappers.
-        output: What it answered.
-        outputs: What its outputs mean; by default what `understand` left on it, else what `settle` says without labels.
-        every_feature: Read all of a feature map.
+        model: The model without wrappers.
+        output: Its output.
+        outputs: Meaning of its outputs; default: set by `understand` on the model, else by `settle` without labels.
+        every_feature: Read all features of a map.
     """
     outputs = outputs or getattr(model, "lfrns_outputs", None) or settle([model], output, [], "read_answer")
     meanings = outputs.heads.values()
@@ -165,23 +165,23 @@ def read_answer(
 
 
 def settle(models: Sequence[nn.Module], output: Any, labels: Sequence[Any], call: str) -> Outputs:
-    """Say what the outputs of models mean: by their own word, else by the labels, else by the outputs' shape.
+    """Determine the meaning of models' outputs: as they state it, else by the labels, else by the outputs' shape.
 
-    By shape alone, [N, K] are classes, [N, 1] a quantity, and all else is features. A model that ends with a softmax or
-    a sigmoid says so by its graph, and its outputs are read as probabilities.
+    By shape only, [N, K] are classes, [N, 1] a quantity, and everything else is features. If a model's graph ends with
+    a softmax or a sigmoid, its outputs are read as probabilities.
 
     Args:
-        models: That answer alike, such as a slim and its dense one, without wrappers.
-        output: What the first answers to some images, with its graph for gradients (see `probe`).
-        labels: Of batches, as the loader has them; None among them, or none at all, where there are none.
-        call: For the error.
+        models: Models with matching outputs, such as a slim and its dense one, without wrappers.
+        output: The first model's output for some images, with its graph for gradients (see `probe`).
+        labels: Labels of batches, as loaded; None or an empty sequence if there are none.
+        call: Name of the call, for the error.
     Raises:
-        ValueError: Two models say different things, or the labels can be read in two ways.
+        ValueError: Two models state different meanings, or the labels are ambiguous.
     """
     said = _agreed(models, call)
     rows, logits = read_rows(output), find_logits(output)
     widths = {name: part.shape[1] for name, part in rows.items()}
-    flat = {name for name, part in named_tensors(output).items() if part.ndim in (1, 2)}  # of a map no label speaks
+    flat = {name for name, part in named_tensors(output).items() if part.ndim in (1, 2)}  # maps have no labels
     labelled = any(value is not None for value in share_out(labels[0] if labels else None, list(rows)).values())
     if isinstance(said, Features):
         return Outputs(dict.fromkeys(rows, said), widths)
@@ -206,9 +206,9 @@ def settle(models: Sequence[nn.Module], output: Any, labels: Sequence[Any], call
 
 
 def probe(model: nn.Module, images: Tensor) -> Any:
-    """Return what a model answers to two images (of one, `squeeze()` leaves no row), with its graph for gradients.
+    """Return a model's output for two images (with one, `squeeze()` leaves no row), with its graph for gradients.
 
-    A forward that has no gradients answers without.
+    A forward without gradients is run without them.
     """
     images = as_input(images[:2], model).detach()
     try:
@@ -222,15 +222,15 @@ def probe(model: nn.Module, images: Tensor) -> Any:
 def settle_by_loader(
     models: Sequence[nn.Module], output: Any, labels: Any, loader: Any, call: str, processes: Processes = ALONE
 ) -> Outputs:
-    """Settle what outputs mean at the first batch of a loader, the same on every process and whatever batch it is.
+    """Determine the meaning of outputs at the first batch of a loader, the same on every process and for any batch.
 
     Rows [N, K] of one batch may look like classes by chance. Where they decide, images from all over the dataset are
-    looked at; of a stream, the batches that all processes begin with.
+    examined; for a stream, the first batches of all processes.
 
     Args:
         models, output, call: As for `settle`.
-        labels: Of the batch.
-        loader: What gives it.
+        labels: Labels of the batch.
+        loader: Loader of the batch.
         processes: All of them call this at the same time.
     """
     logits = find_logits(output)
@@ -245,11 +245,11 @@ def settle_by_loader(
 
 
 def check_differentiable(model: nn.Module, images: Tensor, call: str) -> None:
-    """Refuse a model through which no gradient passes from its answer to the images: what units are worth is unknown.
+    """Refuse a model without a gradient from its outputs to the images: the value of units would be unknown.
 
     Args:
-        model: In eval mode.
-        images: [N, C, H, W]; those that are not floating-point have no gradient, and are not tried.
+        model: The model in eval mode.
+        images: [N, C, H, W]; images that are not floating-point have no gradient, and are not checked.
         call: The public call, for the error.
     """
     if not images.is_floating_point():
@@ -271,16 +271,16 @@ def check_differentiable(model: nn.Module, images: Tensor, call: str) -> None:
 
 
 def understand(dense: nn.Module, batches: Sequence[tuple[Tensor, Any]], call: str) -> list[tuple[Tensor, Any]]:
-    """Settle what a model's outputs mean by all calibration batches, and leave it on the model for `read_answer`.
+    """Determine the meaning of a model's outputs by all calibration batches, and set it on the model for `read_answer`.
 
     Args:
-        dense: The copy that is analysed, in eval mode; the copies that are cut from it take along what is left on it.
+        dense: The copy for the analysis, in eval mode; copies that are cut from it keep the meaning.
         batches: Images and labels.
-        call: For the error.
+        call: Name of the call, for the error.
     Returns:
-        The batches with their labels in one form: a tensor, of several heads tensors by name, of features as they came.
+        The batches with labels in one form: a tensor, with several heads tensors by name, for features as loaded.
     Raises:
-        ValueError: The labels are none of such outputs.
+        ValueError: The labels do not fit the outputs.
     """
     outputs = settle([dense], probe(dense, batches[0][0]), [labels for _, labels in batches], call)
     with torch.no_grad():
@@ -294,7 +294,7 @@ def understand(dense: nn.Module, batches: Sequence[tuple[Tensor, Any]], call: st
 
 
 def _calibrated(outputs: Outputs, dense: nn.Module, batches: Sequence[Tensor]) -> Outputs:
-    """Return each quantity the variance that it has in the dense model's answers to the first images."""
+    """Return the outputs with each quantity's variance in the dense model's answers to the first images."""
     answers, left = [], CALIBRATED_BY
     for images in batches:
         if left > 0:
@@ -309,11 +309,11 @@ def _calibrated(outputs: Outputs, dense: nn.Module, batches: Sequence[Tensor]) -
 
 
 def share_out(labels: Any, names: Sequence[str]) -> dict[str, Tensor | None]:
-    """Share labels out among heads: one tensor is a single head's; several are told apart by name or by place.
+    """Assign labels to heads: one tensor belongs to a single head; several are assigned by name or by position.
 
     Args:
-        labels: A tensor, or numbers that make one; a mapping, tuple or list of such; None, or what is no labels.
-        names: Of the heads.
+        labels: A tensor, or numbers for one; a mapping, tuple or list of these; None, or a value that is not labels.
+        names: Names of the heads.
     """
     if isinstance(labels, Mapping):
         shared = {name: labels.get(name) for name in names}
@@ -327,13 +327,13 @@ def share_out(labels: Any, names: Sequence[str]) -> dict[str, Tensor | None]:
 
 
 def _activated(meaning: Meaning, outputs: Tensor) -> Meaning:
-    """Return the meaning of outputs that are probabilities already, where they are."""
+    """Return the meaning of outputs, marked if they already are probabilities."""
     ends_with = {"softmax": Classes, "sigmoid": Labels}.get(activation_of(outputs))
     return replace(meaning, probabilities=True) if ends_with and isinstance(meaning, ends_with) else meaning
 
 
 def _agreed(models: Sequence[nn.Module], call: str) -> Mapping[str, Meaning] | Meaning | None:
-    """Return what models say of their outputs, the first that says anything."""
+    """Return the meaning that models state for their outputs, from the first that states any."""
     said = [meaning for model in models if (meaning := said_meaning(model)) is not None]
     words = {
         str({name: m.name for name, m in meaning.items()} if isinstance(meaning, Mapping) else meaning.name)
@@ -351,7 +351,7 @@ def _agreed(models: Sequence[nn.Module], call: str) -> Mapping[str, Meaning] | M
 def _by_labels(
     model: nn.Module, labels: Sequence[Any], name: str, names: Sequence[str], width: int, call: str
 ) -> Meaning | None:
-    """Tell by all labels that were seen what one head means; None where there are none."""
+    """Return the meaning of one head by all labels examined; None where there are no labels."""
     seen = [value for one in labels if (value := share_out(one, names)[name]) is not None and value.ndim]
     if not seen:
         return None
@@ -364,24 +364,24 @@ def _by_labels(
 
 
 def _as_tensor(value: Any) -> Tensor | None:
-    """Return labels as a tensor, whole numbers as int64; None where they are none, as boxes are."""
+    """Return labels as a tensor, integers as int64; None for values that are not labels, such as boxes."""
     try:
         labels = None if value is None else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         return None
     if labels is None or labels.is_floating_point() or labels.dtype == torch.bool:
         return labels
-    return labels.long()  # of an unsigned type -100 is another number
+    return labels.long()  # in an unsigned dtype -100 is another number
 
 
 def _chosen(features: Tensor) -> Tensor:
-    """Return at most FEATURES_READ of the features [N, f], the same ones every time."""
+    """Return at most FEATURES_READ of the features [N, f], always the same."""
     count = features.shape[1]
     return features if count <= FEATURES_READ else features[:, _choice(count).to(features.device)]
 
 
 @functools.lru_cache(maxsize=64)
 def _choice(count: int) -> Tensor:
-    """Choose features at random, once for each count."""
+    """Return a random choice of features, the same for each count."""
     generator = torch.Generator().manual_seed(count)
     return torch.randperm(count, generator=generator)[:FEATURES_READ].sort().values

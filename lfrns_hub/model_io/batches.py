@@ -1,4 +1,4 @@
-"""What loaders yield and models answer, in one form: timm's tuples, transformers' dicts, bare images, lists of maps.
+"""Batches of loaders and outputs of models in one form: timm's tuples, transformers' dicts, images only, lists of maps.
 
 N images, K classes, F features.
 """
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Batches = Sequence[tuple[Tensor, Any]]  # images in the dtype of the analysis, labels as the loader has them
-# Label of a picture that could not be read: `F.cross_entropy` ignores it, and evaluation leaves the picture out.
+Batches = Sequence[tuple[Tensor, Any]]  # images in the dtype of the analysis, labels as loaded
+# Label of an image that could not be read: `F.cross_entropy` ignores it, and evaluation leaves the image out.
 UNREADABLE = -100
-# Where the labels of a dict may stand: as transformers' collators, datasets and torch's own examples name them.
+# Keys of labels in a dict: the names in transformers' collators, in datasets and in torch's own examples.
 LABEL_KEYS = ("labels", "label", "label_ids", "targets", "target")
 
 
@@ -23,10 +23,10 @@ def split_batch(batch: Any) -> tuple[Tensor, Any]:
     """Split one batch of a loader into images and labels.
 
     Args:
-        batch: `(images, labels)`, a dict with `pixel_values` and perhaps `labels`, or bare images [N, C, H, W].
+        batch: `(images, labels)`, a dict with `pixel_values` and perhaps `labels`, or only images [N, C, H, W].
     Returns:
-        Images [N, C, H, W] and labels as the loader has them, None where the batch has none. Of a dict without any of
-        LABEL_KEYS all else that it holds, by name: it may be of several heads.
+        Images [N, C, H, W] and labels as loaded, None where the batch has none. For a dict without any of LABEL_KEYS,
+        all its other entries by name: there may be several heads.
     """
     if isinstance(batch, Tensor):
         return batch, None
@@ -42,7 +42,7 @@ def split_batch(batch: Any) -> tuple[Tensor, Any]:
 
 
 def check_finite(images: Tensor, call: str) -> None:
-    """Refuse images with values that are not finite: every figure taken from them would be noise."""
+    """Refuse images with values that are not finite: every figure computed from them would be noise."""
     if images.is_floating_point() and not (finite := images.isfinite()).all():
         bad = (~finite).flatten(1).any(1).nonzero().flatten().tolist()
         raise ValueError(
@@ -55,7 +55,7 @@ def iterate(loader: Any) -> Iterator[tuple[Tensor, Any]]:
     """Yield (images, labels or None) for each batch of a loader.
 
     Raises:
-        TypeError: It is nothing that yields batches.
+        TypeError: The loader does not yield batches.
     """
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise TypeError(
@@ -68,21 +68,21 @@ def iterate(loader: Any) -> Iterator[tuple[Tensor, Any]]:
 def shuffle_images(
     batches: list[tuple[Tensor, Any]], *, held_out_every: int, seed: int = 0
 ) -> list[tuple[Tensor, Any]]:
-    """Deal the images of a loader into batches again, in an order that depends on the images and the seed alone.
+    """Deal the images of a loader into new batches, in an order that depends only on the images and the seed.
 
-    A loader that yields one class after another would otherwise have the batches that are held out show other classes
-    than those that are fitted to. Which images are held out depends on neither the loader's order nor its batch size,
-    and is the same on every process, also where each of them reads the loader in an order of its own.
+    Otherwise, with a loader that yields one class after another, the held-out batches would have other classes than
+    the fitting ones. The choice of held-out images depends on neither the loader's order nor its batch size, and is the
+    same on every process, even if each of them reads the loader in its own order.
 
     Args:
-        batches: Images [N, C, H, W] and labels as the loader has them; the list is emptied, so that the images do not
-            lie in memory twice.
-        held_out_every: Of so many batches in a row the last one is held out: it gets one image of as many.
-        seed: Of the order.
+        batches: Images [N, C, H, W] and labels as loaded; the list is emptied, so that the images are not in memory
+            twice.
+        held_out_every: The last of this many consecutive batches is held out, with as large a share of the images.
+        seed: Seed of the order.
     Returns:
-        Batches of images of one size each, the most frequent size first, none larger than the loader's largest. Where
-        there are fewer images of a size than `held_out_every`, none of them is held out. Labels come in the form that
-        they had, each with its image.
+        Batches of images of one size each, the most frequent size first, none larger than the loader's largest. If
+        there are fewer images of a size than `held_out_every`, none of them is held out. Labels keep their form, each
+        with its image.
     Raises:
         ValueError: Only some batches have labels.
     """
@@ -91,7 +91,7 @@ def shuffle_images(
     images: list[Tensor] = []
     for number in range(len(sizes)):
         images += map(Tensor.clone, batches[number][0])
-        batches[number] = None  # one batch at a time is there twice
+        batches[number] = None  # only one batch at a time exists twice
     batches.clear()
     if 0 < sum(part is None for part in labels) < len(labels):
         raise ValueError("loader: some batches have labels and others have none. Give labels with all or with none.")
@@ -115,7 +115,7 @@ def shuffle_images(
 
 
 def _deal(indices: list[int], batch_size: int, every: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Deal indices into rounds of `every` batches, the last of each held out; also give what fills no round."""
+    """Deal indices into rounds of `every` batches, the last of each held out; also return batches of the rest."""
     held, fit = indices[: len(indices) // every], indices[len(indices) // every :]
     rounds = min(len(held), -(-len(fit) // ((every - 1) * batch_size)))
     inside = min(len(fit), rounds * (every - 1) * batch_size)
@@ -127,26 +127,27 @@ def _deal(indices: list[int], batch_size: int, every: int) -> tuple[list[list[in
 
 
 def _split_evenly(indices: list[int], parts: int) -> list[list[int]]:
-    """Cut a list into parts whose lengths differ by at most one."""
+    """Split a list into parts whose lengths differ by at most one."""
     return [indices[len(indices) * n // parts : len(indices) * (n + 1) // parts] for n in range(parts)]
 
 
 def _content_key(image: Tensor, seed: int) -> bytes:
-    """Return a number drawn for an image by its content."""
+    """Return a hash of an image's content and the seed."""
     values = image.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(values, digest_size=8, salt=(seed % 2**64).to_bytes(8, "little")).digest()
 
 
 def take_labels(labels: Sequence[Any], sizes: Sequence[int], places: Sequence[tuple[int, int]]) -> Any:
-    """Collect the labels of some images into one batch, in the form that the loader has them in.
+    """Collect the labels of some images into one batch, in the loader's form.
 
     Args:
-        labels: Of each batch: a tensor or array [N, ...], a list or tuple of N, a dict or tuple of such, or None.
+        labels: Labels of each batch: a tensor or array [N, ...], a list or tuple of N, a dict or tuple of these, or
+            None.
         sizes: N of each batch.
         places: Batch and row of each image.
     Returns:
-        As one batch of the loader has them, what came in a list in a list; a list too where tensors of several shapes
-        come together, or where a batch has one label for all of its images.
+        Labels in the form of one batch of the loader, lists as lists; also a list where tensors of several shapes are
+        combined, or where a batch has one label for all of its images.
 
     Example:
         >>> take_labels([{"a": torch.tensor([1, 2])}, {"a": torch.tensor([3])}], [2, 1], [(1, 0), (0, 1)])
@@ -162,13 +163,13 @@ def take_labels(labels: Sequence[Any], sizes: Sequence[int], places: Sequence[tu
         if isinstance(first, Tensor):
             return torch.stack(rows) if len({(row.shape, row.dtype) for row in rows}) == 1 else rows
         return np.stack(rows) if isinstance(first, np.ndarray) else rows
-    if isinstance(first, (list, tuple)):  # one entry a task, each with a row an image
+    if isinstance(first, (list, tuple)):  # one entry per task, each with one row per image
         return tuple(take_labels([part[task] for part in labels], sizes, places) for task in range(len(first)))
     return [labels[batch] for batch, _ in places]
 
 
 def _has_rows(labels: Any, size: int) -> bool:
-    """Return whether a batch's labels have one row an image."""
+    """Return whether a batch's labels have one row per image."""
     if isinstance(labels, (Tensor, np.ndarray)):
         return labels.ndim > 0 and len(labels) == size
     return isinstance(labels, (list, tuple)) and len(labels) == size
@@ -178,8 +179,8 @@ def named_tensors(output: Any, name: str = "") -> dict[str, Tensor]:
     """Return every floating-point tensor of a model's output by its name, in its own order.
 
     Args:
-        output: A tensor; a mapping, list, tuple or dataclass of such, nested as it may be; an object with `.logits`.
-        name: Of the whole; of a part of it: its key, field or place, after its owner's name and a dot.
+        output: A tensor; a mapping, list, tuple or dataclass of these, also nested; an object with `.logits`.
+        name: Name of the whole; a part is named by its key, field or position, after its owner's name and a dot.
 
     Example:
         >>> list(named_tensors({"out": torch.zeros(2), "levels": [torch.zeros(3), None]}))
@@ -209,9 +210,9 @@ def read_tensors(output: Any) -> list[Tensor]:
 def find_logits(output: Any) -> Tensor | None:
     """Return the logits [N, K] of a model's output, or None where it has none.
 
-    Logits are what the output calls so (transformers), its only tensor if that is [N, K] (timm), or the first of a list
-    or tuple whose tensors are all [N, K] alike: those of auxiliary heads come after it. Heads with names are several.
-    Outputs [N] are one an image, [N, 1].
+    Logits are the output's `logits` (transformers), its only tensor if that is [N, K] (timm), or the first of a list
+    or tuple whose tensors all have one shape [N, K]: auxiliary heads come after it. Named heads count as several.
+    Outputs [N] are one per image, [N, 1].
     """
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     tensors = [named] if isinstance(named, Tensor) else read_tensors(output)
@@ -222,12 +223,12 @@ def find_logits(output: Any) -> Tensor | None:
 
 
 def read_rows(output: Any) -> dict[str, Tensor]:
-    """Return every floating-point tensor of a model's output with a row an image, [N, f] each, by name.
+    """Return every floating-point tensor of a model's output with one row per image, [N, f] each, by name.
 
-    The first tensor says how many images; one that has not as many rows (anchors, a constant) stands beside each.
+    The first tensor sets the number of images; a tensor with another number of rows (anchors, a constant) is repeated.
 
     Raises:
-        ValueError: The output holds no floating-point tensor.
+        ValueError: The output has no floating-point tensor.
     """
     tensors = named_tensors(output)
     if not tensors:
@@ -244,7 +245,7 @@ def read_rows(output: Any) -> dict[str, Tensor]:
 
 
 def flatten_output(output: Any) -> Tensor:
-    """Return all that a model answers as one tensor [N, F], its tensors side by side.
+    """Return all outputs of a model as one tensor [N, F], its tensors concatenated.
 
     Example:
         >>> flatten_output([torch.zeros(2, 3), torch.zeros(2, 4, 5, 5)]).shape
@@ -255,6 +256,6 @@ def flatten_output(output: Any) -> Tensor:
 
 
 def read_logits(output: Any) -> Tensor:
-    """Return the logits [N, K] of a model's output; of one that holds no logits, all that it answers, [N, F]."""
+    """Return the logits [N, K] of a model's output; without logits, all its outputs, [N, F]."""
     logits = find_logits(output)
     return flatten_output(output) if logits is None else logits

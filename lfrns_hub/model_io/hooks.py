@@ -1,4 +1,4 @@
-"""Hooks on forward passes, the one place that registers them: functions on the inputs and outputs of modules."""
+"""Hooks on forward passes: functions on the inputs and outputs of modules. Only this file registers hooks."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ OnOutput = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 
 def on_input(module: nn.Module, function: OnInput) -> RemovableHandle:
-    """Call `f(module, args, kwargs)` before each forward; args that it returns are used instead, None: as they are."""
+    """Call `f(module, args, kwargs)` before each forward; returned args replace the originals, None keeps them."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         changed = function(module, args, kwargs)
@@ -22,12 +22,12 @@ def on_input(module: nn.Module, function: OnInput) -> RemovableHandle:
 
 
 def on_output(module: nn.Module, function: OnOutput) -> RemovableHandle:
-    """Call `f(module, args, output)` after each forward; what it returns is the output instead, None: as is."""
+    """Call `f(module, args, output)` after each forward; a returned value replaces the output, None keeps it."""
     return module.register_forward_hook(function)
 
 
 def on_gradient(value: Tensor, function: Callable[[Tensor], Any]) -> RemovableHandle:
-    """Call `f(gradient)` when the gradient of a tensor is known."""
+    """Call `f(gradient)` when the gradient of a tensor is computed."""
     return value.register_hook(function)
 
 
@@ -35,7 +35,7 @@ def on_gradient(value: Tensor, function: Callable[[Tensor], Any]) -> RemovableHa
 def hooked(
     *, inputs: Iterable[tuple[nn.Module, OnInput]] = (), outputs: Iterable[tuple[nn.Module, OnOutput]] = ()
 ) -> Iterator[None]:
-    """Call functions at modules; all hooks are gone when the context ends, also by an error.
+    """Call functions at modules; all hooks are removed when the context ends, also after an error.
 
     Args:
         inputs: Modules, each with a function for `on_input`.

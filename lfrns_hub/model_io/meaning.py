@@ -1,6 +1,6 @@
-"""What an output means: classes, labels that hold together, quantities or features. The one place that says it.
+"""Meaning of an output: classes, multi-label classes, quantities or features. No other file defines it.
 
-What compares, teaches or scores outputs asks a `Meaning`: the calibration loss, the gates, retraining, the scores.
+Comparison, distillation and scoring depend on a `Meaning`: the calibration loss, the gates, retraining, the scores.
 
 N images, K outputs of one head.
 """
@@ -17,25 +17,25 @@ from torch import Tensor, nn
 
 from lfrns_hub.model_io.batches import UNREADABLE
 
-CALIBRATED_BY = 256  # images whose answers give the variance of a quantity
+CALIBRATED_BY = 256  # images whose outputs determine the variance of a quantity
 
 
 class Meaning(ABC):
-    """What one head's outputs [N, K] mean.
+    """Meaning of one head's outputs [N, K].
 
     Attributes:
-        name: Its word in records and provenance.
+        name: Its name in records and provenance.
     """
 
     name: ClassVar[str]
 
     def read_outputs(self, outputs: Tensor) -> Tensor:
-        """Return outputs in the form that everything here takes: logits, or the numbers themselves."""
+        """Return outputs in the form that all methods expect: logits, or the numbers themselves."""
         return outputs
 
     @abstractmethod
     def divergence(self, got: Tensor, dense: Tensor) -> Tensor:
-        """Return how far outputs are from the dense model's, summed over the images."""
+        """Return the divergence of outputs from the dense model's, summed over the images."""
 
     @abstractmethod
     def drawn_loss(self, got: Tensor, generator: torch.Generator) -> Tensor:
@@ -43,26 +43,26 @@ class Meaning(ABC):
 
     @abstractmethod
     def distillation_loss(self, got: Tensor, taught: Tensor, temperature: float) -> Tensor:
-        """Return what training towards a teacher's outputs lowers, the mean over the images."""
+        """Return the training loss towards a teacher's outputs, the mean over the images."""
 
 
 class Labelled(Meaning):
-    """What outputs mean of which labels can say what they should be."""
+    """Meaning of outputs that can have labels."""
 
     @abstractmethod
     def read_labels(self, labels: Tensor, width: int) -> Tensor:
-        """Bring labels to the one form that the losses take; what is in it already stays.
+        """Convert labels to the form of the losses; labels in that form are unchanged.
 
         Args:
-            labels: Of any dtype.
+            labels: Labels of any dtype.
             width: K.
         Raises:
-            ValueError: They are no labels of such outputs.
+            ValueError: The labels do not fit such outputs.
         """
 
     @abstractmethod
     def known(self, labels: Tensor) -> Tensor:
-        """Return which labels are known, of the labels' own shape, bool: not those of an unreadable picture."""
+        """Return which labels are known, in the labels' own shape, bool: not those of an unreadable image."""
 
     @abstractmethod
     def surprise(self, got: Tensor, labels: Tensor) -> Tensor:
@@ -70,12 +70,12 @@ class Labelled(Meaning):
 
     @abstractmethod
     def task_loss(self, got: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Return what training on labels lowers, the mean over what is known."""
+        """Return the training loss on labels, the mean over known labels."""
 
 
 @dataclass(frozen=True)
 class Classes(Labelled):
-    """Logits of classes of which one holds: softmax.
+    """Logits of classes, one of which is true: softmax.
 
     Attributes:
         probabilities: Whether the model ends with the softmax itself.
@@ -85,7 +85,7 @@ class Classes(Labelled):
     probabilities: bool = False
 
     def read_outputs(self, outputs: Tensor) -> Tensor:
-        """Return logits: of probabilities their logarithms."""
+        """Return logits: for probabilities, their logarithms."""
         return outputs.clamp(min=torch.finfo(outputs.dtype).tiny).log() if self.probabilities else outputs
 
     def divergence(self, got: Tensor, dense: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Classes(Labelled):
         return F.cross_entropy(got, drawn, reduction="sum")
 
     def read_labels(self, labels: Tensor, width: int) -> Tensor:
-        """Return class numbers [N], int64, UNREADABLE where none is known; probabilities [N, K] stay such."""
+        """Return class numbers [N], int64, UNREADABLE for unknown ones; probabilities [N, K] are kept."""
         if labels.shape[1:] == (width,) and width > 1:
             return _read_distributions(labels, width)
         if labels.ndim == 2 and labels.shape[1] == 1:
@@ -110,7 +110,7 @@ class Classes(Labelled):
             )
         labels = labels.long()
         known = (labels == UNREADABLE) | ((labels >= 0) & (labels < width))
-        if not known.all():  # one wait for the device
+        if not known.all():  # a single wait for the device
             labels = labels[labels != UNREADABLE]
             raise ValueError(
                 f"labels from {int(labels.min())} to {int(labels.max())} for a model with {width} classes: a label "
@@ -139,7 +139,7 @@ class Classes(Labelled):
 
 @dataclass(frozen=True)
 class Labels(Labelled):
-    """Logits of labels that hold together, each by itself: sigmoid. One output is a yes or no.
+    """Logits of multi-label classes, independent of each other: sigmoid. A single output is a yes or no.
 
     Attributes:
         probabilities: Whether the model ends with the sigmoid itself.
@@ -149,7 +149,7 @@ class Labels(Labelled):
     probabilities: bool = False
 
     def read_outputs(self, outputs: Tensor) -> Tensor:
-        """Return logits, also of probabilities."""
+        """Return logits, also for probabilities."""
         return outputs.logit(eps=1e-6) if self.probabilities else outputs
 
     def divergence(self, got: Tensor, dense: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class Labels(Labelled):
         return F.binary_cross_entropy_with_logits(got, drawn, reduction="sum")
 
     def read_labels(self, labels: Tensor, width: int) -> Tensor:
-        """Return for each label its probability, mostly 0 or 1, UNREADABLE where it is not known: [N, K], float."""
+        """Return the probability of each label, mostly 0 or 1, UNREADABLE where it is not known: [N, K], float."""
         labels = _as_rows(labels, width, f"with {width} labels that hold together: 0 or 1 for each is")
         known = labels[labels != UNREADABLE]
         if not ((known >= 0) & (known <= 1)).all():
@@ -181,12 +181,12 @@ class Labels(Labelled):
         return self._cross_entropy(got, labels).sum()
 
     def task_loss(self, got: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Return the mean cross-entropy over images and labels; smoothing draws each label towards 1/2."""
+        """Return the mean cross-entropy over images and labels; smoothing moves each label towards 1/2."""
         labels = torch.where(self.known(labels), labels * (1 - label_smoothing) + label_smoothing / 2, labels)
         return self._cross_entropy(got, labels).sum() / self.known(labels).sum().clamp(min=1)
 
     def distillation_loss(self, got: Tensor, taught: Tensor, temperature: float) -> Tensor:
-        """Return the divergence of softened labels, the mean over images and labels as `task_loss`."""
+        """Return the divergence of softened labels, the mean over images and labels as in `task_loss`."""
         return temperature**2 * _bernoulli_divergence(got / temperature, taught / temperature).mean()
 
     def _cross_entropy(self, got: Tensor, labels: Tensor) -> Tensor:
@@ -197,17 +197,17 @@ class Labels(Labelled):
 
 @dataclass(frozen=True)
 class Quantities(Labelled):
-    """Numbers that are predicted as they are: regression.
+    """Numbers that are predicted directly: regression.
 
     Attributes:
-        variance: Of each quantity in the dense model's answers, K numbers; None: taken from each batch.
+        variance: Variance of each quantity in the dense model's outputs, K numbers; None: computed from each batch.
     """
 
     name: ClassVar[str] = "quantities"
     variance: tuple[float, ...] | None = None
 
     def calibrated(self, dense: Tensor) -> "Quantities":
-        """Return the same with the variance of the dense model's answers [N, K]."""
+        """Return a copy with the variance of the dense model's outputs [N, K]."""
         return Quantities(tuple(_variance(dense.double(), 0).tolist()))
 
     def divergence(self, got: Tensor, dense: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class Quantities(Labelled):
         return (noise * got / self._scale(got.detach()).sqrt()).sum()
 
     def read_labels(self, labels: Tensor, width: int) -> Tensor:
-        """Return the quantities [N, K], float, NaN where one is not known."""
+        """Return the quantities [N, K], float, NaN for unknown ones."""
         unread = labels == UNREADABLE if not labels.is_floating_point() else torch.zeros_like(labels, dtype=torch.bool)
         rows = _as_rows(labels, width, f"with {width} quantities: a number for each is")
         rows = rows.masked_fill(unread.reshape(rows.shape), float("nan"))
@@ -242,7 +242,7 @@ class Quantities(Labelled):
         """Return the mean squared error.
 
         Raises:
-            ValueError: Labels are to be smoothed.
+            ValueError: Label smoothing is requested.
         """
         if label_smoothing:
             raise ValueError(
@@ -251,7 +251,7 @@ class Quantities(Labelled):
         return self._squares(got, labels).sum() / self.known(labels).sum().clamp(min=1)
 
     def distillation_loss(self, got: Tensor, taught: Tensor, temperature: float) -> Tensor:
-        """Return the mean squared error; a temperature means nothing here."""
+        """Return the mean squared error; the temperature has no effect."""
         return F.mse_loss(got, taught)
 
     def _squares(self, got: Tensor, labels: Tensor) -> Tensor:
@@ -260,18 +260,18 @@ class Quantities(Labelled):
         return (got - torch.where(labels.isnan(), got.detach(), labels)).square()
 
     def _scale(self, dense: Tensor) -> Tensor:
-        """Return the variance that errors are measured by, [K]."""
+        """Return the variance by which errors are scaled, [K]."""
         return _variance(dense, 0) if self.variance is None else torch.tensor(self.variance).to(dense)
 
 
 @dataclass(frozen=True)
 class Features(Meaning):
-    """A tensor of numbers without a name, [N, f]: maps, tokens, embeddings. No labels speak of it."""
+    """A tensor of unnamed numbers, [N, f]: maps, tokens, embeddings. It has no labels."""
 
     name: ClassVar[str] = "features"
 
     def relative_error(self, got: Tensor, dense: Tensor) -> Tensor:
-        """Return the squared error over the variance of the dense model's features, [N]; 1 is a constant."""
+        """Return the squared error over the variance of the dense model's features, [N]; a constant output has 1."""
         return (got - dense).square().mean(1) / _variance(dense)
 
     def divergence(self, got: Tensor, dense: Tensor) -> Tensor:
@@ -284,11 +284,11 @@ class Features(Meaning):
         return (noise * got).sum() / (got.shape[1] * _variance(got.detach())).sqrt()
 
     def distillation_loss(self, got: Tensor, taught: Tensor, temperature: float) -> Tensor:
-        """Return the mean relative error; a temperature means nothing here."""
+        """Return the mean relative error; the temperature has no effect."""
         return self.relative_error(got, taught).mean()
 
 
-# transformers' words for it (`config.problem_type`), and one for what it has no word for.
+# transformers' names (`config.problem_type`), and one for the meaning without such a name.
 PROBLEMS: dict[str, Meaning] = {
     "single_label_classification": Classes(),
     "multi_label_classification": Labels(),
@@ -301,13 +301,13 @@ SAY_IT = f"If the outputs mean something else, set model.problem_type to {', '.j
 
 @dataclass(frozen=True)
 class LabelForm:
-    """What labels look like: what holds of all that were seen.
+    """Form of labels: properties of all labels examined.
 
     Attributes:
-        single: One value an image, [N] or [N, 1], in place of a row [N, K].
-        whole: Of an integer type, or bool.
-        binary: Nothing but 0 and 1.
-        fraction: Nothing outside [0, 1].
+        single: One value per image, [N] or [N, 1], instead of a row [N, K].
+        whole: Integer dtype, or bool.
+        binary: Only 0 and 1.
+        fraction: No values outside [0, 1].
         one_of: Rows that add up to 1.
     """
 
@@ -319,7 +319,7 @@ class LabelForm:
 
     @classmethod
     def of(cls, labels: Tensor) -> "LabelForm":
-        """Look at labels [N] or [N, K]; what is not known says nothing."""
+        """Examine labels [N] or [N, K]; unknown labels are ignored."""
         single, whole = labels.ndim < 2 or labels.shape[1:] == (1,), not labels.is_floating_point()
         rows = (labels.flatten()[:, None] if single else labels.flatten(1)).double()
         rows = rows[((rows != UNREADABLE) & ~rows.isnan()).all(1)]
@@ -328,17 +328,17 @@ class LabelForm:
         return cls(single, whole, bool(((rows == 0) | (rows == 1)).all()), fraction, one_of)
 
     def __and__(self, other: "LabelForm") -> "LabelForm":
-        """Return what holds of both."""
+        """Return the properties that both have."""
         return LabelForm(*(a and b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def meaning(self, width: int, sure_of_quantity: bool) -> Meaning:
-        """Tell from labels what outputs mean of which nothing else says it.
+        """Return the meaning of outputs that only the labels show.
 
         Args:
             width: K.
-            sure_of_quantity: Whether one output with fractional labels counts as a quantity, as transformers has it.
+            sure_of_quantity: Whether one output with fractional labels counts as a quantity, as in transformers.
         Raises:
-            ValueError: The labels can be read in two ways, or in none.
+            ValueError: The labels are ambiguous, or cannot be read.
         """
         if self.single:
             if width > 1:
@@ -358,13 +358,13 @@ class LabelForm:
 
 
 def said_meaning(model: nn.Module) -> Mapping[str, Meaning] | Meaning | None:
-    """Return what a model says of its outputs, several by name; None where it says nothing.
+    """Return the meaning that a model states for its outputs, by name if several; None if it states none.
 
-    It speaks by `model.problem_type`, by its transformers configuration, as a backbone by a head of 0 outputs, or by
-    what `slim` noted when it was made.
+    It is stated by `model.problem_type`, by its transformers configuration, by 0 outputs of a backbone's head, or by
+    the provenance from `slim`.
 
     Raises:
-        ValueError: It says a word that nobody knows.
+        ValueError: It states an unknown word.
     """
     word = getattr(model, "problem_type", None) or getattr(getattr(model, "config", None), "problem_type", None)
     if word is not None:
@@ -375,13 +375,13 @@ def said_meaning(model: nn.Module) -> Mapping[str, Meaning] | Meaning | None:
         return {name: PROBLEMS[one] for name, one in words.items()} if isinstance(word, Mapping) else PROBLEMS[word]
     if getattr(model, "num_classes", None) == 0 or getattr(getattr(model, "config", None), "num_labels", None) == 0:
         return Features()
-    noted = (getattr(model, "lfrns_provenance", None) or {}).get("output")  # of a file that anyone may have written
+    noted = (getattr(model, "lfrns_provenance", None) or {}).get("output")  # from a file, and so untrusted
     if isinstance(noted, Mapping):
         return {str(name): MEANINGS[word] for name, word in noted.items() if word in MEANINGS} or None
     return MEANINGS.get(noted) if isinstance(noted, str) else None
 
 
-# What leaves the numbers as they are between an activation and the output, in the names of autograd's nodes.
+# Names of autograd nodes, between an activation and the output, that do not change values.
 _PASSED = re.compile(r"_?(View|UnsafeView|ReshapeAlias|Squeeze|Unsqueeze|ToCopy|Alias|Clone|Slice|DDPSink)Backward\d?")
 
 
@@ -395,9 +395,9 @@ def activation_of(outputs: Tensor) -> str | None:
 
 
 def problem_type_of(model: nn.Module) -> str | None:
-    """Return transformers' word for what a model says of its one head, for its configuration; None where it has none.
+    """Return transformers' name for the stated meaning of a model's single head, for its configuration, or None.
 
-    A pipeline answers by it: by softmax, by sigmoid, or the numbers as they are.
+    A pipeline uses it to apply softmax, sigmoid or nothing.
     """
     said = said_meaning(model)
     words = {meaning.name: word for word, meaning in PROBLEMS.items() if isinstance(meaning, Labelled)}
@@ -405,7 +405,7 @@ def problem_type_of(model: nn.Module) -> str | None:
 
 
 def _read_distributions(labels: Tensor, width: int) -> Tensor:
-    """Read rows [N, K] that say how likely each class is: class numbers where each row has but one."""
+    """Read rows [N, K] of class probabilities; return class numbers if each row has only one class."""
     unread = (labels == UNREADABLE).all(1)
     rows = _as_float(labels).masked_fill(unread[:, None], 0)
     likely = ((rows >= 0).all(1) & ((rows.sum(1) - 1).abs() < 1e-3)) | (rows == 0).all(1) & unread
@@ -429,7 +429,7 @@ def _as_rows(labels: Tensor, width: int, wanted: str) -> Tensor:
 
 
 def _as_float(labels: Tensor) -> Tensor:
-    """Return labels in single precision, or in the double that they have."""
+    """Return labels in float32, or in float64 if they are float64."""
     return labels if labels.dtype == torch.float64 else labels.float()
 
 
@@ -442,7 +442,7 @@ def _bernoulli_divergence(got: Tensor, dense: Tensor) -> Tensor:
 
 
 def _variance(values: Tensor, dim: int | None = None) -> Tensor:
-    """Return the variance, of all values or along one axis, above zero also where all are the same."""
+    """Return the variance, of all values or along one axis, positive even for constant values."""
     if dim is None:
         spread, mean_square = values.var(correction=0), values.square().mean()
     else:
@@ -451,12 +451,12 @@ def _variance(values: Tensor, dim: int | None = None) -> Tensor:
 
 
 def _all_whole(labels: Tensor) -> bool:
-    """Return whether labels are whole numbers, of whatever type."""
+    """Return whether labels are whole numbers, of any dtype."""
     return not labels.is_floating_point() or bool((labels == labels.round()).all())
 
 
 def _like(labels: Tensor, got: Tensor) -> Tensor:
-    """Return labels on the outputs' device, probabilities in their type."""
+    """Return labels on the outputs' device, probabilities in their dtype."""
     return labels.to(got) if labels.is_floating_point() else labels.to(got.device)
 
 

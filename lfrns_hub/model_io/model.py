@@ -1,4 +1,4 @@
-"""Models as callers bring them: in a wrapper, in training mode, on some device, in some floating-point type."""
+"""Models in the form of the caller: in a wrapper, in training mode, on any device, in any floating-point dtype."""
 
 import contextlib
 import ctypes
@@ -19,9 +19,9 @@ from lfrns_hub.format.narrow import model_copy
 
 Result = TypeVar("Result")
 
-# torch.compile keeps the module it wraps under this name; its class lives in torch._dynamo, which is slow to import.
+# torch.compile keeps the module it wraps under this name; its class is in torch._dynamo, which is slow to import.
 _COMPILED = "_orig_mod"
-# Where the layers of quantised models live, and what observes a model that will be one.
+# Modules of the layers of quantised models, and of the observers of models to be quantised.
 QUANTISED = (
     "torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.intrinsic.qat", "torch.ao.nn.qat",
     "torch.ao.quantization.observer", "torch.ao.quantization.fake_quantize", "torchao.", "bitsandbytes.",
@@ -31,15 +31,15 @@ INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
 def unwrap(model: Any, call: str) -> nn.Module:
-    """Take the wrappers of torch.compile, DistributedDataParallel and DataParallel off a model.
+    """Return a model without the wrappers of torch.compile, DistributedDataParallel and DataParallel.
 
     Args:
-        model: A module, wrapped or not; what is given back shares its weights.
+        model: A module, wrapped or not; the result shares its weights.
         call: The public call, for the error.
     Raises:
-        TypeError: It is no module.
-        ValueError: A module inside is compiled, the weights are sharded, scripted, quantised, adapted by peft, or not
-            there yet.
+        TypeError: The model is not a module.
+        ValueError: A module inside is compiled, or the weights are sharded, scripted, quantised, adapted by peft, or
+            not initialised yet.
     """
     given = f"{call}({type(model).__name__})"
     if not isinstance(model, nn.Module):
@@ -72,7 +72,7 @@ def unwrap(model: Any, call: str) -> nn.Module:
 
 
 def find_quantised(model: nn.Module) -> str | None:
-    """Name a layer that has no floating-point weight of its own, by torch.ao, torchao, bitsandbytes or the like."""
+    """Return a layer without a floating-point weight, quantised by torch.ao, torchao, bitsandbytes or the like."""
     for name, module in model.named_modules():
         if type(module).__module__.startswith(QUANTISED) or hasattr(module, "_packed_params"):
             return f"{name} ({type(module).__name__})"
@@ -96,7 +96,7 @@ def refuse_meta(model: nn.Module, call: str) -> None:
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module | None, device: torch.device | None = None) -> Iterator[None]:
-    """Put models in eval mode (and on a device); on leaving, every module has its own mode and device again."""
+    """Set models to eval mode (and move them to a device); restore the mode and device of every module at the end."""
     present = [model for model in models if model is not None]
     modes = [(module, module.training) for model in present for module in model.modules()]
     homes = [(model, device_of(model)) for model in present]
@@ -116,9 +116,9 @@ def evaluating(*models: nn.Module | None, device: torch.device | None = None) ->
 
 @contextlib.contextmanager
 def same_draw(seed: int = 0) -> Iterator[None]:
-    """Draw the same random numbers each time, so that two models of a random forward can be compared.
+    """Draw the same random numbers each time, so that two models with a random forward can be compared.
 
-    A forward may draw from torch, numpy or Python; afterwards each goes on as if nothing had been drawn.
+    A forward may draw from torch, numpy or Python; afterwards the state of each generator is restored.
 
     Example:
         >>> with same_draw():
@@ -140,10 +140,10 @@ def same_draw(seed: int = 0) -> Iterator[None]:
 
 
 def differentiated(compute: Callable[[], Result]) -> Result:
-    """Run a forward and backward pass; where the forward writes to a tensor that the backward needs, with copies kept.
+    """Run a forward and backward pass; if the forward writes to a tensor that the backward needs, keep copies.
 
     Args:
-        compute: Both passes; called again, it starts from the beginning.
+        compute: Both passes; it may be called a second time.
     """
     try:
         return compute()
@@ -156,7 +156,7 @@ def differentiated(compute: Callable[[], Result]) -> Result:
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Let a forward make its own tensors in another dtype, where it names none: they meet a model of that dtype."""
+    """Set the default dtype for tensors that a forward creates, so that they fit a model of that dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -166,7 +166,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Doubling(TorchFunctionMode):
-    """Lets a forward's casts to a smaller floating-point type end in float64, and its constants begin there."""
+    """Makes a forward's casts to a smaller floating-point dtype return float64, and its constants float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
@@ -178,7 +178,7 @@ class _Doubling(TorchFunctionMode):
 
 
 def _doubled(value: Any) -> Any:
-    """Return a tensor in float64, and this type for a smaller one; any other argument as it is."""
+    """Return a tensor in float64, and float64 for a smaller dtype; any other argument unchanged."""
     if isinstance(value, torch.dtype):
         return torch.float64 if value in SMALLER else value
     if isinstance(value, Tensor):
@@ -188,7 +188,7 @@ def _doubled(value: Any) -> Any:
 
 @contextlib.contextmanager
 def in_double() -> Iterator[None]:
-    """Run a float64 model whose forward makes, keeps or casts to tensors of float32 or less: they are float64 as well.
+    """Run a float64 model whose forward creates, keeps or casts to float32 or less: these are float64 too.
 
     Example:
         >>> with in_double():
@@ -212,12 +212,12 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def as_input(images: Tensor, model: nn.Module) -> Tensor:
-    """Bring images to a model's device, and floating-point ones to its dtype."""
+    """Move images to a model's device, and floating-point ones to its dtype."""
     return images.to(device_of(model), dtype_of(model) if images.is_floating_point() else images.dtype)
 
 
 def memory_format_of(model: nn.Module) -> torch.memory_format:
-    """Return the layout in which a model's images run fastest: channels last where it convolves more than patches.
+    """Return a model's fastest memory format: channels last where it has convolutions other than patch embeddings.
 
     Example:
         >>> memory_format_of(nn.Conv2d(3, 8, 3)), memory_format_of(nn.Conv2d(3, 8, 16, stride=16))
@@ -228,24 +228,24 @@ def memory_format_of(model: nn.Module) -> torch.memory_format:
 
 
 def in_channels_last(model: nn.Module) -> bool:
-    """Return whether a model's convolutions lie in channels_last."""
+    """Return whether a model's convolution weights are in channels_last."""
     weights = [p for p in model.parameters() if p.ndim == 4]
     return any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
 
 
 def laid_out(images: Tensor, model: nn.Module) -> Tensor:
-    """Return images [N, C, H, W] in the layout that the model lies in; any other input as it is."""
+    """Return images [N, C, H, W] in the model's memory format; any other input unchanged."""
     if images.ndim != 4:
         return images
     return images.contiguous(memory_format=torch.channels_last if in_channels_last(model) else torch.contiguous_format)
 
 
 def settle_layout(images: Tensor, *models: nn.Module | None) -> None:
-    """Lay models out contiguously again whose forward cannot run in channels_last, as where it views a map as a row.
+    """Make models contiguous again whose forward fails in channels_last, for example by a view of a map as a row.
 
     Args:
-        images: [N, C, H, W]; one of them is tried.
-        models: In any mode; None is left out.
+        images: [N, C, H, W]; one of them is run.
+        models: In any mode; None is ignored.
     """
 
     def runs(model: nn.Module) -> bool:
@@ -259,13 +259,13 @@ def settle_layout(images: Tensor, *models: nn.Module | None) -> None:
     for model in models:
         if model is not None and in_channels_last(model) and not runs(model):
             model.to(memory_format=torch.contiguous_format)
-            if not runs(model):  # another fault, which the caller meets by itself
+            if not runs(model):  # another error, which the caller will see
                 model.to(memory_format=torch.channels_last)
 
 
 @contextlib.contextmanager
 def laid_out_models(*models: nn.Module | None) -> Iterator[None]:
-    """Hold models in the layout of `memory_format_of`; those that came in another have their own again at the end."""
+    """Keep models in the format of `memory_format_of`; restore those that had another at the end."""
     moved = []
     for model in models:
         if model is not None and memory_format_of(model) == torch.channels_last:
@@ -280,16 +280,16 @@ def laid_out_models(*models: nn.Module | None) -> Iterator[None]:
 
 
 def return_memory() -> None:
-    """Give freed memory back to the system where the C library keeps it: large tensors cannot be put into its gaps."""
+    """Return freed memory to the system where the C library keeps it: large tensors do not fit into its gaps."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # musl has none
     if trim:
         trim(0)
 
 
 def analysis_copy(model: nn.Module, device: Any) -> nn.Module:
-    """Copy a model for the analysis: on the device, in eval mode, float32 or better, no weight trainable.
+    """Copy a model for the analysis: on the device, in eval mode, float32 or better, with no trainable weights.
 
-    A convnet's kernels have their channels last, in which convolutions run up to thrice as fast.
+    A convnet's kernels are channels last, in which convolutions run up to three times as fast.
     """
     dense = model_copy(model).to(device=device, dtype=torch.promote_types(dtype_of(model), torch.float32))
     dense.to(memory_format=memory_format_of(dense)).zero_grad(set_to_none=True)
@@ -303,7 +303,7 @@ def typed_as(result: nn.Module, model: nn.Module) -> nn.Module:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dense[name].dtype if name in dense else dtype_of(model))
         if name not in dense or dense[name].is_contiguous():
-            # Of one channel every layout counts as contiguous, and kernels are chosen by the strides.
+            # With one channel every format counts as contiguous, and kernels are chosen by the strides.
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
     for name, parameter in result.named_parameters():
         parameter.requires_grad_(dense[name].requires_grad if name in dense else True)

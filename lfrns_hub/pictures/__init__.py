@@ -1,4 +1,4 @@
-"""What a model looks at: its input size, transforms and data by name, and whether the two fit."""
+"""Image data of a model: its input size, transforms and datasets by name, and whether model and data fit."""
 
 from lfrns_hub.pictures.class_folders import list_classes
 from lfrns_hub.pictures.decoding import PictureColumn, decode_picture, name_picture

@@ -1,4 +1,4 @@
-"""Folders of pictures by class: listed here, so that each is one class, whatever its name and its splits hold."""
+"""Class folders of images: listed here, so that each is one class, whatever its name and its splits' content."""
 
 import glob
 import logging
@@ -14,15 +14,15 @@ from lfrns_hub.format.untrusted import short
 
 logger = logging.getLogger(__name__)
 
-SHARDS = 64  # of a stream: divisible among as many processes as machines have
+SHARDS = 64  # of a stream: can be divided among as many processes as machines have
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # a table of labels, which datasets reads
 
 
 def list_classes(folder: Path) -> dict[str, list[str]]:
-    """List the pictures of each class folder, at any depth below it.
+    """List the images of each class folder, at any depth below it.
 
-    A folder that is empty is a class too: of a split that has no picture of it. One that holds files but no picture is
-    none, nor is a hidden one.
+    An empty folder is a class too: of a split without an image of it. A folder with files but no image is not a class,
+    nor is a hidden one.
     """
     classes = {}
     for path in _folders(folder):
@@ -34,20 +34,20 @@ def list_classes(folder: Path) -> dict[str, list[str]]:
 
 
 def list_loose(folder: Path) -> list[str]:
-    """List the pictures that lie in a folder itself, in no class folder."""
+    """List the images that lie in a folder itself, in no class folder."""
     return _pictures(str(path) for path in folder.iterdir() if path.is_file())
 
 
 def find_split(folder: Path, names: Sequence[str], splits: set[str], call: str) -> Path | None:
-    """Find the folder of a split, and no class that is called as one.
+    """Find the folder of a split, but not a class with such a name.
 
     Args:
         folder: The data.
-        names: Of the split, the preferred one first; case does not count.
+        names: Names of the split, the preferred one first; case is ignored.
         splits: All names of splits.
-        call: For the error.
+        call: Name of the call, for the error.
     Raises:
-        ValueError: It could be a class as well.
+        ValueError: The folder could be a class as well.
     """
     folders = list(_folders(folder))
     others = [path for path in folders if path.name.casefold() not in splits]
@@ -65,10 +65,10 @@ def find_split(folder: Path, names: Sequence[str], splits: set[str], call: str) 
 
 
 def has_metadata(folder: Path, call: str) -> bool:
-    """Return whether tables beside the pictures say what they are: one in the folder, or one in each folder in it.
+    """Return whether tables next to the images label them: one in the folder, or one in each of its folders.
 
     Raises:
-        ValueError: Some of the folders have one: it says nothing of the others.
+        ValueError: Only some of the folders have one.
     """
     if any((folder / name).is_file() for name in METADATA):
         return True
@@ -86,16 +86,16 @@ def has_metadata(folder: Path, call: str) -> bool:
 
 
 def read_class_folders(folder: Path, names: list[str], call: str, *, streaming: bool = False) -> Any:
-    """Return the pictures of class folders as a table of paths and labels, of a folder without any as one of paths.
+    """Return the images of class folders as a table of paths and labels, without class folders only of paths.
 
     Args:
-        folder: Holds a folder for each class, or pictures.
-        names: Of all classes, in the order of their numbers; a split may lack some.
-        call: For the error.
-        streaming: As a `datasets.IterableDataset`, whose rows come in a random order that is always the same: a stream
-            can be shuffled only within its buffer.
+        folder: Folder with a folder for each class, or with images.
+        names: Names of all classes, in the order of their numbers; a split may lack some.
+        call: Name of the call, for the error.
+        streaming: Return a `datasets.IterableDataset`, whose rows have a fixed random order: a stream can be shuffled
+            only within its buffer.
     Raises:
-        ValueError: Pictures lie beside the class folders, in no class.
+        ValueError: Images lie next to the class folders, in no class.
     """
     import datasets
 
@@ -119,10 +119,10 @@ def read_class_folders(folder: Path, names: list[str], call: str, *, streaming: 
 
 
 def read_described(folder: Path, *, streaming: bool = False) -> Any:
-    """Open pictures that a table beside them describes, with datasets: those alone, and no archive."""
+    """Open images that a table next to them describes, with datasets: only those, and no archive."""
     import datasets
 
-    # Named one by one: of a folder datasets makes splits of whatever is called "test".
+    # Each named: of a folder, datasets would make splits of every name like "test".
     endings = sorted({os.path.splitext(path)[1] for path in _pictures(_files(folder))})
     place = glob.escape(str(folder))
     files = [f"{place}/**/*{ending}" for ending in endings] + [f"{place}/**/{name}" for name in METADATA]
@@ -134,7 +134,7 @@ def read_described(folder: Path, *, streaming: bool = False) -> Any:
 
 
 def _pictures(files: Iterable[str]) -> list[str]:
-    """Choose the pictures among files, by their endings; hidden ones are none."""
+    """Return the images among files, by their extensions; hidden files are left out."""
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return sorted(
         file
@@ -144,12 +144,12 @@ def _pictures(files: Iterable[str]) -> list[str]:
 
 
 def _holds_pictures(folder: Path) -> bool:
-    """Return whether there are pictures in a folder, at any depth."""
+    """Return whether there are images in a folder, at any depth."""
     return bool(_pictures(_files(folder)))
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """List the files at any depth below a folder; a link back to a folder that was seen, or above, is not followed."""
+    """Yield the files at any depth below a folder; links back to a visited folder, or one above, are not followed."""
     seen = {_identity(path) for path in (folder, *folder.resolve().parents)}
     for place, folders, names in os.walk(folder, followlinks=True):
         yield from (os.path.join(place, name) for name in names)
@@ -159,11 +159,11 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
-    """Tell a folder from any other, whatever link leads to it."""
+    """Return the identity of a folder, the same by every link to it."""
     state = os.stat(folder)
     return state.st_dev, state.st_ino
 
 
 def _folders(folder: Path) -> Iterator[Path]:
-    """List the folders in a folder, by name; hidden ones are none."""
+    """Return the folders in a folder, by name; hidden ones are left out."""
     return (path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.is_dir())

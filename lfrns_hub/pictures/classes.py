@@ -1,4 +1,4 @@
-"""Which class a label means: the data's labels numbered as the model numbers its classes, by name, or refused."""
+"""Classes of labels: the data's labels numbered like the model's classes, by name, or refused."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ from lfrns_hub.pictures.tables import parquet_files, read_table
 
 logger = logging.getLogger(__name__)
 MAX_CLASSES = 1 << 20
-WORDS = ("string", "large_string")  # as datasets names the type of words
+WORDS = ("string", "large_string")  # names of the string type in datasets
 WAYS_OUT = (
     "Name the classes in the model's order by class_map (lfrns: --class-map), or give a model with a head that fits."
 )
@@ -24,12 +24,12 @@ WAYS_OUT = (
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes that labels of some data mean.
+    """The classes of some data's labels.
 
     Attributes:
-        names: In the order of the model's logits.
-        numbers: Of each label that the data may have, its class; None where labels are numbers of classes already.
-        call: For errors.
+        names: Names in the order of the model's logits.
+        numbers: Class of each label in the data; None where labels already are class numbers.
+        call: Name of the call, for errors.
     """
 
     names: list[str]
@@ -38,7 +38,7 @@ class Classes:
 
     @property
     def unknown(self) -> int:
-        """Return the label of a picture that cannot be read."""
+        """Return the label of an image that cannot be read."""
         return UNREADABLE
 
     def read(self, labels: Iterable[Any]) -> list[int]:
@@ -49,7 +49,7 @@ class Classes:
         """Return the class of a label.
 
         Raises:
-            ValueError: It is no label of a class.
+            ValueError: It is not the label of a class.
         """
         if self.numbers is None or type(label) is bool:
             if isinstance(label, int) and label >= 0:
@@ -75,22 +75,23 @@ def read_classes(
     class_map: str | Path | None,
     streaming: bool = False,
 ) -> Classes:
-    """Find out which class each label of a split means, the same in every split.
+    """Determine the class of each label of a split, the same in every split.
 
-    Labels that have names (folders, a ClassLabel, words) are matched by name with the class map, else with the names
-    that the model has for its classes, else numbered as the training split numbers them; words by their order. Of a
-    column of lists it is the classes of what the lists hold; words in them need a model or a class map with names.
+    Labels with names (folders, a ClassLabel, words) are matched by name with the class map, else with the model's names
+    for its classes, else numbered as in the training split; words by their order. In a column of lists the items are
+    matched; words in lists need a model or a class map with names.
 
     Args:
         table: The split.
-        column: Of its labels.
+        column: Its column of labels.
         name: The data: a folder or a Hub id.
         split: "train", "validation" or "test".
-        model: Whose classes they are; None: the data's own.
+        model: The model with these classes; None: the data's own classes.
         class_map: Text file that names the classes in the model's order.
-        streaming: Nothing but the schema is to be read.
+        streaming: Read only the schema.
     Raises:
-        ValueError: The classes are not those of the model, or of the other split, and nothing says which is which.
+        ValueError: The classes are not those of the model, or of the other split, and nothing shows their
+            correspondence.
     """
     call = f"load_data({name!r}, {split!r}): the column {column!r}"
     stated, order, count = read_order(model, class_map)
@@ -110,7 +111,7 @@ def read_classes(
             if all(word.isdecimal() for word in words):
                 numbers = {word: int(word) for word in words}
                 return Classes(_numbered(stated, count, numbers.values(), call), numbers, call)
-        if listed and order is None:  # nothing but the model's accuracy would show another order
+        if listed and order is None:  # only the model's accuracy would show another order
             raise ValueError(
                 f"{call} holds lists of words ({short(', '.join(sorted(words)))}), and the model does not name its "
                 f"classes. {WAYS_OUT}"
@@ -129,7 +130,7 @@ def read_classes(
 def read_order(
     model: nn.Module | None, class_map: str | Path | None
 ) -> tuple[list[str] | None, list[str] | None, int | None]:
-    """Return the names that a model has for its outputs, those of the class map where one is given, and their number.
+    """Return a model's names for its outputs, or those of the class map if one is given, and their number.
 
     Raises:
         ValueError: The class map does not fit the model.
@@ -148,35 +149,35 @@ def read_order(
 
 
 def item_of(feature: Any) -> Any:
-    """Return what the lists of a column hold, by its datasets feature; of any other column the feature itself."""
+    """Return the feature of the items in a column of lists; for any other column the feature itself."""
     return getattr(feature, "feature", feature)
 
 
 def is_same_name(name: str, other: str) -> bool:
-    """Return whether two names are one in two ways to write it."""
+    """Return whether two names are spellings of the same name."""
     return _plain(name) == _plain(other)
 
 
 def _values(table: Any, column: str) -> Iterator[Any]:
-    """Iterate over the labels of a split, of lists over all that they hold; none for a picture without."""
+    """Yield the labels of a split, for lists all their items; none for an image without labels."""
     for value in table[column]:
         yield from (one for one in (value if isinstance(value, list) else [value]) if one is not None)
 
 
 def _covers(order: Sequence[str] | None, names: Iterable[str]) -> bool:
-    """Return whether each of the names is one of the model's."""
+    """Return whether all names are names of the model."""
     return order is not None and set(map(_plain, names)) <= set(map(_plain, order))
 
 
 def _numbered(order: Sequence[str] | None, count: int | None, labels: Iterable[int], call: str) -> list[str]:
-    """Name the classes of labels that are numbers: as the model does, else by their numbers."""
+    """Return names for classes that are labelled by numbers: the model's names, else the numbers."""
     most = count or (len(order) if order else MAX_CLASSES)
     largest = _bounded(max(labels, default=0), most, call)
     return list(order) if order else [str(number) for number in range(count or largest + 1)]
 
 
 def count_classes(model: nn.Module | None) -> int | None:
-    """Count the classes that a model answers; None where that is not known, or where it answers none."""
+    """Return the number of a model's classes; None where it is unknown, or where it has none."""
     if model is None:
         return None
     stated = getattr(model, "num_classes", None)
@@ -186,7 +187,7 @@ def count_classes(model: nn.Module | None) -> int | None:
         try:
             with torch.no_grad():
                 logits = find_logits(model(example_input(model)))
-        except Exception:  # every model refuses a size in its own way; then its classes stay unknown
+        except Exception:  # each model raises its own error; then its classes stay unknown
             return None
         stated = 0 if logits is None else logits.shape[1]
     return int(stated) or None
@@ -196,11 +197,11 @@ def number_names(names: Sequence[str], model: nn.Module, call: str) -> tuple[lis
     """Number the classes of some data, given by name, as a model does.
 
     Args:
-        names: Of the data's classes, by its own numbers.
-        model: That is to answer them.
-        call: For the error.
+        names: Names of the data's classes, by its own numbers.
+        model: The model for the data.
+        call: Name of the call, for the error.
     Returns:
-        The model's number of each, and the names of all its classes.
+        The model's number for each, and the names of all its classes.
     Raises:
         ValueError: They are not the model's classes.
     """
@@ -209,10 +210,10 @@ def number_names(names: Sequence[str], model: nn.Module, call: str) -> tuple[lis
 
 
 def read_class_map(path: Path) -> list[str]:
-    """Read a file that names a class on each line.
+    """Read a file with one class name per line.
 
     Raises:
-        ValueError: There is no such file, or it names a class twice.
+        ValueError: There is no such file, or it has a name twice.
     """
     if not path.is_file():
         raise ValueError(f"class_map={str(path)!r}: there is no such file. Give one that names a class on each line.")
@@ -230,10 +231,10 @@ def _match(
     """Return the number of each name, and the names of all classes by number.
 
     Args:
-        names: Of the data's classes, by the data's own numbers.
-        order: Of the model's, or of the class map.
-        count: How many the model answers, where that is known.
-        call: For the errors.
+        names: Names of the data's classes, by the data's own numbers.
+        order: Names in the order of the model, or of the class map.
+        count: Number of the model's classes, if it is known.
+        call: Name of the call, for the errors.
         by_map: The class map, which must have every name.
     """
     if order is None:
@@ -254,9 +255,9 @@ def _match(
     if not missing:
         return found, list(order)
     own = [_plain(name) for name in names]
-    if own == plain:  # some of the model's names stand for several classes
+    if own == plain:  # some of the model's names belong to several classes
         return {name: number for number, name in enumerate(names)}, list(order)
-    if len(own) == len(plain) and not {*own} & {*plain}:  # other words throughout, and no sign of another order
+    if len(own) == len(plain) and not {*own} & {*plain}:  # different words throughout, and no sign of another order
         logger.warning(
             "%s and the model name their %d classes by other words, so they are taken in order: %r as %r, ... A class "
             "map (class_map; lfrns: --class-map) says which is which.", call, len(names), short(names[0]),
@@ -294,7 +295,7 @@ def _of_training(name: str, split: str, column: str, names: list[str], call: str
 
 
 def _refuse_other_numbers(name: str, split: str, column: str, names: list[str]) -> None:
-    """Refuse files of one split that number their classes in several ways: they are read as the first one says."""
+    """Refuse files of one split that number their classes differently: all are read with the first one's numbers."""
     for file in parquet_files(Path(name), split)[1:]:
         if (others := _names_in(file, column)) and others != names:
             raise ValueError(
@@ -313,7 +314,7 @@ def _names_in(file: Path, column: str) -> list[str]:
 
 
 def _words_of_other(name: str, split: str, column: str) -> set[str]:
-    """Return the labels of the split that is not being read: training's for validation, and the other way round."""
+    """Return the labels of the other split: training's for validation, and vice versa."""
     other = "validation" if split == "train" else "train"
     try:
         table = read_table(name, other)
@@ -333,5 +334,5 @@ def _bounded(label: int, most: int, call: str) -> int:
 
 
 def _plain(name: str) -> str:
-    """Bring two ways to write a name together: case, spaces and underscores do not count."""
+    """Return a normalised name: case, spaces, hyphens and underscores are ignored."""
     return "_".join(str(name).casefold().replace("-", " ").replace("_", " ").split())

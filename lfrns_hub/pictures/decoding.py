@@ -1,4 +1,4 @@
-"""From an encoded file to a picture: decoded here, of known formats and bounded size, one at a time."""
+"""Decoding of image files: only known formats and bounded sizes, one at a time."""
 
 import io
 import os
@@ -10,19 +10,19 @@ from PIL import Image, ImageOps
 
 from lfrns_hub.format.untrusted import short
 
-# No format that pillow hands to another program (EPS), and none of documents.
+# No format that pillow passes to another program (EPS), and no document formats.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MAX_PIXELS = 64_000_000  # of a picture: 0.2 GB decoded, the size of a 64-megapixel camera's
-ROWS = 64  # of a picture of 16 bits, scaled at once
+MAX_PIXELS = 64_000_000  # of an image: 0.2 GB decoded, the size of a 64-megapixel camera's
+ROWS = 64  # of a 16-bit image, scaled at once
 BITS_PER_SAMPLE = 258  # TIFF's tag
 
 
 class PictureColumn:
-    """The pictures of a table, decoded one at a time.
+    """The images of a table, decoded one at a time.
 
     Args:
-        table: Of datasets, its `column` read as encoded files.
-        column: Where they stand.
+        table: A datasets table, its `column` read as encoded files.
+        column: Column of the images.
         root: The data: a folder or a Hub id.
     """
 
@@ -33,24 +33,24 @@ class PictureColumn:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Image.Image:
-        """Decode a picture."""
+        """Return a decoded image."""
         return decode_picture(self.table[index][self.column], self.root)
 
     def name(self, index: int) -> str:
-        """Name the file of a picture, or its row."""
+        """Return the file name of an image, or its row."""
         return name_picture(self.table[index][self.column]) or f"row {index}"
 
 
 def decode_picture(file: Any, root: str) -> Image.Image:
-    """Decode a picture here, not by datasets: of a known format, of at most 64 megapixels, from the data's own files.
+    """Decode an image here, not in datasets: of a known format, at most 64 megapixels, from the data's own files.
 
     Args:
-        file: Its `bytes`, or its `path`, as `datasets.Image(decode=False)` gives them; or an array from 0 to 255,
+        file: Its `bytes` or `path`, as returned by `datasets.Image(decode=False)`; or an array from 0 to 255,
             [H, W] or [H, W, C].
         root: The data: a folder or a Hub id.
     Raises:
-        ValueError: It is too large, lies elsewhere, or holds numbers of no known range. What pillow raises for a
-            file that is damaged.
+        ValueError: It is too large, lies outside the data, or has numbers of unknown range. For a damaged file,
+            pillow's errors are raised.
     """
     if not isinstance(file, dict):
         return _from_array(np.asarray(file))
@@ -59,7 +59,7 @@ def decode_picture(file: Any, root: str) -> Image.Image:
         source = os.path.abspath(str(file.get("path")))
         if not any(Path(source).is_relative_to(folder) for folder in _roots(root)):
             raise ValueError(f"{short(os.path.basename(source))} lies outside of the data's folder")
-        if not os.path.isfile(source):  # a pipe would be waited for
+        if not os.path.isfile(source):  # a pipe would block
             raise ValueError(f"{short(os.path.basename(source))} is no file")
     with Image.open(source, formats=FORMATS) as picture:
         if picture.width * picture.height > MAX_PIXELS:
@@ -69,31 +69,31 @@ def decode_picture(file: Any, root: str) -> Image.Image:
 
 
 def as_bytes(picture: Image.Image) -> Image.Image:
-    """Return a picture upright and with at most 8 bits a channel: 16 bits are scaled by their range.
+    """Return an image upright and with at most 8 bits per channel: 16 bits are scaled by their range.
 
-    Pillow itself converts 16 bits by clipping them to 255: all but the darkest pixels become white.
+    pillow itself converts 16 bits by clipping them to 255: all pixels except the darkest become white.
 
     Args:
-        picture: Of any mode. Its EXIF orientation is applied.
+        picture: An image of any mode. Its EXIF orientation is applied.
     Raises:
-        ValueError: It holds 32-bit integers or floats, whose range nothing states.
+        ValueError: It has 32-bit integers or floats, whose range is not stated.
     """
-    largest = _largest_value(picture)  # first: the turned picture no longer knows its file
+    largest = _largest_value(picture)  # first: the rotated image no longer has the file's tags
     picture = ImageOps.exif_transpose(picture)
     if largest is None:
         return picture
     wide = np.asarray(picture)
     levels = (np.arange(largest + 1) * (255 / largest)).round().astype(np.uint8)
     pixels = np.empty(wide.shape, np.uint8)
-    for row in range(0, len(wide), ROWS):  # by parts: as indices numbers take 8 bytes
+    for row in range(0, len(wide), ROWS):  # in parts: as indices numbers take 8 bytes
         pixels[row : row + ROWS] = levels[wide[row : row + ROWS].clip(0, largest)]
     return Image.fromarray(pixels)
 
 
 def _largest_value(picture: Image.Image) -> int | None:
-    """Return the value of white in a picture of more than 8 bits, None where it has no more."""
+    """Return the value of white in an image of more than 8 bits, None for up to 8 bits."""
     if picture.mode.startswith("I;16"):
-        bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, 16)  # of a camera's or a scanner's TIFF often 12
+        bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, 16)  # often 12 in the TIFF of a camera or scanner
         return (1 << min(bits[0] if isinstance(bits, tuple) else bits, 16)) - 1
     if picture.mode == "I" and picture.format in ("PNG", "PPM"):
         return 65535  # both formats end at 16 bits
@@ -106,12 +106,12 @@ def _largest_value(picture: Image.Image) -> int | None:
 
 
 def name_picture(file: Any) -> str | None:
-    """Name the file of a picture; None for bytes without a name, and for an array."""
+    """Return the file name of an image; None for bytes without a name, and for an array."""
     return short(os.path.basename(file["path"])) if isinstance(file, dict) and file.get("path") else None
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
-    """Make a picture of whole numbers from 0 to 255."""
+    """Return an image from integers between 0 and 255."""
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
@@ -122,7 +122,7 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 
 
 def _roots(name: str) -> list[str]:
-    """Name the folders in which the files of some data lie: its own, or the caches of the Hub."""
+    """Return the folders that contain the files of some data: its own, or the caches of the Hub."""
     import datasets
     from huggingface_hub import constants
 

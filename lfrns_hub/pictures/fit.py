@@ -1,4 +1,4 @@
-"""Whether a model and the data fit: the shape of its images, the number of its classes, what it knows of them."""
+"""Checks that model and data fit: the shape of images, the number of classes, an accuracy above chance."""
 
 import os
 from typing import Any
@@ -15,21 +15,21 @@ GUARD_IMAGES = 2000
 
 
 def check_images(model: nn.Module, loader: Any) -> None:
-    """Refuse images that a model cannot take, before any work is done on them.
+    """Refuse images that a model cannot run, before any work is done on them.
 
     Args:
-        model: Dense model; one image runs through it where the size is not its own.
-        loader: Its first batch is looked at.
+        model: Dense model; one image is run where the size differs from the model's own.
+        loader: Its first batch is checked.
     Raises:
-        ValueError: More classes in the data than the model answers, no batch, no image tensor, another number of
-            channels, values that are not finite, or a size the model refuses.
+        ValueError: There are more classes in the data than the model has, no batch, no image tensor, another number of
+            channels, values that are not finite, or a size that the model refuses.
     """
     first = next(iter(loader), None)
     if first is None:
         raise ValueError("check_images(loader): the loader is empty. Give it at least one batch.")
     images, _ = split_batch(first)
     classes, names = num_classes_of(model), getattr(getattr(loader, "dataset", None), "class_names", None) or []
-    if 0 < classes < len(names) and not (classes == 1 and len(names) == 2):  # one logit says yes or no
+    if 0 < classes < len(names) and not (classes == 1 and len(names) == 2):  # one logit is a yes or no
         raise ValueError(
             f"{type(model).__name__} answers {classes} classes, the data has {len(names)} ({short(', '.join(names))}): "
             "the head does not fit the data. Fine-tune it first (--dense-epochs)."
@@ -45,19 +45,19 @@ def check_images(model: nn.Module, loader: Any) -> None:
     if tuple(images.shape[2:]) != (height, width):
         try:
             _answer(model, images[:1])
-        except Exception as error:  # every architecture refuses a size in its own way
+        except Exception as error:  # each architecture raises its own error
             raise ValueError(f"images are {list(images.shape)}: {wanted}. {way_out}") from error
 
 
 def guard_against_chance(model: nn.Module, loader: Any, where: str | os.PathLike[str]) -> float | None:
-    """Refuse a model that knows nothing about the data: its units would be ranked by noise.
+    """Refuse a model with an accuracy near chance on the data: its units would be ranked by noise.
 
     Args:
         model: Dense model.
-        loader: Of labelled images, at most 2,000 are run.
+        loader: Loader of labelled images; at most 2,000 are run.
         where: The data, for the message.
     Returns:
-        Top-1 in percent; None where there are no class numbers, or the outputs mean something else.
+        Top-1 in percent; None where there are no class numbers, or the outputs have another meaning.
     Raises:
         ValueError: Labels beyond the head, or top-1 at most 1.5 times chance (with few classes: a tenth above it).
     """
@@ -89,7 +89,7 @@ def guard_against_chance(model: nn.Module, loader: Any, where: str | os.PathLike
 
 
 def _answer(model: nn.Module, images: Tensor) -> Tensor:
-    """Run a model in eval mode on images, and put its mode back."""
+    """Run a model in eval mode on images, and restore its mode."""
     like = next(model.parameters())
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

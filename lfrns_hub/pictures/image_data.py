@@ -1,4 +1,4 @@
-"""Pictures and labels as a dataset: decoded once, kept while they fit, what is damaged left out and named."""
+"""Datasets of images and labels: decoded once, cached while they fit, damaged images left out and reported."""
 
 import logging
 from collections.abc import Callable
@@ -15,29 +15,29 @@ from lfrns_hub.model_io.batches import UNREADABLE
 from lfrns_hub.pictures.decoding import as_bytes
 from lfrns_hub.pictures.preparation import OwnPreparation, Preparation
 
-# Decoded pictures are kept up to this many bytes a dataset; CIFAR's 50,000 need 0.15 GB.
+# Decoded images are cached up to this many bytes per dataset; CIFAR's 50,000 need 0.15 GB.
 MAX_CACHE_BYTES = 1 << 30
-IN_PARTS = (Preparation, OwnPreparation)  # transforms that say what of a picture is the same every time
-MAX_UNREADABLE = 50  # as many as timm's ImageDataset forgives
+IN_PARTS = (Preparation, OwnPreparation)  # transforms with a deterministic part that is cached
+MAX_UNREADABLE = 50  # the limit of timm's ImageDataset
 logger = logging.getLogger(__name__)
 
 
 class ImageData(Dataset):
-    """Pictures and labels of a split; decoded once and kept as uint8 while they fit.
+    """Images and labels of a split; decoded once and cached as uint8 while they fit.
 
-    A picture that cannot be read is left out, as timm does: the next readable one stands in its place, with its own
-    label to train on, with the label `unknown` to evaluate on, where it counts as neither right nor wrong.
-    Without labels it stands in throughout. Workers share the list of what is unreadable.
+    An image that cannot be read is left out, as in timm: the next readable one replaces it, for training with its own
+    label, for evaluation with the label `unknown`, so that it counts as neither right nor wrong. Without labels it is
+    replaced in both. Workers share the list of unreadable images.
 
     Args:
-        pictures: A sequence of PIL pictures: anything with `[int]` and a length, and perhaps `name(int)`.
-        labels: Of each picture, a class number or a tensor; None without labels.
-        class_names: By label.
-        transform: Picture to tensor.
-        training: Whether the label of a picture that stands in is its own.
-        max_unreadable: Of how many unreadable pictures more than this is an error.
+        pictures: A sequence of PIL images: any object with `[int]` and a length, and perhaps `name(int)`.
+        labels: Label of each image, a class number or a tensor; None without labels.
+        class_names: Names by label.
+        transform: Function from image to tensor.
+        training: Whether a replacement image has its own label.
+        max_unreadable: More unreadable images than this are an error.
         name: The data, for the error.
-        unknown: The label of a picture that stands in, where that is not its own.
+        unknown: The label of a replacement image, where that is not its own.
     """
 
     def __init__(
@@ -62,21 +62,21 @@ class ImageData(Dataset):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any] | Tensor:
-        """Return a picture's tensor and its label.
+        """Return an image's tensor and its label.
 
         Raises:
-            ValueError: More than `max_unreadable` pictures cannot be read, or none can.
+            ValueError: More than `max_unreadable` images cannot be read, or none can.
         """
         return self.finish([self.draw(index)])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Any] | Tensor]:
-        """Return many at once, as a DataLoader asks for them."""
+        """Return several samples, as requested by a DataLoader."""
         return self.finish([self.draw(index) for index in indices])
 
     def draw(self, index: int) -> tuple[Tensor, Any, Any]:
-        """Bring a picture to its size, with all that takes random numbers, and read its label; `finish` does the rest.
+        """Resize an image, with all random draws, and read its label; `finish` does the rest.
 
-        A batch so holds no pictures of the size that they have on disk.
+        Thus a batch does not hold images in their size on disk.
         """
         asked = index
         while (pixels := self._read(index)) is None:
@@ -89,7 +89,7 @@ class ImageData(Dataset):
         return self.transform(Image.fromarray(pixels)), None, label
 
     def finish(self, drawn: list[tuple[Tensor, Any, Any]]) -> list[tuple[Tensor, Any] | Tensor]:
-        """Return the samples of what `draw` gave."""
+        """Return the samples for results of `draw`."""
         images, draws, labels = zip(*drawn, strict=True)
         if isinstance(self.transform, IN_PARTS):
             images = self.transform.finish(images, draws).unbind()
@@ -97,11 +97,11 @@ class ImageData(Dataset):
 
     @property
     def unreadable(self) -> list[str]:
-        """Names of the pictures that could not be read so far, by any worker of this process."""
+        """Names of the images that could not be read so far, by any worker of this process."""
         return [self._name(index) for index in self._unreadable.nonzero().flatten().tolist()]
 
     def describe_unreadable(self) -> str | None:
-        """Say how many pictures could not be read so far and name the first; None where there are none."""
+        """Return how many images could not be read so far, and the first names; None where there are none."""
         names = self.unreadable
         if not names:
             return None
@@ -109,7 +109,7 @@ class ImageData(Dataset):
         return f"{len(names)} of {len(self):,} pictures of {self.name} could not be read and were left out: {first}."
 
     def _read(self, index: int) -> Any:
-        """Decode a picture: what of it is the same every time, uint8; None for one that cannot be read, noted."""
+        """Return the deterministic part of an image, uint8; None, after recording it, for one that cannot be read."""
         if self._unreadable[index]:
             return None
         pixels = self._decoded.get(index)
@@ -121,7 +121,7 @@ class ImageData(Dataset):
                 else:
                     picture = as_bytes(picture)
                     pixels = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
-            except Exception as error:  # pillow raises a dozen types for a file that is damaged
+            except Exception as error:  # pillow raises a dozen error types for a damaged file
                 refuse_shortage(error, f"{self.name}: {self._name(index)}")
                 self._note(index, error)
                 return None
@@ -131,7 +131,7 @@ class ImageData(Dataset):
         return pixels
 
     def _note(self, index: int, error: Exception) -> None:
-        """Keep that a picture cannot be read, and say so; refuse when there are too many."""
+        """Record and log that an image cannot be read; raise an error when there are too many."""
         self._unreadable[index] = 1
         count, reason = int(self._unreadable.sum()), short(str(error) or type(error).__name__, 120)
         if count > self.max_unreadable or count == len(self):
@@ -143,5 +143,5 @@ class ImageData(Dataset):
         logger.warning("%s: %s cannot be read (%s): it is left out.", self.name, self._name(index), reason)
 
     def _name(self, index: int) -> str:
-        """Name a picture: by its file where it has one."""
+        """Return the name of an image: its file if it has one."""
         return self.pictures.name(index) if hasattr(self.pictures, "name") else f"picture {index}"

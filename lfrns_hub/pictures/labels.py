@@ -1,6 +1,6 @@
-"""What a column of labels holds: class numbers, labels that hold together, or quantities, as the model's outputs mean.
+"""A column of labels, read by the meaning of the model's outputs: class numbers, multi-label classes, or quantities.
 
-N pictures, K outputs of the model.
+N images, K outputs of the model.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ from lfrns_hub.model_io.batches import UNREADABLE
 from lfrns_hub.model_io.meaning import PROBLEMS, Features, LabelForm, Labelled, Labels, Quantities, said_meaning
 from lfrns_hub.pictures.classes import WORDS, Classes, is_same_name, item_of, read_classes, read_order
 
-# What labels each meaning takes, for errors.
+# The labels that each meaning accepts, for errors.
 TAKEN = {
     "classes": "one class a picture",
     "labels": "a list of classes, or a row of 0 and 1, a picture",
@@ -32,16 +32,16 @@ SAY_IT = (
 
 @dataclass(frozen=True)
 class LabelRows:
-    """Labels that are no single class, as tensors of floating-point numbers.
+    """Labels other than a single class, as floating-point tensors.
 
     Attributes:
-        names: Of the model's outputs; none where nothing names its quantities.
-        number: The label of a picture as the data has it -> a tensor, a scalar or [K].
-        unknown: The label of a picture that cannot be read.
-        meaning: Of the outputs.
+        names: Names of the model's outputs; empty if its quantities have no names.
+        number: Function from the label in the data to a tensor, a scalar or [K].
+        unknown: The label of an image that cannot be read.
+        meaning: Meaning of the outputs.
         width: K.
-        call: For errors.
-        sure: Whether the model says what its outputs mean; else the numbers must show it.
+        call: Name of the call, for errors.
+        sure: Whether the model states the meaning of its outputs; else the numbers must show it.
     """
 
     names: list[str]
@@ -53,10 +53,10 @@ class LabelRows:
     sure: bool = True
 
     def read(self, values: Iterable[Any]) -> list[Tensor]:
-        """Return the labels of pictures.
+        """Return the labels of images.
 
         Raises:
-            ValueError: They are no labels of such outputs.
+            ValueError: They do not fit the outputs.
         """
         rows = [self.number(value) for value in values]
         if not rows:
@@ -72,7 +72,7 @@ class LabelRows:
 
 
 def holds_classes(feature: Any, model: nn.Module | None) -> bool:
-    """Return whether a column holds one class a picture, by its datasets feature and by what the model says."""
+    """Return whether a column has one class per image, by its datasets feature and by the model's stated meaning."""
     said = said_meaning(model) if model is not None else None
     is_float = str(getattr(feature, "dtype", "")).startswith("float")
     return item_of(feature) is feature and not is_float and not isinstance(said, (Labels, Quantities))
@@ -88,19 +88,19 @@ def read_labels(
     class_map: str | Path | None,
     streaming: bool = False,
 ) -> Classes | LabelRows | None:
-    """Find out what the labels of a split mean.
+    """Determine the meaning of a split's labels.
 
-    One class a picture is read by `read_classes`. Where the model's problem_type is multi_label_classification, lists
-    of K numbers from 0 to 1 are rows of labels, other lists name the classes that hold, which are matched as single
-    classes are. Where it is regression, numbers or lists of K numbers are quantities; so are those of floating-point
-    type where the model says nothing and K fits.
+    One class per image is read by `read_classes`. If the model's problem_type is multi_label_classification, lists of K
+    numbers from 0 to 1 are rows of labels; other lists name the true classes, which are matched like single classes.
+    If it is regression, numbers or lists of K numbers are quantities; so are floating-point ones where the model
+    states nothing and K fits.
 
     Args:
         As for `read_classes`.
     Returns:
-        What reads the labels; None where they are none of classes and the model answers with features.
+        A reader of the labels; None where the labels are not classes and the model returns features.
     Raises:
-        ValueError: The labels do not fit what the model's outputs mean, or nothing says what they mean.
+        ValueError: The labels do not fit the meaning of the model's outputs, or their meaning is unknown.
     """
     feature, given = table.features[column], {"model": model, "class_map": class_map, "streaming": streaming}
     if holds_classes(feature, model):
@@ -136,7 +136,7 @@ def read_labels(
 
 
 def _takes(said: Labelled | None) -> str:
-    """Say what labels a model takes, by its own word."""
+    """Return which labels a model accepts, in its own words."""
     if said is None:
         return "the model has no problem_type that says what they mean"
     word = next(word for word, meaning in PROBLEMS.items() if meaning.name == said.name)
@@ -144,14 +144,14 @@ def _takes(said: Labelled | None) -> str:
 
 
 def _unknown(shape: tuple[int, ...], meaning: Labelled) -> Tensor:
-    """Return the label of a picture that cannot be read: -100 throughout, of quantities, which may be that, NaN."""
+    """Return the label of an image that cannot be read: -100 everywhere, or NaN for quantities, which may be -100."""
     return torch.full(shape, float("nan") if isinstance(meaning, Quantities) else float(UNREADABLE))
 
 
 def _are_rows(table: Any, column: str, width: int, streaming: bool, call: str) -> bool:
-    """Return whether lists of whole numbers are rows of 0 and 1, not numbers of the classes that hold.
+    """Return whether lists of integers are rows of 0 and 1, rather than numbers of the true classes.
 
-    Only rows of up to two labels can be both: the numbers of three classes are not all 0 or 1.
+    Only rows of up to two labels are ambiguous: the numbers of three classes are not all 0 or 1.
     """
     if getattr(table.features[column], "length", -1) == width:
         return True
@@ -171,7 +171,7 @@ def _are_rows(table: Any, column: str, width: int, streaming: bool, call: str) -
 
 
 def _find_yes(classes: Classes, order: list[str] | None) -> int:
-    """Return which of two classes is the model's one label: by its name, else the second."""
+    """Return the class that is the model's single label: by its name, else the second of two."""
     same = [number for number, name in enumerate(classes.names) if order is None or is_same_name(order[0], name)]
     if len(classes.names) != 2 or not same:
         raise ValueError(
@@ -182,12 +182,12 @@ def _find_yes(classes: Classes, order: list[str] | None) -> int:
 
 
 def _yes_or_no(classes: Classes, yes: int, value: Any) -> Tensor:
-    """Return 1 for the class that is the model's one label, 0 for the other."""
+    """Return 1 for the class that is the model's single label, 0 for the other."""
     return torch.tensor(float(classes.number(value) == yes))
 
 
 def _mark(classes: Classes, width: int, value: Any) -> Tensor:
-    """Return a row [K] with 1 for each of the classes that hold."""
+    """Return a row [K] with 1 for each of the true classes."""
     if value is None:
         raise ValueError(
             f"{classes.call} holds no list for some pictures. Use a labelled split; an empty list says that no label "
@@ -205,7 +205,7 @@ def _mark(classes: Classes, width: int, value: Any) -> Tensor:
 
 
 def _as_numbers(unknown: Tensor, call: str, value: Any) -> Tensor:
-    """Return a number, or a list of K, as a tensor; what is missing is unknown."""
+    """Return a number, or a list of K, as a tensor; missing values are unknown."""
     if unknown.ndim and value is not None and len(value) != len(unknown):
         raise ValueError(
             f"{call} holds {short(str(value))}, a list of {len(value)}, and the model has {len(unknown)} outputs: give "

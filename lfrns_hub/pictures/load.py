@@ -1,4 +1,4 @@
-"""Data by name: a split of a folder, of the Hub, or scikit-learn's digits, as a dataset."""
+"""Datasets by name: a split of a folder, of the Hub, or scikit-learn's digits."""
 
 import os
 from collections.abc import Callable
@@ -38,33 +38,33 @@ def load_data(
     seed: int = 0,
     max_unreadable: int = MAX_UNREADABLE,
 ) -> ImageData:
-    """Load a split of labelled pictures.
+    """Load a split of labelled images.
 
     Args:
         name_or_dir: A folder of parquet files (`train-*.parquet`, `validation-*` or `test-*`; a column `img` or
             `image`, and `label` or `fine_label`), an image folder (`train/<class>/*.png`, or `<class>/*.png` with
             `val_split`), a Hub id such as "uoft-cs/cifar100", or "digits", scikit-learn's 8x8 handwritten ones (a
             fifth is held out).
-        split: "train", "validation" or "test"; where one of the last two is missing the other stands in.
-        transform: Picture to tensor, from `make_transform`.
-        model: The model that is to answer: labels are then numbered as it numbers its classes, by name where both have
-            names, and data whose labels are not its classes, or that has none, is refused before a picture is decoded.
-            By its problem_type, lists are labels that hold together and numbers are quantities, see `read_labels`.
-            None: the classes are the data's own, numbered alike in all splits.
-        label_column: Where it has another name.
-        val_split: Share of the training pictures that stands in for the validation split, in (0, 1): as many of each
-            class where a picture has one, the same ones at every call and for every seed, so that no later call trains
-            on them.
-        class_map: Text file that names the classes in the order of the model's logits, one a line, as timm's.
-        limit: At most so many pictures, drawn at random and in random order: files are often sorted by class.
-        seed: Of that draw.
-        max_unreadable: So many pictures may be damaged: they are left out, see `ImageData`. More are an error.
+        split: "train", "validation" or "test"; if one of the last two is missing, the other is used.
+        transform: Function from image to tensor, from `make_transform`.
+        model: The model for the data: labels are then numbered like its classes, by name where both have names, and
+            data whose labels are not its classes, or that has none, is refused before an image is decoded. By its
+            problem_type, lists are multi-label classes and numbers are quantities, see `read_labels`. None: the classes
+            are the data's own, with the same numbers in all splits.
+        label_column: Name of the label column, if it is not a usual one.
+        val_split: Share of the training images used as validation split, in (0, 1): the same share of each class where
+            an image has one, and the same images at every call and for every seed, so that no later call trains on
+            them.
+        class_map: Text file with the class names in the order of the model's logits, one per line, as in timm.
+        limit: Largest number of images, drawn at random and in random order: files are often sorted by class.
+        seed: Seed of that draw.
+        max_unreadable: Number of damaged images that are left out, see `ImageData`. More are an error.
     Returns:
-        Dataset of (image [C, H, W], label), or of images where there are no labels; `.class_names` by label. Labels
-        that hold together are a row [K], quantities a number or [K], float32.
+        Dataset of (image [C, H, W], label), or of images where there are no labels; `.class_names` by label.
+        Multi-label classes are a row [K], quantities a number or [K], float32.
     Raises:
         ValueError: No such data, split or column, or labels that are not the model's classes.
-        ConnectionError: A Hub id, and the Hub cannot be reached.
+        ConnectionError: The name is a Hub id, and the Hub cannot be reached.
     """
     if split not in SPLIT_FILES:
         raise ValueError(f"load_data(split={split!r}): the splits are {', '.join(SPLIT_FILES)}.")
@@ -117,14 +117,14 @@ def load_data(
 
 
 def _draw(total: int, limit: int | None, seed: int) -> list[int]:
-    """Draw at most `limit` of `total` indices in random order, the same for a seed; without a limit all, in order."""
+    """Return at most `limit` of `total` indices in random order, fixed by the seed; without a limit all, in order."""
     if limit is None:
         return list(range(total))
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].tolist()
 
 
 def _hold_out(labels: list[int], share: float, call: str) -> tuple[list[int], list[int]]:
-    """Split indices into those to train on and those held out: of each class the same share, whatever the order."""
+    """Split indices into training and held-out ones: the same share of each class, in any order."""
     drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
     by_class = sorted(drawn, key=labels.__getitem__)  # stable: within a class as drawn
     held_out = sorted(i for n, i in enumerate(by_class) if int((n + 1) * share + 0.5) > int(n * share + 0.5))
@@ -134,12 +134,12 @@ def _hold_out(labels: list[int], share: float, call: str) -> tuple[list[int], li
 
 
 def _read_digits(split: str) -> tuple[list[Image.Image], list[int], list[str]]:
-    """Read scikit-learn's digits, 1,437 to train and 360 held out, as grey pictures."""
+    """Read scikit-learn's digits, 1,437 to train and 360 held out, as grey images."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     halves = train_test_split(range(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
     chosen = halves[0] if split == "train" else halves[1]
-    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # ink is stated from 0 to 16
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # pixel values are stated from 0 to 16
     return [Image.fromarray(pixels[i]) for i in chosen], [int(digits.target[i]) for i in chosen], list("0123456789")

@@ -1,4 +1,4 @@
-"""What a model takes and answers: its classes, its input size, an example."""
+"""Inputs and classes of a model: its number of classes, their names, its input size, an example."""
 
 import contextlib
 
@@ -12,7 +12,7 @@ MAX_NUMBERS = 1 << 26  # of an image: four channels of 4,096 x 4,096 pixels
 
 
 def num_classes_of(model: nn.Module) -> int:
-    """Count the classes a model answers; 0 for a backbone without a head.
+    """Return the number of a model's classes; 0 for a backbone without a head.
 
     Example:
         >>> num_classes_of(timm.create_model("cifar_resnet20"))
@@ -27,10 +27,10 @@ def num_classes_of(model: nn.Module) -> int:
 
 
 def class_names_of(model: nn.Module) -> list[str] | None:
-    """Return the names that a model has for its classes, in the order of its logits; None where it only numbers them.
+    """Return a model's names for its classes, in the order of its logits; None where it only numbers them.
 
-    They stand in a transformers config, in timm's pretrained_cfg, or in `label_names`, where `lfrns_hub.load` puts
-    those of a class of your own.
+    They are in a transformers config, in timm's pretrained_cfg, or in `label_names`, where `lfrns_hub.load` sets
+    those of a custom class.
     """
     names = getattr(model, "label_names", None) or (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     by_number = getattr(getattr(model, "config", None), "id2label", None)
@@ -43,10 +43,10 @@ def class_names_of(model: nn.Module) -> list[str] | None:
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    """Return channels, height and width of the images a model takes; 3, 224, 224 where nothing says.
+    """Return channels, height and width of a model's images; 3, 224, 224 where nothing states them.
 
     Raises:
-        ValueError: Its configuration states what is no size, or one of more than 2^26 numbers.
+        ValueError: Its configuration states an invalid size, or one of more than 2^26 numbers.
 
     Example:
         >>> input_size_of(timm.create_model("cifar_resnet20", in_chans=1))
@@ -67,7 +67,7 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
 
 
 def _stated_size(model: nn.Module) -> tuple[int, int, int]:
-    """Return channels, height and width as a model, or its configuration, states them."""
+    """Return channels, height and width as stated by a model or its configuration."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "num_channels"):
         size = getattr(config, "image_size", None) or 224
@@ -75,7 +75,7 @@ def _stated_size(model: nn.Module) -> tuple[int, int, int]:
         return int(config.num_channels), int(height), int(width)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = cfg.get("input_size") or (3, 224, 224)
-    # A model built with img_size= or in_chans= keeps the published cfg: its layers know better.
+    # A model built with img_size= or in_chans= keeps the published cfg, so its layers have priority.
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size:
         height, width = size
@@ -84,14 +84,14 @@ def _stated_size(model: nn.Module) -> tuple[int, int, int]:
     if first:
         with contextlib.suppress(AttributeError):
             layer = model.get_submodule(first)
-            # Of a TResNet the first convolution sees blocks of pixels as channels.
+            # In a TResNet the first convolution reads blocks of pixels as channels.
             block = next((m.bs for m in model.modules() if isinstance(m, timm.layers.SpaceToDepth)), 1)
             channels = layer.in_channels // block**2 if isinstance(layer, nn.Conv2d) else channels
     return int(channels), int(height), int(width)
 
 
 def example_input(model: nn.Module, batch: int = 1) -> Tensor:
-    """Make random images a model takes: [batch, C, H, W], its dtype and device, the same at every call.
+    """Return random images for a model: [batch, C, H, W], its dtype and device, the same at every call.
 
     Example:
         >>> example_input(timm.create_model("cifar_resnet20"), batch=2).shape

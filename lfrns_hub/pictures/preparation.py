@@ -1,6 +1,6 @@
-"""From a picture to a model's input: one part the same every time and kept, one drawn anew, one of batches.
+"""From image file to model input in three stages: a deterministic part that is cached, a random draw, a batched finish.
 
-N images, C channels, H x W the size that the model takes, h x w that of what is kept.
+N images, C channels, H x W the model's input size, h x w the size of the cached part.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,31 +15,31 @@ from lfrns_hub.pictures.decoding import MAX_PIXELS, as_bytes
 
 PADDING = 4  # pixels, of He et al. 2016 for CIFAR
 SMALL = 32  # pixels: images up to this size are padded and cropped in training, larger ones cropped and resized
-# A crop of a training picture: top, left, height, width; and whether it is mirrored.
+# A crop of a training image: top, left, height, width; and whether it is mirrored.
 Drawn = tuple[int, int, int, int, bool]
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How pictures are prepared for a model; called with one picture, it gives the tensor [C, H, W], float32.
+    """Preparation of images for a model; called with one image, it returns the tensor [C, H, W], float32.
 
-    `fix`, then `draw` for each picture by torch's generator, then `finish` of a whole batch, is the same. After `draw`
-    a picture has the size of the model's images, whatever its own.
+    `fix`, then `draw` for each image by torch's generator, then `finish` of a whole batch, gives the same result. After
+    `draw` an image has the model's input size, whatever its original size.
 
     Attributes:
         mode: "L" or "RGB".
         size: H and W.
-        resize: To what a picture is resized at first: [h, w], its shorter side alone, or None.
-        training: Whether images are cropped at random: padded by 4 pixels where they have been resized, else of at
-            least a third of the picture, resized to H x W as tensors: bicubic where torch has no `interpolation`.
+        resize: First resize of an image: to [h, w], or of its shorter side only, or None.
+        training: Whether images are cropped at random: padded by 4 pixels if they have been resized, else of at
+            least a third of the image, resized to H x W as tensors: bicubic if torch does not have `interpolation`.
         flip: Whether half of them are mirrored in training.
-        mean, std: Of each channel that comes out, of pixels from 0 to 1.
-        interpolation: By torchvision's name.
-        as_tensor: Whether a picture is resized as a tensor, as transformers does it by torchvision, not by pillow: on
-            noise the two differ by up to 11 of 255.
-        floored: Whether a central crop whose margins are uneven begins at the smaller half, as transformers crops;
+        mean, std: Of each output channel, for pixels from 0 to 1.
+        interpolation: torchvision's name.
+        as_tensor: Whether an image is resized as a tensor, as transformers does by torchvision, instead of by pillow:
+            on noise the two differ by up to 11 of 255.
+        floored: Whether a central crop with uneven margins starts at the smaller half, as in transformers;
             torchvision rounds the half to even.
-        order: Of the picture's channels in what comes out.
+        order: Index of the input channel for each output channel.
     """
 
     mode: str
@@ -55,12 +55,12 @@ class Preparation:
     order: tuple[int, ...] | None = None
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """Prepare one picture."""
+        """Prepare one image."""
         pixels, drawn = self.draw(self.fix(picture))
         return self.finish([pixels], [drawn])[0]
 
     def fix(self, picture: Image.Image) -> Tensor:
-        """Return what of a picture is the same every time, [C, h, w], uint8."""
+        """Return the deterministic part of an image, [C, h, w], uint8."""
         from torchvision.transforms.v2 import functional as F
 
         picture = in_mode(picture, self.mode)
@@ -76,7 +76,7 @@ class Preparation:
         return image if self.as_tensor else F.pil_to_tensor(image)
 
     def draw(self, pixels: Tensor) -> tuple[Tensor, Drawn | None]:
-        """Draw what becomes of a picture this time, None where nothing is drawn; one of any size is cropped at once."""
+        """Draw the random crop of an image, None without one; an image of variable size is cropped at once."""
         from torchvision.transforms.functional import InterpolationMode
         from torchvision.transforms.v2 import functional as F
 
@@ -91,7 +91,7 @@ class Preparation:
         return pixels, drawn
 
     def finish(self, pixels: Sequence[Tensor], drawn: Sequence[Drawn | None]) -> Tensor:
-        """Return the images [N, C, H, W], float32, of what `draw` gave."""
+        """Return the images [N, C, H, W], float32, for results of `draw`."""
         from torchvision.transforms.v2 import functional as F
 
         images = torch.stack(list(pixels))
@@ -106,7 +106,7 @@ class Preparation:
         return F.normalize(F.to_dtype(images, torch.float32, scale=True), list(self.mean), list(self.std), inplace=True)
 
     def _crop(self, image: Any) -> Any:
-        """Cut the centre out, with zeros around what is too small."""
+        """Crop the centre, with zeros around images that are too small."""
         from torchvision.transforms.v2 import functional as F
 
         height, width = self.size
@@ -127,15 +127,15 @@ class Preparation:
 
 @dataclass(frozen=True)
 class OwnPreparation:
-    """Pictures prepared by what the model came with: its image processor, or its library's transform, one at a time.
+    """Images prepared by the model's own image processor or its library's transform, one at a time.
 
-    In training a picture is cropped and mirrored first, as `Preparation` does it, and then prepared.
+    In training an image is first cropped and mirrored, as in `Preparation`, and then prepared.
 
     Attributes:
-        prepare: Picture of `mode` -> float32 [C, H, W].
+        prepare: Image of `mode` -> float32 [C, H, W].
         mode: "L" or "RGB".
         size: H and W of an image.
-        training: Whether pictures are cropped at random.
+        training: Whether images are cropped at random.
         flip: Whether half of them are mirrored in training.
     """
 
@@ -146,32 +146,32 @@ class OwnPreparation:
     flip: bool
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """Prepare one picture."""
+        """Prepare one image."""
         pixels, drawn = self.draw(self.fix(picture))
         return self.finish([pixels], [drawn])[0]
 
     def fix(self, picture: Image.Image) -> Tensor:
-        """Return what of a picture is the same every time: the image, or the picture to train on as uint8 [C, h, w]."""
+        """Return the deterministic part: the prepared image, or for training the image as uint8 [C, h, w]."""
         from torchvision.transforms.v2 import functional as F
 
         picture = in_mode(picture, self.mode)
         if not self.training:
-            # A picture 20 times as long as wide has 74 million pixels on its way through Donut's own processor.
+            # An image 20 times as long as wide has 74 million pixels inside Donut's own processor.
             refuse_long(picture, min(self.size), 2 * MAX_PIXELS)
             return self.prepare(picture)
         return F.pil_to_tensor(F.resize(picture, list(self.size)) if self._is_small() else picture)
 
     def draw(self, pixels: Tensor) -> tuple[Tensor, None]:
-        """Prepare a picture to train on, cropped and mirrored at random; any other is prepared already."""
+        """Prepare a training image, cropped and mirrored at random; any other is prepared already."""
         if not self.training:
             return pixels, None
         return self._augmented(pixels, draw_crop(pixels, self.size if self._is_small() else None, self.flip)), None
 
     def finish(self, pixels: Sequence[Tensor], drawn: Sequence[None]) -> Tensor:
-        """Return the images [N, C, H, W], float32, of what `draw` gave.
+        """Return the images [N, C, H, W], float32, for results of `draw`.
 
         Raises:
-            ValueError: They differ in size, as pictures do that are resized without a crop.
+            ValueError: They differ in size, for example if images are resized without a crop.
         """
         sizes = {tuple(image.shape) for image in pixels}
         if len(sizes) > 1:
@@ -186,7 +186,7 @@ class OwnPreparation:
         return max(self.size) <= SMALL
 
     def _augmented(self, pixels: Tensor, drawn: Drawn) -> Tensor:
-        """Crop and mirror a picture, then prepare it."""
+        """Crop and mirror an image, then prepare it."""
         from torchvision.transforms.v2 import functional as F
 
         padded = F.pad(pixels, [PADDING] * 4) if self._is_small() else pixels
@@ -195,13 +195,13 @@ class OwnPreparation:
 
 
 def in_mode(picture: Image.Image, mode: str) -> Image.Image:
-    """Return a picture upright, of 8 bits and of a mode; transparency is dropped, as transformers' pipeline does it."""
+    """Return an image upright, with 8 bits and a given mode; transparency is dropped, as in transformers' pipeline."""
     picture = as_bytes(picture)
     return picture if picture.mode == mode else picture.convert(mode)
 
 
 def refuse_long(picture: Image.Image, side: int, most: int = MAX_PIXELS) -> None:
-    """Refuse a picture so much longer than wide that, resized by its shorter side, it is larger than any.
+    """Refuse an image so elongated that, resized by its shorter side, it is too large.
 
     Raises:
         ValueError: It would have more than `most` pixels, 64 million of them by default.
@@ -215,17 +215,17 @@ def refuse_long(picture: Image.Image, side: int, most: int = MAX_PIXELS) -> None
 
 
 def draw_crop(pixels: Tensor, size: tuple[int, int] | None, flip: bool) -> Drawn:
-    """Draw a crop and a reflection by torch's generator.
+    """Draw a random crop and reflection by torch's generator.
 
     Args:
-        pixels: The picture, [C, h, w].
-        size: Of the crop, of a picture padded by 4 pixels; None: of at least a third of the picture.
-        flip: Whether half are mirrored.
+        pixels: The image, [C, h, w].
+        size: Size of the crop, from an image padded by 4 pixels; None: a crop of at least a third of the image.
+        flip: Whether half of them are mirrored.
     """
     from torchvision.transforms import RandomResizedCrop
 
     if size is None:
-        # Crops of at least a third: the 8 % of ImageNet training from scratch undoes a pretrained model.
+        # Crops of at least a third: the 8 % of ImageNet training from scratch harms a pretrained model.
         box = RandomResizedCrop.get_params(pixels, scale=(0.35, 1.0), ratio=(3 / 4, 4 / 3))
     else:
         top, left = torch.randint(2 * PADDING + 1, (2,)).tolist()

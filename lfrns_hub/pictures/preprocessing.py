@@ -1,4 +1,4 @@
-"""How a model's pictures are prepared: as its own processor or configuration says, stated, carried along."""
+"""Image preprocessing of a model: read from its own processor or configuration, changed, and saved with it."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from lfrns_hub.pictures.processor import (
 )
 from lfrns_hub.pictures.proof import Geometry, for_training, guess_geometries, prove
 
-# What was proved of a pipeline, by all that its settings say: of each model it is asked for training, test and more.
+# Proved preparations, by all settings of a pipeline: each model needs several, for training, test and more.
 _PROVED: dict[str, Preparation | OwnPreparation] = {}
 
 
@@ -35,23 +35,23 @@ def make_transform(
     std: tuple[float, ...] | None = None,
     flip: bool = True,
 ) -> Preparation | OwnPreparation:
-    """Make what turns a picture into the model's input, one at a time or, in `load_data`'s datasets, by batches.
+    """Return the function from image to model input, for one image or, in `load_data`'s datasets, for batches.
 
-    What the model came with decides: a transformers image processor of any class, by all of its settings, or timm's
-    data configuration. It is run on probes of many sizes and shapes; a faster way is taken only where it makes the
-    same images of all of them, to one level of 255, and else every picture goes through the model's own pipeline.
+    It follows the model's own settings: a transformers image processor of any class, with all of its settings, or
+    timm's data configuration. This is run on probes of many sizes and shapes; a faster way is used only if it produces
+    the same images for all of them, to one level of 255; else every image is prepared by the model's own pipeline.
 
     Args:
-        model: Its image processor (transformers) or pretrained_cfg (timm) says how.
-        train: Adds pad-and-crop by 4 where images are 32 pixels or less, random resized crops above.
-        mean: Of each channel, in place of the model's.
-        std: Likewise.
-        flip: Whether training mirrors half of the pictures; not for digits or letters.
+        model: Its image processor (transformers) or pretrained_cfg (timm) states the preprocessing.
+        train: Add pad-and-crop by 4 where images are 32 pixels or less, random resized crops above.
+        mean: Mean per channel, overrides the model's.
+        std: Standard deviation per channel, overrides the model's.
+        flip: Whether training mirrors half of the images; not for digits or letters.
     Returns:
-        Callable: picture of any mode and size -> float32 [C, H, W]. Randomness comes from torch's generator.
+        Callable: image of any mode and size -> float32 [C, H, W]. Random numbers come from torch's generator.
     Raises:
-        ValueError: The model's own processor prepares no images, or cannot state `mean` or `std`.
-        ConnectionError: The Hub is needed to know how, and cannot be reached.
+        ValueError: The model's own processor does not return images, or cannot state `mean` or `std`.
+        ConnectionError: The Hub is needed for the settings, and cannot be reached.
     """
     if is_of_transformers(model):
         given = {key: value for key, value in {"mean": mean, "std": std}.items() if value is not None}
@@ -70,18 +70,18 @@ def set_preprocessing(
     crop_pct: float | None = None,
     interpolation: str | None = None,
 ) -> None:
-    """State, by timm's options, how a model's images are prepared; what is None stays as it is.
+    """Set a model's image preprocessing by timm's options; None leaves an option unchanged.
 
-    It is written into the model's pretrained_cfg, or into the settings of its transformers image processor:
-    `make_transform` reads it there, and a checkpoint carries it along.
+    The options are written to the model's pretrained_cfg, or to the settings of its transformers image processor:
+    `make_transform` reads them there, and a checkpoint saves them.
 
     Args:
-        model: Of timm, of transformers with an image processor, or a class of your own.
-        mean, std: Of each channel, of pixels from 0 to 1.
-        crop_pct: Share of the picture's shorter side that the central crop takes, in (0, 1].
+        model: A timm model, a transformers model with an image processor, or a custom class.
+        mean, std: Of each channel, for pixels from 0 to 1.
+        crop_pct: Share of the image's shorter side that the central crop covers, in (0, 1].
         interpolation: "nearest", "bilinear", "bicubic", "lanczos", "box" or "hamming".
     Raises:
-        ValueError: A value is out of its range, or the model's image processor has no settings that do this.
+        ValueError: A value is out of range, or the model's image processor has no settings for it.
 
     Example:
         >>> model = timm.create_model("cifar_resnet20")
@@ -107,10 +107,10 @@ def set_preprocessing(
 
 
 def data_config_of(model: nn.Module) -> dict[str, Any]:
-    """Return timm's data configuration of a model: of its own size and channels, whatever was published.
+    """Return timm's data configuration of a model, with its own size and channels instead of the published ones.
 
     Raises:
-        ValueError: Its pretrained_cfg states what prepares no picture.
+        ValueError: Its pretrained_cfg has invalid settings.
     """
     channels, height, width = input_size_of(model)
     cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "input_size": (channels, height, width)}
@@ -119,7 +119,7 @@ def data_config_of(model: nn.Module) -> dict[str, Any]:
     try:
         config = timm.data.resolve_data_config(cfg, pretrained_cfg=stated)
         return config | {key: tuple(_per_channel(config[key], channels)) for key in ("mean", "std")}
-    except Exception as error:  # timm asserts, and takes apart what it is given
+    except Exception as error:  # timm asserts, and unpacks values unchecked
         reason = short(str(error) or type(error).__name__, 200)
         raise ValueError(
             f"{type(model).__name__}: its pretrained_cfg prepares no picture ({reason}). Mend it."
@@ -127,15 +127,15 @@ def data_config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def state_in_processor(model: nn.Module, given: dict[str, Any]) -> Any:
-    """State options of timm's in the terms of a model's image processor, and prove that it does what they mean.
+    """State timm's options as settings of a model's image processor, and prove that it follows them.
 
     Args:
-        model: Of transformers.
+        model: A transformers model.
         given: Some of mean, std, crop_pct and interpolation.
     Returns:
         A changed copy of the processor.
     Raises:
-        ValueError: The model has no processor, or one that has no settings for them.
+        ValueError: The model has no processor, or one without such settings.
     """
     processor = find_processor(model)
     told = ", ".join(f"{key}={value}" for key, value in given.items())
@@ -160,7 +160,7 @@ def state_in_processor(model: nn.Module, given: dict[str, Any]) -> Any:
         try:
             changed = changed_processor(processor, **settings, **way)
             proved = _prove_processor(changed, model)
-        except (TypeError, ValueError):  # a setting that this class does not take
+        except (TypeError, ValueError):  # a setting that this class does not accept
             continue
         if _does(proved, given, way and (edge["shortest_edge"], (height, width))):
             return changed
@@ -171,7 +171,7 @@ def state_in_processor(model: nn.Module, given: dict[str, Any]) -> Any:
 
 
 def _does(proved: Preparation | OwnPreparation, given: dict[str, Any], crop: Any) -> bool:
-    """Return whether what was proved of a processor is what the options ask for."""
+    """Return whether a proved preparation follows the options."""
     if not isinstance(proved, Preparation):
         return False
     for key in ("mean", "std"):
@@ -185,7 +185,7 @@ def _does(proved: Preparation | OwnPreparation, given: dict[str, Any], crop: Any
 
 
 def _prove_processor(processor: Any, model: nn.Module) -> Preparation | OwnPreparation:
-    """Find out how to do what a transformers image processor does."""
+    """Find the preparation that equals a transformers image processor."""
     mode = _mode_of(model)
     key = f"{type(processor)} {mode} {json.dumps(processor.to_dict(), default=str, sort_keys=True)}"
     if key not in _PROVED:
@@ -202,7 +202,7 @@ def _prove_processor(processor: Any, model: nn.Module) -> Preparation | OwnPrepa
 def _prove_timm(
     model: nn.Module, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> Preparation | OwnPreparation:
-    """Find out how to do what timm's transform does for a model; for an own class by timm's defaults."""
+    """Find the preparation that equals timm's transform for a model; for a custom class with timm's defaults."""
     config = data_config_of(model)
     channels, height, width = config["input_size"]
     given = {"mean": mean or config["mean"], "std": std or config["std"]}
@@ -216,17 +216,17 @@ def _prove_timm(
         what = f"{type(model).__name__}: timm's transform"
         try:
             own = timm.data.create_transform(**config)
-        except Exception as error:  # as timm refuses it: an interpolation without a name is a KeyError
+        except Exception as error:  # timm's errors: an interpolation without a name is a KeyError
             raise ValueError(f"{what} cannot be made of {config} ({error}). Mend pretrained_cfg.") from error
         _PROVED[key] = prove(own, geometries, mode=mode, what=what, stated=(config["mean"], config["std"]))
     return _PROVED[key]
 
 
 def _mode_of(model: nn.Module) -> str:
-    """Name the mode of the pictures that a model takes.
+    """Return the mode of a model's images.
 
     Raises:
-        ValueError: It takes neither one nor three channels.
+        ValueError: It has neither one nor three channels.
     """
     channels = input_size_of(model)[0]
     if channels not in (1, 3):
@@ -238,5 +238,5 @@ def _mode_of(model: nn.Module) -> str:
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> list[float]:
-    """Spread statistics of three channels over however many a model takes."""
+    """Spread statistics of three channels over a model's number of channels."""
     return list(values) if len(values) == channels else [sum(values) / len(values)] * channels

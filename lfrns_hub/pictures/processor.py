@@ -1,4 +1,4 @@
-"""A transformers image processor: the truth of what a model is shown. Found beside the model, run, changed, saved."""
+"""A transformers image processor, the reference for a model's preprocessing: found, run, changed, saved."""
 
 import contextlib
 import copy
@@ -20,27 +20,27 @@ from lfrns_hub.pictures.model_input import input_size_of
 logger = logging.getLogger(__name__)
 FILE = "preprocessor_config.json"
 FILES = ("processor_config.json", FILE)  # transformers reads an image processor from either
-MAX_SIDE = 4096  # pixels, of a size in a stranger's file
-MIN_CROP_PCT = 0.01  # a smaller share would have pictures enlarged a hundredfold
-# By the numbers that pillow and transformers give them.
+MAX_SIDE = 4096  # pixels, of a size in an untrusted file
+MIN_CROP_PCT = 0.01  # a smaller share would enlarge images a hundredfold
+# By the numbers of pillow and transformers.
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
 @dataclass(frozen=True)
 class ProcessorCall:
-    """A processor as a function of one picture, as transformers' pipeline calls it.
+    """A processor as a function of one image, as in transformers' pipeline.
 
     Attributes:
-        processor: Of any class and backend.
+        processor: A processor of any class and backend.
     """
 
     processor: Any
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """Return the image [C, H, W], float32, of a picture.
+        """Return the tensor [C, H, W], float32, of an image.
 
         Raises:
-            ValueError: The processor answers otherwise: tokens, patches, several crops.
+            ValueError: The processor returns something else: tokens, patches, several crops.
         """
         answer = dict(self.processor(images=picture, return_tensors="pt"))
         image = answer.get("pixel_values")
@@ -53,20 +53,20 @@ class ProcessorCall:
 
 
 def is_of_transformers(model: nn.Module) -> bool:
-    """Return whether a model's configuration is one of transformers'."""
+    """Return whether a model has a transformers configuration."""
     return hasattr(getattr(model, "config", None), "model_type")
 
 
 def find_processor(model: nn.Module) -> Any:
-    """Find the image processor that a transformers model came with, or that `set_preprocessing` made of it.
+    """Return the image processor of a transformers model, as loaded with it or changed by `set_preprocessing`.
 
     Args:
-        model: Its config names the folder or the Hub id it was loaded from.
+        model: Its config names the folder or the Hub id that it was loaded from.
     Returns:
-        The processor, as AutoImageProcessor opens it; None for other models, and where none came with it.
+        The processor, as opened by AutoImageProcessor; None for other models, and for a model without one.
     Raises:
-        ValueError: There is one that cannot be opened: damaged, or code of its own, which is not run.
-        ConnectionError: The Hub is needed to know, and cannot be reached.
+        ValueError: There is one that cannot be opened: damaged, or with its own code, which is not run.
+        ConnectionError: The Hub is needed to find it, and cannot be reached.
     """
     if not is_of_transformers(model):
         return None
@@ -81,10 +81,10 @@ def find_processor(model: nn.Module) -> Any:
 
     named = _check_files(folder, call)
     try:
-        # A configuration stands in for a name that no class has: it is given only where the files name none.
+        # A configuration replaces a missing class name: it is passed only if the files name none.
         options = {} if named else {"config": _stock(model.config)}
         processor = AutoImageProcessor.from_pretrained(folder, **options, trust_remote_code=False)
-    except Exception as error:  # a class of another version, code of its own, a value that it refuses
+    except Exception as error:  # a class of another version, its own code, a value that it refuses
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{call}: its image processor cannot be opened ({short(reason, 200)}). Save one of transformers' own "
@@ -94,20 +94,20 @@ def find_processor(model: nn.Module) -> Any:
 
 
 def load_processor(model: nn.Module) -> Any:
-    """Return the image processor that a transformers model's pictures are prepared by, to be saved beside its slim one.
+    """Return the image processor of a transformers model, to be saved with its slim model.
 
     Returns:
-        The processor: the model's own, or, where none came with it, one that resizes to the size its config says and
-        scales pixels to [-1, 1], as ViT's does: a guess, with a warning. None for a model of timm or a class of your
-        own, whose own configuration says the same, and where the processor cannot be opened.
+        The processor: the model's own, or, if it has none, one that resizes to the size in its config and scales
+        pixels to [-1, 1], like ViT's: a guess, with a warning. None for a timm model or a custom class, whose own
+        configuration states the same, and where the processor cannot be opened.
     """
-    with contextlib.suppress(ValueError):  # make_transform refuses it; a checkpoint goes without
+    with contextlib.suppress(ValueError):  # make_transform refuses it; a checkpoint is saved without it
         return find_processor(model) or guess_processor(model)
     return None
 
 
 def guess_processor(model: nn.Module) -> Any:
-    """Make a processor for a transformers model that came with none; None for other models."""
+    """Return a processor for a transformers model without one; None for other models."""
     if not is_of_transformers(model):
         return None
     channels, height, width = input_size_of(model)
@@ -125,10 +125,10 @@ def guess_processor(model: nn.Module) -> Any:
 
 
 def write_processor(processor: Any, folder: Path) -> None:
-    """Write a processor into a folder, from where it comes back as it is.
+    """Write a processor to a folder, and check that it loads unchanged.
 
     Raises:
-        ValueError: What AutoImageProcessor would open there prepares pictures otherwise.
+        ValueError: AutoImageProcessor would open one there that prepares images differently.
     """
     from transformers import AutoImageProcessor
 
@@ -149,13 +149,13 @@ def write_processor(processor: Any, folder: Path) -> None:
 
 
 def check_settings(settings: dict[str, Any], where: str) -> None:
-    """Refuse what of an image processor's settings, or of timm's pretrained_cfg, prepares no image, or a huge one.
+    """Refuse settings of an image processor, or of timm's pretrained_cfg, that are invalid or give a huge image.
 
     Args:
-        settings: By name, as a file has them; only those that matter to images are looked at.
-        where: Names them in the error.
+        settings: Settings by name, as in a file; only those that affect images are checked.
+        where: Name of their source in the error.
     Raises:
-        ValueError: One is of another type than it must be, or out of its range.
+        ValueError: A setting has the wrong type or is out of range.
     """
     rules: dict[str, Callable[[Any], bool]] = {
         "input_size": lambda size: isinstance(size, (list, tuple)) and len(size) == 3 and all(map(_is_side, size)),
@@ -192,7 +192,7 @@ def changed_processor(processor: Any, **settings: Any) -> Any:
 
 
 def _folder_of(source: str, config: Any) -> Path | None:
-    """Find the folder that holds a model's processor: its own, or in the Hub's cache; None where there is none."""
+    """Return the folder of a model's processor: its own, or in the Hub's cache; None where there is none."""
     if Path(source).is_dir():
         names = (*FILES, "config.json") if config.model_type.endswith("timm_wrapper") else FILES
         return Path(source) if any((Path(source) / name).is_file() for name in names) else None
@@ -219,7 +219,7 @@ def _folder_of(source: str, config: Any) -> Path | None:
 
 
 def _check_files(folder: Path, call: str) -> bool:
-    """Check what a folder's files say of its processor, and return whether they name its class."""
+    """Check the settings of a processor in a folder's files, and return whether they name its class."""
     named = False
     for name in FILES:
         if (folder / name).is_file():
@@ -240,7 +240,7 @@ def _check_files(folder: Path, call: str) -> bool:
 
 
 def _stock(config: Any) -> Any:
-    """Return a configuration of the type that transformers has a processor for; ours are subclasses of it."""
+    """Return a configuration of the type for which transformers has a processor; ours are subclasses of it."""
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
     stock = next((kind for kind in type(config).__mro__ if kind in IMAGE_PROCESSOR_MAPPING), None)
@@ -248,7 +248,7 @@ def _stock(config: Any) -> Any:
 
 
 def _for_channels(processor: Any, model: nn.Module) -> Any:
-    """Return a processor the statistics of as many channels as the model takes, where it states them for colours."""
+    """Return a processor with statistics for the model's number of channels, if it states them for colours."""
     channels = input_size_of(model)[0]
     stated = [getattr(processor, key, None) for key in ("image_mean", "image_std")]
     if channels != 1 or not all(isinstance(values, (list, tuple)) and len(values) == 3 for values in stated):
@@ -263,17 +263,17 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_side(value: Any) -> bool:
-    """Return whether a value is a size of an image."""
+    """Return whether a value is the side of an image."""
     return type(value) is int and 0 < value <= MAX_SIDE
 
 
 def _are_numbers(values: Any, above: float) -> bool:
-    """Return whether a value is a number, or some, above a bound and finite."""
+    """Return whether a value is one or several finite numbers above a bound."""
     values = [values] if _is_number(values) else values
     is_list = isinstance(values, (list, tuple)) and 0 < len(values) <= 64
     return is_list and all(_is_number(value) and above < value < 1e6 for value in values)
 
 
 def _are_names(value: Any) -> bool:
-    """Return whether a value is a name, or some."""
+    """Return whether a value is one or several names."""
     return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value))

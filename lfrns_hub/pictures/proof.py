@@ -1,7 +1,7 @@
-"""A fast way to prepare pictures, taken only where it makes the images that the model's own pipeline makes.
+"""A fast image preparation, used only if it produces the same images as the model's own pipeline.
 
-The own pipeline is a transformers image processor or timm's transform. What it does to colours is measured, what it
-does to sizes is guessed from its settings, and both are proved together on pictures of many sizes and shapes.
+The own pipeline is a transformers image processor or timm's transform. Its effect on colours is measured, its effect
+on sizes is guessed from its settings, and both are proved together on images of many sizes and shapes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,8 +16,8 @@ from torch import Tensor
 from lfrns_hub.format.untrusted import short
 from lfrns_hub.pictures.preparation import SMALL, OwnPreparation, Preparation
 
-# Width and height of the probes besides the image's own: smaller than any image and larger, twenty times wider than
-# high, with odd margins.
+# Width and height of the probes in addition to the input size: smaller than any image and larger, twenty times wider
+# than high, with odd margins.
 SIZES = (
     (9, 7),
     (37, 53),
@@ -33,13 +33,13 @@ SIZES = (
     (40, 600),
     (1500, 1100),
 )
-LARGEST = 1024  # pixels: images of a larger side go through the pipeline itself, for probes of them take seconds
+LARGEST = 1024  # pixels: images with a larger side always use the pipeline itself, because probes of them take seconds
 MARGINS = ((0, 0), (1, 0), (0, 3), (6, 0), (0, 7), (9, 5))  # added to the image's own size: uneven crops of each kind
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A guess of what a pipeline does to sizes: `Preparation`'s attributes of these names."""
+    """A guess of a pipeline's effect on sizes: `Preparation`'s attributes of these names."""
 
     resize: tuple[int, int] | int | None
     interpolation: str
@@ -62,15 +62,15 @@ def prove(
     """Return the fast preparation that equals a model's own pipeline on every probe, else the pipeline itself.
 
     Args:
-        prepare: The pipeline: picture of `mode` -> float32 [C, H, W].
+        prepare: The pipeline: image of `mode` -> float32 [C, H, W].
         geometries: Guesses, the likely ones first.
         mode: "L" or "RGB".
-        what: Names the pipeline in errors.
-        stated: Mean and std by its settings; where they are what was measured, they stand for it to the last digit.
+        what: Name of the pipeline in errors.
+        stated: Mean and std in its settings; if they agree with the measured ones, they replace them exactly.
     Returns:
-        What prepares pictures to evaluate on; `for_training` makes of it what prepares those to train on.
+        The preparation for evaluation; `for_training` turns it into one for training.
     Raises:
-        ValueError: The pipeline makes no image of a picture.
+        ValueError: The pipeline does not return an image.
     """
     try:
         shape = prepare(_probe(mode, 224, 224, 0)).shape
@@ -83,7 +83,7 @@ def prove(
             candidates = [fast for fast in candidates if image.shape == shape and equals(fast, probe, image)]
             if not candidates:
                 break
-    except Exception as error:  # every processor refuses in its own way
+    except Exception as error:  # each processor raises its own error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{what} prepares no picture ({short(reason, 200)}). Mend its settings, or prepare the images by a "
@@ -93,7 +93,7 @@ def prove(
 
 
 def for_training(preparation: Preparation | OwnPreparation, flip: bool) -> Preparation | OwnPreparation:
-    """Return a preparation with crops at random, and perhaps mirrored pictures."""
+    """Return a preparation with random crops, and optionally mirrored images."""
     changed: dict[str, Any] = {"training": True, "flip": flip}
     if isinstance(preparation, Preparation):
         changed["resize"] = preparation.size if max(preparation.size) <= SMALL else None
@@ -101,13 +101,13 @@ def for_training(preparation: Preparation | OwnPreparation, flip: bool) -> Prepa
 
 
 def equals(fast: Preparation, probe: Image.Image, image: Tensor) -> bool:
-    """Return whether a preparation makes of a picture the image [C, H, W], to one level of 255."""
+    """Return whether a preparation turns a probe into the image [C, H, W], to one level of 255."""
     got, level = fast(probe), torch.tensor(fast.std).abs()[:, None, None].reciprocal() / 255
     return got.shape == image.shape and bool(((got - image).abs() <= 1.01 * level + 1e-5 * image.abs()).all())
 
 
 def _fast(geometry: Geometry, colours: "Colours", mode: str, size: tuple[int, int]) -> Preparation:
-    """Make the preparation of a guess."""
+    """Return the preparation of a guess."""
     return Preparation(
         mode=mode,
         size=size,
@@ -125,7 +125,7 @@ def _fast(geometry: Geometry, colours: "Colours", mode: str, size: tuple[int, in
 
 @dataclass(frozen=True)
 class Colours:
-    """What a pipeline does to colours: channel c that comes out is (channel `order[c]` of the picture - mean) / std."""
+    """Effect of a pipeline on colours: output channel c is (channel `order[c]` of the image - mean) / std."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -133,11 +133,11 @@ class Colours:
 
 
 def fit_colours(prepare: Callable[[Image.Image], Tensor], mode: str) -> Colours | None:
-    """Measure what a pipeline does to colours, on pictures of one colour; None where it is no such map.
+    """Measure a pipeline's effect on colours, on images of one colour; None if it is not such a map.
 
     Args:
         prepare: The pipeline.
-        mode: Of its pictures, "L" or "RGB".
+        mode: Mode of its images, "L" or "RGB".
     """
     channels = 1 if mode == "L" else 3
 
@@ -159,7 +159,7 @@ def fit_colours(prepare: Callable[[Image.Image], Tensor], mode: str) -> Colours 
 
 
 def _as_stated(colours: Colours, mean: Any, std: Any) -> Colours:
-    """Return measured statistics as settings state them, where they are those."""
+    """Return the statistics from the settings if they agree with the measured ones, else the measured ones."""
     measured = (colours.mean, colours.std)
     for values, own in zip((mean, std), measured, strict=True):
         if not isinstance(values, (tuple, list)) or not np.allclose(values, own, rtol=1e-5, atol=1e-6):
@@ -168,11 +168,11 @@ def _as_stated(colours: Colours, mean: Any, std: Any) -> Colours:
 
 
 def probes(mode: str, size: Sequence[int]) -> Iterable[Image.Image]:
-    """Draw the pictures that a fast preparation is proved on: the same ones at every call.
+    """Draw the images on which a fast preparation is proved: the same at every call.
 
     Args:
         mode: "L" or "RGB".
-        size: Height and width of the model's images; some probes are of this size, or little larger.
+        size: Height and width of the model's images; some probes have this size, or a slightly larger one.
     """
     height, width = size
     near = [(width + right, height + down) for right, down in MARGINS]
@@ -191,17 +191,17 @@ def _probe(mode: str, columns: int, rows: int, number: int) -> Image.Image:
 
 
 def guess_geometries(settings: Any, interpolation: str, as_tensor: bool) -> list[Geometry]:
-    """Guess what a transformers image processor does to sizes from what its settings may mean.
+    """Return guesses of a transformers image processor's effect on sizes, from its settings.
 
     Args:
-        settings: The processor; `size`, `crop_pct` and `do_resize` are looked at.
-        interpolation: By torchvision's name.
+        settings: The processor; `size`, `crop_pct` and `do_resize` are read.
+        interpolation: torchvision's name.
         as_tensor: Whether it works on tensors.
     """
     size = {key: value for key, value in dict(getattr(settings, "size", None) or {}).items() if value}
     height, width, edge = (size.pop(key, None) for key in ("height", "width", "shortest_edge"))
     if size or max(height or 0, width or 0, edge or 0) > LARGEST:
-        return []  # a longest edge, say, which shows only where pictures are wider than any probe
+        return []  # for example a longest edge, which shows only where images are wider than any probe
     share = getattr(settings, "crop_pct", None)
     resizes: list[Any] = []
     if height and width:

@@ -1,4 +1,4 @@
-"""Pictures read as they are needed: splits too large for memory or disk, each process with files of its own."""
+"""Streams of images, read as needed: for splits too large for memory or disk, each process with its own files."""
 
 import itertools
 import logging
@@ -33,26 +33,26 @@ from lfrns_hub.runs.seeded import OwnGroup
 
 logger = logging.getLogger(__name__)
 FRONT_SHARDS = 32  # read in turn for the front
-SHUFFLE_BUFFER = 2048  # encoded pictures that wait in memory, of each worker
+SHUFFLE_BUFFER = 2048  # encoded images waiting in memory, per worker
 
 
 @dataclass(frozen=True)
 class ImageStream:
-    """A split as a stream; what `retrain` needs to know of it, and the pictures at its front.
+    """A split as a stream, with the facts that `retrain` needs and the images at its front.
 
-    A picture that cannot be read is left out and named: the stream is shorter by it. A stream cannot know how many are
-    damaged, so the limit is, as timm's, how many follow one another.
+    An image that cannot be read is left out and logged: the stream is shorter by it. The number of damaged images in a
+    stream is unknown in advance, so, as in timm, the limit applies to consecutive ones.
 
     Attributes:
         table: The rows, a `datasets.IterableDataset`.
-        image_column, label_column: Where pictures and labels stand.
-        class_names: By label; none where neither the data nor the model names them.
-        images: How many the split holds.
-        transform: Picture to tensor.
-        seed: Of the order.
+        image_column, label_column: Columns of images and labels.
+        class_names: Names by label; empty if neither the data nor the model has names.
+        images: Number of images of the split.
+        transform: Function from image to tensor.
+        seed: Seed of the order.
         name: The data: a folder or a Hub id.
-        max_unreadable: Of how many unreadable pictures in a row more than this is an error.
-        number: The class of a label as the data has it; of labels that are no single class, their tensor.
+        max_unreadable: More consecutive unreadable images than this are an error.
+        number: Function from a label in the data to its class, or, for labels other than a single class, to a tensor.
     """
 
     table: Any
@@ -65,34 +65,34 @@ class ImageStream:
     name: str
     max_unreadable: int = MAX_UNREADABLE
     number: Callable[[Any], Any] = int
-    _errors: list[str] = field(default_factory=list, repr=False)  # of this process, since the last readable picture
+    _errors: list[str] = field(default_factory=list, repr=False)  # of this process, since the last readable image
 
     def loader(self, batch_size: int, *, workers: int = 0) -> DataLoader:
-        """Return shuffled batches {"pixel_values": [N, C, H, W], "labels": [N]}, another order each epoch.
+        """Return shuffled batches {"pixel_values": [N, C, H, W], "labels": [N]}, in another order each epoch.
 
-        Accelerate gives every process its own files where there are as many as processes; with fewer files each
-        process reads all and keeps its share.
+        Accelerate assigns every process its own files if there are enough; with fewer files than processes each process
+        reads all and keeps its share.
 
         Args:
-            batch_size: N, of one process.
-            workers: Processes that decode, at most one a file of this process.
+            batch_size: Batch size of one process, N.
+            workers: Decoder processes, at most one per file of this process.
         """
         rows = self.table.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
-        # A batch of one row may become none: so is a picture left out.
+        # A batch of one row may become empty: this is how an image is left out.
         rows = rows.map(self._prepare, batched=True, batch_size=1, remove_columns=self.table.column_names)
         return DataLoader(rows, batch_size, num_workers=workers, worker_init_fn=OwnGroup(None))
 
     def front(self, count: int, transform: Callable[[Image.Image], Tensor]) -> ImageData:
-        """Keep the first pictures of the shuffled stream in memory, to calibrate on: the same ones on every process.
+        """Return the first images of the shuffled stream, in memory, for calibration: the same on every process.
 
-        They come from many files in turn, as files may be sorted by class. Where few classes are seen all the same, a
-        warning says so: within a file a stream is shuffled no further than its buffer.
+        They come from many files in turn, because files may be sorted by class. If they have few classes nevertheless,
+        a warning is logged: within a file a stream is shuffled only within its buffer.
 
         Args:
-            count: How many, at most.
-            transform: Picture to tensor.
+            count: Largest number of images.
+            transform: Function from image to tensor.
         Raises:
-            ValueError: There is none that can be read, or more than `max_unreadable` in a row cannot be.
+            ValueError: No image can be read, or more than `max_unreadable` consecutive ones cannot be.
         """
         shards = min(self.table.num_shards, FRONT_SHARDS)
         buffer = max(SHUFFLE_BUFFER, 2 * count) // shards + 1
@@ -100,7 +100,7 @@ class ImageStream:
         turns = itertools.zip_longest(*(part.shuffle(seed=self.seed, buffer_size=buffer) for part in parts))
         rows = (row for turn in turns for row in turn if row is not None)
         self._errors.clear()
-        # As files, not decoded, which a picture of any size may be: of those that can be decoded.
+        # As files, because a decoded image may have any size; only those that can be decoded.
         readable = (
             ({self.image_column: row[self.image_column]}, found[1]) for row in rows if (found := self._read(row))
         )
@@ -120,18 +120,18 @@ class ImageStream:
         return ImageData(pictures, list(labels), class_names=self.class_names, transform=transform)
 
     def _prepare(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Turn a batch of one row into what a model takes, or into none."""
+        """Turn a batch of one row into model input, or into an empty batch."""
         found = self._read({name: values[0] for name, values in rows.items()})
         if found is None:
             return {"pixel_values": [], "labels": []}
         return {"pixel_values": [self.transform(found[0])], "labels": [found[1]]}
 
     def _read(self, row: dict[str, Any]) -> tuple[Image.Image, Any] | None:
-        """Decode a row's picture, and give it with its label; None for one that cannot be read, noted."""
+        """Return a row's decoded image with its label; None, after recording it, for an image that cannot be read."""
         file = row[self.image_column]
         try:
             picture = decode_picture(file, self.name)
-        except Exception as error:  # pillow raises a dozen types for a file that is damaged
+        except Exception as error:  # pillow raises a dozen error types for a damaged file
             refuse_shortage(error, f"{self.name}: {name_picture(file) or 'a picture'}")
             which, reason = name_picture(file) or "a picture", short(str(error) or type(error).__name__, 120)
             self._errors.append(f"{which} ({reason})")
@@ -157,22 +157,22 @@ def stream_data(
     seed: int = 0,
     max_unreadable: int = MAX_UNREADABLE,
 ) -> ImageStream:
-    """Open a split of labelled pictures as a stream: nothing is fetched before it is read.
+    """Open a split of labelled images as a stream: nothing is fetched before it is read.
 
     Args:
-        name_or_dir: As for `load_data`: a folder of parquet files or of pictures, or a Hub id.
+        name_or_dir: As for `load_data`: a folder of parquet files or of images, or a Hub id.
         split: "train", "validation" or "test".
-        transform: Picture to tensor, from `make_transform`.
-        model: The model that is to answer, as for `load_data`.
-        label_column: Where it has another name.
-        images: How many pictures the split holds; None: as the files or the Hub say.
-        seed: Of the order.
-        max_unreadable: So many damaged pictures may follow one another: they are left out. More are an error.
+        transform: Function from image to tensor, from `make_transform`.
+        model: The model for the data, as for `load_data`.
+        label_column: Name of the label column, if it is not a usual one.
+        images: Number of images of the split; None: as stated by the files or the Hub.
+        seed: Seed of the order.
+        max_unreadable: Number of consecutive damaged images that are left out. More are an error.
     Returns:
         The stream.
     Raises:
-        ValueError: No such data, split or column, or nothing says how many pictures there are.
-        ConnectionError: A Hub id, and the Hub cannot be reached.
+        ValueError: There is no such data, split or column, or the number of images is unknown.
+        ConnectionError: The name is a Hub id, and the Hub cannot be reached.
     """
     name = str(name_or_dir)
     call = f"stream_data({name!r}, {split!r})"
@@ -194,7 +194,7 @@ def stream_data(
 
 
 def count_images(table: Any, folder: Path, split: str) -> int:
-    """Count a split's pictures from what the Hub says, from the heads of parquet files or from a folder; 0: unknown."""
+    """Return the number of a split's images from the Hub, the parquet files' metadata or a folder; 0: unknown."""
     import pyarrow.parquet
 
     files = parquet_files(folder, split)

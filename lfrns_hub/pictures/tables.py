@@ -1,4 +1,4 @@
-"""Where pictures and labels stand: the splits of a folder or of the Hub, opened with datasets, and their columns."""
+"""Tables of images and labels: the splits of a folder or of the Hub, opened with datasets, and their columns."""
 
 import contextlib
 import glob
@@ -18,15 +18,15 @@ from lfrns_hub.pictures.class_folders import (
     read_described,
 )
 
-# Files of a split on disk, in the order of preference.
+# Names of a split's files on disk, in the order of preference.
 SPLIT_FILES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing"),
     "test": ("test", "testing", "validation", "valid", "val", "eval", "evaluation"),
 }
-ARRAYS = ("uint8", "int32", "int64")  # of pictures from 0 to 255; as lists of Python come into a table
+ARRAYS = ("uint8", "int32", "int64")  # dtypes of images from 0 to 255; Python lists get these in a table
 SPLIT_NAMES = {stem for stems in SPLIT_FILES.values() for stem in stems}
-SHARD = re.compile(r"\d+-of-(\d+)")  # in the names of files that make up a split together
+SHARD = re.compile(r"\d+-of-(\d+)")  # in the names of the files of one split
 logger = logging.getLogger(__name__)
 IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image", "pixel_values"), ("label", "fine_label", "labels")
 
@@ -37,8 +37,8 @@ def read_table(name: str, split: str, undivided: bool = False, streaming: bool =
     Args:
         name: Folder or Hub id.
         split: "train", "validation" or "test".
-        undivided: Take all of a folder of pictures that has no splits.
-        streaming: Give a `datasets.IterableDataset`, of which nothing is read or fetched yet.
+        undivided: Use all of an image folder that has no splits.
+        streaming: Return a `datasets.IterableDataset`, of which nothing is read or fetched yet.
     """
     import datasets
 
@@ -79,18 +79,18 @@ def read_table(name: str, split: str, undivided: bool = False, streaming: bool =
 
 
 def split_folder(folder: Path, split: str) -> Path | None:
-    """Find the folder of a split."""
+    """Return the folder of a split."""
     return find_split(folder, SPLIT_FILES[split], SPLIT_NAMES, f"load_data({str(folder)!r}, {split!r})")
 
 
 def folder_classes(folder: Path, split: str) -> list[str]:
-    """Name the classes of a folder of pictures, ascending: those of all splits, which so number them alike."""
+    """Return the classes of an image folder, ascending: those of all splits, so that all use the same numbers."""
     places = {split_folder(folder, name) for name in ("train", "validation", split)} - {None}
     return sorted({name for place in places for name in list_classes(place)})
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:
-    """Find the parquet files of a split."""
+    """Return the parquet files of a split."""
     for stem in SPLIT_FILES[split]:
         files = sorted([*folder.glob(f"{stem}[-_.]*parquet"), *folder.glob(f"data/{stem}[-_.]*parquet")])
         if files:
@@ -100,7 +100,7 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
 
 @contextlib.contextmanager
 def _reading(call: str) -> Iterator[None]:
-    """Turn what datasets raises over damaged files into one error; it draws no bars for files that are here."""
+    """Convert errors of datasets about damaged files into one error, without progress bars for local files."""
     import datasets
 
     bar = datasets.is_progress_bar_enabled()
@@ -119,7 +119,7 @@ def _reading(call: str) -> Iterator[None]:
 
 
 def _check_shards(files: list[Path], call: str) -> None:
-    """Refuse the files of a split of two writings, which would hold every row twice; warn where some are missing."""
+    """Refuse files of a split from two exports, which would contain every row twice; warn where some are missing."""
     totals = {int(found[1]) for file in files if (found := SHARD.search(file.stem))}
     if len(totals) > 1:
         raise ValueError(
@@ -133,7 +133,7 @@ def _check_shards(files: list[Path], call: str) -> None:
 def find_column(
     table: Any, given: str | None, usual: tuple[str, ...], call: str, *, required: str | None = None
 ) -> str | None:
-    """Find a column by its name, or by the usual ones."""
+    """Return a column by its name, or by the usual names."""
     columns = table.column_names
     if given is not None and given not in columns:
         raise ValueError(f"{call}: there is no column {given!r}. It has {', '.join(columns)}.")
@@ -147,10 +147,10 @@ def find_column(
 
 
 def find_labels(table: Any, given: str | None, call: str, *, required: bool) -> str | None:
-    """Find the column of labels.
+    """Return the column of labels.
 
     Raises:
-        ValueError: There is none, and it was named, or the model needs labels.
+        ValueError: There is none, although it was named or the model needs labels.
     """
     column = find_column(table, given, LABEL_COLUMNS, call)
     if column is None and required:
@@ -162,13 +162,13 @@ def find_labels(table: Any, given: str | None, call: str, *, required: bool) -> 
 
 
 def as_files(table: Any, column: str) -> Any:
-    """Read a column of pictures as encoded files, their bytes or paths; arrays of whole numbers stay as they are."""
+    """Read a column of images as encoded files, their bytes or paths; arrays of integers are unchanged."""
     import datasets
 
     kind = leaf = table.features[column]
     while hasattr(leaf, "feature"):
         leaf = leaf.feature
-    if leaf is not kind or type(kind).__name__.startswith("Array"):  # datasets would lose what the numbers' range is
+    if leaf is not kind or type(kind).__name__.startswith("Array"):  # datasets would lose the range of the numbers
         if getattr(leaf, "dtype", None) in ARRAYS:
             return table
         raise ValueError(
@@ -177,7 +177,7 @@ def as_files(table: Any, column: str) -> Any:
         )
     try:
         return table.cast_column(column, datasets.Image(decode=False))
-    except Exception as error:  # what arrow raises depends on what the column holds
+    except Exception as error:  # arrow's errors depend on the content of the column
         raise ValueError(
             f"the column {column!r} holds {short(str(kind))}, no pictures. Encode them as PNG or JPEG."
         ) from error

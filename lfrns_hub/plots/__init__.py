@@ -1,4 +1,4 @@
-"""Images for cards: widths, budgets, timings, clusters (which are imported by their own path: they run the model)."""
+"""Plots for cards: widths, budgets, timings, clusters (the last are imported by their own path: they run the model)."""
 
 from lfrns_hub.plots.charts import COLOURS, OTHER, mark_of, plot_bench, plot_ladder, plot_widths, shows_plan
 

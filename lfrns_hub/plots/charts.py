@@ -1,4 +1,4 @@
-"""Pictures for the model card: matplotlib, no display needed."""
+"""Plots for the model card: matplotlib, without a display."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ from lfrns_hub.runs import written_aside
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
+# Okabe and Ito's palette: colour-blind readers can distinguish it too.
 COLOURS = {"channel": "#0072B2", "head": "#D55E00", "neuron": "#009E73"}
 DENSE = "#E3E3E3"
 OTHER = "#666666"
-MAX_ROWS = 60  # beyond that, names overlap at the size a card shows
+MAX_ROWS = 60  # with more, names overlap at the size of a card
 
 
 def plot_widths(source: Any, path: str | Path) -> Path:
@@ -71,35 +71,35 @@ def plot_widths(source: Any, path: str | Path) -> Path:
 
 
 def mark_of(plan: dict[str, list[int]]) -> str:
-    """Return the comment in a PNG that says of which plan it is."""
+    """Return the comment in a PNG that identifies its plan."""
     return "lfrns plan " + hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def shows_plan(path: str | Path, plan: dict[str, list[int]]) -> bool:
-    """Return whether a picture is there and was drawn of this plan, so that no card shows another model's."""
+    """Return whether a figure exists and was drawn for this plan, so that no card shows another model's."""
     if not Path(path).is_file():
         return False
     try:
         with Image.open(path) as picture:
             return picture.info.get("Comment") == mark_of(plan)
-    except OSError:  # what pillow raises for a file that is no picture
+    except OSError:  # pillow's error for a file that is not an image
         return False
 
 
 def plot_ladder(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: str | Path) -> Path:
-    """Draw accuracy against MACs, and against latency where it was measured, of slim models beside their dense one.
+    """Draw accuracy against MACs, and against latency where it was measured, of slim models and their dense one.
 
     Each slim model is labelled with the share of the dense MACs that it keeps.
 
     Args:
-        points: Of each slim model top1_pct (or the first figure that fits its outputs), macs_g, and perhaps latency_ms
+        points: For each slim model top1_pct (or the main figure of its outputs), macs_g, and perhaps latency_ms
             and occasion, as in the `slim` of a Record.
-        dense: The same of the dense model.
+        dense: The same for the dense model.
         path: The PNG to write.
     Returns:
         The path.
     Raises:
-        ValueError: There is no point, one without accuracy, or one of another occasion.
+        ValueError: There is no point, or one has no accuracy or belongs to another occasion.
     """
     shown = main_figure(dense)
     if not points or any(one.get(shown.key) is None for one in [*points, dense]):
@@ -143,9 +143,9 @@ def plot_ladder(points: Sequence[dict[str, Any]], dense: dict[str, Any], path: s
 
 
 def plot_bench(timings: Sequence[dict[str, Any]], macs_ratio: float, path: str | Path) -> Path:
-    """Draw the time of a slim model as a share of its dense one's, a group of bars for each batch.
+    """Draw the time of a slim model as a share of its dense one's, a group of bars for each batch size.
 
-    Whiskers reach from the first to the third quartile; one line stands at 1.0, one where MACs alone would have it.
+    Whiskers show the first and third quartile; one line marks 1.0, another the share of the MACs.
 
     Args:
         timings: Each with runtime, batch, and ratio as [median, first quartile, third quartile].
@@ -201,7 +201,7 @@ def plot_bench(timings: Sequence[dict[str, Any]], macs_ratio: float, path: str |
 
 def _figure(size: tuple[float, float]) -> "Figure":
     """Open a figure of a size in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: slow to import, and a checkpoint needs none
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here: slow, and not needed by a checkpoint
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=120, layout="constrained")
@@ -210,7 +210,7 @@ def _figure(size: tuple[float, float]) -> "Figure":
 
 
 def _read_widths(source: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Find widths and kinds in whichever form they come."""
+    """Return widths and kinds from any accepted source."""
     if hasattr(source, "setup"):
         source = {"setup": source.setup}
     if "setup" in source:
@@ -222,5 +222,5 @@ def _read_widths(source: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
 
 
 def _short(name: str) -> str:
-    """Keep the end of a long name, which tells layers apart."""
+    """Return the end of a long name, which distinguishes layers."""
     return name if len(name) <= 40 else "..." + name[-37:]

@@ -1,4 +1,4 @@
-"""The cluster gallery: what the units of one layer see on real images, each removed one under the kept one it follows.
+"""The cluster figure: unit maps of one layer on real images, each removed unit below the kept one it follows.
 
 N images, U units, M values of a unit's maps (images x positions).
 """
@@ -28,27 +28,27 @@ from lfrns_hub.self_check import find_units
 from lfrns_hub.units import UnitGroup
 
 MAX_CLUSTERS = 4
-MAX_REMOVED = 3  # of a cluster, below the kept one
+MAX_REMOVED = 3  # per cluster, below the kept one
 MAX_IMAGES = 6
-MIN_SIDE = 3  # of a map, in positions: below there is nothing to see
-MAX_EXTRA_TOKENS = 5  # class, distillation and register tokens that stand before the patches
+MIN_SIDE = 3  # of a map, in positions: smaller maps show nothing
+MAX_EXTRA_TOKENS = 5  # class, distillation and register tokens before the patches
 KINDS = ("channel", "head", "neuron")  # the order of preference: the finer the grid, the more a map shows
-# Lengths are in pixels at the width of a card, 120 to the inch; the file has more, for sharp letters.
+# Lengths are in pixels at the width of a card, 120 per inch; the file has a higher resolution, for sharp letters.
 WIDTH, INCH, DPI = 900, 120, 160
 MARGIN, LABEL, GAP, BLOCK_GAP, FRAME = 16, 122, 4, 20, 3
 TITLE_LINE, LINE = 24, 17
-TITLE_LETTERS, LETTERS = 76, 120  # of a line, at their sizes
+TITLE_LETTERS, LETTERS = 76, 120  # per line, at their font sizes
 GREY, COLOUR_MAP = "#444444", "viridis"
 
 
 @dataclass
 class Cluster:
-    """One block of the picture.
+    """One block of the figure.
 
     Attributes:
-        kept: The unit that stays.
-        removed: Rows of the report, those shown: {"unit", "stand_ins", "r2"}.
-        more: Removed units of the cluster that are not shown.
+        kept: The kept unit.
+        removed: Rows of the report for the removed units shown: {"unit", "stand_ins", "r2"}.
+        more: Number of removed units of the cluster that are not shown.
     """
 
     kept: int
@@ -61,23 +61,23 @@ def plot_clusters(
 ) -> Path:
     """Draw the clusters of one group: feature maps on real images, the kept unit of each framed, removed ones below.
 
-    A cluster is a kept unit and the redundant removed units whose strongest stand-in it is. R^2 is the report's: how
-    much of a removed unit all kept ones together explain on the calibration images. r is the correlation of its map
-    with the framed one's over the images given here. A stand-in relation holds up to scale and sign, so each row has
-    its own range of colour, and a map of negative r is shown with its sign flipped; the r printed keeps its sign. A
+    A cluster is a kept unit and the redundant removed units whose strongest stand-in it is. R^2 is the report's: the
+    share of a removed unit that all kept ones together explain on the calibration images. r is the correlation of its
+    map with the framed one's over the given images. A stand-in relation holds up to scale and sign, so each row has
+    its own range of colour, and a map of negative r is shown with its sign flipped; the printed r keeps its sign. A
     unit of several channels, such as a head, is shown by the norm over them, which has no sign to flip.
 
     Args:
         dense: The model that was slimmed; untouched.
-        result: What `slim` made of it.
-        images: A few images as the model takes them, [N, C, H, W]; the first six are run, four or six are shown.
+        result: The result of `slim`.
+        images: A few images as model input, [N, C, H, W]; the first six are run, four or six are shown.
         path: The PNG to write.
-        group: Name of the group to show. By default the one that shows most: channels before heads before neurons,
-            then the largest sum of r^2 over what would be shown, times the logarithm of the map's positions.
+        group: Name of the group to show. Default: the group that shows most: channels before heads before neurons,
+            then the largest sum of r^2 over the units to be shown, times the logarithm of the map's positions.
     Returns:
         The path.
     Raises:
-        ValueError: Nothing was removed, or what was is not read on a grid of positions; no such group.
+        ValueError: Nothing was removed, or the removed units are not read on a grid of positions; no such group.
     """
     dense = unwrap(dense, "plot_clusters")
     images = images[:MAX_IMAGES]
@@ -92,7 +92,7 @@ def plot_clusters(
             f"plot_clusters(group={group!r}): the units of {names} are not read on a grid of at least {MIN_SIDE} x "
             f"{MIN_SIDE} positions, and only maps can be shown. Name a group that a convolution or all tokens read."
         )
-    # What others stand in for comes first: weak units show what was lost, not what was found.
+    # Redundant units come first: weak units show what was lost.
     best = min(
         shown,
         key=lambda row: (not row.redundant, KINDS.index(row.kind), -telling(clusters[row.name], maps[row.name])),
@@ -104,10 +104,10 @@ def plot_clusters(
 
 
 def choose_images(loader: Any) -> Tensor:
-    """Choose images to show, one of each class as far as there are classes, [N, C, H, W], N at most MAX_IMAGES.
+    """Choose images to show, first one of each class, then a second of each: [N, C, H, W], N at most MAX_IMAGES.
 
     Args:
-        loader: Batches; read until enough classes have been seen. Without labels of classes its first images serve.
+        loader: Batches; read until enough classes have been seen. Without class labels its first images are used.
     Example:
         >>> images, labels = torch.arange(4.0).reshape(4, 1, 1, 1), torch.tensor([7, 7, 3, 3])
         >>> choose_images([(images, labels)]).flatten().tolist()
@@ -124,12 +124,12 @@ def choose_images(loader: Any) -> Tensor:
                 by_class.setdefault(label, []).append(image)
         if len(by_class) >= MAX_IMAGES or not has_classes:
             break
-    turns = zip_longest(*by_class.values())  # the first of each class, then the second
+    turns = zip_longest(*by_class.values())  # the first image of each class, then the second
     return torch.stack([image for turn in turns for image in turn if image is not None][:MAX_IMAGES])
 
 
 def candidates(rows: Sequence[GroupReport], group: str | None) -> list[GroupReport]:
-    """Return the groups that lost units, or the one that is named.
+    """Return the groups that lost units, or only the named one.
 
     Raises:
         ValueError: Nothing was removed, or no such group was slimmed.
@@ -149,12 +149,12 @@ def candidates(rows: Sequence[GroupReport], group: str | None) -> list[GroupRepo
 
 
 def find_clusters(removed: Sequence[dict[str, Any]]) -> list[Cluster]:
-    """Put removed units under their strongest stand-in.
+    """Group removed units by their strongest stand-in.
 
     Args:
         removed: Rows of a GroupReport.
     Returns:
-        The clusters of most members, their members of highest R^2.
+        The clusters with most members, with their members of highest R^2.
 
     Example:
         >>> rows = [{"unit": u, "stand_ins": [k, 9], "r2": r2} for u, k, r2 in ((1, 0, 0.6), (2, 4, 0.7), (3, 0, 0.9))]
@@ -181,16 +181,16 @@ def correlations(kept_M: Tensor, removed_UM: Tensor) -> Tensor:
 
 
 def read_maps(module: nn.Module, value: Tensor, index: Tensor, images: Tensor) -> Tensor | None:
-    """Read units' maps off a consumer's input.
+    """Return units' maps from a consumer's input.
 
     Args:
         module: The consumer.
-        value: Its input: [N, D, H, W] of a convolution; [N, H, W, D] or tokens [N, T, D] of a linear layer, tokens
-            that stand before a square of patches being dropped.
+        value: Its input: [N, D, H, W] of a convolution; [N, H, W, D] or tokens [N, T, D] of a linear layer; tokens
+            before a square of patches are dropped.
         index: Channels of each unit, [U, width], int64.
         images: [N, C, H, W].
     Returns:
-        Maps [N, U, H, W], the norm over a unit's channels where it has several; None where there is no such grid.
+        Maps [N, U, H, W], the norm over a unit's channels if it has several; None if there is no such grid.
     """
     value = channels_last(module, value.detach())
     if value.ndim == 3:
@@ -209,7 +209,7 @@ def read_maps(module: nn.Module, value: Tensor, index: Tensor, images: Tensor) -
 def observe(
     dense: nn.Module, groups: Sequence[UnitGroup], clusters: dict[str, list[Cluster]], images: Tensor
 ) -> dict[str, dict[int, Tensor]]:
-    """Run the images once; give {group: {unit: map [N, H, W]}} of all that the clusters name and a grid reads."""
+    """Run the images once; return {group: {unit: map [N, H, W]}} for all units of the clusters that a grid reads."""
     maps: dict[str, dict[int, Tensor]] = {}
     readers: dict[str, list[UnitGroup]] = {}
     for group in groups:
@@ -231,13 +231,13 @@ def observe(
 
 
 def alike(cluster: Cluster, maps: dict[int, Tensor]) -> list[float]:
-    """Return the correlation of each removed unit shown with the kept one of its cluster."""
+    """Return the correlation of each removed unit shown with its cluster's kept one."""
     removed = torch.stack([maps[row["unit"]].flatten() for row in cluster.removed])
     return correlations(maps[cluster.kept].flatten(), removed).tolist()
 
 
 def telling(clusters: Sequence[Cluster], maps: dict[int, Tensor]) -> float:
-    """Say how much a picture of a group would show."""
+    """Return a score of how much a figure of a group would show."""
     positions = next(iter(maps.values()))[0].numel()
     return sum(r * r for cluster in clusters for r in alike(cluster, maps)) * math.log2(positions)
 
@@ -255,7 +255,7 @@ def model_name(dense: nn.Module) -> str:
 def draw(
     row: GroupReport, group: UnitGroup, clusters: Sequence[Cluster], maps: dict[int, Tensor], images: Tensor, model: str
 ) -> Figure:
-    """Lay out one panel of blocks or two, each below the images."""
+    """Draw one or two panels of blocks, each below the images."""
     panels = min(2, len(clusters))
     columns = min(len(images), MAX_IMAGES if panels == 1 else 4)
     panel = (WIDTH - 2 * MARGIN - (panels - 1) * 2 * BLOCK_GAP) / panels
@@ -294,13 +294,13 @@ def draw(
 
 
 def strips(cluster: Cluster, maps: dict[int, Tensor], *, weak: bool, signed: bool) -> list[tuple[str, str, Tensor]]:
-    """Return the two lines beside each row of a block and its maps [N, H, W], the kept unit first.
+    """Return the two labels of each row of a block and its maps [N, H, W], the kept unit first.
 
     Args:
         cluster: The block.
-        maps: Of each unit, [N, H, W].
-        weak: Whether the removed units are weak, which is said of each.
-        signed: Whether a map of negative correlation is to be flipped.
+        maps: Map of each unit, [N, H, W].
+        weak: Whether the removed units are weak, which each label then states.
+        signed: Whether to flip maps of negative correlation.
     """
     rows = [(f"unit {cluster.kept}", "kept", maps[cluster.kept])]
     for removed, r in zip(cluster.removed, alike(cluster, maps), strict=True):
@@ -311,7 +311,7 @@ def strips(cluster: Cluster, maps: dict[int, Tensor], *, weak: bool, signed: boo
 
 
 def explain(row: GroupReport, group: UnitGroup, images: int) -> list[str]:
-    """Say below the title what is seen, a sentence or two a line."""
+    """Return the explanation below the title, one or two sentences per line."""
     framed = f"Framed: a kept {row.kind}; below it, removed ones whose strongest stand-in it is. "
     if not row.redundant:
         framed = f"Framed: a kept {row.kind}; below it, weak ones, R² under {MIN_R2}, nearest to it. "
@@ -325,14 +325,14 @@ def explain(row: GroupReport, group: UnitGroup, images: int) -> list[str]:
 
 
 def picture(image: Tensor) -> Tensor:
-    """Bring a normalised image [C, H, W] back to [0, 1], [H, W, 3], grey where it has no three channels."""
+    """Rescale a normalised image [C, H, W] to [0, 1], [H, W, 3], grey unless it has three channels."""
     image = image.detach().float().cpu()
     image = (image if len(image) == 3 else image.mean(0).expand(3, -1, -1)).movedim(0, -1)
     return (image - image.min()) / (image.max() - image.min()).clamp(min=1e-30)
 
 
 class Sheet:
-    """A figure in pixels at the width of a card, from the upper left corner."""
+    """A figure with pixel coordinates at the width of a card, from the upper left corner."""
 
     def __init__(self, height: float) -> None:
         self.height = height
@@ -344,11 +344,11 @@ class Sheet:
         return x / WIDTH, 1 - (y + height) / self.height, width / WIDTH, height / self.height
 
     def text(self, x: float, y: float, text: str, *, size: float, **style: Any) -> None:
-        """Write, the upper left corner at (x, y)."""
+        """Draw text with its upper left corner at (x, y)."""
         self.figure.text(x / WIDTH, 1 - y / self.height, text, va="top", fontsize=size, **style)
 
     def strip(self, x: float, y: float, tile: float, pixels: Sequence[Tensor], **style: Any) -> None:
-        """Show square tiles side by side."""
+        """Draw square tiles in a row."""
         for number, values in enumerate(pixels):
             axes = self.figure.add_axes(self.box(x + number * (tile + GAP), y, tile, tile))
             axes.imshow(values.numpy(), interpolation="nearest", aspect="auto", **style)

@@ -1,4 +1,4 @@
-"""What the recipes share: their options, the output folder, how they begin and end, and what they tell of a run."""
+"""Code shared by the recipes: their options, the output folder, their start and end, and the results of a run."""
 
 from lfrns_hub.recipe.folder import (
     begin_run,

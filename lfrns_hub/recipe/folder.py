@@ -1,4 +1,4 @@
-"""The output folder of a run: what may be written there, what `--resume` goes on from, what stays at the end."""
+"""The output folder of a run: what may be written there, what `--resume` uses, what remains at the end."""
 
 import argparse
 import difflib
@@ -19,25 +19,25 @@ from lfrns_hub.format.untrusted import read_json, short
 from lfrns_hub.recipe.options import CODE
 from lfrns_hub.runs import draft_of, entries, locked, put_in_place, written_aside
 
-# What may differ between a run and its --resume: where it is told to write, and what comes after it.
+# Options that may differ between a run and its --resume: where to write, and what happens after the run.
 _NOT_THE_RUN = {"output_dir", "overwrite", "resume", "push_to_hub", "with_images", "no_controls"}
 
 
 def check_output_dir(
     directory: str | Path, *, resume: bool, overwrite: bool, option: str = "--output-dir", several: bool = False
 ) -> Path:
-    """Return whether a run may write to a folder, before it does any work. Nothing is written or removed here.
+    """Return the folder if a run may write to it; called before any work. Nothing is written or removed here.
 
     Args:
-        directory: The output folder, there or not.
-        resume: What lies there is gone on with.
-        overwrite: A checkpoint or run of ours that lies there may be removed.
-        option: What named it.
-        several: It is to hold a folder for each of several checkpoints.
+        directory: The output folder, which may not exist.
+        resume: An existing run is resumed.
+        overwrite: An existing checkpoint or run of ours may be removed.
+        option: The option that named it.
+        several: Whether it will have a folder for each of several checkpoints.
     Returns:
-        The folder; of a link, what it leads to.
+        The folder; for a link, its target.
     Raises:
-        FileExistsError: It holds something and neither was asked for, or what it holds is not ours.
+        FileExistsError: It is not empty and neither option was given, or its content is not ours.
     """
     directory = Path(directory)
     named = f"{option} {directory}"
@@ -63,18 +63,18 @@ def check_output_dir(
 
 
 def is_finished(directory: Path) -> bool:
-    """Return whether a run has ended in this folder: a checkpoint that was put there whole has both of these."""
+    """Return whether a run has finished in this folder: only a complete checkpoint has both of these files."""
     return all((directory / name).is_file() for name in ("record.json", "config.json"))
 
 
 def check_same_run(directory: Path, args: argparse.Namespace) -> None:
-    """Refuse to go on with another run than the one that lies in a folder.
+    """Refuse to resume a run with other options than those recorded in a folder.
 
     Args:
-        directory: The output folder, there or not.
-        args: What the recipe was told.
+        directory: The output folder, which may not exist.
+        args: Options of the recipe.
     Raises:
-        ValueError: An option that changes the result is not what it was, or the recipe was edited.
+        ValueError: An option that changes the result is different, or the recipe was edited.
     """
     path = directory / "work" / "run.json"
     if not (args.resume and path.is_file()):
@@ -99,22 +99,22 @@ def check_same_run(directory: Path, args: argparse.Namespace) -> None:
 
 
 def begin_run(directory: Path, args: argparse.Namespace, accelerator: Any) -> Path:
-    """Note a run's options in its folder, just before it writes anything else there.
+    """Record a run's options in its folder, just before anything else is written there.
 
-    `--overwrite` removes the checkpoint and the run of before first; what else lies there stays.
+    `--overwrite` first removes the earlier checkpoint and run; other files are kept.
 
     Args:
-        directory: The output folder, there or not.
-        args: What the recipe was told.
-        accelerator: Of the run; the main process writes.
+        directory: The output folder, which may not exist.
+        args: Options of the recipe.
+        accelerator: Accelerator of the run; the main process writes.
     Returns:
-        `work/` in the folder: each stage keeps in a folder of its own there what `--resume` goes on from.
+        `work/` in the folder: each stage stores the state for `--resume` in its own folder there.
     """
     if accelerator.is_main_process:
         directory = directory.resolve()
         if args.overwrite and not args.resume and directory.is_dir():
             with locked(directory, f"--output-dir {directory}"), draft_of(directory) as draft:
-                put_in_place(draft, directory, is_own)  # nothing, in place of a whole checkpoint
+                put_in_place(draft, directory, is_own)  # an empty draft replaces a whole checkpoint
             shutil.rmtree(directory / "work", ignore_errors=True)
         with written_aside(directory / "work" / "run.json") as partial:
             partial.write_text(json.dumps(_settings(args)))
@@ -123,14 +123,14 @@ def begin_run(directory: Path, args: argparse.Namespace, accelerator: Any) -> Pa
 
 
 def tidy(directory: Path) -> None:
-    """Remove what a finished run needs no more from `work/`: all but the dense weights and the run's options."""
+    """Remove files in `work/` that a finished run does not need: all except the dense weights and the run's options."""
     for path in (directory / "work").glob("*"):
         if path.is_dir():
             shutil.rmtree(path)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that change a run's result; paths in full."""
+    """Return the options that change a run's result, with full paths."""
     settings = {name: value for name, value in vars(args).items() if name not in _NOT_THE_RUN}
     return {
         name: str(Path(value).resolve()) if name != CODE and isinstance(value, str) and Path(value).exists() else value
@@ -139,7 +139,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def save_weights(model: nn.Module, path: Path, accelerator: Any) -> None:
-    """Keep a model's weights for `--resume`, whole or not at all; the main process does, when all have come here."""
+    """Save a model's weights for `--resume`, completely or not at all; the main process writes after all arrived."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with written_aside(path) as partial:
@@ -147,10 +147,10 @@ def save_weights(model: nn.Module, path: Path, accelerator: Any) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Put weights that `save_weights` kept back into a model of the same shape, strictly.
+    """Load weights from `save_weights` into a model of the same shape, strictly.
 
     Raises:
-        ValueError: They are damaged, or another model's.
+        ValueError: They are damaged, or belong to another model.
     """
     try:
         safetensors.torch.load_model(model, str(path))
@@ -160,15 +160,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def save_trained(model: nn.Module, directory: Path, **options: Any) -> Path:
-    """Save a model the moment it is trained; where that fails, among the temporary files, before the error goes on.
+    """Save a model right after training; if that fails, save it among the temporary files and raise the error.
 
     Args:
         model: The model.
-        directory, options: As `lfrns_hub.save` takes them.
+        directory, options: As for `lfrns_hub.save`.
     Returns:
         The folder.
     Raises:
-        ValueError, OSError: As `lfrns_hub.save`.
+        ValueError, OSError: As for `lfrns_hub.save`.
     """
     try:
         return save(model, directory, **options)
@@ -178,6 +178,6 @@ def save_trained(model: nn.Module, directory: Path, **options: Any) -> Path:
             rescue = Path(tempfile.mkdtemp(prefix="lfrns-"))
             save(model, rescue, **{**options, "record": None})
             print(f"Warning: the trained model could only be saved in {rescue}.", file=sys.stderr)
-        except Exception:  # there neither: the first error says what is wrong
+        except Exception:  # failed there too: the first error states the cause
             shutil.rmtree(rescue, ignore_errors=True) if rescue else None
         raise

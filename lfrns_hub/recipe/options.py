@@ -1,4 +1,4 @@
-"""The command line of a recipe: what all of them can be told."""
+"""The command line of a recipe: the options that all recipes have."""
 
 import argparse
 import ast
@@ -6,18 +6,18 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-CODE = "code_of_the_recipe"  # among a run's options, though no one types it
+CODE = "code_of_the_recipe"  # among a run's options, although it is not typed
 
 
 def kept_fraction(text: str) -> float:
     """Read a budget from the command line.
 
     Args:
-        text: What stands after `--macs` or `--params`.
+        text: The value of `--macs` or `--params`.
     Returns:
-        The fraction of the dense model's to keep, in (0, 1].
+        The fraction of the dense model's cost to keep, in (0, 1].
     Raises:
-        argparse.ArgumentTypeError: No number, or outside (0, 1].
+        argparse.ArgumentTypeError: The text is not a number, or lies outside (0, 1].
 
     Example:
         >>> kept_fraction("0.5")
@@ -33,13 +33,13 @@ def kept_fraction(text: str) -> float:
 
 
 def whole_number(least: int, example: str) -> Callable[[str], int]:
-    """Make what reads a count from the command line.
+    """Return a function that reads a count from the command line.
 
     Args:
         least: The smallest count allowed.
-        example: What to pass instead, as the error's last sentence.
+        example: A value to pass instead, as the error's last sentence.
     Returns:
-        Function of the text that gives the count, or raises argparse.ArgumentTypeError.
+        Function from the text to the count, which may raise argparse.ArgumentTypeError.
 
     Example:
         >>> whole_number(0, "0 skips it.")("3")
@@ -64,17 +64,17 @@ def recipe_parser(
     batch_size: int,
     dense_epochs: int | None,
 ) -> argparse.ArgumentParser:
-    """Build the command line that all recipes have; a recipe adds what is its own.
+    """Build the command line of all recipes; a recipe adds its own options.
 
     Args:
         description: The recipe's docstring.
-        path: The recipe's `__file__`; the default output folder is `out/<its name>`. What stands there is an option of
-            the run: `--resume` refuses a recipe that was edited meanwhile.
-        model: Default of `--model`; None where the recipe builds its own.
+        path: The recipe's `__file__`; the default output folder is `out/<its name>`. Its code counts as an option of
+            the run: `--resume` refuses a recipe that was edited in between.
+        model: Default of `--model`; None if the recipe builds its own.
         macs: Default of `--macs`, the fraction kept.
         epochs: Default of `--epochs`, retraining after slimming.
         batch_size: Default of `--batch-size`, images per step over all processes.
-        dense_epochs: Default of `--dense-epochs`; None where the model decides.
+        dense_epochs: Default of `--dense-epochs`; None if it depends on the model.
     Returns:
         The parser.
     """
@@ -113,7 +113,7 @@ def recipe_parser(
 
 
 def code_of(path: Path) -> str:
-    """Return what a file does: its code without comments, layout and the docstring on top."""
+    """Return the code of a file without comments, layout and the module docstring."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     if ast.get_docstring(tree) is not None:
         del tree.body[0]

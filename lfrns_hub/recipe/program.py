@@ -1,4 +1,4 @@
-"""How a recipe begins and ends, and one line instead of a traceback for bad input."""
+"""Start and end of a recipe, with one line instead of a traceback for bad input."""
 
 import argparse
 import contextlib
@@ -24,16 +24,16 @@ from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.runs import locked
 from lfrns_hub.runs.checkpoints import Stopped
 
-# What a user can cause and mend; anything else is a bug and keeps its traceback.
+# Errors that a user can cause and correct; any other is a bug and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, SafetensorError)
 _HELD = contextlib.ExitStack()
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe; bad input ends it with one line and exit code 1 (`LFRNS_TRACEBACK=1` shows where).
+    """Run a recipe; bad input ends it with one line and exit code 1 (`LFRNS_TRACEBACK=1` shows the traceback).
 
-    SIGTERM ends it with one line and exit code 143: what was kept in files is whole. Where `retrain` and `slim` keep
-    checkpoints, they finish the step and keep it first; the exit code is then 0, and the line says how to go on.
+    SIGTERM ends it with one line and exit code 143: files saved before are complete. Where `retrain` and `slim` save
+    checkpoints, they finish the step and save it first; the exit code is then 0, and the line says how to resume.
     Ctrl-C does the same, with exit code 130; a second one ends the program at once.
     """
 
@@ -81,27 +81,27 @@ def run(main: Callable[[], None]) -> None:
 
 
 def hold(directory: Path, call: str, accelerator: Any) -> None:
-    """See that a folder can be written to, and keep other processes from it until `run` ends; the main process does.
+    """Check on the main process that a folder can be written to, and lock it against other processes until `run` ends.
 
     Raises:
-        BlockingIOError: Another process is writing to it.
-        OSError: It cannot be written to.
+        BlockingIOError: Another process is writing to the folder.
+        OSError: The folder cannot be written to.
     """
     if accelerator.is_main_process:
         _HELD.enter_context(locked(directory, call))
 
 
 def open_run(args: argparse.Namespace) -> tuple[Path, Any]:
-    """See that a run may write where it is told to, and set the seed; nothing is written yet.
+    """Check that a run may write to its folder, and set the seed; nothing is written yet.
 
-    Where `--resume` finds the run finished, it is printed (and pushed) once more and the program ends, exit code 0.
+    If `--resume` finds the run finished, it is printed (and pushed) again and the program ends, exit code 0.
 
     Args:
-        args: What the recipe was told.
+        args: Options of the recipe.
     Returns:
-        The output folder, there or not, and the Accelerate accelerator of the run.
+        The output folder, which may not exist, and the Accelerate accelerator of the run.
     Raises:
-        FileExistsError, ValueError: As `check_output_dir` and `check_same_run`.
+        FileExistsError, ValueError: As for `check_output_dir` and `check_same_run`.
     """
     from accelerate.utils import set_seed
 
@@ -126,15 +126,15 @@ def publish(
     record: Record,
     saving: dict[str, Any],
 ) -> None:
-    """Save the checkpoint of a run with its pictures and its record, then `finish`.
+    """Save the checkpoint of a run with its figures and its record, then call `finish`.
 
     Args:
-        args: What the recipe was told.
-        accelerator: Of the run; the main process saves.
+        args: Options of the recipe.
+        accelerator: Accelerator of the run; the main process saves.
         directory: The output folder.
-        dense, result, loader: As `draw_clusters` takes them.
-        record: What was measured.
-        saving: For `lfrns_hub.save`.
+        dense, result, loader: As for `draw_clusters`.
+        record: The measurements.
+        saving: Options of `lfrns_hub.save`.
     """
     if accelerator.is_main_process:
         draw_clusters(dense, result, loader, directory)
@@ -143,13 +143,14 @@ def publish(
 
 
 def finish(directory: Path, accelerator: Any, push_to_hub: str | None, *, with_images: bool = False) -> None:
-    """End a run whose checkpoint lies in its folder: tidy up, print what was measured, let all processes go, push.
+    """End a run whose checkpoint is in its folder: tidy up, print the results, release all processes, push.
 
     Args:
         directory: The output folder.
-        accelerator: Of the run; the main process does it, the push last, for which no other has to wait.
+        accelerator: Accelerator of the run; the main process does the work, the push last, so that no other waits for
+            it.
         push_to_hub: Repo id, or None.
-        with_images: Push the picture of clusters as well, which shows some of the training images.
+        with_images: Also push the figure of clusters, which shows some of the training images.
     """
     main_process = accelerator.is_main_process
     if main_process:

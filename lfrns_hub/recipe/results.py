@@ -1,4 +1,4 @@
-"""What a recipe tells of its run: controls, the setup of its record, pictures, the tables it ends with."""
+"""Results of a recipe's run: controls, the setup of its record, figures, the tables printed at its end."""
 
 import copy
 import random
@@ -19,18 +19,18 @@ from lfrns_hub.retrain import retrain
 from lfrns_hub.surgery import cut
 from lfrns_hub.units import SlimPlan, UnitGroup
 
-HOMES = ("home", "users")  # the folders above those that have a person's name
+HOMES = ("home", "users")  # parent folders of home folders
 
 
 def random_plan(plan: SlimPlan, groups: list[UnitGroup], seed: int) -> SlimPlan:
-    """Keep as many units of every group as a plan does, but any: the control that a criterion has to beat."""
+    """Return a plan with the same widths and units drawn at random: the control that a criterion has to beat."""
     draw = random.Random(seed)
     sizes = {group.name: group.size for group in groups}
     return SlimPlan({name: sorted(draw.sample(range(sizes[name]), len(keep))) for name, keep in plan.keep.items()})
 
 
 def random_cut(dense: nn.Module, plan: SlimPlan, groups: list[UnitGroup], seed: int) -> nn.Module:
-    """Cut a dense model by `random_plan`; `retrain` can read from it which of the dense model's channels it has."""
+    """Cut a dense model by `random_plan`; `retrain` can read its plan from the provenance."""
     drawn = random_plan(plan, groups, seed)
     model = cut(dense, groups, drawn)
     model.lfrns_provenance = {"plan": drawn.keep}
@@ -38,22 +38,22 @@ def random_cut(dense: nn.Module, plan: SlimPlan, groups: list[UnitGroup], seed: 
 
 
 def make_controls(dense: nn.Module, plan: SlimPlan, groups: list[UnitGroup], seed: int) -> dict[str, nn.Module]:
-    """Make what a slim model has to beat, each to be retrained as it was: units drawn at random, and the dense model.
+    """Return the controls of a slim model, to be retrained like it: units drawn at random, and the dense model.
 
     Args:
         dense: The dense model.
-        plan: That of the slim one.
-        groups: All of the dense model's.
-        seed: Of the draw.
+        plan: Plan of the slim model.
+        groups: All groups of the dense model.
+        seed: Seed of the draw.
     Returns:
-        Models by the names under which a record tells of them.
+        Models by their names in the record.
     """
     drawn = random_cut(dense, plan, groups, seed)
     return {"random plan, same widths, equally retrained": drawn, "dense, retrained as long": copy.deepcopy(dense)}
 
 
 def control_row(name: str, scores: dict[str, Any]) -> dict[str, Any]:
-    """Return the row of a record's table of controls: what `evaluate` says of a model, by its name."""
+    """Return the row of a record's table of controls from a model's scores by `evaluate`."""
     return {"name": name, "top1_pct": scores["top1_pct"], "images": scores["images"], "images_id": scores["images_id"]}
 
 
@@ -66,13 +66,13 @@ def run_controls(
     work: Path,
     **retraining: Any,
 ) -> list[dict[str, Any]]:
-    """Retrain the controls as the slim model was, and measure them.
+    """Retrain the controls like the slim model, and measure them.
 
     Args:
         dense, plan, groups: As for `make_controls`; its seed is that of the retraining.
-        train_loader, test_loader: Images to retrain and to measure on.
-        work: Each keeps in a folder of its own there what `--resume` goes on from.
-        retraining: As `lfrns_hub.retrain` takes it.
+        train_loader, test_loader: Images for retraining and for the measurement.
+        work: Each control stores the state for `--resume` in its own folder there.
+        retraining: Options of `lfrns_hub.retrain`.
     Returns:
         A row of the record's table for each.
     """
@@ -84,13 +84,13 @@ def run_controls(
 
 
 def describe_run(recipe: str) -> dict[str, str | None]:
-    """Tell how a run was started, for its record.
+    """Return how a run was started, for its record.
 
     Args:
         recipe: The recipe's `__file__`.
     Returns:
-        `command`, as typed after `accelerate launch`, but of absolute paths the last part alone, as a card is public;
-        and `commit` of the checkout, None outside of one.
+        `command`, as typed after `accelerate launch`, with only the last part of absolute paths, because a card is
+        public; and `commit` of the checkout, None outside of one.
     """
     path = Path(recipe)
     return describe_command(f"accelerate launch recipes/{path.name}", path)
@@ -116,9 +116,9 @@ def describe_command(program: str, path: Path) -> dict[str, str | None]:
 
 
 def without_folders(word: str) -> str:
-    """Return a word of a command line as others may see it: of a path, in whatever form, the last part alone.
+    """Return a word of a command line for the public: of any form of path, only the last part.
 
-    A Hub id stays, unless a folder here has that name; a home folder is ~; a token of the Hub is left out.
+    A Hub id is kept, unless a folder here has that name; a home folder becomes ~; a token of the Hub is left out.
 
     Example:
         >>> without_folders("--data-dir=C:\\\\Users\\\\me\\\\photos"), without_folders("local-dir:../me/net")
@@ -137,12 +137,12 @@ def without_folders(word: str) -> str:
 
 
 def describe_data(data: str) -> dict[str, str | None]:
-    """Name the data of a checkpoint, for its record; the path of a folder says nothing to others.
+    """Return the name of a checkpoint's data for its record; a folder's path means nothing to others.
 
     Args:
         data: A Hub id, or a folder.
     Returns:
-        `dataset` (the Hub id, or the folder's own name) and `dataset_id` (the Hub id, None of a folder).
+        `dataset` (the Hub id, or the folder's own name) and `dataset_id` (the Hub id, None for a folder).
     """
     return {
         "dataset": Path(data).resolve().name if Path(data).exists() else data,
@@ -151,29 +151,29 @@ def describe_data(data: str) -> dict[str, str | None]:
 
 
 def draw_clusters(dense: nn.Module, result: Any, loader: Any, directory: Path) -> None:
-    """Draw the cluster gallery where the checkpoint will lie, for its card; where there is none to draw, say why.
+    """Draw the cluster figure in the checkpoint's folder, for its card; if there is nothing to draw, log why.
 
-    It shows images of the user's: that is said, and `push` leaves it where it is unless it is asked for.
+    It shows the user's images: this is logged, and `push` sends it only on request.
 
     Args:
         dense: The dense model.
-        result: What `slim` made of it.
+        result: The result of `slim`.
         loader: One image of each class is shown.
-        directory: The output folder, there or not.
+        directory: The output folder, which may not exist.
     """
-    from lfrns_hub.plots.clusters import choose_images, plot_clusters  # here: matplotlib is slow to import
+    from lfrns_hub.plots.clusters import choose_images, plot_clusters  # imported here: matplotlib is slow
 
     directory.mkdir(parents=True, exist_ok=True)
     images = choose_images(loader)
     try:
         plot_clusters(dense, result, images, directory / "clusters.png")
         print("clusters.png shows some of your images; a push leaves it out, but for --with-images.", file=sys.stderr)
-    except ValueError as error:  # a picture less is no reason to lose a trained model
+    except ValueError as error:  # a missing figure is no reason to lose a trained model
         print(f"No clusters.png. {error}", file=sys.stderr)
 
 
 def print_results(record: Record, rows: list[dict[str, Any]], where: Path) -> None:
-    """Print what a finished run measured, dense against slim and the controls, and where the checkpoint lies."""
+    """Print the results of a finished run, dense against slim and the controls, and the checkpoint's folder."""
     console = plain_console()
     console.print(format_table(record))
     if rows:

@@ -1,4 +1,4 @@
-"""What the caller of `retrain` leaves open: the accelerator and its precision, the optimizer, the rate of each step."""
+"""Defaults of `retrain`: the accelerator and its precision, the optimizer, the learning rate of each step."""
 
 import math
 import os
@@ -11,27 +11,27 @@ from torch import nn
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# Learning rate, weight decay, gradient norm limit. For models that are nearly right already, as slim ones are:
-# a tenth of what training from scratch takes (He et al. 2016: 0.1; Dosovitskiy et al. 2021, table 3: 1e-3).
+# Learning rate, weight decay, gradient norm limit. For models that are nearly right already, as slim models are:
+# a tenth of the rates for training from scratch (He et al. 2016: 0.1; Dosovitskiy et al. 2021, table 3: 1e-3).
 _DEFAULTS = {"sgd": (1e-2, 5e-4, math.inf), "adamw": (1e-4, 5e-2, 1.0)}
 
 
 def make_accelerator(*, seed: int = 0, **kwargs: Any) -> "Accelerator":
-    """Build the Accelerator of a run: on the GPU if there is one, image order set by the seed alone.
+    """Build the Accelerator of a run: on the GPU if there is one, with an image order that depends only on the seed.
 
     Args:
-        seed: Sets the order of the images on every process.
-        kwargs: What Accelerator takes: mixed_precision, gradient_accumulation_steps, log_with, project_dir, ...
-            Without mixed_precision it is bf16 where the processor has it and it pays; the setting of
-            `accelerate launch`, or of an accelerator built earlier in this program, goes before.
+        seed: Seed of the order of the images, the same on every process.
+        kwargs: Arguments of Accelerate: mixed_precision, gradient_accumulation_steps, log_with, project_dir, ...
+            Without mixed_precision it is bf16 where the processor supports it and it is faster; the setting of
+            `accelerate launch`, or of an accelerator built earlier in this program, has priority.
     Raises:
-        ValueError: float16 is asked for on a CPU, which has no loss scaling to train by.
+        ValueError: float16 is requested on a CPU, which does not support loss scaling.
 
     Example:
         >>> make_accelerator(seed=1).num_processes
         1
     """
-    from accelerate import Accelerator  # a quarter of what else this package takes to import
+    from accelerate import Accelerator  # a quarter of the import time of the rest of this package
     from accelerate.state import is_initialized
     from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 
@@ -41,10 +41,10 @@ def make_accelerator(*, seed: int = 0, **kwargs: Any) -> "Accelerator":
         raise ValueError(
             'mixed_precision="fp16": training in float16 needs a GPU, and this run is on the CPU. Pass "no" or "bf16".'
         )
-    decided = is_initialized() or "ACCELERATE_MIXED_PRECISION" in os.environ  # by an accelerator before, or a launcher
+    decided = is_initialized() or "ACCELERATE_MIXED_PRECISION" in os.environ  # by an earlier accelerator, or a launcher
     if kwargs.get("mixed_precision") is None and not decided:
         kwargs["mixed_precision"] = _best_precision(kwargs["cpu"])
-    # Not dispatched: of a stream each process reads files of its own, not one process all of them for the others.
+    # Not dispatched: each process reads its own files of a stream, instead of one process reading for all.
     shared_out = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, dispatch_batches=False)
     kwargs.setdefault("dataloader_config", shared_out)
     # Some models own parameters that a forward pass skips (DINOv2's mask token); plain DDP stops at the second step.
@@ -53,9 +53,9 @@ def make_accelerator(*, seed: int = 0, **kwargs: Any) -> "Accelerator":
 
 
 def _best_precision(cpu: bool) -> str:
-    """Give "bf16" where the processor multiplies it faster than float32, else "no"."""
+    """Return "bf16" where the processor multiplies it faster than float32, else "no"."""
     if cpu:
-        # AVX512-bf16 alone does not pay: without AMX, steps of ResNets were slower than in float32.
+        # AVX512-bf16 alone is not faster: without AMX, steps of ResNets were slower than in float32.
         return "bf16" if torch.cpu._is_amx_tile_supported() else "no"
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
@@ -88,7 +88,7 @@ def fill_defaults(
     weight_decay: float | None,
     max_grad_norm: float | None,
 ) -> tuple[str, float, float, float]:
-    """Return the optimizer's name and its three figures, defaults where None."""
+    """Return the optimizer's name, learning rate, weight decay and gradient norm limit, with defaults for None."""
     rule = choose_optimizer(model) if optimizer == "auto" else optimizer
     if rule not in _DEFAULTS:
         raise ValueError(f'retrain(optimizer="{optimizer}"): it must be "auto", "sgd" or "adamw".')
@@ -101,7 +101,7 @@ def fill_defaults(
 
 
 def choose_optimizer(model: nn.Module) -> str:
-    """Give "sgd" for BatchNorm networks without attention or LayerNorm, else "adamw"."""
+    """Return "sgd" for BatchNorm networks without attention or LayerNorm, else "adamw"."""
     kinds = {type(module).__name__.lower() for module in model.modules()}
     normalised = any("batchnorm" in kind for kind in kinds)
     transforming = any("layernorm" in kind or "attention" in kind for kind in kinds)
@@ -109,7 +109,7 @@ def choose_optimizer(model: nn.Module) -> str:
 
 
 def make_optimizer(model: nn.Module, rule: str, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Build the optimizer; norms, biases and what the model names in no_weight_decay (tokens) do not decay."""
+    """Build the optimizer; norms, biases and parameters in the model's no_weight_decay (tokens) do not decay."""
     patterns = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     spared = {name for name, value in named if value.ndim <= 1 or any(fnmatchcase(name, one) for one in patterns)}
@@ -125,7 +125,7 @@ def make_optimizer(model: nn.Module, rule: str, learning_rate: float, weight_dec
 
 
 def rate_at(step: int, steps: int, warmup_fraction: float) -> float:
-    """Return the share of the peak rate at a step: a line up, then half a cosine down, never quite zero."""
+    """Return the fraction of the peak rate at a step: a linear rise, then half a cosine down, never quite zero."""
     warmup = int(steps * warmup_fraction)
     if step < warmup:
         return (step + 1) / (warmup + 1)

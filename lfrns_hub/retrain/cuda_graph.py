@@ -1,7 +1,7 @@
 """A training step as one CUDA graph: recorded once, then replayed for every batch of the same shape.
 
-A step of a small network is hundreds of kernels, most of them shorter than it takes to launch one. A graph is launched
-at once. What it holds is what a plain step does, kernel by kernel, so the results are the same within rounding.
+A step of a small network is hundreds of kernels, most of them shorter than their launch. A graph is launched at once.
+It contains the same kernels as a plain step, so the results are the same within rounding.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from lfrns_hub.runs.seeded import get_random
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PLAIN_STEPS = 3  # before the recording: momentum, workspaces and the choice of kernels are made at first use
+PLAIN_STEPS = 3  # before the recording: momentum, workspaces and the choice of kernels are created at first use
 Labels = dict[str, Tensor | None]
 logger = logging.getLogger(__name__)
 
 
 def refuse_capture(accelerator: "Accelerator") -> str | None:
-    """Say why the steps of a run cannot be recorded; None where they can."""
+    """Return why the steps of a run cannot be recorded, or None."""
     from accelerate.utils import DistributedType, DynamoBackend
 
     if accelerator.device.type != "cuda":
@@ -41,10 +41,10 @@ def refuse_capture(accelerator: "Accelerator") -> str | None:
 
 
 class CapturedSteps:
-    """Steps of one run: the first ones plain, then recorded; batches of another shape are plain throughout.
+    """Steps of one run: the first ones plain, then recorded; batches of another shape are always plain.
 
     Attributes:
-        reason: Why no step is recorded, None as long as nothing stands against it.
+        reason: Why no step is recorded; None while recording is possible.
     """
 
     def __init__(self, learn: Callable[[Tensor, Labels], Tensor], optimizer: Any, reason: str | None):
@@ -52,8 +52,8 @@ class CapturedSteps:
 
         Args:
             learn: One plain step: images [N, C, H, W] and labels, by head, on the device -> the loss, a scalar.
-            optimizer: What `learn` steps; all its groups have one learning rate.
-            reason: Why steps are to be plain.
+            optimizer: The optimizer that `learn` steps; all its groups have one learning rate.
+            reason: Why steps must be plain, or None.
         """
         self.reason, self._learn, self._optimizer = reason, learn, optimizer
         self._plain_steps: dict[Any, int] = {}
@@ -61,7 +61,7 @@ class CapturedSteps:
         self._shape: Any = None
 
     def step(self, images: Tensor, labels: Labels, rate: float) -> Tensor:
-        """Learn from one batch at a rate, and give its loss, which the next step may overwrite."""
+        """Train on one batch at a learning rate, and return its loss, which the next step may overwrite."""
         if self.reason is not None:
             return self._learn(images, labels)
         shape = _shape_of(images, labels)
@@ -79,24 +79,24 @@ class CapturedSteps:
             return self._replay(images, labels, rate)
         before = get_random()
         loss, waited = _watched(lambda: self._learn(images, labels))
-        if not _same_random(before, get_random()):  # a graph would repeat what came of one draw
+        if not _same_random(before, get_random()):  # a graph would repeat the result of one draw
             self._stay_plain("the forward draws random numbers on the CPU")
-        elif waited and self._plain_steps[shape] == PLAIN_STEPS:  # what is made at first use may wait
+        elif waited and self._plain_steps[shape] == PLAIN_STEPS:  # creations at first use may wait
             self._stay_plain("the forward waits for the GPU")
         return loss
 
     def _stay_plain(self, reason: str) -> None:
-        """Record nothing from here on, and log why."""
+        """Stop recording for the rest of the run, and log why."""
         self.reason = reason
         logger.info("retrain: steps are plain, for %s", reason)
         self.close()
 
     def close(self) -> None:
-        """Let the graph and its memory go."""
+        """Release the graph and its memory."""
         self._graph = self._shape = self._images = self._labels = self._loss = None
 
     def _record(self, images: Tensor, labels: Labels) -> None:
-        """Record a step with a batch of its own; nothing is computed yet."""
+        """Record a step with a copy of the batch; nothing is computed yet."""
         self._images = images.clone()
         self._labels = {name: None if value is None else value.clone() for name, value in labels.items()}
         self._rate = torch.zeros((), device=images.device)
@@ -104,7 +104,7 @@ class CapturedSteps:
             self._graph, self._loss = record(lambda: self._learn(self._images, self._labels))
 
     def _replay(self, images: Tensor, labels: Labels, rate: float) -> Tensor:
-        """Take a recorded step with another batch."""
+        """Replay the recorded step with another batch."""
         self._images.copy_(images)
         for name, value in labels.items():
             if value is not None:
@@ -115,23 +115,23 @@ class CapturedSteps:
 
 
 def record(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record what a function does on the GPU: what replays it, and where its result then lies.
+    """Record a function's work on the GPU; return a call that replays it, and the tensor of its result.
 
     Raises:
-        RuntimeError: It waits for the GPU, or does anything else that a graph cannot hold.
+        RuntimeError: It waits for the GPU, or does something else that a graph cannot record.
     """
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # Threads that pin the memory of coming batches may go on beside it.
+    # Threads that pin the memory of coming batches may continue meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = compute()
     return graph.replay, result
 
 
 def _watched(compute: Callable[[], Tensor]) -> tuple[Tensor, bool]:
-    """Compute something, and return whether it waited for the GPU on the way, which nothing in a graph may.
+    """Compute something, and return whether it waited for the GPU, which is not allowed in a graph.
 
-    To try the recording and fail is no way to find out: it may leave the GPU's random numbers unusable.
+    Testing this by a failed recording is not an option: it may leave the GPU's random generator unusable.
     """
     if not torch.cuda.is_available():
         return compute(), False
@@ -150,19 +150,19 @@ def _watched(compute: Callable[[], Tensor]) -> tuple[Tensor, bool]:
 
 
 def _shape_of(images: Tensor, labels: Labels) -> Any:
-    """Return what must be alike of two batches for one graph."""
+    """Return the properties that two batches must share for one graph."""
     tensors = {"": images, **{f"label {name}": value for name, value in labels.items() if value is not None}}
     return tuple((name, value.shape, value.dtype, value.stride()) for name, value in tensors.items())
 
 
 def _same_random(first: Any, second: Any) -> bool:
-    """Return whether python, numpy and torch have drawn nothing in between."""
+    """Return whether python, numpy and torch have drawn no random numbers in between."""
     return first[0] == second[0] and first[1][2] == second[1][2] and torch.equal(first[2], second[2])
 
 
 @contextlib.contextmanager
 def _on_device(optimizer: Any, rate: Tensor) -> Iterator[None]:
-    """Let an optimizer read its rate from the device, as a recorded step must."""
+    """Make an optimizer read its learning rate from the device, as a recorded step must."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     kept = [{name: group[name] for name in ("lr", "capturable") if name in group} for group in optimizer.param_groups]

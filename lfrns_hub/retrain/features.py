@@ -1,6 +1,6 @@
-"""What a step learns from the teacher's features: its last feature map, at the channels that the slim model kept.
+"""Feature distillation: the teacher's last feature map, at the channels that the slim model kept.
 
-The last feature map is the output of the module that ends last, of those that answer with one tensor of more than one
+The last feature map is the output of the module that ends last, among those that return one tensor with more than one
 position: the last stage of a convolutional network, the last norm of a transformer.
 
 N images, C channels of the teacher there, K of them in the slim model.
@@ -22,15 +22,15 @@ from lfrns_hub.units import SlimPlan, UnitGroup
 
 
 class Features:
-    """The last feature map of a model and of its teacher, seen at every forward pass of both until `close`."""
+    """The last feature map of a model and of its teacher, recorded at every forward pass of both until `close`."""
 
     def __init__(self, model: nn.Module, teacher: nn.Module, module: str, axis: int, kept: Tensor | None):
-        """Watch a module of both.
+        """Hook one module in both networks.
 
         Args:
-            model, teacher: Networks that both have it.
-            module: Its name.
-            axis: Where its output has channels.
+            model, teacher: Networks that both have the module.
+            module: Name of the module.
+            axis: Channel axis of its output.
             kept: The teacher's channels that the model has, [K], int64; None: all.
         """
         self.module, self.axis, self.kept = module, axis, kept
@@ -49,7 +49,7 @@ class Features:
         return note
 
     def loss(self) -> Tensor:
-        """Return the squared error of the model's map of this step, over the square of the teacher's."""
+        """Return the squared error of the model's map in this step, divided by the square of the teacher's."""
         wanted = self._seen.pop("teacher")
         if self.kept is not None:
             wanted = wanted.index_select(self.axis, self.kept)
@@ -58,18 +58,18 @@ class Features:
         return error / wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
 
 @dataclass
 class LastMap:
-    """Where a network's last feature map is.
+    """Place of a network's last feature map.
 
     Attributes:
-        module: Name of the module that answers with it.
-        shape: Of the map.
+        module: Name of the module that returns it.
+        shape: Shape of the map.
         later: Names of the modules that start after it, in order.
     """
 
@@ -79,16 +79,16 @@ class LastMap:
 
 
 def watch_features(model: nn.Module, teacher: nn.Module, plan: SlimPlan, images: Tensor) -> Features | None:
-    """Find the last feature map of a model in its teacher as well, and watch both.
+    """Find the last feature map that a model and its teacher share, and record it in both.
 
     Args:
         model: The slim model.
         teacher: The dense one, on the same device.
-        plan: Which of the teacher's units the model kept.
-        images: Images [N, C, H, W], there too.
+        plan: Units of the teacher that the model kept.
+        images: Images [N, C, H, W], on that device too.
     Returns:
-        None where the two cannot be compared: there is no feature map, the teacher is of another architecture, or the
-        plan does not tell which of the teacher's channels the model has.
+        None where the two cannot be compared: there is no feature map, the teacher has another architecture, or the
+        plan does not show which of the teacher's channels the model has.
     """
     few = images[:2]
     ours, theirs = find_last_map(model, few), find_last_map(teacher, few)
@@ -97,7 +97,7 @@ def watch_features(model: nn.Module, teacher: nn.Module, plan: SlimPlan, images:
     try:
         groups = settled_trace(teacher, few).groups
         removed = removed_at_taps(groups, plan)
-    except ValueError:  # the plan is of another network, or this one cannot be traced
+    except ValueError:  # the plan belongs to another network, or this network cannot be traced
         return None
     differing = [a for a, sizes in enumerate(zip(ours.shape, theirs.shape, strict=True)) if len(set(sizes)) > 1]
     if not differing:
@@ -110,7 +110,7 @@ def watch_features(model: nn.Module, teacher: nn.Module, plan: SlimPlan, images:
 
 
 def find_last_map(model: nn.Module, images: Tensor) -> LastMap | None:
-    """Run images through a model, in eval mode, and find its last feature map; None: it has none."""
+    """Run images through a model in eval mode and return its last feature map; None if it has none."""
     found: list[LastMap] = []
 
     names = {module: name for name, module in model.named_modules()}
@@ -140,11 +140,11 @@ def kept_there(
     plan: SlimPlan,
     removed: dict[str, list[Tensor]],
 ) -> Tensor | None:
-    """Return the channels of the teacher's map that stay, [K], int64: those of the layer that reads it next."""
+    """Return the kept channels of the teacher's map, [K], int64: those of the layer that reads it next."""
     for name in later:
         if name in removed and channel_count(teacher.get_submodule(name)) == channels:
             return kept_channels(teacher, name, removed[name])
-    # Flattened in between: a unit is then several inputs of that layer, but one channel here.
+    # With a flatten in between, a unit is several inputs of that layer, but one channel here.
     for group in groups:
         if group.size == channels and any(tap.module in later for tap in group.taps):
             return torch.tensor(plan.kept(group))

@@ -1,4 +1,4 @@
-"""The losses of a run's steps, read from a GPU some steps late: so that no step waits for the one before it."""
+"""Losses of a run's steps, read from a GPU some steps late, so that no step waits for the previous one."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LATE = 16  # steps at most: what is not finite is found before anything is saved in any case
+LATE = 16  # steps at most; values that are not finite are always found before anything is saved
 
 
 @dataclass
@@ -16,7 +16,7 @@ class StepLoss:
 
     Attributes:
         step: Its number, from 1.
-        rate: The learning rate that it takes.
+        rate: The learning rate of the step.
         value: The loss.
     """
 
@@ -26,10 +26,10 @@ class StepLoss:
 
 
 class Losses:
-    """Losses on their way from the device; elsewhere than on a GPU they are there at once.
+    """Losses in transfer from the device; without a GPU they are available at once.
 
     Attributes:
-        late: Whether they come later than the step.
+        late: Whether they arrive after the step.
     """
 
     def __init__(self, device: torch.device):
@@ -37,7 +37,7 @@ class Losses:
         self._coming: deque[tuple[int, float, Tensor, Any]] = deque()
 
     def note(self, loss: Tensor, step: int, rate: float) -> None:
-        """Begin to fetch a step's loss, a scalar."""
+        """Start the transfer of a step's loss, a scalar."""
         event = None
         if self.late:
             loss = loss.detach().to("cpu", non_blocking=True)  # into pinned memory
@@ -46,7 +46,7 @@ class Losses:
         self._coming.append((step, rate, loss.detach(), event))
 
     def read(self, *, wait: bool = False) -> list[StepLoss]:
-        """Return the losses that have come, in order; with `wait` all that were noted."""
+        """Return the losses that have arrived, in order; with `wait`, all that were recorded."""
         found = []
         while self._coming:
             step, rate, loss, event = self._coming[0]

@@ -1,4 +1,4 @@
-"""What a step learns from: labels, the teacher's answers, or both, by what the outputs mean."""
+"""The loss of a step: from labels, the teacher's outputs, or both, by the meaning of the outputs."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from lfrns_hub.model_io.answers import Answer, Outputs, read_answer
 
 
 def ask_teacher(teacher: nn.Module | None, images: Tensor, outputs: Outputs) -> Answer | None:
-    """Return the teacher's answer, without gradient, read as the student's is."""
+    """Return the teacher's answer, without gradient, read in the same way as the student's."""
     if teacher is None:
         return None
     with torch.no_grad():
@@ -22,11 +22,11 @@ def mixed_loss(
     distill_weight: float,
     temperature: float,
 ) -> Tensor:
-    """Mix the loss of the task with the teacher's, the sum over the heads; a head without labels has the teacher alone.
+    """Mix the task loss with the teacher's, summed over the heads; a head without labels has only the teacher's.
 
     Args:
-        answer: The student's.
-        labels: Of each head, as `Outputs.read_labels` gives them; None where there are none.
+        answer: The student's answer.
+        labels: Labels of each head, as returned by `Outputs.read_labels`; None where there are none.
         taught: The teacher's answer, if there is a teacher.
         label_smoothing, distill_weight, temperature: As for `retrain`.
     """

@@ -1,4 +1,4 @@
-"""The run itself: epochs and steps under Accelerate, kept, scored, stopped before what is not finite is saved."""
+"""The run itself: epochs and steps under Accelerate, saved, scored, and stopped before non-finite weights are saved."""
 
 import contextlib
 import math
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 
 class Epochs:
-    """The batches of a run, the same ones at the same places of the same epochs however often it is begun.
+    """The batches of a run, the same at the same positions of the same epochs, however often it is restarted.
 
     Attributes:
-        given: The loader, as it came.
-        images, batches: Of an epoch: images over all processes, batches of this one.
-        batch_size: Of one process.
-        order_seed: Of the order.
+        given: The caller's loader.
+        images, batches: Of an epoch: number of images over all processes, number of batches of this one.
+        batch_size: Batch size of one process.
+        order_seed: Seed of the order.
     """
 
     def __init__(self, loader: DataLoader, accelerator: "Accelerator", seed: int, images_per_epoch: int | None):
@@ -50,7 +50,7 @@ class Epochs:
         loader = seeded_loader(loader, seed, self.order_seed, pinned=on_gpu)
         self.batch_size = getattr(loader.batch_sampler, "batch_size", None)
         self._order = loader.batch_sampler
-        # On a GPU each step fetches its batch itself, once it has looked at the labels: nothing waits for the device.
+        # On a GPU each step moves its batch itself, after it has checked the labels: nothing waits for the device.
         self._loader = accelerator.prepare_data_loader(loader, device_placement=False if on_gpu else None)
         if self._streamed:
             step_images = self.batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
@@ -60,7 +60,7 @@ class Epochs:
             self.batches = len(self._loader)
 
     def open(self, at: Position) -> Iterator[tuple[Tensor, Any]]:
-        """Return the batches that are left of an epoch."""
+        """Return the remaining batches of an epoch."""
         self._loader.set_epoch(at.epoch)
         if hasattr(self._order, "set_epoch"):
             self._order.set_epoch(at.epoch)
@@ -71,25 +71,25 @@ class Epochs:
         return map(split_batch, apart(left, self._seed, at.epoch))
 
     def ended(self, at: Position) -> bool:
-        """Return whether the batch that was given last is the last one of its epoch."""
+        """Return whether the last returned batch is the last of its epoch."""
         return at.batch == self.batches if self._streamed else self._accelerator.gradient_state.end_of_dataloader
 
 
 @dataclass
 class Run:
-    """A run of `retrain`: `train` takes its epochs, and each of them its steps."""
+    """A run of `retrain`: `train` runs its epochs, and each of them its steps."""
 
     accelerator: "Accelerator"
     data: Epochs
-    whole: nn.Module  # what came in
-    model: nn.Module  # the same, or its copy in shards
+    whole: nn.Module  # as passed by the caller
+    model: nn.Module  # the same, or its sharded copy
     trained: nn.Module  # as prepared
     teacher: nn.Module | None
     optimizer: Any
     scheduler: LambdaLR
     mix: Callable[[Answer, dict[str, Tensor | None], Answer | None], Tensor]
     feature_weight: float
-    plan: SlimPlan | None  # of the model; features need it
+    plan: SlimPlan | None  # plan of the model, required by feature distillation
     steps: int
     learning_rate: float
     max_grad_norm: float
@@ -97,8 +97,8 @@ class Run:
     tracker: Callable[[dict[str, float], int], None] | None
     eval_loader: Any
     progress: bool
-    no_graph: str | None = "it is not asked for"  # why no step is recorded as a graph; None: where it can be
-    _next: int = 1  # step
+    no_graph: str | None = "it is not asked for"  # why no step is recorded as a graph; None where it can be
+    _next: int = 1  # next step
     _rate: float = 0.0
     _settled: bool = False
     _features: Features | None = None
@@ -110,7 +110,7 @@ class Run:
         self._steps = CapturedSteps(self._learn, self.optimizer, self.no_graph)
 
     def train(self, epochs: int) -> None:
-        """Take the epochs that are left."""
+        """Run the remaining epochs."""
         at = self.checkpoints.load(self.scheduler) if self.checkpoints else Position()
         if at.step:
             self._gather_weights()
@@ -144,7 +144,7 @@ class Run:
                     self.score(at, bar, epochs)
 
     def step(self, images: Tensor, labels: Any, at: Position) -> None:
-        """Learn from one batch, and note its loss and the rate."""
+        """Train on one batch, and record its loss and learning rate."""
         rate = self.scheduler.get_last_lr()[0]
         with self.accelerator.accumulate(self.trained):
             read = self._outputs.read_labels(labels, len(images), "retrain(loader)") if self._outputs else None
@@ -155,7 +155,7 @@ class Run:
             images = laid_out(images, self.model)
             self._watch(images)
             self._next, self._rate = at.step + 1, rate
-            if read is None:  # the first batch says what the outputs mean
+            if read is None:  # the first batch determines the meaning of the outputs
                 loss = self._learn(images, labels)
             else:
                 read = {name: v if v is None else v.to(images.device, non_blocking=True) for name, v in read.items()}
@@ -164,7 +164,7 @@ class Run:
                 self._losses.note(loss, at.step + 1, rate)
 
     def _learn(self, images: Tensor, labels: Labels | Any) -> Tensor:
-        """Take one step, and give the loss; labels are of each head, or at the first batch as they came."""
+        """Run one step and return the loss; labels are given by head, or at the first batch as loaded."""
         with self.accelerator.autocast():
             output = self.trained(images)
             if self._outputs is None:
@@ -185,7 +185,7 @@ class Run:
         return loss.detach()
 
     def _meaning(self, output: Any, labels: Any) -> Outputs:
-        """Say what the outputs mean: the same after the run was gone on with, and on every process."""
+        """Return the meaning of the outputs: the same after a resume, and on every process."""
         models = [self.whole, *filter(None, [self.teacher])]
         with random_kept():
             outputs = settle_by_loader(models, output, labels, self.data.given, "retrain", self._processes)
@@ -197,7 +197,7 @@ class Run:
         return outputs
 
     def _watch(self, images: Tensor) -> None:
-        """Find the feature map that the teacher teaches as well, on the first images."""
+        """Find the feature map for distillation, on the first images."""
         if not self.feature_weight or self._features:
             return
         with random_kept():
@@ -209,16 +209,16 @@ class Run:
                 "feature_weight=0."
             )
         if hasattr(self.trained, "_orig_mod"):
-            torch.compiler.reset()  # what was compiled of this class before knows no hooks
+            torch.compiler.reset()  # code compiled for this class earlier ignores hooks
 
     def close(self) -> None:
-        """Take the hooks away, and let what was recorded go."""
+        """Remove the hooks and release the recorded graph."""
         self._steps.close()
         if self._features:
             self._features.close()
 
     def keep(self, at: Position, told: Any, bar: tqdm, *, epoch_ended: bool = False) -> None:
-        """Write a checkpoint where one is due, and end the program where SIGTERM has come."""
+        """Write a checkpoint if one is due, and end the program after SIGTERM."""
         stopping = not epoch_ended and self._processes.any(told.is_set())
         if epoch_ended or stopping or self.checkpoints.due(at):
             if not epoch_ended:
@@ -229,7 +229,7 @@ class Run:
             self.checkpoints.stop(at, self.steps)
 
     def score(self, at: Position, bar: tqdm, epochs: int) -> None:
-        """Evaluate for the reader; the next epoch is the same, whether this has run or not."""
+        """Evaluate for the log; the next epoch does not depend on whether this has run."""
         with random_kept():
             scores = evaluate(self.whole, self.eval_loader, accelerator=self.accelerator, progress=self.progress)
         figures = main_figures(scores)
@@ -241,32 +241,32 @@ class Run:
         self._track(values, at.step)
 
     def check_weights(self, model: nn.Module, at: Position) -> None:
-        """Stop where a step has left a weight that is not finite, before it is saved or given back."""
+        """Stop if a step has produced a weight that is not finite, before it is saved or returned."""
         weights = dict(model.named_parameters())
         finite = {name: weight.detach().isfinite().all() for name, weight in weights.items()}
-        if finite and not all(torch.stack(list(finite.values())).tolist()):  # one wait for the device
+        if finite and not all(torch.stack(list(finite.values())).tolist()):  # a single wait for the device
             name = next(name for name, value in finite.items() if not value)
             self._stop(f"weight {name} is not finite", at.step, self._rate)
 
     def _tell(self, bar: tqdm, epoch: int, *, wait: bool = False) -> None:
-        """Show the losses that have come, and hand them to the tracker; with `wait` those of all steps so far."""
+        """Show the losses that have arrived, and pass them to the tracker; with `wait` those of all steps so far."""
         for loss in self._losses.read(wait=wait):
             self._check_loss(loss.value, loss.step, loss.rate)
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss.value:.3f}", lr=f"{loss.rate:.2e}", refresh=False)
             self._track({"loss": loss.value, "learning_rate": loss.rate}, loss.step)
 
     def _track(self, values: dict[str, float], step: int) -> None:
-        """Hand figures to the tracker on the main process."""
+        """Pass metrics to the tracker on the main process."""
         if self.tracker is not None and self._processes.is_main:
             self.tracker(values, step)
 
     def _check_loss(self, value: float, step: int, rate: float) -> None:
-        """Stop before a loss that is not finite spoils the rest."""
+        """Stop at a loss that is not finite, before it spoils later steps."""
         if not math.isfinite(value):
             self._stop(f"loss is {value}", step, rate)
 
     def _stop(self, what: str, step: int, rate: float) -> None:
-        """Say where to go on from after a loss or weights that are not finite."""
+        """Raise an error about a non-finite loss or weight that names the checkpoint to resume from."""
         last = self.checkpoints.last() if self.checkpoints else None
         raise FloatingPointError(
             f"retrain(learning_rate={self.learning_rate:g}): the {what} at step {step} of {self.steps}, rate "
@@ -275,19 +275,19 @@ class Run:
         )
 
     def _gather_weights(self) -> None:
-        """Put the weights of a model in shards together in the one that came in."""
+        """Copy the weights of a sharded model to the caller's model."""
         if self.model is not self.whole:
             _take_weights(self.whole, self.trained)
 
 
 def _take_weights(whole: nn.Module, trained: nn.Module) -> None:
-    """Put the weights of a model in shards together, on every process, into a plain one of its shape, in place."""
+    """Copy the full weights of a sharded model, on every process, into a plain model, in place."""
     state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in trained.state_dict().items()}
     whole.load_state_dict(state)
 
 
 def _average_buffers(model: nn.Module, accelerator: "Accelerator") -> None:
-    """Set BatchNorm statistics to their mean over all processes, which each took from its own images."""
+    """Set BatchNorm statistics to their mean over all processes, each of which computed its own."""
     if accelerator.num_processes > 1:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:

@@ -1,4 +1,4 @@
-"""Retrain a slim model (or train a dense one): what is asked for, checked, and made ready for the run."""
+"""Retrain a slim model (or train a dense one): the options, checked and prepared for the run."""
 
 import contextlib
 import copy
@@ -56,59 +56,59 @@ def retrain(
 ) -> nn.Module:
     """Train a model in place, from its labels, from a teacher, or from both.
 
-    What the outputs mean, and so the loss, is said as for `slim`: cross-entropy of classes, binary cross-entropy of
-    labels that hold together, squared error of quantities; the teacher's share likewise, and of features as well.
+    The meaning of the outputs, and so the loss, is determined as for `slim`: cross-entropy for classes, binary
+    cross-entropy for multi-label classes, squared error for quantities; the teacher's share alike, also for features.
 
     Args:
-        model: Trained in place; it ends on the accelerator's device, in the training mode and the memory format in
-            which it came. Convolutional networks are trained in channels_last.
+        model: Trained in place; at the end it is on the accelerator's device, in its original training mode and memory
+            format. Convolutional networks are trained in channels_last.
         loader: A plain DataLoader with the batch size of one process; prepared here.
         epochs: Passes over the loader; 0 changes nothing.
-        images_per_epoch: Of a loader without a length, a stream, over all processes. A process whose share has fewer
-            begins it anew.
-        teacher: The dense model. With it the images may come without labels.
-        eval_loader: Scored after every epoch, for the reader only: the last epoch is what is returned.
-        optimizer: "sgd" has Nesterov momentum 0.9; "auto" takes "sgd" for networks with BatchNorm and without
+        images_per_epoch: For a loader without a length (a stream): images per epoch over all processes. A process whose
+            share has fewer starts it again.
+        teacher: The dense model. With it, labels are optional.
+        eval_loader: Evaluated after every epoch, only for the log: the weights of the last epoch are returned.
+        optimizer: "sgd" has Nesterov momentum 0.9; "auto" chooses "sgd" for networks with BatchNorm and without
             attention or LayerNorm, "adamw" for all others.
         learning_rate: Peak, reached after the warm-up. Default 0.01 (sgd) or 1e-4 (adamw), for a network that lost a
-            tenth or more of its accuracy; one that the cut left nearly right needs a twentieth of that, and is spoiled
-            at more (docs/recovery.md).
-        weight_decay: On matrices and kernels, not on norms, biases and tokens. Default 5e-4 (sgd) or 0.05 (adamw).
-        max_grad_norm: Gradients are clipped to it; math.inf never clips. Default inf (sgd) or 1.0 (adamw).
+            tenth or more of its accuracy; a network that the cut left nearly right needs a twentieth of that, and gets
+            worse with more (docs/recovery.md).
+        weight_decay: For matrices and kernels, not for norms, biases and tokens. Default 5e-4 (sgd) or 0.05 (adamw).
+        max_grad_norm: Gradients are clipped to this norm; math.inf never clips. Default inf (sgd) or 1.0 (adamw).
         warmup_fraction: Share of the steps in which the rate rises, in [0, 1); then it falls as a cosine.
-        label_smoothing: In [0, 1): of classes towards all alike, of labels that hold together towards 1/2; quantities
-            have none.
+        label_smoothing: In [0, 1): classes are smoothed towards uniform, multi-label classes towards 1/2; quantities
+            are not smoothed.
         distill_weight: Share of the teacher in the loss, in [0, 1]; 1 where there are no labels.
-        temperature: Softens both sides' logits for the teacher's share, of classes and of labels that hold together.
-        feature_weight: Of the features, added to the loss: the squared error of the last feature map over the square
-            of the teacher's, at the channels that the model kept; 100 is what the benchmarks take. Above 0 the
-            teacher must be the dense model that `slim` made the model of. Under sgd, layers without a norm may need
-            less, for a squared error has no bound.
+        temperature: Softens both models' logits in the teacher's share, for classes and multi-label classes.
+        feature_weight: Weight of the feature loss: the squared error of the last feature map over the square of the
+            teacher's, at the channels that the model kept; the benchmarks use 100. Above 0 the teacher must be the
+            dense model from which `slim` made the model. With sgd, layers without a norm may need less, because a
+            squared error is not bounded.
         gradient_accumulation_steps: Batches per step. Default: the accelerator's, else 1.
         mixed_precision: "no", "fp16" or "bf16", for the accelerator built here. Default: as `make_accelerator`.
-        compile: "auto" records a step as one CUDA graph where that can be: on one GPU, one batch a step, in float32 or
-            bf16; batches of another shape, and models that draw random numbers on the CPU, take plain steps. The
-            weights are the same within rounding. False records nothing.
-        accelerator: Default `make_accelerator`. What it has prepared before is released at the end.
-        seed: With the same one, the same weights on CPU.
+        compile: "auto" records a step as one CUDA graph where possible: on one GPU, one batch a step, in float32 or
+            bf16; batches of another shape, and models that draw random numbers on the CPU, run plain steps. The weights
+            are the same within rounding. False records nothing.
+        accelerator: Default `make_accelerator`. Objects that it prepared earlier are released at the end.
+        seed: The same seed gives the same weights on CPU.
         progress: Show a bar on the main process.
-        tracker: Called on the main process with (values, step), as `Accelerator.log` takes them.
-        checkpoint_dir: A folder for this run alone, seen by all processes. The same call, made again after the
-            program ended anyhow, goes on there and ends with the same weights on CPU; after the last step it trains
-            no more. Augmentation is had again where it draws from python's, numpy's or torch's own random numbers.
+        tracker: Called on the main process with (values, step), like `Accelerator.log`.
+        checkpoint_dir: A folder for this run only, visible to all processes. The same call, repeated after the program
+            ended for any reason, resumes there and ends with the same weights on CPU; after the last step it does not
+            train again. Augmentation is reproduced if it draws from python's, numpy's or torch's own random numbers.
             SIGTERM then finishes the step, saves and ends the program with exit code 0. Another model, plan, teacher,
-            length, batch or setting is refused; what the images show is not compared. None: nothing is written.
+            length, batch or setting is refused; the content of the images is not compared. None: nothing is written.
         checkpoint_every: Steps between two checkpoints; one more follows every epoch. The last two are kept.
     Returns:
-        The model that came in.
+        The same model.
     Raises:
-        ValueError: A value is out of its range, the loader is empty, labels are missing or do not fit the outputs, the
-            teacher's outputs mean something else, features are asked for and cannot be compared, or the checkpoint is
-            of another run.
+        ValueError: A value is out of range, the loader is empty, labels are missing or do not fit the outputs, the
+            teacher's outputs have another meaning, features cannot be compared, or the checkpoint belongs to another
+            run.
         FloatingPointError: The loss or a weight is no longer finite; the message names the last good checkpoint.
-        OSError: A checkpoint cannot be written or read; what was there before is there still.
-    Source: Fang and Yin 2025 retrain plainly; the teacher's share is Hinton et al. 2015, section 2, that of
-        its features after Romero et al. 2015; no regressor is needed, as a slim model keeps some of the same channels.
+        OSError: A checkpoint cannot be written or read; the earlier one is still there.
+    Source: Fang and Yin 2025 retrain without a teacher; the teacher's share is Hinton et al. 2015, section 2, that of
+        its features after Romero et al. 2015; no regressor is needed, because a slim model keeps some of the channels.
     """
     _check_loader(loader, images_per_epoch)
     _check_arguments(
@@ -143,7 +143,7 @@ def retrain(
     with laid_out_models(model, teacher), _as_before(model, accelerator):
         data = Epochs(loader, accelerator, seed, images_per_epoch)
         eval_loader = eval_loader if eval_loader is None else accelerator.prepare_data_loader(eval_loader)
-        # FSDP2 cuts a model's weights up where they are: a copy is trained, and what came in takes its weights each
+        # FSDP2 shards a model's weights in place: a copy is trained, and the caller's model gets its weights after each
         # epoch.
         whole = model.to(accelerator.device)
         model = copy.deepcopy(whole) if accelerator.distributed_type == DistributedType.FSDP else whole
@@ -194,7 +194,7 @@ def retrain(
 
 
 def _plan_of(model: nn.Module) -> SlimPlan | None:
-    """Return what `slim` noted of the units that it kept; None where there is nothing, or, of a file, no plan."""
+    """Return the plan in a model's provenance; None where there is none or, in a file, no valid one."""
     noted = provenance_of(model).get("plan")
     try:
         return SlimPlan.from_json(json.dumps({"keep": noted})) if noted else None
@@ -204,10 +204,10 @@ def _plan_of(model: nn.Module) -> SlimPlan | None:
 
 @contextlib.contextmanager
 def _as_before(model: nn.Module, accelerator: "Accelerator") -> Iterator[None]:
-    """Put a model's modes and an accelerator's way of accumulating back at the end.
+    """Restore a model's modes and an accelerator's accumulation settings at the end.
 
-    Under mixed precision Accelerate leaves the model's own `forward` behind in its `__dict__`, which a copy or a
-    narrower model would carry along; it goes where there was none.
+    Under mixed precision Accelerate leaves the model's own `forward` in its `__dict__`, which a copy or a narrower
+    model would carry along; it is removed if it was not there before.
     """
     modes = [(module, module.training) for module in model.modules()]
     own_forward = "forward" in vars(model)
@@ -224,7 +224,7 @@ def _as_before(model: nn.Module, accelerator: "Accelerator") -> Iterator[None]:
 
 
 def _check_loader(loader: Any, images_per_epoch: int | None) -> None:
-    """Refuse a loader that has no images, or whose epochs have no length."""
+    """Refuse a loader without images, or with epochs of unknown length."""
     if not isinstance(loader, DataLoader):
         raise TypeError(
             f"retrain(loader={type(loader).__name__}): a torch DataLoader is needed. Wrap the images in one."
@@ -259,7 +259,7 @@ def _check_arguments(
     temperature: float,
     feature_weight: float,
 ) -> None:
-    """Refuse values out of range before anything is touched."""
+    """Refuse values out of range before anything is changed."""
     if not isinstance(epochs, int) or epochs < 0:
         raise ValueError(f"retrain(epochs={epochs}): epochs must be 0 or more. The default is 3.")
     if teacher is model:

@@ -1,4 +1,4 @@
-"""What a run writes: files and folders that change whole or not at all, and a lock on the folder that it writes to."""
+"""Files of a run: files and folders that change completely or not at all, and a lock on the folder being written."""
 
 from lfrns_hub.runs.atomic import draft_of, put_in_place, remove, rename_synced, settle, written_aside
 from lfrns_hub.runs.lock import locked

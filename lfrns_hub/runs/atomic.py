@@ -1,4 +1,4 @@
-"""Files and folders that change whole or not at all, at whatever system call the process is killed."""
+"""Files and folders that change completely or not at all, even if the process is killed during any system call."""
 
 import contextlib
 import ctypes
@@ -14,8 +14,8 @@ from lfrns_hub.format.untrusted import read_json, short
 from lfrns_hub.runs.places import name_of, place_of
 
 PARTIAL = ".partial"
-JOURNAL = ".lfrns-next"  # in a folder: the files of a change that was decided and is not complete
-NAMES = "names.json"  # in it: what leaves the folder, and what takes its place
+JOURNAL = ".lfrns-next"  # in a folder: the files of a change that is decided but not complete
+NAMES = "names.json"  # in it: the names to remove from the folder, and those to put in
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 _LIVE: set[Path] = set()  # the drafts of this process
@@ -23,13 +23,12 @@ _LIVE: set[Path] = set()  # the drafts of this process
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Return a path to write a file or folder to; it takes the place of `path` when the context ends without an error.
+    """Return a path to write a file or folder to; it replaces `path` if the context ends without an error.
 
-    It lies in a folder of its own, where whatever writes it may leave files of its own when it is killed; the next call
-    removes them.
+    It lies in its own folder, where a killed writer may leave temporary files; the next call removes them.
 
     Raises:
-        OSError: It could not be written. What lay at `path` before lies there still.
+        OSError: It could not be written. The earlier content of `path` is still there.
     """
     partial = path.with_name(path.name + PARTIAL)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,17 +44,17 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
-    """Make an empty folder to prepare a file or folder in, from where it is moved into place; removed at the end.
+    """Create an empty folder to prepare a file or folder in, which is then moved into place; removed at the end.
 
     Args:
-        path: Where what is prepared will lie, links resolved; the caller holds its lock.
+        path: Destination of the prepared files, links resolved; the caller holds its lock.
     """
     draft = place_of(path) / f"{name_of(path)}-{secrets.token_hex(4)}"
     _LIVE.add(draft)
     try:
         draft.mkdir()
         if path.is_dir():
-            shutil.copymode(path, draft)  # what is private stays so
+            shutil.copymode(path, draft)  # keeps private permissions
         yield draft
     finally:
         _LIVE.discard(draft)
@@ -63,7 +62,7 @@ def draft_of(path: Path) -> Iterator[Path]:
 
 
 def sweep(path: Path) -> None:
-    """Remove the drafts of a file or folder that dead processes left; the caller holds its lock."""
+    """Remove drafts of a file or folder that dead processes left; the caller holds its lock."""
     for place in {path.parent, path} if path.is_dir() else {path.parent}:
         for draft in place.glob(f"{name_of(path)}-*"):
             if draft not in _LIVE:
@@ -71,19 +70,19 @@ def sweep(path: Path) -> None:
 
 
 def put_in_place(draft: Path, folder: Path, ours: Callable[[str], bool], *, exchanged: bool = True) -> None:
-    """Let the files of a draft take the place of a folder's own, in one step; all other files in it stay.
+    """Replace a folder's own files by the files of a draft, in one step; all other files in it stay.
 
-    The draft, with hard links to the others, is exchanged for the folder where the system can do that. Elsewhere, where
-    the folder itself has to stay (a mount point, the working directory), and where it holds nothing to replace, the
-    draft becomes a journal in it: from then on the change is decided, and `settle` completes it.
+    The draft, with hard links to the other files, is exchanged for the folder if the system supports this. Otherwise,
+    if the folder itself has to stay (a mount point, the working directory), or if it has nothing to replace, the draft
+    becomes a journal in it: from then on the change is decided, and `settle` completes it.
 
     Args:
-        draft: Of `draft_of`, filled with files.
-        folder: Where to, there or not, links resolved. A link in it is replaced, never what it leads to.
-        ours: Whether a name in the folder is one of those that leave it.
-        exchanged: Whether the folder may be exchanged; False where others write in it meanwhile.
+        draft: A draft from `draft_of`, with files.
+        folder: Destination, which may not exist, links resolved. A link in it is replaced, never its target.
+        ours: Returns whether a name in the folder is one to be removed.
+        exchanged: Whether the folder may be exchanged; False if others write to it at the same time.
     Raises:
-        OSError: It could not be written. The folder is as it was, or `settle` completes it.
+        OSError: It could not be written. The folder is unchanged, or `settle` completes the change.
     """
     settle(folder, ours)
     names = sorted(path.name for path in draft.iterdir())
@@ -95,9 +94,9 @@ def put_in_place(draft: Path, folder: Path, ours: Callable[[str], bool], *, exch
         return _sync(folder.parent)
     if exchanged and not stays and any(map(ours, there)) and _carried(folder, draft, ours) and exchange(draft, folder):
         _sync(folder.parent)
-        _carried(draft, folder, ours)  # what somebody added in between; the caller removes the rest
+        _carried(draft, folder, ours)  # files that others added in between; the caller removes the rest
         return None
-    for path in draft.iterdir():  # links that were carried before that failed
+    for path in draft.iterdir():  # links carried over before the failure
         if path.name not in names:
             remove(path)
     leaving = sorted(name for name in there if ours(name) and name not in names)
@@ -108,14 +107,14 @@ def put_in_place(draft: Path, folder: Path, ours: Callable[[str], bool], *, exch
 
 
 def settle(folder: Path, ours: Callable[[str], bool]) -> None:
-    """Complete the change of a folder that was decided before its process was killed; anybody may, at any time.
+    """Complete the change of a folder that was decided before its process was killed; any process may, at any time.
 
     Args:
-        folder: There or not.
-        ours: Whether a name in it may be replaced or leave: the journal may be a stranger's.
+        folder: The folder, which may not exist.
+        ours: Returns whether a name in it may be replaced or removed: the journal may be untrusted.
     Raises:
         OSError: The folder cannot be written to.
-        ValueError: It holds a journal that `put_in_place` did not write.
+        ValueError: It has a journal that `put_in_place` did not write.
     """
     journal = folder / JOURNAL
     if journal.is_symlink() or not journal.is_dir():
@@ -125,14 +124,14 @@ def settle(folder: Path, ours: Callable[[str], bool]) -> None:
         if (journal / NAMES).exists():
             _complete(folder, journal, read_json(journal / NAMES, call), ours)
         shutil.rmtree(journal)
-    except FileNotFoundError:  # somebody else completes it at the same time
+    except FileNotFoundError:  # another process completes it at the same time
         return
     except OSError as error:
         raise OSError(f"{call}: it cannot be completed ({error.strerror}). Make it writable, then load it.") from error
 
 
 def _complete(folder: Path, journal: Path, names: dict[str, Any], ours: Callable[[str], bool]) -> None:
-    """Take the steps of a journal that have not been taken yet."""
+    """Do the remaining steps of a journal."""
     leave, put = names.get("leave"), names.get("put")
     for name in [*leave, *put] if isinstance(leave, list) and isinstance(put, list) else [None]:
         if not isinstance(name, str) or "/" in name or not ours(name):
@@ -147,7 +146,7 @@ def _complete(folder: Path, journal: Path, names: dict[str, Any], ours: Callable
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swap two files or folders in one step; return whether the system and the file system can, or leave both."""
+    """Swap two files or folders in one step; return False, with both unchanged, if this is not supported."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -156,7 +155,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def rename_synced(partial: Path, path: Path) -> None:
-    """Have the disk take a file or folder, then give it its name."""
+    """Flush a file or folder to disk, then give it its name."""
     _take(partial)
     if path.is_dir() and not path.is_symlink():
         remove(path)
@@ -165,7 +164,7 @@ def rename_synced(partial: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, there or not; of a link the link."""
+    """Remove a file or folder if it exists; for a link, only the link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -173,18 +172,18 @@ def remove(path: Path) -> None:
 
 
 def _carried(source: Path, target: Path, ours: Callable[[str], bool]) -> bool:
-    """Link what others have in one folder into another, as far as it is not there; return whether that can be done."""
+    """Link others' files in one folder into another, except those already there; return whether this is possible."""
     try:
         for path in source.iterdir():
             if not ours(path.name):
                 _link(path, target / path.name)
-    except OSError:  # another device, a file system without hard links, files of somebody else's
+    except OSError:  # another device, a file system without hard links, files of another user
         return False
     return True
 
 
 def _link(source: Path, target: Path) -> None:
-    """Link a file, or a folder's files, under another name; what is there stays."""
+    """Link a file, or a folder's files, to another name; existing files stay."""
     if source.is_dir() and not source.is_symlink():
         target.mkdir(exist_ok=True)
         for path in source.iterdir():
@@ -196,7 +195,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _is_working_directory(folder: Path) -> bool:
-    """Return whether this process works in a folder, or below: its shell would be left in one that is gone."""
+    """Return whether this process works in a folder, or below: its shell would be left in a deleted folder."""
     try:
         return Path.cwd().is_relative_to(folder)
     except FileNotFoundError:
@@ -204,7 +203,7 @@ def _is_working_directory(folder: Path) -> bool:
 
 
 def _take(path: Path) -> None:
-    """Set files to the mode that the umask asks for, whatever wrote them, and have the disk take them."""
+    """Set files to the mode given by the umask, and flush them to disk."""
     umask = os.umask(0o077)
     os.umask(umask)
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
@@ -214,7 +213,7 @@ def _take(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk take a file, or a folder's list of names."""
+    """Flush a file, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What the steps of `slim` gave, kept in a folder by the content of what they were made from."""
+"""A cache of the results of `slim`'s steps, in a folder, by a hash of everything they depend on."""
 
 import contextlib
 import hashlib
@@ -23,21 +23,21 @@ from lfrns_hub.runs.checkpoints import Stopped, caught_sigterm
 from lfrns_hub.runs.processes import ALONE, Processes
 
 VERSIONS = [version(name) for name in ("torch", "timm", "transformers")]
-KEPT = 2  # contents: the last that was used, and the one before
-STEPS_BETWEEN = 20  # of the gates' training, between two times that it is saved
-_FILE = re.compile(r"[a-z]+-([0-9a-f]{16})-[0-9a-f]{16}\.safetensors(\.partial)?")  # content, then what the step adds
+KEPT = 2  # contents: the last used, and the one before
+STEPS_BETWEEN = 20  # of the gates' training, between two saves
+_FILE = re.compile(r"[a-z]+-([0-9a-f]{16})-[0-9a-f]{16}\.safetensors(\.partial)?")  # content, then the step's own hash
 
 
 class Cache:
-    """Results of expensive steps, in one folder that all processes see, or in none.
+    """Results of expensive steps, in one folder that all processes see, or nowhere.
 
-    What a content gave stays as long as no two others were used after it: then its files are removed.
+    The results of a content stay until two other contents have been used after it: then its files are removed.
 
     Args:
-        directory: The folder, there or not; None keeps nothing. It may be removed at any time.
-        processes: Of the run; the main one writes. None: this one alone.
-        content: What everything kept hangs on: the model, images, options; this package's code and versions of torch,
-            timm and transformers are added. Another content finds nothing here.
+        directory: The folder, which may not exist; None stores nothing. It may be removed at any time.
+        processes: Processes of the run; the main one writes. None: only this one.
+        content: Everything that all results depend on: the model, images, options; this package's code and the versions
+            of torch, timm and transformers are added. Another content finds none of these results.
     """
 
     def __init__(self, directory: str | os.PathLike | None, processes: Processes | None, *content: Any):
@@ -49,16 +49,17 @@ class Cache:
             self._content = digest(code, VERSIONS, processes.count, *content)
 
     def keep(self, name: str, compute: Callable[[], Any], *content: Any) -> Any:
-        """Return what was kept, or compute and keep it.
+        """Return the stored result, or compute and store it.
 
         Args:
-            name: Of the step.
-            compute: Gives dicts (names to values), lists, tensors, numbers, strings and None, nested as they may be.
-            content: What it hangs on besides that of the cache. A function has no content to compare: never kept.
+            name: Name of the step.
+            compute: Returns dicts (names to values), lists, tensors, numbers, strings and None, also nested.
+            content: Further dependencies of the step. With a function, which has no content to compare, nothing is
+                stored.
         Returns:
-            What `compute` gives, or gave then, bit by bit; tensors on the CPU where they were kept.
+            The result of `compute`, now or when it was stored, bit by bit; stored tensors are on the CPU.
         Raises:
-            OSError: It could not be written. What was kept before is there still.
+            OSError: It could not be written. Earlier results are still there.
         """
         if self.directory is None or any(callable(part) for part in content):
             return compute()
@@ -71,11 +72,11 @@ class Cache:
 
     @contextlib.contextmanager
     def training(self, name: str, *content: Any) -> Iterator["Training | None"]:
-        """Keep the state of a short training while it runs; None where nothing is kept.
+        """Store the state of a short training while it runs; yields None without a folder.
 
         Args:
-            name: Of the step.
-            content: What the training hangs on besides that of the cache.
+            name: Name of the step.
+            content: Further dependencies of the training.
         """
         if self.directory is None:
             yield None
@@ -88,9 +89,9 @@ class Cache:
         return self.directory / f"{name}-{self._content}-{digest(*content)}.safetensors"
 
     def _read(self, path: Path) -> Any:
-        """Return what a file holds, None where one of the processes does not find it whole."""
+        """Return the content of a file, None if any process does not find it complete."""
         found = None
-        # Damaged in any way it is made again: cut short, without metadata, with values of another file.
+        # A damaged file is computed again: cut short, without metadata, with values of another file.
         damaged = (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
         with contextlib.suppress(*damaged):
             if path.is_file():  # a pipe would never end
@@ -99,7 +100,7 @@ class Cache:
         return None if self.processes.any(found is None) else found[0]
 
     def _write(self, path: Path, value: Any) -> None:
-        """Keep a value, by the main process; where that fails, raise on all."""
+        """Write a value on the main process; if that fails, raise an error on all."""
 
         def write() -> None:
             tensors: dict[str, Tensor] = {}
@@ -118,7 +119,7 @@ class Cache:
             ) from error
 
     def _sweep(self) -> None:
-        """Remove what belongs to no content of the last two that were used, half-written files too."""
+        """Remove files of all contents except the last two used, including half-written files."""
         used: dict[str, float] = {self._content: math.inf}
         files = [(path, found[1]) for path in self.directory.iterdir() if (found := _FILE.fullmatch(path.name))]
         for path, content in files:
@@ -131,7 +132,7 @@ class Cache:
 
 
 def _open(path: Path) -> tuple[Any] | None:
-    """Return what a file holds, in a tuple; None where it is not what was written."""
+    """Return the content of a file, in a tuple; None if it is not as written."""
     with safe_open(path, "pt") as file:
         stored, tensors = file.metadata(), {key: file.get_tensor(key) for key in sorted(file.keys())}
     if stored["digest"] != digest(stored["value"], tensors):
@@ -140,22 +141,22 @@ def _open(path: Path) -> tuple[Any] | None:
 
 
 class Training:
-    """The state of a short training, kept now and then; `load` at its start, `after` each step."""
+    """The state of a short training, saved at intervals; `load` at its start, `after` each step."""
 
     def __init__(self, cache: Cache, path: Path, told: Any):
         self._cache, self._path, self._told = cache, path, told
 
     def load(self) -> Any:
-        """Return the state that was kept last, None where there is none."""
+        """Return the last saved state, None if there is none."""
         return self._cache._read(self._path)
 
     def after(self, step: int, state: Callable[[], Any], *, last: bool) -> None:
-        """Keep the state every twenty steps and at the end; after a SIGTERM too, and end the program with exit code 0.
+        """Save the state every twenty steps and at the end; after a SIGTERM, save it and end the program (exit code 0).
 
         Args:
-            step: Steps done.
-            last: Whether these are all.
-            state: Gives what `load` is to give, as `Cache.keep` takes it.
+            step: Number of steps done.
+            last: Whether this is the last step.
+            state: Returns the state for `load`, in the form of `Cache.keep`.
         """
         stopping = self._cache.processes.any(self._told.is_set())
         if stopping or last or step % STEPS_BETWEEN == 0:
@@ -178,11 +179,11 @@ def digest(*parts: Any) -> str:
 
     def add(part: Any) -> None:
         if isinstance(part, nn.Module):
-            modules = {type(module).__module__ for module in part.modules()}  # a forward pass is in no repr
+            modules = {type(module).__module__ for module in part.modules()}  # a forward pass is not in the repr
             files = [getattr(sys.modules.get(name), "__file__", None) for name in sorted(modules)]
             add([Path(file).read_bytes() for file in files if file])
             add([type(part).__qualname__, repr(part), dict(part.named_parameters()), dict(part.named_buffers())])
-            add([str(p.device.type) for p in part.parameters()])  # another device gives other roundings
+            add([str(p.device.type) for p in part.parameters()])  # another device rounds differently
         elif isinstance(part, Tensor):
             hashed.update(f"tensor {part.dtype} {list(part.shape)} ".encode())
             hashed.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -204,7 +205,7 @@ def digest(*parts: Any) -> str:
 
 
 def _split(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return the JSON of a value, its tensors put into `tensors` and their names in their places."""
+    """Return the JSON of a value, its tensors moved to `tensors` and replaced by their names."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().clone().contiguous()

@@ -1,4 +1,4 @@
-"""What a run that was stopped goes on from: written aside and renamed, so that it is whole or not there."""
+"""Checkpoints from which a stopped run resumes: written elsewhere and renamed, so that each is complete or missing."""
 
 import contextlib
 import json
@@ -21,16 +21,16 @@ from lfrns_hub.runs.processes import Processes
 FORMAT = 1
 KEPT = 2  # checkpoints: the last, and the one before
 _STATE = "state.json"
-_SENTINEL = 0x5EED0F2B2E57A7E  # no seed that anyone takes
+_SENTINEL = 0x5EED0F2B2E57A7E  # an unlikely seed
 
 
 class Stopped(SystemExit):
-    """The end of a program after a SIGTERM, exit code 0, when all that was done is kept and can be gone on with."""
+    """End of a program after a SIGTERM, exit code 0, when everything is saved and the run can be resumed."""
 
 
 @dataclass
 class Position:
-    """Where a training run is: steps done in all, the epoch (from 0) and the batches done of it by each process."""
+    """Position of a training run: total steps done, the epoch (from 0) and its batches done by each process."""
 
     step: int = 0
     epoch: int = 0
@@ -41,10 +41,10 @@ class Checkpoints:
     """The checkpoints of one training run, in one folder that all processes see.
 
     Args:
-        directory: The folder, there or not.
-        accelerator: Whose `save_state` writes model, optimizer, scaler and each process's random states. It has
+        directory: The folder, which may not exist.
+        accelerator: Its `save_state` writes model, optimizer, scaler and each process's random states. It has
             prepared the model and the optimizer.
-        run: What must be equal for a checkpoint to be of this run: names to JSON values.
+        run: Facts that must be equal for a checkpoint to belong to this run: names to JSON values.
         every: Steps between two checkpoints.
     Raises:
         OSError: The folder cannot be written to.
@@ -63,16 +63,16 @@ class Checkpoints:
         self._together(self._clear, "the folder cannot be written to", "Name another one.", main_only=True)
 
     def last(self) -> Path | None:
-        """Return the newest complete checkpoint, None where there is none."""
+        """Return the newest complete checkpoint, None if there is none."""
         return max(self._all(), default=None)
 
     def load(self, scheduler: Any) -> Position:
-        """Take up the newest checkpoint: model, optimizer, scaler, random states, and a scheduler, in place.
+        """Load the newest checkpoint, in place: model, optimizer, scaler, random states, and a scheduler.
 
         Returns:
-            Where to go on: at the start where there is no checkpoint.
+            The position to resume from; the start if there is no checkpoint.
         Raises:
-            ValueError: It is of another run, or not all processes see it.
+            ValueError: It belongs to another run, or not all processes see it.
             OSError: It cannot be read.
         """
         path = self.last()
@@ -92,8 +92,8 @@ class Checkpoints:
             if not (path / f"random_states_{self.processes.rank}.pkl").is_file():
                 raise FileNotFoundError(f"the random states of process {self.processes.rank} are missing")
             before = torch.default_generator.manual_seed(_SENTINEL).get_state()
-            self.accelerator.load_state(str(path))  # by safetensors, and by torch's weights_only
-            if torch.equal(torch.get_rng_state(), before):  # of which Accelerate says nothing
+            self.accelerator.load_state(str(path))  # by safetensors, and by torch with weights_only
+            if torch.equal(torch.get_rng_state(), before):  # Accelerate does not report this
                 raise OSError("the random states are no longer what was written")
             scheduler.load_state_dict(saved["scheduler"])
 
@@ -102,14 +102,14 @@ class Checkpoints:
         return Position(**saved["position"])
 
     def due(self, position: Position) -> bool:
-        """Return whether a checkpoint is to be written after this step."""
+        """Return whether a checkpoint should be written after this step."""
         return position.step % self.every == 0
 
     def save(self, position: Position, scheduler: Any) -> None:
         """Write a checkpoint and remove old ones; called by all processes.
 
         Raises:
-            OSError: It could not be written; the one before is still there.
+            OSError: It could not be written; the previous one is still there.
         """
         path = self.directory / f"step_{position.step:09d}"
         partial = path.with_name(path.name + PARTIAL)
@@ -151,7 +151,7 @@ class Checkpoints:
         return sorted(p for p in self.directory.glob("step_*") if p.suffix != PARTIAL and (p / _STATE).is_file())
 
     def _clear(self) -> None:
-        """Make the folder, see that it can be written to, and remove what was half-written."""
+        """Create the folder, check that it can be written to, and remove half-written files."""
         with written_aside(self.directory / "writable") as probe:
             probe.write_text("yes")
         (self.directory / "writable").unlink()
@@ -159,7 +159,7 @@ class Checkpoints:
             remove(path)
 
     def _refuse_another_run(self, saved: dict[str, Any], path: Path) -> None:
-        """Raise where a checkpoint is of another run, naming the first difference."""
+        """Raise an error if a checkpoint belongs to another run, naming the first difference."""
         for name in sorted(self.run.keys() | saved.keys()):
             ours, theirs = self.run.get(name), saved.get(name)
             if ours == theirs:
@@ -173,8 +173,8 @@ class Checkpoints:
             )
 
     def _together(self, work: Callable[[], None], what: str, way_out: str, *, main_only: bool = False) -> None:
-        """Do something on every process, and raise on every one where one has failed: none waits for ever."""
-        # Exception: each library tells of a full disk or a damaged file in a type of its own.
+        """Do something on every process, and raise on every one if one has failed, so that none waits forever."""
+        # Exception: each library reports a full disk or a damaged file by its own type.
         failed, error = self.processes.attempt(work, Exception, main_only=main_only)
         if not failed:
             return
@@ -191,7 +191,7 @@ def describe_model(model: nn.Module) -> dict[str, str]:
 
 @contextlib.contextmanager
 def caught_sigterm() -> Iterator[threading.Event]:
-    """Return an event that is set when SIGTERM comes, instead of ending at once; in the main thread alone."""
+    """Yield an event that is set on SIGTERM, which then does not end the program; only in the main thread."""
     told = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield told
@@ -201,5 +201,5 @@ def caught_sigterm() -> Iterator[threading.Event]:
         yield told
     finally:
         signal.signal(signal.SIGTERM, before)
-    if told.is_set():  # it came after the last time that anyone asked
+    if told.is_set():  # it came after the last check
         signal.raise_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The lock of a folder: one process writes to it, and a lock dies with its process."""
+"""The lock of a folder: only one process writes to it, and a lock ends with its process."""
 
 import contextlib
 import errno
@@ -12,31 +12,31 @@ from lfrns_hub.runs.places import name_of, place_of
 
 try:
     import fcntl
-except ImportError:  # no POSIX system: nothing is locked there
+except ImportError:  # not a POSIX system: nothing is locked there
     fcntl = None  # type: ignore[assignment]
 
-# By process and lock file: the descriptor, once for each time that it is held. A forked child holds nothing.
+# By process and lock file: the descriptors, one for each time that it is held. A forked child holds none.
 _HELD: dict[tuple[int, Path], list[int | None]] = {}
 
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike, call: str) -> Iterator[None]:
-    """Hold a file or folder against other processes, and remove the drafts that dead ones left of it.
+    """Lock a file or folder against other processes, and remove drafts that dead processes left.
 
-    The same process may hold it several times. Nothing is locked where the file system has no locks.
+    The same process may lock it several times. Nothing is locked if the file system does not support locks.
 
     Args:
-        path: The file or folder, there or not; links are resolved.
-        call: What the user called, for the error.
+        path: The file or folder, which may not exist; links are resolved.
+        call: The user's call, for the error.
     Raises:
-        BlockingIOError: Another process holds it.
-        OSError: It cannot be written to.
+        BlockingIOError: Another process holds the lock.
+        OSError: The path cannot be written to.
     """
-    path = Path(os.path.realpath(path))  # `resolve` refuses a name that is too long in its own words
+    path = Path(os.path.realpath(path))  # `resolve` has its own error for a name that is too long
     try:
         lock = place_of(path) / f"{name_of(path)}.lock"
         key = (os.getpid(), lock)
-        with contextlib.suppress(FileNotFoundError):  # a name that is too long raises another
+        with contextlib.suppress(FileNotFoundError):  # a name that is too long raises another error
             path.stat()
         if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -68,9 +68,9 @@ def locked(path: str | os.PathLike, call: str) -> Iterator[None]:
 
 
 def _acquire(lock: Path) -> int | None:
-    """Lock a file and return its descriptor, None where there are no locks.
+    """Lock a file and return its descriptor, None without locks.
 
-    By `lockf`, not `flock`: a worker that was forked off would go on holding the latter when this process is killed.
+    By `lockf`, not `flock`: a forked worker would keep holding the latter when this process is killed.
     """
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
@@ -87,8 +87,8 @@ def _acquire(lock: Path) -> int | None:
         with contextlib.suppress(FileNotFoundError):
             is_there = os.path.samestat(os.fstat(descriptor), lock.stat())
         if is_there:
-            with contextlib.suppress(OSError):  # a full disk: then the lock does not say whose it is
+            with contextlib.suppress(OSError):  # a full disk: then the lock does not name its holder
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()}".encode(), 0)
             return descriptor
-        os.close(descriptor)  # its holder has ended, and taken the name away
+        os.close(descriptor)  # its holder has ended and removed the name

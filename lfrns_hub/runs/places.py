@@ -1,4 +1,4 @@
-"""Where the drafts and the lock of a folder lie: next to it, or inside where nothing can be renamed next to it."""
+"""Place of the drafts and the lock of a folder: next to it, or inside if nothing can be renamed next to it."""
 
 import hashlib
 import os
@@ -8,10 +8,10 @@ PREFIX = ".lfrns-"
 
 
 def place_of(path: Path) -> Path:
-    """Return the folder for the drafts and the lock of a file or folder; folders above `path` are made.
+    """Return the folder for the drafts and the lock of a file or folder; parent folders of `path` are created.
 
-    That is the folder above, from where a draft is renamed into place. A mount point, and a folder whose parent cannot
-    be written to, hold their own.
+    This is the parent folder, from which a draft is renamed into place. A mount point, or a folder whose parent cannot
+    be written to, contains its own.
     """
     parent = path.parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -21,10 +21,10 @@ def place_of(path: Path) -> Path:
 
 
 def entries(folder: Path) -> list[Path]:
-    """Return what lies in a folder, but for drafts and locks."""
+    """Return the entries of a folder, except drafts and locks."""
     return [path for path in folder.iterdir() if not path.name.startswith(PREFIX)]
 
 
 def name_of(path: Path) -> str:
-    """Return what the names of a path's drafts and of its lock begin with: as short for a long name as for any."""
+    """Return the prefix of the names of a path's drafts and lock: short even for a long name."""
     return PREFIX + hashlib.blake2b(os.fsencode(path.name), digest_size=6).hexdigest()

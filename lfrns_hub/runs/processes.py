@@ -1,4 +1,4 @@
-"""The processes of a run: the share of each, and what they tell one another."""
+"""The processes of a run: the share of each, and their communication."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,13 +11,13 @@ Result = TypeVar("Result")
 
 
 class Processes:
-    """The processes of an Accelerate accelerator; without one, a single process that sends nothing.
+    """The processes of an Accelerate accelerator; without one, a single process without communication.
 
-    Whatever is sent, every process has to call the same method at the same time.
+    For any communication, every process has to call the same method at the same time.
 
     Attributes:
-        rank, count: The number of this process, from 0 on, and how many there are.
-        device: The accelerator's; None without one.
+        rank, count: The number of this process, from 0, and the number of processes.
+        device: The accelerator's device; None without one.
     """
 
     def __init__(self, accelerator: Any = None):
@@ -27,12 +27,12 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes, prints and takes times."""
+        """Whether this is the process that writes, prints and measures times."""
         return self.rank == 0
 
     @property
     def share(self) -> slice:
-        """What of a sequence this process takes; the shares of all make it up."""
+        """The items of a sequence for this process; the shares of all processes are the whole sequence."""
         return slice(self.rank, None, self.count)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Processes:
         return bool(self.sum(torch.tensor(int(flag))))
 
     def gather(self, value: Result) -> list[Result]:
-        """Return what each process has, by rank."""
+        """Return the values of all processes, by rank."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -54,7 +54,7 @@ class Processes:
         return values
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """Do something on the main process while the others wait; return its result on all of them."""
+        """Run something on the main process while the others wait; return its result on all of them."""
         if self.count == 1:
             return work()
         self._accelerator.wait_for_everyone()
@@ -65,12 +65,12 @@ class Processes:
     def attempt(
         self, work: Callable[[], Any], *errors: type[Exception], main_only: bool = False
     ) -> tuple[bool, Exception | None]:
-        """Try something on every process, or on the main one alone; none waits for ever for one that failed.
+        """Run something on every process, or only on the main one, so that none waits forever for a failed one.
 
         Args:
-            work: What is tried.
-            errors: What may come of it; anything else is raised at once.
-            main_only: Whether the main process alone does it.
+            work: The function to run.
+            errors: Errors that are caught; any other is raised at once.
+            main_only: Whether only the main process runs it.
         Returns:
             Whether it failed on any process, and the error of this one.
         """
@@ -83,7 +83,7 @@ class Processes:
         return self.any(error is not None), error
 
     def prepare_loader(self, loader: Any) -> Any:
-        """Return a loader of this process's images; one that was prepared before stays as it is."""
+        """Return a loader of this process's images; a prepared loader is returned unchanged."""
         if self._accelerator is None:
             return loader
         if isinstance(loader, DataLoader) or getattr(loader, "_is_accelerate_prepared", False):
@@ -96,7 +96,7 @@ class Processes:
         )
 
     def gather_batch(self, batch: dict[Any, Tensor]) -> dict[Any, Tensor]:
-        """Return the rows of all processes, without those that only fill up the last batch."""
+        """Return the rows of all processes, without those that only fill the last batch."""
         return batch if self._accelerator is None else self._accelerator.gather_for_metrics(batch)
 
 

@@ -1,4 +1,4 @@
-"""How long each step takes, and its bar on the terminal."""
+"""Time of each step, and its progress bar on the terminal."""
 
 import time
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ class Clock:
         self.name, self.started = "", time.perf_counter()
 
     def step(self, name: str, total: int = 1) -> None:
-        """Close the running step and begin another."""
+        """End the running step and start another."""
         now = time.perf_counter()
         if self.name:
             self.seconds[self.name] = round(self.seconds.get(self.name, 0.0) + now - self.started, 2)
@@ -29,7 +29,7 @@ class Clock:
             self.task = self.bars.add_task(name, total=total) if name else None
 
     def advance(self, count: int) -> None:
-        """Move the running step's bar."""
+        """Advance the running step's bar."""
         if self.bars and self.task is not None:
             self.bars.advance(self.task, count)
 
@@ -39,7 +39,7 @@ def clocked(show: bool) -> Iterator[Clock]:
     """Time the steps, with bars where `show`."""
     bars = None
     if show:
-        from rich.console import Console  # here: no bars, no rich
+        from rich.console import Console  # imported here: rich is needed only for bars
         from rich.progress import Progress
 
         bars = Progress(console=Console(stderr=True))

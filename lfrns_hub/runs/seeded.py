@@ -1,6 +1,6 @@
-"""Batches that hang on the seed, the epoch and their place in it alone: not on workers, processes or what ran before.
+"""Batches that depend only on the seed, the epoch and their position: not on workers, processes or earlier work.
 
-So training can go on from the middle of an epoch without loading again what went before.
+So training can resume in the middle of an epoch without loading its earlier batches again.
 """
 
 import copy
@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
-Key = tuple[int, int, Any]  # epoch, place in it, index in the dataset
+Key = tuple[int, int, Any]  # epoch, position in it, index in the dataset
 
 
 class SeededImages(Dataset):
-    """A dataset that seeds python, numpy and torch for each image, so that its augmentation can be had again.
+    """A dataset that seeds python, numpy and torch for each image, so that its augmentation is reproducible.
 
-    One that draws for each image and then finishes a batch (`draw`, `finish`, as `load_data` gives it) is seeded for
-    each image too. Any other that fetches whole batches (`__getitems__`) is seeded for each batch: its augmentation
-    hangs on the batch size.
+    A dataset that draws for each image and then finishes a batch (`draw`, `finish`, as from `load_data`) is also seeded
+    for each image. Any other that fetches whole batches (`__getitems__`) is seeded for each batch: its augmentation
+    depends on the batch size.
     """
 
     def __init__(self, dataset: Any, seed: int):
         self.dataset, self.seed = dataset, seed
         if hasattr(dataset, "set_epoch"):
-            self.set_epoch = dataset.set_epoch  # as Accelerate calls it
+            self.set_epoch = dataset.set_epoch  # called by Accelerate
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -42,7 +42,7 @@ class SeededImages(Dataset):
 
     def __getitems__(self, keys: list[Key]) -> list[Any]:
         source, indices = self.dataset, [index for _, _, index in keys]
-        while isinstance(source, Subset):  # which fetches many at once whether its own source does or not
+        while isinstance(source, Subset):  # it has __getitems__ whether its own source does or not
             indices = [source.indices[index] for index in indices]
             source = source.dataset
         if hasattr(source, "draw") and hasattr(source, "finish"):
@@ -58,7 +58,7 @@ class SeededImages(Dataset):
 
 
 class SeededBatches(Sampler):
-    """The batches of a batch sampler, in an order that the seed and the epoch set, each index with its place."""
+    """The batches of a batch sampler, in an order set by seed and epoch, each index with its position."""
 
     def __init__(self, batches: Any, order_seed: int):
         self.batches, self.order_seed, self.epoch = copy.copy(batches), order_seed, 0
@@ -71,12 +71,12 @@ class SeededBatches(Sampler):
         return len(self.batches)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that is run next, from 0."""
+        """Set the epoch of the next iteration, from 0."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[Key]]:
         for sampler in (self.batches, getattr(self.batches, "sampler", None)):
-            if hasattr(sampler, "generator"):  # all random ones of torch
+            if hasattr(sampler, "generator"):  # all random samplers of torch
                 sampler.generator = torch.Generator().manual_seed(self.order_seed + self.epoch)
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self.epoch)
@@ -87,17 +87,17 @@ class SeededBatches(Sampler):
 
 
 def seeded_loader(loader: DataLoader, seed: int, order_seed: int, *, pinned: bool = False) -> DataLoader:
-    """Copy a loader so that order and augmentation are set by seeds.
+    """Return a copy of a loader whose order and augmentation are set by seeds.
 
     Args:
-        loader: Any DataLoader. One of an IterableDataset, or without a batch sampler, is given back as it is.
-        seed: Of the augmentation. It covers python's, numpy's and torch's own random numbers, in transforms and in
-            `collate_fn`; generators that a dataset keeps for itself are beyond it.
-        order_seed: Of the order: epoch e is shuffled by `order_seed + e`.
-        pinned: Whether what workers load is to lie in pinned memory, which a GPU fetches by itself. Without workers
-            a dataset may have its images on the GPU already, which cannot be pinned.
+        loader: Any DataLoader. With an IterableDataset, or without a batch sampler, it is returned unchanged.
+        seed: Seed of the augmentation. It covers python's, numpy's and torch's own random numbers, in transforms and in
+            `collate_fn`; a dataset's own generators are not covered.
+        order_seed: Seed of the order: epoch e is shuffled by `order_seed + e`.
+        pinned: Whether batches of workers should be in pinned memory, for asynchronous transfer to a GPU. Without
+            workers a dataset may have its images on the GPU already, which cannot be pinned.
     Returns:
-        A loader of the same batches; its `batch_sampler.set_epoch` is to be called before each epoch.
+        A loader of the same batches; call its `batch_sampler.set_epoch` before each epoch.
     """
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return loader
@@ -111,7 +111,7 @@ def seeded_loader(loader: DataLoader, seed: int, order_seed: int, *, pinned: boo
 
 
 def apart(batches: Iterable[Any], seed: int, epoch: int) -> Iterator[Any]:
-    """Yield batches with random numbers of their own, so that those of the model do not hang on how they are loaded."""
+    """Yield batches with separate random numbers, so that those of the model do not depend on the loading."""
     states = None
     iterator = None
     while True:
@@ -130,9 +130,9 @@ def apart(batches: Iterable[Any], seed: int, epoch: int) -> Iterator[Any]:
 
 
 def rounds(loader: Iterable[Any], batches: int, start: int = 0) -> Iterator[Any]:
-    """Yield the batches of an epoch from the one numbered `start` on; a loader with fewer begins anew.
+    """Yield the batches of an epoch from number `start` on; a loader with fewer is started again.
 
-    What comes before `start` is loaded and left out: a stream has no other way there.
+    Batches before `start` are loaded and skipped: a stream has no other way.
     """
     number = 0
     while number < batches:
@@ -149,7 +149,7 @@ def rounds(loader: Iterable[Any], batches: int, start: int = 0) -> Iterator[Any]
 
 
 class OwnGroup:
-    """What a loader's workers start with: a process group of their own, so that a SIGTERM to the run's spares them."""
+    """Worker initialisation: a process group of its own, so that a SIGTERM to the run's group spares the workers."""
 
     def __init__(self, then: Callable[[int], None] | None):
         self.then = then
@@ -162,7 +162,7 @@ class OwnGroup:
 
 
 def start_random(*numbers: int) -> None:
-    """Seed python's, numpy's and torch's CPU generator by a hash of some integers."""
+    """Seed python's, numpy's and torch's CPU generators by a hash of some integers."""
     digest = hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=4).digest()
     value = int.from_bytes(digest, "little")
     random.seed(value)
@@ -171,12 +171,12 @@ def start_random(*numbers: int) -> None:
 
 
 def get_random() -> tuple[Any, Any, torch.Tensor]:
-    """Return the states of python's, numpy's and torch's CPU generator."""
+    """Return the states of python's, numpy's and torch's CPU generators."""
     return random.getstate(), np.random.get_state(), torch.get_rng_state()
 
 
 def set_random(states: tuple[Any, Any, torch.Tensor]) -> None:
-    """Put states from `get_random` back."""
+    """Restore states from `get_random`."""
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
@@ -184,7 +184,7 @@ def set_random(states: tuple[Any, Any, torch.Tensor]) -> None:
 
 @contextmanager
 def random_kept() -> Iterator[None]:
-    """Run something; python's, numpy's and torch's CPU generator are afterwards as before."""
+    """Run something, and restore python's, numpy's and torch's CPU generators afterwards."""
     states = get_random()
     try:
         yield

@@ -1,1 +1,1 @@
-"""Where a slim model runs: exported for other runtimes, and timed in them."""
+"""Runtimes for slim models: export to other runtimes, and timing."""

@@ -1,4 +1,4 @@
-"""Dense against slim: eager, compiled and in ONNX Runtime on the clock, ratios of turns, and memory and disk space."""
+"""Benchmark of dense against slim: times in eager mode, compiled and in ONNX Runtime, memory and disk space."""
 
 import ctypes
 import gc
@@ -34,10 +34,10 @@ class Timing:
 
     Attributes:
         runtime: "eager", "compiled" (by torch.compile) or "onnxruntime".
-        batch: Images a pass.
-        dense_ms, slim_ms: Of the two models, in turns.
-        ratio: Slim over dense, of each turn: what a busy machine slows alike.
-        dense_images_s, slim_images_s: Images a second, at the median.
+        batch: Images per pass.
+        dense_ms, slim_ms: Times of the two models, in turns.
+        ratio: Slim over dense, per turn: a busy machine slows both alike.
+        dense_images_s, slim_images_s: Images per second, at the median.
     """
 
     runtime: str
@@ -51,11 +51,11 @@ class Timing:
 
 @dataclass
 class Bench:
-    """What was timed.
+    """Results of `bench`.
 
     Attributes:
         timings: One for each runtime and batch.
-        left_out: Why there is none: a line by runtime, or by runtime and batch.
+        left_out: Why timings are missing: a line by runtime, or by runtime and batch.
     """
 
     timings: list[Timing] = field(default_factory=list)
@@ -75,20 +75,20 @@ def bench(
 ) -> Bench:
     """Time a slim model against its dense one, in turns: eager, compiled, and in ONNX Runtime where it is installed.
 
-    Compiling is not timed. Where a runtime cannot run one of the two, its rows are left out, with the reason.
+    Compilation is not timed. If a runtime cannot run one of the two, its rows are left out, with the reason.
 
     Args:
-        slim, dense: Models, each run where it is; ONNX Runtime runs on the CPU, with as many threads as torch has.
-        example_input: Images [N, C, H, W], of which the first is repeated.
-        batches: Images a pass, from 1.
-        runs: Timed turns at most, from 1.
-        warmup: Turns before them that are not timed, at most.
-        seconds: After which a runtime and batch take no more turns, once five are timed.
-        compile: Whether to compile: it takes long, for each model and batch.
+        slim, dense: Models, each run on its device; ONNX Runtime runs on the CPU, with torch's number of threads.
+        example_input: Images [N, C, H, W]; the first is repeated.
+        batches: Images per pass, from 1.
+        runs: Largest number of timed turns, from 1.
+        warmup: Largest number of turns before them that are not timed.
+        seconds: Time limit for the turns of a runtime and batch, once five are timed.
+        compile: Whether to compile: this takes long, for each model and batch.
     Returns:
         The timings.
     Raises:
-        ValueError: No batch, or one or runs below 1.
+        ValueError: There is no batch, or a batch or `runs` is below 1.
     """
     if not batches or min(batches) < 1 or runs < 1:
         raise ValueError(f"bench(batches={list(batches)}, runs={runs}): each must be 1 or more, as batches=[1, 32].")
@@ -101,7 +101,7 @@ def bench(
         for batch, images in sized.items() if compile else ():
             try:
                 found.timings.append(_time_compiled(models, batch, images, turns))
-            except Exception as error:  # no compiler, or a forward that it refuses: each in a way of its own
+            except Exception as error:  # no compiler, or a forward that it refuses: the error types vary
                 found.left_out[f"compiled, batch {batch}"] = _line(error)
         if missing := [package for package in ONNX_PACKAGES if not installed(package)]:
             found.left_out["onnxruntime"] = f"{', '.join(missing)} not installed: pip install 'lfrns_hub[export]'"
@@ -109,19 +109,19 @@ def bench(
             try:
                 with tempfile.TemporaryDirectory(prefix="lfrns-bench-") as folder:
                     found.timings += _time_onnx(models, sized, Path(folder), turns)
-            except Exception as error:  # the exporter's and the runtime's
+            except Exception as error:  # the exporter's and the runtime's errors
                 found.left_out["onnxruntime"] = _line(error)
     return found
 
 
 def _line(error: Exception) -> str:
-    """Say in a line what went wrong."""
+    """Return an error as one line."""
     return short(f"{type(error).__name__}: {error}", 160)
 
 
 def _time_compiled(models: dict[str, nn.Module], batch: int, images: Tensor, turns: dict[str, Any]) -> Timing:
-    """Compile both models for one batch and time them; the compiling, at the first pass, is not timed."""
-    torch._dynamo.reset()  # else a second batch is compiled for any, which is slower
+    """Compile both models for one batch and time them; the compilation, at the first pass, is not timed."""
+    torch._dynamo.reset()  # else a second batch is compiled for any size, which is slower
     try:
         calls = forward_passes({name: torch.compile(model, dynamic=False) for name, model in models.items()}, images)
         for call in calls.values():
@@ -137,7 +137,7 @@ def _time_onnx(
     """Export both models and time the sessions.
 
     Raises:
-        ValueError: A model cannot be exported, or takes one batch size alone.
+        ValueError: A model cannot be exported, or accepts only one batch size.
     """
     exports = {name: export(model, folder / f"{name}.onnx", sized[min(sized)]) for name, model in models.items()}
     if not all(one.any_batch for one in exports.values()):
@@ -153,7 +153,7 @@ def _time_onnx(
 
 
 def _time(runtime: str, batch: int, calls: dict[str, Callable[[], Any]], turns: dict[str, Any]) -> Timing:
-    """Time the two in turns."""
+    """Time the two models in turns."""
     times = take_turns(calls, **turns)
     ratios = [slim / dense for slim, dense in zip(times["slim"], times["dense"], strict=True)]
     dense, slim = _quartiles(times["dense"]), _quartiles(times["slim"])
@@ -169,7 +169,7 @@ def _quartiles(values: list[float]) -> list[float]:
 
 
 def size_on_disk(model: nn.Module) -> float:
-    """Measure a model's weights as a safetensors file, in MB: what `lfrns_hub.save` writes, dense or slim."""
+    """Return the size of a model's weights as a safetensors file, in MB, as `lfrns_hub.save` writes it."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     with tempfile.TemporaryDirectory(prefix="lfrns-bench-") as folder:
         path = Path(folder) / "model.safetensors"
@@ -180,28 +180,27 @@ def size_on_disk(model: nn.Module) -> float:
 def peak_memory(
     build: str, arguments: Sequence[Any], shape: Sequence[int], batches: Sequence[int], *, device: str, dtype: str
 ) -> dict[int, float] | None:
-    """Measure the memory that a forward pass needs at its peak, weights included, in a fresh process.
+    """Measure the peak memory of a forward pass, weights included, in a fresh process.
 
-    On CUDA it is torch.cuda.max_memory_allocated. On a CPU it is the weights and by how much the peak of resident
-    memory (VmHWM of Linux, else getrusage's ru_maxrss) rises over what the process held before the pass: activations,
-    and what the kernels lay out anew. One pass goes before it, for the code and the tables that the first one loads.
-    The peak starts anew where the system lets it (Linux); elsewhere building the model, or the first pass, can hide a
-    part of it.
+    On CUDA it is torch.cuda.max_memory_allocated. On a CPU it is the weights plus the rise of the peak of resident
+    memory (VmHWM on Linux, else getrusage's ru_maxrss) over the memory before the pass: activations and the kernels'
+    buffers. One pass is run before it, for the code and the tables that the first one loads. The peak is reset if the
+    system allows it (Linux); elsewhere building the model, or the first pass, can hide a part of it.
 
     Args:
-        build: What builds the model, as package.module:function.
-        arguments: Of the function, as JSON holds them.
-        shape: Of an image, [C, H, W].
-        batches: Images a pass.
-        device: Where it runs, such as "cpu".
-        dtype: By torch's name, such as "float32".
+        build: Function that builds the model, as package.module:function.
+        arguments: Arguments of the function, as JSON values.
+        shape: Shape of an image, [C, H, W].
+        batches: Images per pass.
+        device: Device of the passes, such as "cpu".
+        dtype: torch's name, such as "float32".
     Returns:
-        MB by batch; None where the process failed, or the system has no such measure (Windows).
+        MB by batch; None if the process failed, or the system has no such measure (Windows).
     """
     batches = sorted(set(batches))
     asked = json.dumps([build, list(arguments), list(shape), batches, device, dtype, torch.get_num_threads()])
     code = "import sys; from lfrns_hub.runtimes.bench import print_peaks; print_peaks(sys.argv[1])"
-    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)  # a model's own module may lie there
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)  # a model's own module may be there
     done = subprocess.run(
         [sys.executable, "-c", code, asked], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
     )
@@ -219,7 +218,7 @@ def print_peaks(asked: str) -> None:
     tensors = [*model.parameters(), *model.buffers()]
     weights, peaks = sum(tensor.nbytes for tensor in tensors), []
     for tensor in tensors:
-        tensor.detach().clone()  # weights mapped from a file are in memory only once they were read
+        tensor.detach().clone()  # weights mapped from a file are in memory only after they have been read
     for batch in batches:
         images = torch.zeros(batch, *shape, device=device, dtype=getattr(torch, dtype))
         with torch.no_grad():
@@ -242,18 +241,18 @@ def print_peaks(asked: str) -> None:
 def _peak_resident() -> int:
     """Return the peak of this process's resident memory, in bytes."""
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux, where ru_maxrss begins with the peak of the process that started this one
+    if status.is_file():  # Linux, where ru_maxrss starts at the peak of the parent process
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text()).group(1))
-    import resource  # here: Windows has none
+    import resource  # imported here: not available on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _forget_peak() -> None:
-    """Let the peak of resident memory be what is in use now; of Linux alone."""
+    """Reset the peak of resident memory to the present use; only on Linux."""
     try:
-        # glibc keeps freed memory, which the pass would take again without a rise.
+        # glibc keeps freed memory, which the pass would reuse without a rise.
         if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
             trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -262,7 +261,7 @@ def _forget_peak() -> None:
 
 
 def format_timings(timings: Sequence[Timing], title: str) -> Table:
-    """Lay timings out as a table."""
+    """Format timings as a table."""
     table = Table(title=escape(title))
     for heading in ("runtime", "batch", "dense, ms", "slim, ms", "slim / dense", "images/s, dense", "slim"):
         table.add_column(heading, justify="left" if heading == "runtime" else "right")
@@ -275,6 +274,6 @@ def format_timings(timings: Sequence[Timing], title: str) -> Table:
 
 
 def _spread(values: list[float], form: str) -> str:
-    """Write a median with its quartiles."""
+    """Format a median with its quartiles."""
     median, first, third = (format(value, form) for value in values)
     return f"{median} ({first} to {third})"

@@ -1,4 +1,4 @@
-"""A model as one file that runs without its Python: ONNX or a torch.export archive, checked against PyTorch."""
+"""Export of a model to one file that runs without its Python: ONNX or torch.export archive, checked against PyTorch."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -15,21 +15,21 @@ from lfrns_hub.model_io.model import refuse_meta, unwrap
 from lfrns_hub.runs import draft_of, locked, rename_synced
 
 FORMATS = ("onnx", "pt2")
-TOLERANCE = 1e-4  # of the largest output: kernels of another library sum in another order
-EXAMPLE_IMAGES = 2  # torch.export takes a batch of one for a constant
-CHECKED_IMAGES = 3  # another number, so that a batch size that became a constant shows
+TOLERANCE = 1e-4  # of the largest output: another library's kernels sum in another order
+EXAMPLE_IMAGES = 2  # torch.export treats a batch of one as a constant
+CHECKED_IMAGES = 3  # another number, to detect a batch size that became a constant
 
 
 @dataclass
 class Export:
-    """What was written.
+    """Result of an export.
 
     Attributes:
         path: The file.
         format: "onnx" or "pt2".
-        size_mb: Of the file, 1e6 bytes.
-        largest_error: Largest difference from PyTorch over the largest output; None where nothing here can run it.
-        any_batch: Whether it takes any number of images; else one number alone, EXAMPLE_IMAGES.
+        size_mb: Size of the file, 1e6 bytes.
+        largest_error: Largest difference from PyTorch over the largest output; None if no runtime for it is installed.
+        any_batch: Whether it accepts any number of images; else only EXAMPLE_IMAGES.
     """
 
     path: Path
@@ -40,7 +40,7 @@ class Export:
 
 
 class Logits(nn.Module):
-    """A model that answers with its logits alone, whichever library it is of."""
+    """A model that returns only its logits, for any library."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -53,18 +53,18 @@ class Logits(nn.Module):
 def export(model: nn.Module, path: str | Path, example_input: Tensor, *, format: str = "onnx") -> Export:
     """Write a model as an ONNX file or a torch.export archive, and compare it with PyTorch before it is put in place.
 
-    The input is called "images", the output "logits". Weights are written in float32, whatever they are here.
+    The input is called "images", the output "logits". Weights are written in float32 whatever their dtype.
 
     Args:
-        model: Slim or dense, of any library; untouched. Wrappers of torch.compile and DDP come off.
-        path: The file to write; one that is there is replaced.
-        example_input: Images [N, C, H, W] of which the shape of one counts.
+        model: Slim or dense, of any library; untouched. Wrappers of torch.compile and DDP are removed.
+        path: The file to write; an existing one is replaced.
+        example_input: Images [N, C, H, W]; only the shape of one image is used.
         format: "onnx" (needs the extra `export`) or "pt2".
     Returns:
-        The file, and how far it is from PyTorch. ONNX is compared where onnxruntime is installed.
+        The file, and its difference from PyTorch. ONNX is compared if onnxruntime is installed.
     Raises:
-        ValueError: Another format or ending, a model that cannot be exported, or a file that answers otherwise.
-        ImportError: ONNX, and its packages are not installed.
+        ValueError: Another format or extension, a model that cannot be exported, or a file with other outputs.
+        ImportError: The format is ONNX, and its packages are not installed.
     """
     if format not in FORMATS:
         raise ValueError(f"export(format={format!r}): the formats are {' and '.join(FORMATS)}. Leave it out for onnx.")
@@ -82,7 +82,7 @@ def export(model: nn.Module, path: str | Path, example_input: Tensor, *, format:
         batches = ({0: torch.export.Dim.AUTO},)
         program = torch.export.export(model, (images[:EXAMPLE_IMAGES],), dynamic_shapes=batches, strict=False)
     shape = next(node.meta["val"] for node in program.graph.nodes if node.name == "images").shape
-    any_batch = not str(shape[0]).isdigit()  # a size that was found to be constant is still a symbol, and prints as it
+    any_batch = not str(shape[0]).isdigit()  # a size found to be constant is still a symbol, but prints as a number
     images = images if any_batch else images[:EXAMPLE_IMAGES]
     with locked(path, call), draft_of(path.resolve()) as folder:
         draft = folder / path.name
@@ -101,9 +101,9 @@ def export(model: nn.Module, path: str | Path, example_input: Tensor, *, format:
 
 
 def _write(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write an exported program in the format that the file's name says."""
+    """Write an exported program in the format given by the file's name."""
     if path.suffix == ".onnx":
-        # One file: weights beside the graph would be lost when it is moved.
+        # One file: separate weights would be lost when the file is moved.
         options = {"input_names": ["images"], "output_names": ["logits"], "external_data": False, "verbose": False}
         torch.onnx.export(program, (), str(path), dynamo=True, **options)
     else:
@@ -112,7 +112,7 @@ def _write(program: torch.export.ExportedProgram, path: Path) -> None:
 
 @contextmanager
 def _said(call: str) -> Iterator[None]:
-    """Say in one line what the exporters, which raise a dozen types, refuse."""
+    """Convert errors of the exporters, which have a dozen types, into one line."""
     try:
         yield
     except Exception as error:
@@ -121,11 +121,11 @@ def _said(call: str) -> Iterator[None]:
 
 
 def open_runner(path: Path, *, threads: int | None = None) -> Callable[[Tensor], Tensor] | None:
-    """Open a file that `export` wrote, as a function of float32 images [N, C, H, W] on the CPU that gives logits.
+    """Open a file from `export`, as a function from float32 images [N, C, H, W] on the CPU to logits.
 
     Args:
         path: The file; its name ends in .onnx or .pt2.
-        threads: That onnxruntime takes; by default as many as it likes.
+        threads: Threads of onnxruntime; default: its own choice.
     Returns:
         The function; None for ONNX without onnxruntime.
     """
@@ -145,7 +145,7 @@ def open_runner(path: Path, *, threads: int | None = None) -> Callable[[Tensor],
 
 
 def largest_error(got: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest expected value; infinite where the shapes differ."""
+    """Return the largest difference over the largest expected value; infinite if the shapes differ."""
     if got.shape != expected.shape:
         return float("inf")
     return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
@@ -157,10 +157,10 @@ def installed(package: str) -> bool:
 
 
 def require(*packages: str) -> None:
-    """Refuse to go on without packages of the extra `export`.
+    """Refuse to continue without packages of the extra `export`.
 
     Raises:
-        ImportError: One is missing.
+        ImportError: A package is missing.
     """
     missing = [package for package in packages if not installed(package)]
     if missing:

@@ -1,4 +1,4 @@
-"""Model to unit groups: export the graph, run channel ids through it, read the groups off."""
+"""From model to unit groups: export the graph, propagate channel ids through it, read the groups from them."""
 
 from lfrns_hub.trace.graph import Trace, trace_model
 from lfrns_hub.trace.rules.registry import register_op

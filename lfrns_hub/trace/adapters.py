@@ -1,4 +1,4 @@
-"""What tracing cannot see, as a table by class: which attributes state a width, which forwards cannot narrow."""
+"""Facts that tracing cannot see, as a table by class: attributes that state a width, forwards that cannot narrow."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Adapter:
-    """What tracing cannot see of a module class.
+    """Facts of a module class that tracing cannot see.
 
     Attributes:
         cls: Full name of the class.
-        heads: Integer attributes that shrink in proportion when heads leave.
+        heads: Integer attributes that shrink in proportion to the removed heads.
         frozen_heads: Why its forward cannot lose heads, or None.
-        if_stated: Leave out a module that has none of the attributes: another release of the library built it.
+        if_stated: Skip a module that has none of the attributes: another release of the library built it.
     """
 
     cls: str
@@ -26,19 +26,19 @@ ADAPTERS: dict[str, Adapter] = {}
 
 
 def widths(*attributes: str) -> tuple[str, ...]:
-    """Name the integer attributes that state a width."""
+    """Return the names of the integer attributes that state a width."""
     return attributes
 
 
 def register_adapter(cls: str, *, heads: tuple[str, ...] = (), frozen_heads: str | None = None) -> None:
-    """Register what tracing cannot see of a module class.
+    """Register facts of a module class that tracing cannot see.
 
     Args:
         cls: Full name of the class, "package.module.Class".
-        heads: Integer attributes that must follow when attention heads leave, given by `widths(...)`.
-        frozen_heads: Where the forward hard-codes its width: the reason that users read.
+        heads: Integer attributes that must follow when attention heads are removed, given by `widths(...)`.
+        frozen_heads: The reason that users read, where the forward hard-codes its width.
     Raises:
-        ValueError: `cls` names no module.
+        ValueError: `cls` has no module name.
 
     Example:
         >>> register_adapter("mylib.MyAttention", heads=widths("num_heads", "inner_dim"))
@@ -51,7 +51,7 @@ def register_adapter(cls: str, *, heads: tuple[str, ...] = (), frozen_heads: str
 
 
 def list_adapters() -> list[str]:
-    """List the classes that have an adapter."""
+    """Return the classes that have an adapter."""
     return sorted(ADAPTERS)
 
 
@@ -81,8 +81,8 @@ def find_adapter(model: nn.Module, layer: str) -> Adapter | None:
 register_adapter("timm.layers.attention.Attention", heads=widths("num_heads", "attn_dim"))
 register_adapter("timm.layers.attention.AttentionRope", heads=widths("num_heads", "attn_dim"))
 
-# Attention reads its widths from the weights; the number of heads is set all the same. In older releases these classes
-# state none: the modules in them do, and use it, as the graph shows.
+# Attention reads its widths from the weights; the number of heads is set nevertheless. In older releases these classes
+# do not state it: their submodules do, and use it, as the graph shows.
 for model, prefix in (("vit", "ViT"), ("deit", "DeiT"), ("dinov2", "Dinov2")):
     cls = f"transformers.models.{model}.modeling_{model}.{prefix}Attention"
     ADAPTERS[cls] = Adapter(cls, widths("num_attention_heads"), if_stated=True)

@@ -1,8 +1,8 @@
-"""Divisions: where a forward divides the channels itself, by a number that the graph holds and no attribute states.
+"""Divisions: where a forward divides the channels itself, by a number in the graph that no attribute states.
 
 The number may be a share of the width, as in `x[:, : x.shape[1] // 2]`: then the parts keep their proportion, and units
-leave together, some of each part. It may be fixed: then what it counts stays whole, and the rest may go. The graph
-does not show which; `self_check.settle` tries.
+are removed together, some of each part. It may be fixed: then the part that it counts keeps its size, and the rest
+may be cut. The graph does not show which; `self_check.settle` tests it.
 """
 
 import math
@@ -23,7 +23,7 @@ HELD = "its forward counts these channels itself, by a number that follows no wi
 
 
 def note_division(trace: Any, ids: Tensor, dim: int, bounds: Sequence[Any]) -> None:
-    """Note that a forward divides an axis of ids at some places; those from the end are negative."""
+    """Record that a forward divides an axis of ids at some places; negative places count from the end."""
     length = ids.shape[dim]
     inside = {b + length if b < 0 else b for b in bounds if isinstance(b, int)}
     inside = sorted(b for b in inside if 0 < b < length)
@@ -33,7 +33,7 @@ def note_division(trace: Any, ids: Tensor, dim: int, bounds: Sequence[Any]) -> N
 
 
 def note_split_axes(trace: Any, before: Tensor, after: Tensor) -> None:
-    """Note the divisions of a view: an axis that becomes several is divided by all of them but the last."""
+    """Record the divisions of a view: an axis that becomes several is divided by all of them except the last."""
     old, new = 0, 0
     while old < before.ndim and new < after.ndim:
         first_old, first_new = old, new
@@ -56,7 +56,7 @@ def note_split_axes(trace: Any, before: Tensor, after: Tensor) -> None:
 
 
 def read_divisions(divisions: Sequence[Sequence[Tensor]], labels: np.ndarray, units: dict[int, Unit]) -> list[list]:
-    """Return the divisions that part units from each other: the units of each part, in their order.
+    """Return the divisions that separate units: the units of each part, in their order.
 
     Args:
         divisions: Ids of each part of each division.
@@ -75,9 +75,9 @@ def read_divisions(divisions: Sequence[Sequence[Tensor]], labels: np.ndarray, un
 
 
 def clusters(groups: Sequence[UnitGroup], divisions: Sequence[list]) -> Iterator[list[list[Unit]]]:
-    """Yield, of all groups that divisions link, the units that every division puts into the same part.
+    """Yield, for all groups linked by divisions, the units that every division puts into the same part.
 
-    Clusters with a group that is frozen or approximate are left out: nothing of theirs can be tried.
+    Clusters with a frozen or approximate group are left out: they cannot be tested.
     """
     by_name = {group.name: group for group in groups}
     links: list[tuple[set[str], list[list]]] = []
@@ -103,7 +103,7 @@ def clusters(groups: Sequence[UnitGroup], divisions: Sequence[list]) -> Iterator
 
 
 def ways(groups: Sequence[UnitGroup], parts: Sequence[Sequence[Unit]]) -> Iterator[list[UnitGroup]]:
-    """Yield what the groups of a cluster may be instead: parts in proportion; or one part free, the others held."""
+    """Yield alternatives to the groups of a cluster: parts in proportion; or one part free, the others fixed."""
     count = math.gcd(*(len(part) for part in parts))
     if count > 1:
         shares = [len(part) // count for part in parts]
@@ -128,7 +128,7 @@ def ways(groups: Sequence[UnitGroup], parts: Sequence[Sequence[Unit]]) -> Iterat
 
 
 def regrouped(groups: Sequence[UnitGroup], members: Sequence[Sequence[Unit]], name: str) -> UnitGroup:
-    """Return a group each unit of which is made of units of some groups, as many of each in every one."""
+    """Return a group whose units each consist of units of some groups, the same number of each in every unit."""
     slices: dict[tuple[str, int], list[Tensor]] = {}
     taps: dict[str, list[Tensor]] = {}
     stated: dict[tuple[str, str, int | None], int] = {}

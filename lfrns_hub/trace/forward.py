@@ -1,4 +1,4 @@
-"""What one forward reads on its modules, and what it leaves there beside parameters and buffers."""
+"""Attributes that one forward reads on its modules, and those it fills in addition to parameters and buffers."""
 
 import copy
 from collections import defaultdict
@@ -15,18 +15,18 @@ from lfrns_hub.model_io.batches import read_tensors
 from lfrns_hub.model_io.model import as_input, same_draw
 from lfrns_hub.units import Cache, forget
 
-TORCHS = frozenset(vars(nn.Module()))  # what torch itself keeps on a module: parameters, hooks, the mode
+TORCHS = frozenset(vars(nn.Module()))  # attributes of torch itself on a module: parameters, hooks, the mode
 CLOSE = 1e-5  # of the largest output: the same values, summed in another order
-MAX_KEYS = 16  # attributes beside a cache that are tried as what it was made for, each by a forward
+MAX_KEYS = 16  # attributes next to a cache that are tested as its key, each by one forward
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What one forward in eval mode does to the modules of a model.
+    """Effect of one forward in eval mode on the modules of a model.
 
     Attributes:
         reads: Attributes that it reads, by the name of the module; None where it could not be watched.
-        caches: Attributes in which it keeps what it computed, and fills again where they are emptied.
+        caches: Attributes in which it keeps what it computed, and which it fills again when they are emptied.
     """
 
     reads: dict[str, set[str]] | None
@@ -34,11 +34,11 @@ class Forward:
 
 
 def watch_forward(model: nn.Module, example: Tensor) -> Forward:
-    """Run a copy of a model once, without memory where it reads no values, and tell what it read and left.
+    """Run a copy of a model once, on the meta device if possible, and return what it read and cached.
 
     Args:
         model: Any network; untouched.
-        example: Images [N, C, H, W]; only the shape is used, and whether they are floating-point.
+        example: Images [N, C, H, W]; only the shape is used, and whether the dtype is floating-point.
     """
     for twin in _copies(model):
         before = {name: _own(module) for name, module in twin.named_modules()}
@@ -49,10 +49,10 @@ def watch_forward(model: nn.Module, example: Tensor) -> Forward:
             (name, attribute)
             for name, module in twin.named_modules()
             for attribute, value in _own(module).items()
-            if _holds(value) and not type(module).__module__.startswith("torch.nn.")  # what hooks keep there
+            if _holds(value) and not type(module).__module__.startswith("torch.nn.")  # attributes of hooks
         }
         new = [place for place in left if not _holds(before[place[0]].get(place[1]))]
-        # A key that says what a cache was made for is written with it.
+        # A key that states the cache's input is written together with it.
         with_keys = {*new, *((name, attribute) for name, _ in new for attribute in writes[name])}
         caches = [_as_it_was(before[name], name, attribute) for name, attribute in sorted(with_keys)]
         return Forward(reads, (*caches, *_refilled(model, example, left - with_keys)))
@@ -60,14 +60,14 @@ def watch_forward(model: nn.Module, example: Tensor) -> Forward:
 
 
 def _copies(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield copies to run, one after another until one does: of a model without values only one without values."""
+    """Yield copies to run until one can: for a model without values only a copy without values."""
     yield meta_copy(model).eval()
     if not any(tensor.is_meta for tensor in model.parameters()):
         yield model_copy(model).eval()
 
 
 def _answers(model: nn.Module, example: Tensor) -> list[Tensor] | None:
-    """Run a model on random images, the same every time: its outputs, None where it cannot run."""
+    """Run a model on random images, the same every time; return its outputs, None where it cannot run."""
     shape, generator = (1, *example.shape[1:]), torch.Generator().manual_seed(0)
     images = torch.randn(shape, generator=generator)
     if not example.is_floating_point():
@@ -75,12 +75,12 @@ def _answers(model: nn.Module, example: Tensor) -> list[Tensor] | None:
     try:
         with torch.no_grad(), same_draw():
             return list(read_tensors(model(as_input(images, model))))
-    except Exception:  # tracing tells of a forward that cannot run
+    except Exception:  # tracing reports a forward that cannot run
         return None
 
 
 def _own(module: nn.Module) -> dict[str, Any]:
-    """List the attributes that a module has of its own, each container copied: the forward may fill it."""
+    """Return a module's own attributes, each container copied: the forward may fill it."""
     own = {name: value for name, value in vars(module).items() if name not in TORCHS}
     return {name: copy.copy(value) if isinstance(value, (dict, list)) else value for name, value in own.items()}
 
@@ -97,7 +97,7 @@ def _as_it_was(before: dict[str, Any], name: str, attribute: str) -> Cache:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[tuple[dict[str, set[str]], dict[str, set[str]]]]:
-    """Note which attributes of its modules a model reads and writes, by way of classes that tell."""
+    """Record which attributes of its modules a model reads and writes, by subclasses that record access."""
     names = {id(module): name for name, module in model.named_modules()}
     reads: dict[str, set[str]] = defaultdict(set)
     writes: dict[str, set[str]] = defaultdict(set)
@@ -124,13 +124,13 @@ def _watched(model: nn.Module) -> Iterator[tuple[dict[str, set[str]], dict[str, 
         yield reads, writes
     finally:
         for module, cls in modules:
-            object.__setattr__(module, "__class__", cls)  # the module's own would be told as a write
+            object.__setattr__(module, "__class__", cls)  # the module's own __setattr__ would be recorded as a write
 
 
 def _refilled(model: nn.Module, example: Tensor, places: set[tuple[str, str]]) -> list[Cache]:
-    """Find, of attributes that held tensors before the forward, those that it fills again as they were.
+    """Find the attributes with tensors that the forward fills again with the same values.
 
-    A constant is not filled again, and what a model remembers of earlier images is filled with something else.
+    A constant is not filled again; a memory of earlier images is filled with other values.
     """
     by_class: dict[tuple[type, str], list[str]] = defaultdict(list)
     for name, attribute in sorted(places):
@@ -157,12 +157,12 @@ def _ways(model: nn.Module, names: Sequence[str], attribute: str) -> Iterator[li
     yield emptied
     yield absent
     keys = [key for key, value in held[names[0]].items() if key != attribute and not isinstance(value, (bool, dict))]
-    for key in keys[-MAX_KEYS:]:  # what a forward adds comes last
+    for key in keys[-MAX_KEYS:]:  # attributes added by a forward come last
         yield [*emptied, *(Cache(name, key) for name in names)]
 
 
 def _empty(value: Any) -> Any:
-    """Return the empty container of a kind, None for a tensor."""
+    """Return an empty container of the same type, None for a tensor."""
     if not isinstance(value, (dict, list)):
         return None
     empty = copy.copy(value)
@@ -171,7 +171,7 @@ def _empty(value: Any) -> Any:
 
 
 def _equal(outputs: list[Tensor], reference: list[Tensor]) -> bool:
-    """Return whether outputs are the same, up to the order of sums."""
+    """Return whether outputs are equal, up to the order of sums."""
     return len(outputs) == len(reference) and all(
         one.shape == other.shape and bool((one - other).abs().max() <= CLOSE * other.abs().max())
         for one, other in zip(outputs, reference, strict=True)

@@ -1,4 +1,4 @@
-"""Run channel ids through the ATen graph of a model."""
+"""Propagation of channel ids through the ATen graph of a model."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,14 +24,14 @@ from lfrns_hub.trace.widths import note_features, note_unread
 from lfrns_hub.units import UnitGroup
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Where a weight is put together by these alone, each input channel keeps its own part of it.
+# If a weight is computed by these operations only, each input channel keeps its own part of it.
 PLAIN_WEIGHT_OPS = ("mul", "view", "reshape", "to", "_to_copy", "contiguous", "clone", "div", "expand", "squeeze",
                     "unsqueeze", "alias", "detach")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Weight:
-    """The parameter behind a layer's weight, what scales it, and whether its inputs are normalised together."""
+    """The parameter behind a layer's weight, its scales, and whether its inputs are normalised together."""
 
     name: str
     gains: tuple[str, ...] = ()
@@ -44,8 +44,8 @@ class Trace:
     Attributes:
         groups: Every group, frozen ones too, in the order of the network.
         cost: MACs and parameters as functions of the units kept.
-        divisions: Where the forward divides units itself: those of each part (`trace/divisions.py`).
-        sites: Layers of which the output can be compared with that of another network of the same graph.
+        divisions: Where the forward divides units itself: the units of each part (`trace/divisions.py`).
+        sites: Layers whose output can be compared with that of another network of the same graph.
     """
 
     groups: list[UnitGroup]
@@ -76,22 +76,22 @@ class Trace:
         self.sites = find_sites(self, list(program.graph.nodes))
 
     def _open(self, program: torch.export.ExportedProgram) -> None:
-        """Turn to the nodes of a program: which tensor each placeholder is, and what the network's outputs need."""
+        """Read a program: the tensor of each placeholder, and the nodes that the network's outputs depend on."""
         self.sources = {
             spec.arg.name: self.first_name(spec.target)
             for spec in program.graph_signature.input_specs
             if spec.target is not None
         }
         self.weight_nodes = self._weight_nodes(program)
-        # No hook sees what only training runs, and what no output needs cannot be seen at one.
+        # No hook sees layers that only training runs or that no output depends on.
         self.observed = set() if self.training else needed(answers(program))
 
     def regroup(self, groups: list[UnitGroup]) -> None:
-        """Take other groups of the same units; the costs follow."""
+        """Replace the groups by others of the same units; the costs follow."""
         self.groups, self.cost = groups, MacsModel(self.ids, groups, self.model)
 
     def _name_modules(self) -> None:
-        """Name every module and tensor once: the first name of those that have several."""
+        """Map every module and tensor to one name: the first, if it has several."""
         self.module_names: dict[str, str] = {}
         firsts: dict[int, str] = {}
         for name, module in self.model.named_modules(remove_duplicate=False):
@@ -107,7 +107,7 @@ class Trace:
         return self.module_names.get(owner, owner) + dot + leaf
 
     def _weight_nodes(self, program: torch.export.ExportedProgram) -> set[Node]:
-        """Find what is computed from parameters alone and read as a layer's weight alone."""
+        """Find nodes that are computed only from parameters and read only as a layer's weight."""
         kinds = {spec.arg.name: spec.kind for spec in program.graph_signature.input_specs}
         fixed: set[Node] = set()
         for node in program.graph.nodes:
@@ -124,7 +124,7 @@ class Trace:
         return weights
 
     def _run(self, program: torch.export.ExportedProgram) -> None:
-        """Run the ids through every node."""
+        """Propagate the ids through every node."""
         self._open(program)
         outputs = answers(program)
         values: dict[Node, Any] = {}
@@ -148,7 +148,7 @@ class Trace:
             self._training_norms()
 
     def _training_norms(self) -> None:
-        """Tie norms that only training runs, as those of split batch norm, to the norm that holds them."""
+        """Tie norms that only training runs, such as those of split batch norm, to the norm that contains them."""
         for name, module in self.model.named_modules():
             ids = self.ids.by_axis.get((f"{name}.weight", 0))
             if ids is None or not isinstance(module, nn.modules.batchnorm._NormBase):
@@ -160,7 +160,7 @@ class Trace:
                             self.ids.axis(f"{name}.{inner}.{leaf}", 0, ids)
 
     def _source(self, node: Node, kind: InputKind) -> Any:
-        """Parameters and buffers that are added or multiplied get ids of their own, an input none."""
+        """Return the ids of a placeholder: new ones for parameters and buffers that are added or multiplied."""
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return value
@@ -185,11 +185,11 @@ class Trace:
         if rule is not None:
             try:
                 result = rule(self, node, *args, **kwargs)
-                value = node.meta.get("val")  # a functional form also gives what the rule does not know of
+                value = node.meta.get("val")  # a functional form also returns values that the rule does not know
                 if isinstance(result, Tensor) and isinstance(value, (tuple, list)):
                     return [result, *self.none_like(node)[1:]]
                 return result
-            except Exception as error:  # a call of a form that its rule does not know of may fail in any way
+            except Exception as error:  # a call in a form unknown to its rule may fail in any way
                 reason = f"the rule of {node.target} failed ({first_line(error)[:80]})"
                 return self._freeze_call(node, args, kwargs, reason)
         if not any(
@@ -205,35 +205,35 @@ class Trace:
         return self.none_like(node)
 
     def none_like(self, node: Node) -> Any:
-        """Ids of no unit in the shape of a node's value."""
+        """Return ids of no unit in the shape of a node's value."""
         return torch.utils._pytree.tree_map(
             lambda v: torch.full((), NONE).expand(v.shape) if isinstance(v, Tensor) else v, node.meta.get("val")
         )
 
     def module_of(self, node: Node) -> str | None:
-        """Name the innermost module that a node was called in."""
+        """Return the name of the innermost module that a node was called in."""
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         return self.module_names.get(stack[-1][0]) if stack else None
 
     def reason(self, node: Node, why: str) -> str:
-        """Say why and where: operation, module, line of user code."""
+        """Return a reason with its place: operation, module, line of user code."""
         lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
         where = f", in `{lines[-1]}`" if lines else ""
         return f"{why} ({node.target} in {self.module_of(node) or 'the model'}{where})"
 
     def tensor_name(self, node: Any) -> str:
-        """Name the parameter or buffer that a node is, or '' where it is computed."""
+        """Return the name of the parameter or buffer of a node, or '' where it is computed."""
         return self.sources.get(node.name, "") if isinstance(node, Node) else ""
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a parameter or buffer, () for none."""
+        """Return the shape of a parameter or buffer, () without a name."""
         if not name:
             return ()
         owner, _, leaf = name.rpartition(".")
         return tuple(getattr(self.model.get_submodule(owner), leaf).shape)
 
     def weight_of(self, node: Any) -> Weight | None:
-        """Find the one parameter that a layer's weight is made of, or None."""
+        """Return the one parameter that a layer's weight is computed from, or None."""
         if name := self.tensor_name(node):
             return Weight(name)
         if node not in self.weight_nodes:
@@ -255,7 +255,7 @@ class Trace:
         return Weight(whole[0], gains, standardised) if len(whole) == 1 else None
 
     def layer_of(self, node: Node, weight: Any) -> str | None:
-        """Name the stock layer that this call is, or None: a functional call, a computed or a shared weight."""
+        """Return the stock layer of this call, or None: a functional call, a computed or a shared weight."""
         source = self.weight_of(weight)
         if source is None or not source.name.endswith(".weight"):
             return None
@@ -264,7 +264,7 @@ class Trace:
         return module if plain and module not in self.shared and isinstance(node.args[0], Node) else None
 
     def why_no_layer(self, node: Node) -> str:
-        """Say why a call is no layer that a hook can watch."""
+        """Explain why a call is not a layer that a hook can watch."""
         source = self.weight_of(node.args[1])
         module = self.module_of(node)
         if (source is None or not source.name.endswith(".weight")) and module:
@@ -281,7 +281,7 @@ class Trace:
 
 
 def how_computed(module: nn.Module) -> str:
-    """Say what computes a layer's weight, and how it is made plain, where torch says so."""
+    """Explain how a layer's weight is computed, and how to make it plain, if torch has a way."""
     if parametrize.is_parametrized(module, "weight"):
         made = ", ".join(type(step).__name__.strip("_") for step in module.parametrizations.weight)
         return f" by {made}: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') makes it plain"
@@ -308,5 +308,5 @@ def is_layer_call(node: Node) -> bool:
 
 
 def trace_model(model: nn.Module, example_input: Tensor) -> Trace:
-    """Trace a model on images like `example_input` [N, C, H, W]; nothing of the model changes."""
+    """Trace a model on images like `example_input` [N, C, H, W]; the model is unchanged."""
     return Trace(model, example_input)

@@ -1,4 +1,4 @@
-"""Read the groups off resolved ids, and how MACs and parameters depend on their widths."""
+"""Groups read from resolved ids, and MACs and parameters as functions of their widths."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from lfrns_hub.trace.ids import NONE, Axis, IdTable, resolve
 from lfrns_hub.trace.widths import group_widths
 from lfrns_hub.units import Slice, Tap, UnitGroup, Width
 
-Axes = list[tuple[dict[str, int], int]]  # of each axis: positions a unit of each group on it, and all its positions
+Axes = list[tuple[dict[str, int], int]]  # per axis: positions per unit of each group, and all positions
 UNREAD = "no output of the network in eval mode depends on it"
 
 
 def element_axes(ids: IdTable, labels: np.ndarray) -> list[Axis]:
-    """Find the axis of each elementwise parameter on which units lie; where there is none its units are frozen."""
+    """Find the axis of each elementwise parameter on which units lie; units without one are frozen."""
     axes = []
     for name, element_ids in ids.tensors.items():
         units = resolve(element_ids, labels).reshape(element_ids.shape)
@@ -41,7 +41,7 @@ def element_axes(ids: IdTable, labels: np.ndarray) -> list[Axis]:
 
 
 def marks(ids: IdTable, labels: np.ndarray) -> tuple[dict[int, str], set[int], set[int], set[int]]:
-    """Return the units that are frozen (with the reason), approximate, heads, activated."""
+    """Return the units that are frozen (with the reason), approximate, heads, and activated."""
     approximate: set[int] = set()
     frozen: dict[int, str] = {}
     for rows, freeze in ids.deferred:
@@ -62,7 +62,7 @@ def marks(ids: IdTable, labels: np.ndarray) -> tuple[dict[int, str], set[int], s
 
 @dataclass
 class Places:
-    """Where units lie: for each unit its axes in ascending order, and its positions along each of them."""
+    """Axes of each unit in ascending order, and its positions along each of them."""
 
     axes: dict[int, list[int]]
     counts: dict[int, list[int]]
@@ -93,7 +93,7 @@ class Places:
 
 
 def read_groups(ids: IdTable, model: nn.Module) -> list[UnitGroup]:
-    """Put units that lie on the same axes into one group.
+    """Group together units that lie on the same axes.
 
     Args:
         ids: A finished id table.
@@ -155,7 +155,7 @@ def read_groups(ids: IdTable, model: nn.Module) -> list[UnitGroup]:
 
 
 def stated_widths(model: nn.Module, group: UnitGroup, found: tuple[Width, ...]) -> tuple[Width, ...]:
-    """Return the attributes that follow a group: an adapter's where there is one, else those that the graph shows."""
+    """Return the attributes that follow a group: an adapter's where there is one, else those in the graph."""
     owner = find_owner(model, group.taps[0].module) if group.kind == "head" and group.taps else None
     if owner is None:
         return found
@@ -172,13 +172,13 @@ def stated_widths(model: nn.Module, group: UnitGroup, found: tuple[Width, ...]) 
 
 
 def in_mlp_role(model: nn.Module, makers: list[str], taps: list[str]) -> bool:
-    """Whether units are made and read by linear layers, or by 1x1 convolutions that stand for them."""
+    """Return whether units are made and read by linear layers, or by equivalent 1x1 convolutions."""
     layers = [model.get_submodule(name) for name in makers + taps]
     return all(isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)) for m in layers)
 
 
 def unit_places(ids: IdTable, labels: np.ndarray, groups: Sequence[UnitGroup]) -> dict[int, tuple[str, int]]:
-    """Return group and place of each unit number that lies on an axis of a parameter."""
+    """Return group and index of each unit number that lies on an axis of a parameter."""
     along = {(axis.tensor, axis.dim): resolve(axis.ids, labels) for axis in ids.axes}
     places: dict[int, tuple[str, int]] = {}
     for group in groups:
@@ -194,7 +194,7 @@ class Cost:
     """A cost as a function of the units removed: a sum of terms, each of which depends on the widths of some groups."""
 
     def __init__(self, terms: Sequence[tuple[Any, Axes]], value: Callable[[Any, Axes, dict[str, int]], float]):
-        """Take the terms, a dense size and its axes each, and what gives a term's value with some units removed."""
+        """Store the terms, each a dense size and its axes, and the function of a term's value with units removed."""
         self._terms, self._value = list(terms), value
         self._of_group: dict[str, list[tuple[Any, Axes]]] = defaultdict(list)
         for term in terms:
@@ -202,14 +202,14 @@ class Cost:
                 self._of_group[group].append(term)
 
     def __call__(self, removed: dict[str, int], group: str | None = None) -> float:
-        """Sum the terms, of one group those that depend on it, when `removed` units of each group are gone."""
+        """Sum the terms, or only those that depend on one group, when `removed` units of each group are removed."""
         total = 0.0
         for size, axes in self._terms if group is None else self._of_group[group]:
             total += self._value(size, axes, removed)
         return total
 
     def add(self, size: float) -> None:
-        """Add a term that no plan changes."""
+        """Add a term that does not depend on any plan."""
         self._terms.append((size, []))
 
 
@@ -249,19 +249,19 @@ class MacsModel:
         self.params = Cost(parameters, part_left)
 
     def complete(self, macs: int) -> None:
-        """Add what the rules do not see, as a recurrent layer's, as MACs that no plan changes."""
+        """Add MACs that the rules do not see, such as a recurrent layer's, as a constant."""
         missing = macs - self.macs({})
         if missing > 0:
             self.macs.add(missing)
 
 
 def part_left(size: float, axes: Axes, removed: dict[str, int]) -> float:
-    """Return what is left of a size that is a product over some axes."""
+    """Return the remaining part of a size that is a product over some axes."""
     for widths, positions in axes:
         size = size * share_left(widths, positions, removed)
     return size
 
 
 def share_left(widths: dict[str, int], positions: int, removed: dict[str, int]) -> float:
-    """Return the share of an axis that is left."""
+    """Return the remaining share of an axis."""
     return 1 - sum(width * removed.get(name, 0) for name, width in widths.items()) / positions

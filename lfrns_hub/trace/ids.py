@@ -1,4 +1,4 @@
-"""Channel ids: every position of an activation's channel axes names the unit it belongs to.
+"""Channel ids: every position of an activation's channel axes has the id of the unit it belongs to.
 
 Ids are int64; `NONE` marks a position that belongs to no unit. Ties are edges, resolved once, by connected components.
 """
@@ -34,7 +34,7 @@ class Consumer:
 class Literal:
     """A number written in the graph that is the length of an axis on which units lie.
 
-    `rows` are the ids of the axis [R, P]: position p goes with the unit that all of column p belongs to.
+    `rows` are the ids of the axis [R, P]: position p depends on the unit that all of column p belongs to.
     """
 
     module: str
@@ -42,9 +42,9 @@ class Literal:
     rows: Tensor
     whole: tuple[int, ...] = ()  # the list it is an element of, as in split(x, [a, b])
     place: int = 0
-    attribute: str = ""  # where the attribute is known beforehand
-    factor: int = 1  # positions of the axis for each one that the attribute counts, as channels in a conv group
-    all: bool = False  # whether it goes with nothing where the rows differ anywhere
+    attribute: str = ""  # if the attribute is known beforehand
+    factor: int = 1  # positions of the axis for each unit of the attribute, such as channels in a conv group
+    all: bool = False  # whether it follows no unit where the rows differ anywhere
 
 
 @dataclass
@@ -57,7 +57,7 @@ class MacsTerm:
 
 @dataclass
 class IdTable:
-    """All ids of a trace and what was learned of them."""
+    """All ids of a trace and the facts collected about them."""
 
     count: int = 0
     starts: list[int] = field(default_factory=list)
@@ -70,28 +70,28 @@ class IdTable:
     normed: list[Tensor] = field(default_factory=list)
     axes: list[Axis] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
-    unobserved: list[Tensor] = field(default_factory=list)  # contracted where no output of the network depends on it
+    unobserved: list[Tensor] = field(default_factory=list)  # contracted where no output depends on it
     macs: list[MacsTerm] = field(default_factory=list)
     literals: list[Literal] = field(default_factory=list)
     divisions: list[list[Tensor]] = field(default_factory=list)  # ids of each part
     tensors: dict[str, Tensor] = field(default_factory=dict)
     by_axis: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    unmade: dict[str, tuple[int, str]] = field(default_factory=dict)  # layers without ids: how many outputs, and why
+    unmade: dict[str, tuple[int, str]] = field(default_factory=dict)  # layers without ids: number of outputs, and why
 
     def fresh(self, count: int, from_tensor: bool = False) -> Tensor:
-        """Return new ids [count], one block."""
+        """Return `count` new ids in one block."""
         self.starts.append(self.count)
         self.from_tensor.append(from_tensor)
         self.count += count
         return torch.arange(self.count - count, self.count)
 
     def blocks(self, ids: Tensor) -> Tensor:
-        """Return the block of each id, NONE for none."""
+        """Return the block of each id, NONE for NONE."""
         starts = torch.tensor(self.starts or [0])
         return torch.where(ids == NONE, NONE, torch.searchsorted(starts, ids.contiguous(), right=True) - 1)
 
     def axis(self, tensor: str, dim: int, ids: Tensor, makes: bool = False) -> None:
-        """Say that ids [P] lie along an axis of a parameter or buffer; one met before is tied to what it was."""
+        """Record that ids [P] lie along an axis of a parameter or buffer; if it has ids already, tie the two."""
         first = self.by_axis.get((tensor, dim))
         if first is None:
             self.by_axis[tensor, dim] = ids
@@ -102,50 +102,50 @@ class IdTable:
         self.freeze(torch.cat([first[holes], ids[holes]]), f"{tensor} also meets channels of fixed number")
 
     def tie(self, one: Tensor, other: Tensor) -> None:
-        """Say that ids leave together, position by position; NONE ties nothing."""
+        """Record that ids are removed together, position by position; NONE ties nothing."""
         one, other = (ids.reshape(-1) for ids in collapse(one, other))
         real = (one != NONE) & (other != NONE) & (one != other)
         if real.any():
-            pairs = torch.unique(one[real] * self.count + other[real])  # one number a pair: far faster than columns
+            pairs = torch.unique(one[real] * self.count + other[real])  # one number per pair: far faster than columns
             self.edges.append((pairs // self.count, pairs % self.count))
 
     def tie_all(self, ids: Tensor) -> None:
-        """Say that all of these ids leave together."""
+        """Record that all of these ids are removed together."""
         ids = distinct(ids)
         if len(ids) > 1:
             self.tie(ids[:-1], ids[1:])
 
     def freeze(self, ids: Tensor, reason: str) -> None:
-        """Say that these ids never leave."""
+        """Record that these ids are never removed."""
         ids = distinct(ids)
         if len(ids):
             self.frozen.append((ids, reason))
 
     def one_unit_per_row(self, rows: Tensor, freeze: str | None) -> None:
-        """Demand one unit in each row of ids [R, P]; where there are more they are approximate, or frozen."""
+        """Require one unit in each row of ids [R, P]; several units are marked approximate, or frozen."""
         self.deferred.append((torch.unique(rows, dim=0), freeze))
 
     def of_tensors(self, ids: Tensor) -> bool:
-        """Return whether ids are those of parameters and buffers alone, or of no unit."""
-        tensors = [*self.from_tensor, True]  # the block of NONE, -1, reads the last
+        """Return whether ids belong only to parameters and buffers, or to no unit."""
+        tensors = [*self.from_tensor, True]  # the block of NONE, -1, reads the last entry
         return all(tensors[block] for block in self.blocks(ids).unique().tolist())
 
     def other_units(self, rows: Tensor) -> bool:
-        """Return whether one row of ids [R, P] holds other units of the same producer than another row."""
+        """Return whether two rows of ids [R, P] have different units of the same producer."""
         rows = torch.unique(rows, dim=0)
         blocks = self.blocks(rows)
-        blocks = torch.where(torch.tensor([*self.from_tensor, True])[blocks], NONE, blocks)  # tokens are no units
+        blocks = torch.where(torch.tensor([*self.from_tensor, True])[blocks], NONE, blocks)  # tokens are not units
         order = torch.argsort(blocks, dim=0, stable=True)
         sorted_blocks, sorted_rows = blocks.gather(0, order), rows.gather(0, order)
         same = (sorted_blocks[1:] == sorted_blocks[:-1]) & (sorted_blocks[1:] != NONE)
         return bool((same & (sorted_rows[1:] != sorted_rows[:-1])).any())
 
     def tie_rows(self, rows: Tensor) -> tuple[Tensor, bool]:
-        """Tie what one tensor, indexed by P, reads in rows of ids [R, P].
+        """Tie the ids that one tensor, indexed by P, reads in rows of ids [R, P].
 
         Returns:
-            Ids of the tensor's own axis [P], and True; or, where one row holds other units of the same producer than
-            another (a tensor shared by heads), ids of no axis, and False: then each row is tied into one unit.
+            Ids of the tensor's own axis [P], and True; or, where two rows have different units of the same producer (a
+                tensor shared by heads), ids of no axis, and False: then each row is tied into one unit.
         """
         rows = torch.unique(rows, dim=0)
         if len(rows) > 1:
@@ -161,8 +161,8 @@ class IdTable:
         return rows.max(0).values, True
 
     def classes(self) -> np.ndarray:
-        """Resolve all ties: the unit number of each id, [count]."""
-        from scipy.sparse import coo_matrix  # here: slow to import
+        """Resolve all ties; return the unit number of each id, [count]."""
+        from scipy.sparse import coo_matrix  # imported here: slow
         from scipy.sparse.csgraph import connected_components
 
         one = torch.cat([edge[0] for edge in self.edges]).numpy() if self.edges else np.zeros(0, np.int64)
@@ -178,7 +178,7 @@ def resolve(ids: Tensor, labels: np.ndarray) -> np.ndarray:
 
 
 def distinct(ids: Tensor) -> Tensor:
-    """Return the ids that there are but NONE, ascending."""
+    """Return the distinct ids except NONE, ascending."""
     for dim in range(ids.ndim):
         if ids.stride(dim) == 0 and ids.shape[dim] > 1:
             ids = ids.narrow(dim, 0, 1)
@@ -200,7 +200,7 @@ def collapse(*tensors: Tensor) -> list[Tensor]:
 
 
 def as_rows(ids: Tensor, dims: list[int]) -> Tensor:
-    """Return ids as rows [R, P]: P runs over `dims`, R over all other axes, each row once."""
+    """Return ids as rows [R, P]: P runs over `dims`, R over all other axes; each row once."""
     dims = [d % ids.ndim for d in dims]
     for dim in range(ids.ndim):
         if dim not in dims and ids.stride(dim) == 0 and ids.shape[dim] > 1:

@@ -1,4 +1,4 @@
-"""The ATen graph of a model: exported on the meta device, else on the CPU, and of training mode where that differs."""
+"""The ATen graph of a model: exported on the meta device or the CPU, and in training mode where that differs."""
 
 import inspect
 import warnings
@@ -27,12 +27,12 @@ def export(model: nn.Module, images: Tensor, caches: Iterable[Cache] = ()) -> tu
     Args:
         model: The network; untouched.
         images: [1, C, H, W]; only shape and dtype are used.
-        caches: What a copy starts without.
+        caches: Attributes that a copy starts without.
     Returns:
-        The copy that was exported, whose answer is a tuple of tensors, and its program. The copy is on the meta device,
-        or on the CPU where the forward makes tensors of its own or reads values.
+        The copy that was exported, which returns a tuple of tensors, and its program. The copy is on the meta device,
+        or on the CPU where the forward creates tensors or reads values.
     Raises:
-        ValueError: The model does not run on such images alone, or torch.export cannot follow it.
+        ValueError: The model does not run with images as the only input, or torch.export cannot export it.
     """
     check_forward(model)
     failures = []
@@ -54,13 +54,13 @@ def export(model: nn.Module, images: Tensor, caches: Iterable[Cache] = ()) -> tu
 def export_training(
     model: nn.Module, network: nn.Module, program: ExportedProgram, images: Tensor, caches: Iterable[Cache] = ()
 ) -> ExportedProgram | None:
-    """Export a model in training mode, where that runs layers or gives outputs that eval mode has not.
+    """Export a model in training mode, if it then runs layers or returns outputs that eval mode does not.
 
     Args:
         model, images, caches: As for `export`.
-        network, program: What it gave.
+        network, program: Result of `export`.
     Returns:
-        The program; None where training runs the same layers, cannot run on images alone, or cannot be exported.
+        The program; None where training runs the same layers, needs other inputs, or cannot be exported.
     """
     images = images[:1].expand(TRAINING_IMAGES, *images.shape[1:])
     fresh = meta_copy if _device_of(network).type == "meta" else cpu_copy  # a forward may leave tensors on the copy
@@ -73,18 +73,18 @@ def export_training(
         if not called and [output.shape[1:] for output in outputs] == shapes:
             return None
         return functional(_export(_answering_tensors(forget(fresh(model), caches).train()), images))
-    except Exception:  # one that needs targets too, or that torch.export cannot follow
+    except Exception:  # a model that needs targets too, or that torch.export cannot export
         return None
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:
-    """Return a program that writes to no view: of a written slice the graph shows it alone, not who reads it later."""
+    """Return a program without writes to views: the graph shows a written slice itself, but not its later readers."""
     with torch.no_grad():
         return program.run_decompositions({}) if any(map(_writes_view, program.graph.nodes)) else program
 
 
 def answers(program: ExportedProgram) -> list[Node]:
-    """Return the nodes that are the model's own outputs; a functional graph also gives the buffers that it writes."""
+    """Return the nodes that are the model's own outputs; a functional graph also returns the buffers that it writes."""
     given = next(node for node in program.graph.nodes if node.op == "output").args[0]
     specs = program.graph_signature.output_specs
     pairs = zip(given, specs, strict=True)
@@ -92,7 +92,7 @@ def answers(program: ExportedProgram) -> list[Node]:
 
 
 def needed(nodes: Iterable[Node]) -> set[Node]:
-    """Return all nodes that some nodes are computed from, and these."""
+    """Return these nodes and all nodes that they are computed from."""
     reached: set[Node] = set()
     todo = list(nodes)
     while todo:
@@ -104,7 +104,7 @@ def needed(nodes: Iterable[Node]) -> set[Node]:
 
 
 def check_forward(model: nn.Module) -> None:
-    """Refuse a model that cannot be called with images alone."""
+    """Refuse a model that cannot be called with images as the only argument."""
     parameters = inspect.signature(model.forward).parameters.values()
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     required = [p for p in parameters if p.default is p.empty and p.kind not in kinds]
@@ -117,7 +117,7 @@ def check_forward(model: nn.Module) -> None:
 
 
 def check_images_stay(model: nn.Module, program: ExportedProgram) -> None:
-    """Refuse a model that writes to its images: the next pass would see others."""
+    """Refuse a model that writes to its images: the next pass would see changed ones."""
     inputs = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT}
     for node in program.graph.nodes:
         if node.op == "call_function" and any(_base(value).name in inputs for value in _written(node)):
@@ -130,37 +130,37 @@ def check_images_stay(model: nn.Module, program: ExportedProgram) -> None:
 
 
 def cpu_copy(model: nn.Module) -> nn.Module:
-    """Copy a model's structure to the CPU: parameters that are there are shared, those without values become zero."""
+    """Copy a model to the CPU: existing CPU parameters are shared, parameters without values become zero."""
 
     def placed(tensor: Tensor) -> Tensor:
-        if tensor.is_meta:  # memory that nobody touches is not taken
+        if tensor.is_meta:  # untouched memory is not allocated
             return torch.zeros(tensor.shape, dtype=tensor.dtype)
         return tensor.detach().cpu()
 
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(placed(parameter), parameter.requires_grad)
-    for tensor in kept_tensors(model):  # constants that are no buffers too: a model's own .cpu() leaves them
+    for tensor in kept_tensors(model):  # also constants that are not buffers, which a model's own .cpu() does not move
         memo.setdefault(id(tensor), placed(tensor).clone())
     return model_copy(model, memo)
 
 
 def _answering_tensors(network: nn.Module) -> nn.Module:
-    """Let a copy answer with a tuple of tensors: torch.export takes no dataclass that it does not know."""
+    """Make a copy return a tuple of tensors: torch.export accepts only dataclasses that it knows."""
     on_output(network, lambda _module, _inputs, output: tuple(read_tensors(output)))
     return network
 
 
 def _export(network: nn.Module, images: Tensor) -> ExportedProgram:
-    """Export a copy in the mode that it is in."""
+    """Export a copy in its present mode."""
     with torch.no_grad(), same_draw(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The tensor attribute")  # what it leaves goes with this copy
+        warnings.filterwarnings("ignore", "The tensor attribute")  # tensors left on the copy are discarded with it
         example = torch.empty_like(images, device=_device_of(network))
         return torch.export.export(network, (example,), strict=False)
 
 
 def _device_of(network: nn.Module) -> torch.device:
-    """Return the device of a copy: one without tensors runs on the CPU."""
+    """Return the device of a copy; the CPU if it has no tensors."""
     return next((t.device for t in (*network.parameters(), *network.buffers())), torch.device("cpu"))
 
 
@@ -194,7 +194,7 @@ def _is_view(node: Node) -> bool:
 
 
 def _unread_layers(network: nn.Module, program: ExportedProgram) -> list[str]:
-    """Name the modules whose own parameters no node reads."""
+    """Return the names of modules whose own parameters no node reads."""
     read: set[str] = set()
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     for spec in program.graph_signature.input_specs:
@@ -206,7 +206,7 @@ def _unread_layers(network: nn.Module, program: ExportedProgram) -> list[str]:
 
 
 def _refusal(model: nn.Module, images: Tensor, failure: Exception) -> ValueError:
-    """Return whether the model does not run on such images, or runs and torch.export cannot follow."""
+    """Return an error that states whether the model or torch.export fails on such images."""
     call = f"{type(model).__name__} on images {list(images.shape)}"
     try:
         with torch.no_grad(), same_draw():
@@ -230,6 +230,6 @@ def _refusal(model: nn.Module, images: Tensor, failure: Exception) -> ValueError
 
 
 def first_line(error: Exception) -> str:
-    """Name an error by its class and the first line of what it says."""
+    """Return an error's class and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Where weights can be fitted to the dense network's outputs: layers, what scales them, and what they are added to."""
+"""Sites: layers whose weights can be fitted to the dense network's outputs, with their scales and residual sums."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -7,21 +7,21 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
-# Between a layer and the sum that it is added to: these leave every position and channel in its place.
+# Operations between a layer and its sum that leave every position and channel in place.
 _STILL = ("dropout", "clone", "contiguous", "alias", "_to_copy", "to", "detach", "feature_dropout", "alpha_dropout")
 _TO_LAST, _TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 
 
 @dataclass(frozen=True)
 class Site:
-    """One layer of which the output can be compared with the dense network's.
+    """One layer whose output can be compared with the dense network's.
 
     Attributes:
         module: Name of the layer, a linear or convolution that is called once.
         norm: Name of the BatchNorm that reads its output, or None.
         scales: Names of parameters that scale its output channel by channel (layer scales).
-        other: (module, "input" or "output"): where the other summand of a residual sum can be seen, which is there
-            before the layer runs; None where there is no such.
+        other: (module, "input" or "output"): where the other summand of a residual sum can be observed before the layer
+            runs; None where it cannot.
         other_first: Whether that summand has its channels on axis 1.
     """
 
@@ -43,7 +43,7 @@ def find_sites(trace: Any, nodes: list[Node]) -> list[Site]:
     calls: dict[str, list[Node]] = defaultdict(list)
     for node in nodes:
         if node.op == "call_function" and str(node.target).startswith(("aten.conv", "aten.linear")):
-            # A weight that is computed cannot be set.
+            # A computed weight cannot be set.
             name = trace.layer_of(node, node.args[1]) if trace.tensor_name(node.args[1]) else None
             if name is not None:
                 calls[name].append(node)
@@ -62,7 +62,7 @@ def find_sites(trace: Any, nodes: list[Node]) -> list[Site]:
 
 
 def _follow(trace: Any, name: str, node: Node, seen: dict[Node, list], place: dict[Node, int]) -> Site:
-    """Follow a layer's output to the sum that it goes into, if it goes there channel by channel."""
+    """Follow a layer's output to the sum that it is added to, if it gets there channel by channel."""
     norm, scales, at = None, [], node
     first = not isinstance(trace.model.get_submodule(name), nn.Linear)  # whether channels are on axis 1
     while len(at.users) == 1:
@@ -95,7 +95,7 @@ def _follow(trace: Any, name: str, node: Node, seen: dict[Node, list], place: di
 
 
 def _plain_norm(trace: Any, node: Node) -> str | None:
-    """Name the BatchNorm of a call, if it has running statistics and is called here alone."""
+    """Return the BatchNorm of a call, if it has running statistics and only this call."""
     name = trace.module_of(node)
     norm = trace.model.get_submodule(name) if name else None
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
@@ -105,7 +105,7 @@ def _plain_norm(trace: Any, node: Node) -> str | None:
 
 
 def _scale(trace: Any, factor: Any, at: Node, axis: int) -> str | None:
-    """Name the parameter that a factor is, if it scales the channels of a value and nothing else."""
+    """Return the parameter of a factor, if it only scales the channels of a value."""
     if not isinstance(factor, Node) or not isinstance(factor.meta.get("val"), Tensor):
         return None
     ndim, shape = at.meta["val"].ndim, factor.meta["val"].shape
@@ -126,7 +126,7 @@ def _operation(node: Node) -> str:
 
 
 def _seen_at(trace: Any, nodes: list[Node]) -> dict[Node, list[tuple[int, str, str]]]:
-    """Tell which values are the one tensor that goes into a module, or the one that comes out of it, and since when."""
+    """Find the values that are a module's single input or output tensor, and from which node on."""
     inputs: dict[str, dict[Node, None]] = defaultdict(dict)
     outputs: dict[str, dict[Node, None]] = defaultdict(dict)
     begins: dict[str, int] = {}
@@ -153,6 +153,6 @@ def _seen_at(trace: Any, nodes: list[Node]) -> dict[Node, list[tuple[int, str, s
 
 
 def _modules_around(trace: Any, node: Node) -> set[str]:
-    """Name the modules that a node was called in, but the model itself."""
+    """Return the names of the modules that a node was called in, except the model itself."""
     stack = (node.meta.get("nn_module_stack") or {}).values()
     return {trace.module_names[name] for name, _ in stack if name and name in trace.module_names}

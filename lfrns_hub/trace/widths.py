@@ -1,4 +1,4 @@
-"""Widths that a forward states by itself: numbers in the graph, looked up among the attributes of the module."""
+"""Widths that a forward states itself: numbers in the graph, looked up among the attributes of the module."""
 
 from collections import Counter, defaultdict
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from lfrns_hub.units import Width
 
 # Layers whose widths are read from their tensors.
 STOCK = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-SURE = 16  # a larger number is a width by itself; of small ones (kernel sizes, depths) only those named like one
+SURE = 16  # a larger number counts as a width; small ones (kernel sizes, depths) only if their name says so
 WIDTH_WORDS = (
     "head", "dim", "chan", "chs", "ch", "feature", "width", "hidden", "embed", "group", "planes", "size", "shape",
     "inp", "oup", "split", "filters", "cardinality", "radix",
@@ -21,7 +21,7 @@ WIDTH_WORDS = (
 NOT_WIDTHS = ("kernel", "stride", "pad", "window", "img", "image", "feat_size", "grid", "scale", "dilation")
 FEATURES = ("num_features", "head_hidden_size", "embed_dim", "in_features", "hidden_size")
 FACTORS = (2, 3, 4)  # a forward writes `2 * self.dim`
-# Names of a block's own attributes, by the side of its layers that they state. A number of heads is no width of these.
+# Names of a block's own attributes, by the side of its layers that they state. A number of heads is not such a width.
 SIDES = {"in": ("in", "inp", "input", "inplanes"), "out": ("out", "oup", "output", "outplanes"), "groups": ("groups",)}
 NO_SIDE = ("head", "heads", "kernel", "branches", "blocks", "classes")
 
@@ -48,7 +48,7 @@ def stated(module: nn.Module, value: int, whole: tuple[int, ...]) -> list[tuple[
 
 
 def note(trace: Any, node: Any, value: Any, ids: Tensor, dim: int, whole: Any = (), place: int = 0) -> None:
-    """Note a literal if it is the length of an axis on which units lie, and the calling module states it."""
+    """Record a literal if it is the length of an axis on which units lie, and the calling module states it."""
     if not isinstance(value, int) or value < 1 or ids.shape[dim] != value:
         return
     module = trace.module_of(node)
@@ -60,7 +60,7 @@ def note(trace: Any, node: Any, value: Any, ids: Tensor, dim: int, whole: Any = 
         for name, child in trace.model.get_submodule(module).named_children()
         if not isinstance(child, STOCK)
     ]
-    for owner in (module, *children):  # a child's method that is no forward counts as the caller's
+    for owner in (module, *children):  # a child's method other than forward counts as the caller's
         if stated(trace.model.get_submodule(owner), value, whole):
             trace.ids.literals.append(Literal(owner, value, as_rows(ids, [dim]), whole, place))
             if owner == module and not whole:
@@ -68,7 +68,7 @@ def note(trace: Any, node: Any, value: Any, ids: Tensor, dim: int, whole: Any = 
 
 
 def note_sizes(trace: Any, node: Any, ids: Tensor) -> None:
-    """Note the literals of a view, reshape or expand."""
+    """Record the literals of a view, reshape or expand."""
     sizes = node.args[1] if len(node.args) > 1 else ()
     if isinstance(sizes, (list, tuple)) and len(sizes) == ids.ndim:
         for dim, value in enumerate(sizes):
@@ -76,7 +76,7 @@ def note_sizes(trace: Any, node: Any, ids: Tensor) -> None:
 
 
 def note_parts(trace: Any, node: Any, parts: Any) -> None:
-    """Note the literals of a split: one for all parts, or one each."""
+    """Record the literals of a split: one for all parts, or one for each."""
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     sizes = node.args[1]
     for place, part in enumerate(parts):
@@ -87,7 +87,7 @@ def note_parts(trace: Any, node: Any, parts: Any) -> None:
 
 
 def note_slice(trace: Any, node: Any, ids: Tensor) -> None:
-    """Note the start and end of a slice: they are the lengths of what lies before them."""
+    """Record the start and end of a slice: they are the lengths of the parts before them."""
     _, dim, start, end = (*node.args, 0, 0, None)[:4] if len(node.args) < 4 else node.args[:4]
     length = ids.shape[dim]
     for value in (start, end):
@@ -96,11 +96,11 @@ def note_slice(trace: Any, node: Any, ids: Tensor) -> None:
 
 
 def note_features(trace: Any, outputs: dict[str, Tensor]) -> None:
-    """Note what a timm model says of its features: `num_features`, `head_hidden_size`, each map's `num_chs`.
+    """Record the widths that a timm model states for its features: `num_features`, `head_hidden_size`, each `num_chs`.
 
     Args:
         trace: The trace, all nodes run.
-        outputs: Ids of what each module named in `feature_info` gives.
+        outputs: Output ids of each module named in `feature_info`.
     """
     readers = trace.ids.consumers
     heads = ["", readers[-1].module.rpartition(".")[0]] if readers else []
@@ -120,19 +120,17 @@ def note_features(trace: Any, outputs: dict[str, Tensor]) -> None:
 
 
 def note_unread(trace: Any, reads: dict[str, set[str]]) -> None:
-    """Note the widths that a block states and its forward does not read: other methods do, as those that fuse branches.
+    """Record widths that a block states and its forward does not read, but other methods do, such as fusing branches.
 
-    What an attribute states is known by its name and value: what the block's first layer reads, what its last one
-    makes, or an axis of its layers, where all of that length are the same units.
+    The axis of such an attribute is found by its name and value: the input of the block's first layer, the output of
+    its last one, or an axis of its layers, where all axes of that length have the same units.
 
     Args:
         trace: The trace, all nodes run.
-        reads: Attributes that a forward reads, by the name of the module: those are found by what the graph has.
+        reads: Attributes that a forward reads, by the name of the module: the graph shows those.
     """
     consumed = {consumer.module: consumer.ids for consumer in trace.ids.consumers}
-    sides: dict[str, list[_Side]] = defaultdict(
-        list
-    )  # of each module all layers inside, in the order in which they run
+    sides: dict[str, list[_Side]] = defaultdict(list)  # per module, all layers inside, in the order in which they run
     for tensor, dim in trace.ids.by_axis:
         layer = tensor.removesuffix(".weight")
         if dim == 0 and layer != tensor and isinstance(trace.model.get_submodule(layer), STOCK):
@@ -158,7 +156,7 @@ def note_unread(trace: Any, reads: dict[str, set[str]]) -> None:
 
 
 class _Side(NamedTuple):
-    """What a layer states of one of its axes, and the axis: `factor` of its ids for each one that is stated."""
+    """An axis of a layer and the number that states it: `factor` of its ids per counted one."""
 
     which: str
     stated: int
@@ -167,10 +165,10 @@ class _Side(NamedTuple):
 
 
 def _sides_of(trace: Any, name: str, read: Tensor | None) -> list[_Side]:
-    """Return what a layer states: its inputs, whose ids are `read` where it is no grouped one, outputs, groups."""
+    """Return the stated axes of a layer: inputs (ids `read` unless it is grouped), outputs, groups."""
     layer, made = trace.model.get_submodule(name), trace.ids.by_axis[f"{name}.weight", 0]
     groups = getattr(layer, "groups", 1)
-    if groups > 1:  # a conv group's inputs and outputs are one unit
+    if groups > 1:  # inputs and outputs of a conv group are one unit
         read = made.view(groups, -1)[:, 0].repeat_interleave(layer.weight.shape[1])
     elif not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
         read = made
@@ -180,7 +178,7 @@ def _sides_of(trace: Any, name: str, read: Tensor | None) -> list[_Side]:
 
 
 def _side_named(attribute: str) -> str | None:
-    """Tell which side of a block's layers an attribute states by its name: in, out, groups, any, or none."""
+    """Return the side of a block's layers that an attribute's name states: in, out, groups, any, or None."""
     words = attribute.lower().split("_")
     if any(word in NO_SIDE for word in words) or any(word in attribute for word in NOT_WIDTHS):
         return None
@@ -194,7 +192,7 @@ def group_widths(
     """Return the attributes that must follow each group.
 
     Args:
-        literals: Those noted while tracing.
+        literals: Literals recorded while tracing.
         labels: Unit of each id.
         unit_group: Group number of each unit.
         model: The traced model.

@@ -1,4 +1,4 @@
-"""Dense models by name and with their weights, and the images they take."""
+"""Dense models by name, with their weights."""
 
 from lfrns_hub.pictures import (
     ImageData,

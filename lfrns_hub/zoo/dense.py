@@ -1,4 +1,4 @@
-"""Dense models by name, with their weights or as skeletons: the door to timm and transformers."""
+"""Dense models by name, with weights or as skeletons: the interface to timm and transformers."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ from lfrns_hub.pictures import num_classes_of
 from lfrns_hub.zoo.names import call_builder, read_config, refuse_oversized, resolve
 from lfrns_hub.zoo.weights import fit_head, load_strictly, read_weights, rows_of
 
-# Transformers ids whose shape is that of the type's default configuration: their units can be listed without a network.
+# transformers ids whose shape is that of the type's default configuration: their units can be listed offline.
 DEFAULT_CONFIGS = {
     "google/vit-base-patch16-224-in21k": "vit",
     "google/vit-base-patch16-224": "vit",
@@ -45,16 +45,16 @@ def create_dense(
     Args:
         name: timm name ("resnet50", "hf-hub:...", "local-dir:..."), a Hub repo id, a folder with a config.json of timm
             or transformers, or "package.module:function".
-        num_classes: Of the head; a head that does not fit is replaced by a fresh, random one. None: as the weights say,
-            0 where they hold a backbone without a head.
+        num_classes: Classes of the head; a head that does not fit is replaced by a new, random one. None: as in the
+            weights, 0 if they are of a backbone without a head.
         weights: Safetensors or .pth file that replaces the published weights; its keys must fit strictly.
-        device: Where the model goes.
-        pretrained: Whether published weights are fetched; None: where there are some and `weights` gives no others.
+        device: Device of the model.
+        pretrained: Whether to fetch published weights; None: if there are some and `weights` gives no others.
     Returns:
-        The model, in eval mode. Its `lfrns_base` says where published weights came from, for the card (see
-        `lineage.base_facts`); it is empty of weights from elsewhere.
+        The model, in eval mode. Its `lfrns_base` states the origin of published weights, for the card (see
+        `lineage.base_facts`); it is empty for other weights.
     Raises:
-        ValueError: Unknown name, or weights that do not fit.
+        ValueError: The name is unknown, or the weights do not fit.
         ConnectionError: The Hub is needed and cannot be reached.
 
     Example:
@@ -89,10 +89,10 @@ def create_dense(
 
 
 def create_skeleton(name: str, *, device: str | torch.device = "cpu") -> nn.Module:
-    """Build a model with random weights and without a network, to look at its units.
+    """Build a model with random weights, offline, to list its units.
 
     Args:
-        name: As for `create_dense`; of Hub repo ids only those in the local cache or in DEFAULT_CONFIGS. Also a
+        name: As for `create_dense`; Hub repo ids only if they are in the local cache or in DEFAULT_CONFIGS. Also a
             transformers model type ("vit", "dinov2") for its default configuration.
         device: "meta" builds it without memory.
     Returns:
@@ -125,12 +125,12 @@ def create_base(directory: str | os.PathLike[str], *, device: str | torch.device
     """Build the dense network that a checkpoint was cut from, with random weights: for its size and its speed.
 
     Args:
-        directory: What `lfrns_hub.save` wrote of a timm or transformers model.
-        device: Where it is built; "meta" without memory.
+        directory: Checkpoint of a timm or transformers model, from `lfrns_hub.save`.
+        device: Device of the model; "meta" uses no memory.
     Returns:
         The dense model, in eval mode.
     Raises:
-        ValueError: The folder holds no such checkpoint, or a dense model of more than 0.5 GB and four times its size.
+        ValueError: The folder has no such checkpoint, or its dense model exceeds 0.5 GB plus four times its size.
     """
     from transformers import AutoModelForImageClassification
 
@@ -168,7 +168,7 @@ def create_base(directory: str | os.PathLike[str], *, device: str | torch.device
 
 
 def _load_timm(name: str, source: str, num_classes: int | None, fetch: bool, *, required: bool = False) -> nn.Module:
-    """Build a model with timm, with published weights where `fetch` is set and there are some."""
+    """Build a model with timm, with published weights if `fetch` is set and there are some."""
     options = {} if num_classes is None else {"num_classes": num_classes}
     if source.startswith(("local-dir:", "hf-hub:")):
         with hub_errors(f"the weights of {name}") if source.startswith("hf-hub:") else contextlib.nullcontext():
@@ -208,7 +208,7 @@ def _load_transformers(
             built.num_labels = num_labels
         if state is None:
             return AutoModelForImageClassification.from_pretrained(source, config=built, **options)
-        # from_pretrained, not load_state_dict: names on disk are converted to the modules' by transformers.
+        # from_pretrained, not load_state_dict: transformers converts names on disk to the modules' names.
         cls = type(AutoModelForImageClassification.from_config(built))
         return cls.from_pretrained(None, config=built, state_dict=dict(state), **options)
 
@@ -224,7 +224,7 @@ def _load_transformers(
             model, _ = load(0)
     mismatched = sorted(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])
     wrong = [key for key in missing + mismatched if not _is_head(key)]
-    # A backbone brings its own pooler, which a classifier does not use.
+    # A backbone has its own pooler, which a classifier does not use.
     wrong += [key for key in sorted(info["unexpected_keys"]) if not headless]
     if wrong:
         raise ValueError(
@@ -240,7 +240,7 @@ def _is_head(key: str) -> bool:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence the load report: what it says is checked, and raised where it matters."""
+    """Silence the load report: its content is checked, and raised as an error where it matters."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""What a name stands for: a model of timm or transformers, a folder, a repository on the Hub, or a function."""
+"""Resolution of names: a model of timm or transformers, a folder, a repository on the Hub, or a function."""
 
 import difflib
 import importlib
@@ -18,11 +18,11 @@ from lfrns_hub.format.untrusted import read_json, refuse_large
 from lfrns_hub.hub.reach import CONNECT_TIMEOUT_S, cached, hub_errors, reach_hub
 
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
-MAX_TENSORS = 1 << 16  # of a dense model, whose weights may be of a kind whose header is not read
+MAX_TENSORS = 1 << 16  # of a dense model, whose weights may be in a format whose header is not read
 
 
 def resolve(name: str) -> tuple[str, str]:
-    """Say who builds a name ("timm", "transformers", "function") and from what: a timm name, a folder, a repo id."""
+    """Return a name's builder ("timm", "transformers", "function") and its source: a timm name, a folder, a repo id."""
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
         if not (folder / "config.json").is_file():
@@ -60,13 +60,13 @@ def resolve(name: str) -> tuple[str, str]:
 
 
 def _near(name: str, names: list[str]) -> str:
-    """Name what a misspelt name may have meant."""
+    """Return near matches of a misspelt name."""
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
     return f"Near matches: {', '.join(near)}. " if near else ""
 
 
 def _kind_of(config: dict[str, Any], name: str) -> str:
-    """Say whose config.json it is."""
+    """Return the library of a config.json."""
     if "architecture" in config:
         return "timm"
     if "model_type" in config:
@@ -75,7 +75,7 @@ def _kind_of(config: dict[str, Any], name: str) -> str:
 
 
 def _hub_config(repo_id: str) -> dict[str, Any]:
-    """Read a Hub model's config.json, from the cache where it lies there."""
+    """Read a Hub model's config.json, from the cache if it is there."""
     repo_id, _, revision = repo_id.partition("@")
     path = None if revision else cached(repo_id)
     if path is None:
@@ -89,7 +89,7 @@ def _hub_config(repo_id: str) -> dict[str, Any]:
 
 
 def read_config(source: str) -> Any:
-    """Read a transformers config; code that comes with it is not run."""
+    """Read a transformers config; code in its repository is not run."""
     from transformers import AutoConfig
 
     with hub_errors(f"the model {source}"):
@@ -97,9 +97,9 @@ def read_config(source: str) -> Any:
 
 
 def refuse_oversized(kind: str, source: str, call: str) -> None:
-    """Refuse a dense model whose config, in a folder or in the Hub's cache, asks for what its weights do not hold.
+    """Refuse a dense model whose config, in a folder or in the Hub's cache, needs more memory than its weights justify.
 
-    Where there are no weights yet, only what no weights would hold is counted: the caller named the model.
+    Without weights, only sizes that no weights could have are refused: the caller named the model.
     """
     place = source.removeprefix("local-dir:").removeprefix("hf-hub:")
     path = Path(place) / "config.json" if Path(place).is_dir() else cached(place)
@@ -120,15 +120,15 @@ def refuse_oversized(kind: str, source: str, call: str) -> None:
                 AutoModelForImageClassification.from_config(read_config(str(path.parent)))
     except OverBudget as error:
         raise ValueError(f"{call}: {error}") from error
-    except Exception:  # what the library refuses here, it refuses again where it builds the model
+    except Exception:  # the library raises the same error where it builds the model
         return
 
 
 def call_builder(name: str, num_classes: int | None) -> nn.Module:
-    """Call "package.module:function", with num_classes where it takes one."""
+    """Call "package.module:function", with num_classes if it has this parameter."""
     module_name, function_name = name.split(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a console script does not see the working folder
+        sys.path.append(os.getcwd())  # a console script does not search the working directory
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:

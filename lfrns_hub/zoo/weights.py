@@ -1,4 +1,4 @@
-"""Weights from a file: read without running anything, and put into a model that they fit."""
+"""Weights from a file: read without running any code, and loaded into a model that they fit."""
 
 import os
 import re
@@ -15,14 +15,14 @@ from lfrns_hub.pictures import num_classes_of
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a state_dict: safetensors, or a .pth of tensors alone (never unpickled code).
+    """Read a state dict: safetensors, or a .pth with only tensors (never unpickled code).
 
     Args:
-        path: The file. Of a training checkpoint the averaged (EMA) weights are taken before the plain ones.
+        path: The file. In a training checkpoint the averaged (EMA) weights are preferred to the plain ones.
     Returns:
-        Tensors on the CPU, by name, without "module." and "_orig_mod." in front.
+        Tensors on the CPU, by name, without the prefixes "module." and "_orig_mod.".
     Raises:
-        ValueError: No file, or one that holds no state_dict.
+        ValueError: There is no file, or it has no state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -34,7 +34,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             state: Any = load_file(path)
         else:
             state = _load_pickled(path)
-    except Exception as error:  # torch and safetensors raise a dozen types for a file that is not theirs
+    except Exception as error:  # torch and safetensors raise a dozen error types for a foreign file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if is_shortage(error):
             reason = "it states more than the memory holds"
@@ -57,7 +57,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _load_pickled(path: Path) -> Any:
-    """Load a pickle whose tensors take no more than the file: none is compressed, or stated to be larger than it is."""
+    """Load a pickle whose tensors are no larger than the file: none is compressed, or states a larger size."""
     size, stated = path.stat().st_size, 0
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -79,20 +79,20 @@ def _load_pickled(path: Path) -> Any:
 
 
 def _lies_in_file(tensor: Tensor) -> bool:
-    """Return whether each element of a tensor has a place of its own in its storage."""
+    """Return whether each element of a tensor has its own place in its storage."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         return False
     return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def rows_of(state: dict[str, Tensor], own: dict[str, Tensor], key: str, width: int | None = None) -> int | None:
-    """Count the classes of a head in some weights; None where it is not of the model's width, `own`'s or `width`."""
+    """Return the number of classes of a head in some weights; None if its width is not that of `own`, or `width`."""
     widths = own[key].shape[1:] if key in own else (width,)
     return state[key].shape[0] if key in state and state[key].shape[1:] == widths else None
 
 
 def fit_head(model: nn.Module, rebuild: Callable[[int], nn.Module], state: dict[str, Tensor]) -> nn.Module:
-    """Rebuild a model with as many classes as the head in its weights has."""
+    """Rebuild a model with the number of classes of the head in its weights."""
     name = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     name = name[0] if isinstance(name, (tuple, list)) else name
     if not name:
@@ -100,12 +100,12 @@ def fit_head(model: nn.Module, rebuild: Callable[[int], nn.Module], state: dict[
         name = linears[-1] if linears else ""
     key, width = f"{name}.weight", getattr(model, "head_hidden_size", getattr(model, "num_features", None))
     if key in state and (rows := rows_of(state, model.state_dict(), key, width)) is None:
-        return model  # which says what does not fit
+        return model  # the model's own error then explains what does not fit
     return model if key in state and rows == num_classes_of(model) else rebuild(rows if key in state else 0)
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], call: str) -> None:
-    """Load weights of which nothing is missing, left over or of another shape."""
+    """Load weights strictly: none may be missing, left over or of another shape."""
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

@@ -1,1 +1,1 @@
-"""What each operation does to the axes that carry units: one rule an operation, registered by its ATen name."""
+"""Effect of each operation on the axes that carry units: one rule per operation, registered by its ATen name."""

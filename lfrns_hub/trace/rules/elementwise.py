@@ -31,13 +31,13 @@ BINARY = (
 
 @register_op(*(f"aten.{name}" for name in UNARY.split()))
 def unary(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """One tensor in, the same positions out."""
+    """Keep the ids: one tensor in, the same positions out."""
     return ids
 
 
 @register_op(*(f"aten.{name}" for name in DRAWS.split()))
 def draw(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A random number for each position: in eval mode a narrower network draws others for the units that stay."""
+    """Keep the ids; freeze units with random numbers: in eval mode a narrower network draws other ones."""
     off = argument(node, (ids, *args), kwargs, "train") is False
     if not trace.training and not off and any(varies(ids, dim) for dim in range(ids.ndim)):
         trace.ids.freeze(ids, trace.reason(node, "its forward draws a random number for each unit"))
@@ -46,14 +46,14 @@ def draw(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tenso
 
 @register_op(*(f"aten.{name}" for name in ACTIVATIONS.split()))
 def activation(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A nonlinearity: what passes it may be a neuron."""
+    """Keep the ids and mark them as activated: units after a nonlinearity may be neurons."""
     trace.ids.activated.append(distinct(ids))
     return ids
 
 
 @register_op(*(f"aten.{name}" for name in BINARY.split()))
 def binary(trace: Any, node: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Operands of one position leave together."""
+    """Tie the operands: units at one position are removed together."""
     operands = [a for a in args if isinstance(a, Tensor)]
     result = operands[0] if operands else trace.none_like(node)
     for other in operands[1:]:
@@ -62,7 +62,7 @@ def binary(trace: Any, node: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def tie_operands(trace: Any, one: Tensor, other: Tensor) -> Tensor:
-    """Tie two operands under broadcasting; one that is broadcast over the units of the other is frozen instead."""
+    """Tie two operands under broadcasting; an operand broadcast over the units of the other is frozen instead."""
     shape = torch.broadcast_shapes(one.shape, other.shape)
     small_one, small_other = collapse(one, other)
     for small, full in ((small_one, small_other), (small_other, small_one)):
@@ -71,10 +71,10 @@ def tie_operands(trace: Any, one: Tensor, other: Tensor) -> Tensor:
         per_unit = rest and all(varies(full, d) for d in rest)
         shared = trace.ids.of_tensors(small) and rest and max(spread, default=0) < min(rest)  # rotary embeddings
         if not spread or (per_unit and not shared):
-            continue  # the same axes, or one value for all that lies in a unit, as a temperature of heads
+            continue  # the same axes, or one value for all channels of a unit, such as a temperature of heads
         rows = as_rows(full, [d for d in range(full.ndim) if d not in spread])
         if not trace.ids.other_units(rows):
-            continue  # copies of one axis, as in the parts of a channel
+            continue  # copies of one axis, such as the parts of a channel
         trace.ids.freeze(small, "it is broadcast over the units of another layer")
         return full.expand(shape)
     if trace.ids.of_tensors(small_one):
@@ -86,7 +86,7 @@ def tie_operands(trace: Any, one: Tensor, other: Tensor) -> Tensor:
 
 
 def fixed_size(trace: Any, ids: Tensor, constant: Tensor) -> None:
-    """Freeze units that meet a constant which has positions of its own for each of them."""
+    """Freeze units that are combined with a constant that has different values along their axis."""
     hole = (constant == NONE) & (ids != NONE)
     if not hole.any():
         return
@@ -112,14 +112,14 @@ def argument(node: Any, args: Any, kwargs: Any, name: str, default: Any = None) 
     ).split())
 )  # fmt: skip
 def reduce(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A reduction keeps the units of the other axes; over several units it is approximate, as a norm's mean is."""
+    """Keep the units of the other axes; a reduction over several units is approximate, like a norm's mean."""
     if args and isinstance(args[0], Tensor):
         return binary(trace, node, ids, *args)  # max(x, y)
     dims = argument(node, (ids, *args), kwargs, "dim")
     dims = list(range(ids.ndim)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     dims = sorted((d % ids.ndim for d in dims), reverse=True)
     rows = as_rows(ids, dims)
-    picks = "arg" in str(node.target)  # a number that counts units means another one when some are gone
+    picks = "arg" in str(node.target)  # an index among units changes when some are removed
     trace.ids.one_unit_per_row(rows, trace.reason(node, "its place among others is asked for") if picks else None)
     mixed = bool((rows != rows[:, :1]).any())
     for dim in dims:
@@ -138,14 +138,14 @@ def reduce(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any
 
 @register_op("aten.softmax", "aten._softmax", "aten.log_softmax", "aten.renorm")
 def softmax(trace: Any, node: Any, ids: Tensor, dim: int, *args: Any, **kwargs: Any) -> Tensor:
-    """Softmax mixes one axis: several units on it change each other, as in a norm."""
+    """Keep the ids; several units on the softmax axis change each other, as in a norm."""
     trace.ids.one_unit_per_row(as_rows(ids, [dim]), None)
     return ids
 
 
 @register_op("aten.sort", "aten.argsort", "aten.topk", "aten.kthvalue", "aten.msort", "aten.mode")
 def order(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Positions put in order stay among themselves; units put in order have a place that hangs on the others."""
+    """Keep units while positions are sorted; freeze units that are sorted: their places depend on each other."""
     dim = argument(node, (ids, *args), kwargs, "dim", 0 if "msort" in str(node.target) else -1)
     if varies(ids, dim):
         trace.ids.freeze(ids, trace.reason(node, "its place among others is asked for"))
@@ -163,7 +163,7 @@ def order(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
     ).split())
 )  # fmt: skip
 def transform(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A Fourier transform mixes the positions of its axes: units on others stay apart."""
+    """Mix positions by a Fourier transform: units on other axes stay separate."""
     name = str(node.target).split(".")[1]
     dims = argument(node, (ids, *args), kwargs, "dim", [-2, -1] if name.endswith("2") else None)
     if dims is None:
@@ -178,7 +178,7 @@ def transform(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> 
 
 @register_op("aten.glu")
 def gated(trace: Any, node: Any, ids: Tensor, dim: int = -1) -> Tensor:
-    """The first half times the sigmoid of the second."""
+    """Gate the first half by the sigmoid of the second."""
     one, other = ids.chunk(2, dim)
     trace.ids.activated.append(distinct(other))
     return tie_operands(trace, one, other)
@@ -186,7 +186,7 @@ def gated(trace: Any, node: Any, ids: Tensor, dim: int = -1) -> Tensor:
 
 @register_op("aten.cumsum", "aten.cumprod")
 def cumulate(trace: Any, node: Any, ids: Tensor, dim: int, **kwargs: Any) -> Tensor:
-    """Along positions it keeps units; along units each adds to the next."""
+    """Keep units in a cumulative operation along positions; freeze them along units: each adds to the next."""
     if varies(ids, dim):
         trace.ids.freeze(ids, trace.reason(node, "each unit adds to the next"))
         return trace.none_like(node)
@@ -202,14 +202,14 @@ def cumulate(trace: Any, node: Any, ids: Tensor, dim: int, **kwargs: Any) -> Ten
     ).split())
 )  # fmt: skip
 def pool(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Pooling and resizing mix positions, never channels."""
+    """Mix positions, never channels, by pooling or resizing."""
     value = node.meta["val"]
     many = isinstance(value, (tuple, list))
     shape = (value[0] if many else value).shape
     axes = 1 if "1d" in str(node.target) else 3 if "3d" in str(node.target) else 2
     first = ids[(..., *[slice(0, 1)] * axes)]
     if trace.ids.of_tensors(ids):
-        trace.ids.tie(first.expand_as(ids), ids)  # a table of positions: each channel is one
+        trace.ids.tie(first.expand_as(ids), ids)  # a table of positions: each channel is one unit
     elif any(varies(ids, -1 - at) for at in range(axes)):
         trace.ids.freeze(ids, trace.reason(node, "units lie along its spatial axes"))
         return trace.none_like(node)

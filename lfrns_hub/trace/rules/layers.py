@@ -24,7 +24,7 @@ def make(trace: Any, node: Any, name: str, count: int, bias: Any) -> Tensor:
     bias_node = node.args[2] if len(node.args) > 2 else None
     if bias_name := trace.tensor_name(bias_node):
         trace.ids.axis(bias_name, 0, out_ids)
-    elif isinstance(bias, Tensor):  # put together in the forward, as beit's query and value biases
+    elif isinstance(bias, Tensor):  # composed in the forward, such as beit's query and value biases
         trace.ids.tie(bias, out_ids)
     weight = trace.weight_of(node.args[1])
     for gain in weight.gains if weight else ():
@@ -34,7 +34,7 @@ def make(trace: Any, node: Any, name: str, count: int, bias: Any) -> Tensor:
 
 
 def consume(trace: Any, node: Any, name: str, in_ids: Tensor) -> None:
-    """Say that a layer contracts ids; through a standardised weight every input changes all others' weights."""
+    """Record that a layer contracts ids; with a standardised weight every input changes the weights of all others."""
     trace.ids.axis(f"{name}.weight", 1, in_ids)
     if node not in trace.observed:
         trace.ids.unobserved.append(in_ids)
@@ -45,7 +45,7 @@ def consume(trace: Any, node: Any, name: str, in_ids: Tensor) -> None:
 
 
 def unmade(trace: Any, node: Any, count: int, why: str) -> None:
-    """Note a layer whose outputs get no ids, so that it is told of as frozen."""
+    """Record a layer whose outputs get no ids, so that it is reported as frozen."""
     name = trace.module_of(node)
     if name is not None and isinstance(trace.model.get_submodule(name), (nn.Linear, nn.modules.conv._ConvNd)):
         trace.ids.unmade.setdefault(name, (count, trace.reason(node, why)))
@@ -56,7 +56,7 @@ def conv(
     trace: Any, node: Any, ids: Tensor, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    """A convolution contracts its input channels; a grouped one ties each conv group's inputs and outputs."""
+    """Contract the input channels; in a grouped convolution, tie each conv group's inputs and outputs."""
     shape = node.meta["val"].shape
     weight_shape = node.args[1].meta["val"].shape
     name = trace.layer_of(node, node.args[1])
@@ -96,7 +96,7 @@ def conv(
 
 
 def per_channel(trace: Any, node: Any, rows: Tensor) -> bool:
-    """Tie the weight and bias of a functional depthwise convolution to its channels, and return whether it can be."""
+    """Tie weight and bias of a functional depthwise convolution to its channels; return whether that is possible."""
     weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
     names = [(part, trace.tensor_name(part)) for part in (weight, bias) if part is not None]
     if not all(name.removesuffix(".weight") not in trace.shared if name else repeated(part) for part, name in names):
@@ -109,7 +109,7 @@ def per_channel(trace: Any, node: Any, rows: Tensor) -> bool:
 
 
 def repeated(node: Any) -> bool:
-    """Return whether all channels of a computed weight are one kernel, repeated as often as there are channels."""
+    """Return whether all channels of a computed weight are one kernel, repeated for each channel."""
     while str(node.target).split(".")[1:2] in (["to"], ["_to_copy"], ["contiguous"], ["clone"]):
         node = node.args[0]
     return str(node.target) in ("aten.expand.default", "aten.repeat.default") and node.args[0].meta["val"].shape[0] == 1
@@ -117,7 +117,7 @@ def repeated(node: Any) -> bool:
 
 @register_op("aten.conv_transpose2d", "aten.conv_transpose1d", "aten.conv_transpose3d")
 def transposed(trace: Any, node: Any, ids: Tensor, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-    """A transposed convolution makes units; what it reads is not cut."""
+    """Make units; the inputs of a transposed convolution are not cut."""
     value, shape = node.args[1].meta["val"], node.meta["val"].shape
     images = node.args[0].meta["val"]
     trace.ids.freeze(ids, trace.reason(node, "a transposed convolution reads it"))
@@ -142,7 +142,7 @@ def transposed(trace: Any, node: Any, ids: Tensor, weight: Any, bias: Any = None
 
 @register_op("aten.linear", "aten.addmm")
 def linear(trace: Any, node: Any, ids: Tensor, weight: Any, bias: Any = None) -> Tensor:
-    """A linear layer contracts its last axis; one shared by heads leaves each of them whole."""
+    """Contract the last axis; a linear layer shared by heads ties each head into one unit."""
     shape = node.meta["val"].shape
     rows = as_rows(ids, [-1])
     name = trace.layer_of(node, node.args[1])
@@ -175,7 +175,7 @@ def norm_axes(trace: Any, nodes: Any, ids: Tensor) -> None:
 
 @register_op("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten.instance_norm", "aten.prelu")
 def batch_norm(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Each channel by itself."""
+    """Normalise each channel by itself."""
     weight_shape = trace.shape_of(trace.tensor_name(node.args[1]))
     if weight_shape == (1,):
         return ids
@@ -193,7 +193,7 @@ def batch_norm(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) ->
 def layer_norm(
     trace: Any, node: Any, ids: Tensor, normalized_shape: list[int], weight: Any = None, bias: Any = None, *args: Any
 ) -> Tensor:
-    """Channels share their mean and variance: more than one unit in a row is approximate."""
+    """Normalise over channels, which share mean and variance: more than one unit in a row is approximate."""
     rows = as_rows(ids, list(range(ids.ndim - len(normalized_shape), ids.ndim)))
     channel_ids, whole = trace.ids.tie_rows(rows)
     trace.ids.one_unit_per_row(rows, None)
@@ -207,7 +207,7 @@ def layer_norm(
 
 @register_op("aten.group_norm")
 def group_norm(trace: Any, node: Any, ids: Tensor, groups: int, *args: Any, **kwargs: Any) -> Tensor:
-    """A norm group leaves as a whole; a single group over all channels is approximate."""
+    """Tie each norm group, which is removed as a whole; a single group over all channels is approximate."""
     channel_ids, whole = trace.ids.tie_rows(as_rows(ids, [1]))
     if whole:
         norm_axes(trace, node.args[2:4], channel_ids)

@@ -1,4 +1,4 @@
-"""Data movement runs on the ids themselves, so it is exact by construction."""
+"""Data movement, run on the ids themselves and so exact by construction."""
 
 import math
 from itertools import accumulate
@@ -28,9 +28,9 @@ def move(trace: Any, node: Any, *args: Any, **kwargs: Any) -> Any:
 
 @register_op(*(f"aten.{name}" for name in "view reshape _unsafe_view expand flatten unflatten _reshape_alias".split()))
 def resize(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A view: its sizes may state how many units there are."""
+    """Reshape the ids; the sizes of a view may state the number of units."""
     known = str(node.target).split(".")[1] in ("expand", "flatten", "unflatten")
-    moved = node.target(ids, *args, **kwargs) if known else ids.reshape(args[0])  # ids lie otherwise than values
+    moved = node.target(ids, *args, **kwargs) if known else ids.reshape(args[0])  # ids have other strides than values
     note_sizes(trace, node, moved)
     note_split_axes(trace, ids, moved)
     return moved
@@ -38,7 +38,7 @@ def resize(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Ten
 
 @register_op("aten.roll")
 def roll(trace: Any, node: Any, ids: Tensor, shifts: Any, dims: Any = (), **kwargs: Any) -> Tensor:
-    """A roll: among units, its shift divides them."""
+    """Roll the ids; a roll along units divides them at its shift."""
     for shift, dim in zip(*([v] if isinstance(v, int) else v for v in (shifts, dims)), strict=False):
         note_division(trace, ids, dim, [-shift])
     return node.target(ids, shifts, dims)
@@ -46,7 +46,7 @@ def roll(trace: Any, node: Any, ids: Tensor, shifts: Any, dims: Any = (), **kwar
 
 @register_op("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split")
 def split(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A split: its sizes may state how many units there are; equal parts stay equal."""
+    """Split the ids; the sizes may state the number of units; equal parts stay equal."""
     parts = node.target(ids, *args, **kwargs)
     note_parts(trace, node, parts)
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
@@ -60,7 +60,7 @@ def split(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @register_op("aten.cat", "aten.concat", "aten.concatenate")
 def join(trace: Any, node: Any, parts: list[Tensor], dim: int = 0) -> Tensor:
-    """One after another: what lies on the other axes leaves together; a parameter without elements has no ids."""
+    """Concatenate ids; units on the other axes are tied; a parameter without elements has no ids."""
     joined = node.target(parts, dim)
     plain = next((part for part in parts if not varies(part, dim) and not trace.ids.of_tensors(part)), None)
     for part in parts if plain is not None else ():
@@ -82,7 +82,7 @@ def join(trace: Any, node: Any, parts: list[Tensor], dim: int = 0) -> Tensor:
 
 @register_op("aten.stack")
 def stack(trace: Any, node: Any, parts: list[Tensor], *args: Any) -> Tensor:
-    """A stack: its parts are of one size, and stay so."""
+    """Stack ids; the parts have one size and are tied to keep it."""
     for part in parts[1:]:
         trace.ids.tie(*collapse(parts[0], part))
     return node.target(parts, *args)
@@ -90,7 +90,7 @@ def stack(trace: Any, node: Any, parts: list[Tensor], *args: Any) -> Tensor:
 
 @register_op("aten.slice")
 def cut_out(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A slice: its ends may state how many units there are."""
+    """Slice the ids; the ends may state the number of units."""
     note_slice(trace, node, ids)
     dim, *ends = (*args, 0, 0)[:1] if not args else args[:3]
     note_division(trace, ids, dim, ends)
@@ -101,18 +101,18 @@ def cut_out(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Te
     *(f"aten.{name}" for name in "contiguous clone to _to_copy type_as lift_fresh_copy float half bfloat16".split())
 )
 def same(trace: Any, node: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A copy of the same values."""
+    """Keep the ids: a copy of the same values."""
     return ids
 
 
 @register_op("aten._assert_tensor_metadata", "aten._assert_async", "aten.sym_size", "aten._assert_scalar")
 def nothing(trace: Any, node: Any, *args: Any, **kwargs: Any) -> None:
-    """A check that computes nothing."""
+    """Return nothing: a check that computes no value."""
 
 
 @register_op("aten.pad", "aten.constant_pad_nd", "aten.reflection_pad2d", "aten.replication_pad2d")
 def pad(trace: Any, node: Any, ids: Tensor, amounts: list[int], *args: Any, **kwargs: Any) -> Tensor:
-    """Padding: on an axis without units it keeps the ids, among units it adds positions of no unit."""
+    """Pad the ids: on an axis without units keep them, among units add positions of no unit."""
     shape = node.meta["val"].shape
     for at in range(0, len(amounts), 2):
         dim, before, after = ids.ndim - 1 - at // 2, amounts[at], amounts[at + 1]
@@ -131,7 +131,7 @@ def pad(trace: Any, node: Any, ids: Tensor, amounts: list[int], *args: Any, **kw
 
 @register_op("aten.index", "aten._unsafe_index")
 def index(trace: Any, node: Any, ids: Tensor, indices: list[Tensor | None]) -> Tensor:
-    """Indexing by a table of places: units on the indexed axes are frozen, those on others stay."""
+    """Index by a table of places: units on the indexed axes are frozen, units on others stay."""
     at = [d for d, where in enumerate(indices) if where is not None]
     first = any_of(trace, node, ids.movedim(at, list(range(len(at)))).flatten(0, len(at) - 1))
     shape = node.meta["val"].shape
@@ -144,7 +144,7 @@ def index(trace: Any, node: Any, ids: Tensor, indices: list[Tensor | None]) -> T
 
 @register_op("aten.index_select", "aten.gather")
 def pick(trace: Any, node: Any, ids: Tensor, dim: int, places: Tensor, **kwargs: Any) -> Tensor:
-    """Picking places along one axis: units on it are frozen, those on others stay."""
+    """Pick places along one axis: units on it are frozen, units on others stay."""
     ids = any_of(trace, node, ids.movedim(dim, 0)).unsqueeze(dim)
     shape = node.meta["val"].shape
     for other, size in enumerate(shape):
@@ -154,7 +154,7 @@ def pick(trace: Any, node: Any, ids: Tensor, dim: int, places: Tensor, **kwargs:
 
 
 def any_of(trace: Any, node: Any, ids: Tensor) -> Tensor:
-    """Return the ids of any one place along the first axis: those of tokens are tied, units among others frozen."""
+    """Return the ids of any one place along the first axis; tokens are tied, units of one producer frozen."""
     rows = torch.unique(ids.reshape(len(ids), -1), dim=0)
     if trace.ids.other_units(rows):
         trace.ids.freeze(rows, trace.reason(node, "its units are picked by a table of their places"))
@@ -165,14 +165,14 @@ def any_of(trace: Any, node: Any, ids: Tensor) -> Tensor:
 
 @register_op("aten.embedding")
 def look_up(trace: Any, node: Any, table: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A row of a table for each number: all rows have the same columns."""
+    """Look up a row of a table for each number: all rows have the same columns."""
     trace.ids.tie(table[:1].expand_as(table), table)
     return table[0].expand(node.meta["val"].shape)
 
 
 @register_op("aten.slice_scatter", "aten.select_scatter")
 def write(trace: Any, node: Any, ids: Tensor, part: Tensor, dim: int = 0, *args: Any, **kwargs: Any) -> Tensor:
-    """A write to some positions of a tensor: over positions alone, units stay where they are."""
+    """Write to some positions of a tensor: if only positions are written, units stay in place."""
     last = dim % ids.ndim
     spread = part if part.ndim == ids.ndim else part.unsqueeze(last)
     if not varies(ids, last) and not varies(spread, last):
@@ -182,7 +182,7 @@ def write(trace: Any, node: Any, ids: Tensor, part: Tensor, dim: int = 0, *args:
 
 @register_op("aten.index_put")
 def put(trace: Any, node: Any, ids: Tensor, indices: list[Tensor | None], values: Tensor, *args: Any) -> Tensor:
-    """A write to picked positions: of a constant, by a mask or on axes without units, every unit keeps its place."""
+    """Write to picked positions: for a constant, by a mask or on axes without units, every unit stays in place."""
     masks = [n is not None and n.meta["val"].dtype == torch.bool for n in node.args[1]]
     picked = [d for d, where in enumerate(indices) if where is not None]
     if not bool((values != NONE).any()):
@@ -198,20 +198,20 @@ def put(trace: Any, node: Any, ids: Tensor, indices: list[Tensor | None], values
 
 @register_op("aten.view_as_complex", "aten.view_as_complex_copy")
 def paired(trace: Any, node: Any, ids: Tensor) -> Tensor:
-    """Real and imaginary parts, side by side on the last axis, leave together."""
+    """Tie real and imaginary parts, which lie next to each other on the last axis."""
     trace.ids.tie(ids[..., 0], ids[..., 1])
     return ids[..., 0]
 
 
 @register_op("aten.view_as_real", "aten.view_as_real_copy")
 def parted(trace: Any, node: Any, ids: Tensor) -> Tensor:
-    """Real and imaginary parts side by side on a new last axis."""
+    """Repeat the ids for real and imaginary parts on a new last axis."""
     return ids[..., None].expand(node.meta["val"].shape)
 
 
 @register_op("aten.im2col")
 def unfold(trace: Any, node: Any, ids: Tensor, kernel: list[int], *args: Any) -> Tensor:
-    """Windows of an image: each channel's values of a window follow each other."""
+    """Unfold an image into windows: each channel's values of a window are adjacent."""
     if varies(ids, -1) or varies(ids, -2):
         trace.ids.freeze(ids, trace.reason(node, "units lie along its spatial axes"))
         return trace.none_like(node)
@@ -221,7 +221,7 @@ def unfold(trace: Any, node: Any, ids: Tensor, kernel: list[int], *args: Any) ->
 
 @register_op("aten.col2im")
 def fold(trace: Any, node: Any, ids: Tensor, size: list[int], kernel: list[int], *args: Any) -> Tensor:
-    """Windows summed into an image: a channel's values of a window leave together."""
+    """Sum windows into an image: a channel's values of a window are tied."""
     if varies(ids, -1):
         trace.ids.freeze(ids, trace.reason(node, "units lie along its windows"))
         return trace.none_like(node)
@@ -232,7 +232,7 @@ def fold(trace: Any, node: Any, ids: Tensor, size: list[int], kernel: list[int],
 
 @register_op("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
 def recurrent(trace: Any, node: Any, *args: Any, **kwargs: Any) -> Any:
-    """A recurrent layer: not cut on either side."""
+    """Freeze the inputs and outputs of a recurrent layer."""
     for ids in torch.utils._pytree.tree_leaves((args, kwargs)):
         if isinstance(ids, Tensor):
             trace.ids.freeze(ids.flatten(), trace.reason(node, "a recurrent layer reads it"))
@@ -247,5 +247,5 @@ def recurrent(trace: Any, node: Any, *args: Any, **kwargs: Any) -> Any:
     ).split())
 )  # fmt: skip
 def constant(trace: Any, node: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """A constant of fixed size belongs to no unit."""
+    """Return ids of no unit for a constant of fixed size."""
     return trace.none_like(node)

@@ -1,4 +1,4 @@
-"""Products of activations: attention in all its forms. Heads lie on leading axes, channels on the last two."""
+"""Products of activations: all forms of attention. Heads lie on leading axes, channels on the last two."""
 
 import math
 import string
@@ -17,7 +17,7 @@ def attention(
     trace: Any, node: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any,
     **kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """A head's query, key and value leave together; other heads do not see them."""
+    """Tie a head's query, key and value; heads are independent of each other."""
     shape = node.meta["val"].shape
     if query.ndim > 3 and key.shape[-3] != query.shape[-3]:  # grouped queries: each key serves several of them
         times = query.shape[-3] // key.shape[-3]
@@ -39,18 +39,18 @@ def attention(
 
 @register_op("aten.matmul", "aten.bmm")
 def matmul(trace: Any, node: Any, one: Tensor, other: Tensor) -> Tensor:
-    """A matrix product: heads on leading axes stay apart, contracted channels are tied, the others are the result's."""
+    """Multiply matrices: heads on leading axes stay separate, contracted channels are tied, others go to the result."""
     return product(trace, node, one, other, node.meta["val"].shape)
 
 
 @register_op("aten.baddbmm")
 def add_product(trace: Any, node: Any, base: Tensor, one: Tensor, other: Tensor, **kwargs: Any) -> Tensor:
-    """A matrix product and a sum."""
+    """Add to a matrix product."""
     return tie_operands(trace, base, product(trace, node, one, other, node.meta["val"].shape))
 
 
 def product(trace: Any, node: Any, one: Tensor, other: Tensor, shape: Any) -> Tensor:
-    """The ids of `one @ other`, for operands [..., N, K] and [..., K, M]."""
+    """Return the ids of `one @ other`, for operands [..., N, K] and [..., K, M]."""
     if one.ndim < 2 or other.ndim < 2:
         return refuse(trace, node, one, other, "a product with a vector")
     lead = torch.broadcast_shapes(one.shape[:-2], other.shape[:-2])
@@ -81,7 +81,7 @@ def product(trace: Any, node: Any, one: Tensor, other: Tensor, shape: Any) -> Te
 
 
 def refuse(trace: Any, node: Any, *parts: Any) -> Tensor:
-    """Freeze what a rule cannot follow."""
+    """Freeze operands that a rule cannot follow."""
     *operands, why = parts
     trace.ids.freeze(torch.cat([ids.flatten() for ids in operands]), trace.reason(node, why))
     return trace.none_like(node)
@@ -95,10 +95,10 @@ def has_heads(operands: list[Tensor]) -> bool:
 def tie_heads(trace: Any, node: Any, operands: list[Tensor]) -> Tensor:
     """Tie all ids of each leading index of operands [..., rows, columns].
 
-    An operand that all heads share, as keys and values of multi-query attention, stays whole.
+    An operand that all heads share, such as keys and values of multi-query attention, is frozen.
 
     Returns:
-        One id of each leading index, [...].
+        One id per leading index, [...].
     """
     own, shared = [], []
     for ids in operands:
@@ -126,14 +126,14 @@ def as_batches(ids: Tensor) -> Tensor:
 
 @register_op("aten.einsum")
 def einsum(trace: Any, node: Any, equation: str, operands: list[Tensor], **kwargs: Any) -> Tensor:
-    """Two operands as a matrix product of shared, own and contracted axes; one operand as a sum and a transposition."""
+    """Run two operands as a matrix product of shared, own and contracted axes; one operand as sum and transposition."""
     shape = node.meta["val"].shape
     spelled = spell(equation, [ids.ndim for ids in operands])
     if spelled is None or len(operands) > 2:
         return refuse(trace, node, *operands, "an einsum of this form")
     (terms, result), operands = spelled, list(operands)
     size = {c: n for term, ids in zip(terms, operands, strict=True) for c, n in zip(term, ids.shape, strict=True)}
-    for place, term in enumerate(terms):  # an axis that one operand alone has is summed first
+    for place, term in enumerate(terms):  # an axis of only one operand is summed first
         others = result + "".join(terms[:place] + terms[place + 1 :])
         for axis in [c for c in term if c not in others]:
             rows = as_rows(operands[place], [term.index(axis)])
@@ -161,7 +161,7 @@ def einsum(trace: Any, node: Any, equation: str, operands: list[Tensor], **kwarg
 
 
 def spell(equation: str, ndims: list[int]) -> tuple[list[str], str] | None:
-    """Return the axes of each operand and of the result, an ellipsis spelled out; None for a form without a rule."""
+    """Return the axes of each operand and of the result, ellipses expanded; None for a form without a rule."""
     left, arrow, result = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     free = [c for c in string.ascii_letters if c not in equation]

@@ -1,4 +1,4 @@
-"""The registry of op rules. A rule gets the trace, the node and its arguments, with id tensors for tensors."""
+"""The registry of op rules. A rule gets the trace, the node and its arguments, tensors replaced by ids."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ def register_op(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     """Register the rule of one or more ATen operations.
 
     Args:
-        names: As in the exported graph, "aten.relu" for all overloads or "aten.mean.dim" for one.
+        names: Names in the exported graph, "aten.relu" for all overloads or "aten.mean.dim" for one.
     Returns:
         A decorator for `rule(trace, node, *args, **kwargs) -> ids`, where tensors arrive as their channel ids
         (int64, shape of the tensor, NONE where there is no unit) and the result has the output's shape.
