@@ -19,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 Options = TypeVar("Options", bound=type)
-METAVARS = {int: "N", float: "X", str: "TEXT", list[str]: "NAME"}
+METAVARS = {int: "N", float: "X", tuple[float, float, float]: "X X X", str: "TEXT", list[str]: "NAME"}
 
 
 def command_error() -> type[Exception]:
