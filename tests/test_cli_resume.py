@@ -81,7 +81,7 @@ def test_stopped_at_any_moment_it_goes_on_to_equal_weights(command: str, stop: s
         if old is not None:
             assert (out / "model.safetensors").read_bytes() in (old, expected)
             lfrns.load(out)
-        left = [path for path in (out / "work").rglob("run.json")] if out.is_dir() else []
+        left = list((out / "work").rglob("run.json")) if out.is_dir() else []
         ended = (out / "record.json").is_file() and not left
         if not (command == "retrain" and ended):
             resume = " --resume" if left or command == "slim" else ""
