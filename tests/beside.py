@@ -25,12 +25,11 @@ def dense() -> nn.Module:
     return transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES)).eval()
 
 
-def slim() -> nn.Module:
-    """Make it slim, save it, and load it again."""
+def slim(folder: str) -> nn.Module:
+    """Make it slim, save it in a folder, and load it again: tools look there for an image processor."""
     result = lfrns.slim(dense(), DataLoader(IMAGES, 8), macs=0.6, fcr_steps=0, progress=False)
-    with tempfile.TemporaryDirectory() as folder:
-        lfrns.save(result.model, folder + "/slim")
-        return lfrns.load(folder + "/slim").eval()
+    lfrns.save(result.model, folder, processor=transformers.ViTImageProcessor(size=32))
+    return lfrns.load(folder).eval()
 
 
 def error(model: nn.Module, other: nn.Module) -> float:
@@ -40,34 +39,32 @@ def error(model: nn.Module, other: nn.Module) -> float:
     return float((logits - torch.as_tensor(others)).norm() / logits.norm())
 
 
-def modelopt() -> str:
+def modelopt(folder: str) -> str:
     """Quantize the slim model to INT8, calibrated on images."""
     import copy
 
     import modelopt
     import modelopt.torch.quantization as mtq
 
-    model = slim()
+    model = slim(f"{folder}/slim")
     quantized = mtq.quantize(copy.deepcopy(model), mtq.INT8_DEFAULT_CFG, lambda one: one(IMAGES))
     return f"modelopt {modelopt.__version__}: INT8 of the slim model, logits {error(model, quantized):.3f} away"
 
 
-def optimum_intel() -> str:
+def optimum_intel(folder: str) -> str:
     """Export the dense model to OpenVINO and run it there: its exporter knows types by name, and not ours."""
     from importlib.metadata import version
 
     from optimum.intel import OVModelForImageClassification
 
-    slim()
+    slim(f"{folder}/slim")
     model = dense()
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        exported = OVModelForImageClassification.from_pretrained(folder, export=True)
-        far = error(model, exported)
+    model.save_pretrained(f"{folder}/dense")
+    far = error(model, OVModelForImageClassification.from_pretrained(f"{folder}/dense", export=True))
     return f"optimum-intel {version('optimum-intel')}: the dense model in OpenVINO, logits {far:.3f} away"
 
 
-def llmcompressor() -> str:
+def llmcompressor(folder: str) -> str:
     """Quantize the slim model's linear layers to W8A16, which needs no data."""
     import copy
     from importlib.metadata import version
@@ -75,7 +72,7 @@ def llmcompressor() -> str:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    model = slim()
+    model = slim(f"{folder}/slim")
     recipe = QuantizationModifier(targets="Linear", scheme="W8A16", ignore=["classifier"])
     quantized = oneshot(model=copy.deepcopy(model), recipe=recipe)
     return (
@@ -87,7 +84,8 @@ JOBS = {job.__name__: job for job in (modelopt, optimum_intel, llmcompressor)}
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    said = JOBS[sys.argv[1]]()
+    with tempfile.TemporaryDirectory() as folder:
+        said = JOBS[sys.argv[1]](folder)
     away = float(said.split()[-2])
     if not away < 0.25:  # eight bits, random weights
         raise SystemExit(f"{said}: that is another model")
