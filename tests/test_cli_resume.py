@@ -32,7 +32,7 @@ def run_lfrns(folder: Path, words: str, log: Path) -> None:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
     import lfrns_hub.cli.data
 
-    lfrns_hub.cli.data.guard_against_chance = lambda *_: None
+    lfrns_hub.cli.data.guard_against_chance = lambda *_, **__: None
     sys.argv = ["lfrns", *words.split()]
     lfrns_cli.main()
 

@@ -367,8 +367,12 @@ def labelled(classes: int, count: int = 200) -> DataLoader:
 
 def test_a_model_at_chance_is_refused() -> None:
     assert guard_against_chance(Oracle(40, 0), labelled(40), "DIR") == 100
-    with pytest.raises(ValueError, match=r"scores 0\.0 % on DIR, chance 2\.5 %: class order or preprocessing differs"):
+    with pytest.raises(
+        ValueError, match=r"scores 0\.0 % on DIR, chance 2\.5 % \(200 images\): class order or preprocessing differs"
+    ):
         guard_against_chance(Oracle(40, 1), labelled(40), "DIR")
+    with pytest.raises(ValueError, match=r"its weights are random.*--weights FILE"):
+        guard_against_chance(Oracle(40, 1), labelled(40), "DIR", untrained=True)
 
 
 def test_labels_beyond_the_head_and_empty_loaders_are_refused() -> None:

@@ -1,11 +1,13 @@
 """Models by name: what fits loads, what does not says so with the value, nothing needs a network."""
 
+import argparse
 import json
 import shutil
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -69,6 +71,48 @@ def test_safetensors_load_and_a_head_of_another_size_is_replaced(tmp_path: Path)
     model = create_dense("cifar_resnet20", num_classes=3, weights=tmp_path / "w.safetensors")
     assert model.linear.out_features == 3
     assert torch.equal(model.conv1.weight, base.conv1.weight)
+
+
+class Notes(dict):
+    """As Lightning keeps a run's options: a dict of a class that may not be here any more."""
+
+
+@pytest.mark.parametrize("form", ["timm", "lightning", "parallel", "legacy", "index", "folder"])
+def test_what_training_programs_write_opens(form: str, tmp_path: Path) -> None:
+    base = timm.create_model("cifar_resnet20", num_classes=7)
+    state, path = base.state_dict(), tmp_path / "last.ckpt"
+    noted = argparse.Namespace(model="cifar_resnet20", output=tmp_path, lr=np.float64(0.1), seen={1, 2}, sizes=[32])
+    if form == "timm":
+        torch.save({"epoch": 3, "arch": "cifar_resnet20", "state_dict": state, "args": noted, "version": 2}, path)
+    elif form == "lightning":
+        prefixed = {f"model.{key}": value for key, value in state.items()}
+        torch.save({"state_dict": prefixed, "hyper_parameters": Notes(lr=0.1), "callbacks": {}, "loops": noted}, path)
+    elif form == "parallel":
+        torch.save({"model": {f"module.model.{key}": value for key, value in state.items()}}, path)
+    elif form == "legacy":
+        torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=False)
+    else:
+        names = list(state)
+        shards = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+        for name, part in shards.items():
+            save_file({key: state[key] for key in part}, tmp_path / name)
+        index = {"weight_map": {key: name for name, part in shards.items() for key in part}}
+        path = tmp_path / "model.safetensors.index.json"
+        path.write_text(json.dumps(index))
+        path = path if form == "index" else tmp_path
+    assert same_weights(create_dense("cifar_resnet20", weights=path), base)
+
+
+def test_a_whole_model_and_an_index_of_elsewhere_are_refused(tmp_path: Path) -> None:
+    torch.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "whole.pth")
+    with pytest.raises(ValueError, match=r"whole\.pth.*no (state_dict|plain tensors).*Save model\.state_dict"):
+        read_weights(tmp_path / "whole.pth")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')
+    with pytest.raises(ValueError, match=r"the index names.*elsewhere.*no file next to it"):
+        read_weights(tmp_path)
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(ValueError, match=r"sub.*no model\.safetensors and no index"):
+        read_weights(tmp_path / "sub")
 
 
 def test_files_that_hold_no_weights_are_refused(tmp_path: Path) -> None:

@@ -43,7 +43,15 @@ def load_images(
 
 
 def analyse_images(
-    dense: nn.Module, images: Images, *, limit: int, batch_size: int, seed: int, workers: int = 0, **options: Any
+    dense: nn.Module,
+    images: Images,
+    *,
+    limit: int,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    untrained: bool = False,
+    **options: Any,
 ) -> tuple[DataLoader, Analysis]:
     """Analyse a model on some of its training images, if they fit it and it does better than chance on them.
 
@@ -54,6 +62,7 @@ def analyse_images(
         batch_size: Images a batch.
         seed: Of the draw and of the analysis.
         workers: Processes that read images.
+        untrained: The weights are random: where the model answers at chance, that is named as the cause.
         options: For `lfrns_hub.analyse`.
     Returns:
         The calibration batches and the analysis.
@@ -62,5 +71,5 @@ def analyse_images(
     """
     loader = DataLoader(load_images(images, dense, "train", limit=limit, seed=seed), batch_size, num_workers=workers)
     check_images(dense, loader)
-    guard_against_chance(dense, loader, images.data)
+    guard_against_chance(dense, loader, images.data, untrained=untrained)
     return loader, lfrns.analyse(dense, loader, seed=seed, **options)

@@ -19,7 +19,7 @@ from lfrns_hub.hub.index import cells, columns
 from lfrns_hub.measure import measure_each
 from lfrns_hub.self_check import survey
 from lfrns_hub.units import UnitGroup
-from lfrns_hub.zoo import create_dense, create_skeleton, example_input, set_preprocessing
+from lfrns_hub.zoo import create_dense, create_skeleton, example_input, set_preprocessing, starts_random
 
 
 def units(asked: Units) -> None:
@@ -71,6 +71,7 @@ def curve(asked: Curve) -> None:
     test = DataLoader(test_set, asked.batch_size, num_workers=machine.workers)
     options = {"accelerator": accelerator, "progress": machine.progress}
     choices = {"preset": asked.preset, "exclude": tuple(asked.exclude or ()), "workers": machine.workers, **options}
+    choices["untrained"] = asked.weights is None and starts_random(model)
     _, analysis = analyse_images(
         dense, asked.images, limit=asked.calibration_images, batch_size=asked.batch_size, seed=seed, **choices
     )

@@ -24,7 +24,7 @@ from lfrns_hub.hub.index import checkpoint_name, write_index
 from lfrns_hub.measure import Record, format_table, main_figure, measure_each
 from lfrns_hub.method.report import SlimResult
 from lfrns_hub.pictures import load_processor
-from lfrns_hub.zoo import check_images, create_dense, set_preprocessing
+from lfrns_hub.zoo import check_images, create_dense, set_preprocessing, starts_random
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -117,6 +117,7 @@ def _cut(asked: Slim, dense: nn.Module, accelerator: Any, keep_in: Path) -> tupl
         batch_size=asked.batch_size,
         seed=asked.seed,
         workers=machine.workers,
+        untrained=asked.weights is None and starts_random(asked.model),
         preset=asked.preset,
         exclude=tuple(asked.exclude or ()),
         accelerator=accelerator,

@@ -49,13 +49,16 @@ def check_images(model: nn.Module, loader: Any) -> None:
             raise ValueError(f"images are {list(images.shape)}: {wanted}. {way_out}") from error
 
 
-def guard_against_chance(model: nn.Module, loader: Any, where: str | os.PathLike[str]) -> float | None:
+def guard_against_chance(
+    model: nn.Module, loader: Any, where: str | os.PathLike[str], *, untrained: bool = False
+) -> float | None:
     """Refuse a model with an accuracy near chance on the data: its units would be ranked by noise.
 
     Args:
         model: Dense model.
         loader: Loader of labelled images; at most 2,000 are run.
         where: The data, for the message.
+        untrained: The weights are random, as none were given and none are published: the message says so.
     Returns:
         Top-1 in percent; None where there are no class numbers, or the outputs have another meaning.
     Raises:
@@ -81,9 +84,14 @@ def guard_against_chance(model: nn.Module, loader: Any, where: str | os.PathLike
         raise ValueError(f"guard_against_chance({str(where)!r}): the loader is empty. Give it at least one batch.")
     top1_pct, chance_pct = 100 * hits / total, 100 / max(classes, 1)
     if classes > 1 and top1_pct <= min(1.5 * chance_pct, chance_pct + 0.1 * (100 - chance_pct)):
+        cause = (
+            "class order or preprocessing differs. Mend it, or fine-tune the dense model first (--dense-epochs)."
+            if not untrained
+            else "its weights are random, for none are published under this name. Give trained ones: --weights FILE."
+        )
         raise ValueError(
-            f"{type(model).__name__} scores {top1_pct:.1f} % on {where}, chance {chance_pct:.1f} %: class order or "
-            f"preprocessing differs ({total} images). Mend it, or fine-tune the dense model first (--dense-epochs)."
+            f"{type(model).__name__} scores {top1_pct:.1f} % on {where}, chance {chance_pct:.1f} % ({total} images): "
+            f"{cause}"
         )
     return top1_pct
 

@@ -11,7 +11,7 @@ from lfrns_hub.pictures import (
     num_classes_of,
     set_preprocessing,
 )
-from lfrns_hub.zoo.dense import create_base, create_dense, create_skeleton
+from lfrns_hub.zoo.dense import create_base, create_dense, create_skeleton, starts_random
 from lfrns_hub.zoo.weights import read_weights
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "num_classes_of",
     "read_weights",
     "set_preprocessing",
+    "starts_random",
 ]

@@ -32,6 +32,17 @@ DEFAULT_CONFIGS = {
 }
 
 
+def starts_random(name: str) -> bool:
+    """Return whether a name stands for a network of timm without published weights.
+
+    Example:
+        >>> starts_random("cifar_resnet20"), starts_random("resnet50.a1_in1k")
+        (True, False)
+    """
+    kind, source = resolve(name)
+    return kind == "timm" and ":" not in source and not timm.is_model_pretrained(source)
+
+
 def create_dense(
     name: str,
     *,
@@ -65,7 +76,7 @@ def create_dense(
     fetch = state is None if pretrained is None else pretrained and state is None
     kind, source = resolve(name)
     refuse_oversized(kind, source, f"create_dense({name!r})")
-    published = fetch and kind != "function" and (":" in source or kind != "timm" or timm.is_model_pretrained(source))
+    published = fetch and kind != "function" and not starts_random(name)
     if kind == "function":
         model = call_builder(name, num_classes)
     elif kind == "transformers":

@@ -2,61 +2,134 @@
 
 import os
 import re
+import sys
+import textwrap
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lfrns_hub.format.untrusted import is_shortage, short
+from lfrns_hub.format.untrusted import is_shortage, read_json, short
 from lfrns_hub.pictures import num_classes_of
+
+# Of Python's own modules, those whose objects training programs keep next to the weights; they are not read.
+NOTED = {"argparse", "collections", "copyreg", "datetime", "enum", "functools", "pathlib", "types", "typing", "uuid"}
+BUILTINS = {f"builtins.{name}" for name in ("bytearray", "complex", "frozenset", "object", "range", "set", "slice")}
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a state dict: safetensors, or a .pth with only tensors (never unpickled code).
+    """Read a state dict: safetensors, in shards too, or what `torch.save` wrote (never unpickled code).
 
     Args:
-        path: The file. In a training checkpoint the averaged (EMA) weights are preferred to the plain ones.
+        path: A file, an index of shards, or the folder of either. Of a training checkpoint (timm's train.py, Lightning,
+            and others) the averaged (EMA) weights are taken before the plain ones.
     Returns:
-        Tensors on the CPU, by name, without the prefixes "module." and "_orig_mod.".
+        Tensors on the CPU, by name, without "module." and "_orig_mod." in front, and without the "model." that a
+        Lightning module puts in front of each.
     Raises:
-        ValueError: There is no file, or it has no state dict.
+        ValueError: No file, or one that holds no state dict.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"weights={str(path)!r}: there is no such file. Give a .safetensors or .pth file.")
+    call = f"weights={str(path)!r}"
+    files = _files_of(path, call)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = _load_pickled(path)
-    except Exception as error:  # torch and safetensors raise a dozen error types for a foreign file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if is_shortage(error):
-            reason = "it states more than the memory holds"
+        state: Any = {}
+        for file in files:
+            state |= load_file(file) if file.suffix == ".safetensors" else _load_pickled(file)
+    except Exception as error:  # torch and safetensors raise a dozen types for a file that is not theirs
+        reason = "it states more than the memory holds" if is_shortage(error) else _plain(error)
         raise ValueError(
-            f"weights={str(path)!r}: holds no plain tensors ({reason[:150]}). Save model.state_dict() as safetensors."
+            f"{call}: holds no plain tensors ({reason}). Save model.state_dict() as safetensors."
         ) from error
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
+        if isinstance(state.get(key), dict):
             state = state[key]
             break
-    state = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     if not state:
-        raise ValueError(f"weights={str(path)!r}: holds no state_dict. Save model.state_dict() as safetensors.")
+        raise ValueError(f"{call}: holds no state_dict. Save model.state_dict() as safetensors.")
     if larger := next((key for key, value in state.items() if not _lies_in_file(value)), None):
         raise ValueError(
-            f"weights={str(path)!r}: {short(larger)} has shape {short(list(state[larger].shape))}, of which the file "
-            "does not hold each element. Save model.state_dict() as safetensors."
+            f"{call}: {short(larger)} has shape {short(list(state[larger].shape))}, of which the file does not hold "
+            "each element. Save model.state_dict() as safetensors."
         )
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+    if all(key.startswith("model.") for key in state):
+        state = {re.sub(r"^(model\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+    return state
 
 
-def _load_pickled(path: Path) -> Any:
+def _files_of(path: Path, call: str) -> list[Path]:
+    """Return the files that hold the weights: one, or the shards of an index, which lie next to it.
+
+    Raises:
+        ValueError: There is none, or a shard is missing.
+    """
+    if path.is_dir():
+        for name in ("model.safetensors", "model.safetensors.index.json"):
+            if (path / name).is_file():
+                return _files_of(path / name, call)
+        raise ValueError(f"{call}: the folder holds no model.safetensors and no index of shards. Give the file itself.")
+    if not path.is_file():
+        raise ValueError(f"{call}: there is no such file. Give a .safetensors, .pth or .ckpt file.")
+    if not path.name.endswith(".index.json"):
+        return [path]
+    stated = read_json(path, call).get("weight_map")
+    names = sorted({str(name) for name in stated.values()}) if isinstance(stated, dict) else []
+    files = [path.parent / name for name in names]
+    missing = [name for name, file in zip(names, files, strict=True) if name != file.name or not file.is_file()]
+    if missing or not files:
+        raise ValueError(f"{call}: the index names {short(missing or stated)}, no file next to it. Download it again.")
+    return files
+
+
+def _plain(error: Exception) -> str:
+    """Return the first line of an error, without escape codes, cut between words."""
+    line = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).partition("\n")[0]
+    return textwrap.shorten(line, 150, placeholder=" ...") or type(error).__name__
+
+
+class _Unread:
+    """Stands for an object that is not read: nothing is imported, called or kept of it."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def _take(self, *_: Any) -> None:
+        pass
+
+    __setstate__ = append = extend = _take
+
+
+class _UnreadDict(OrderedDict):
+    """Stands for a dict of options: torch puts items into no class of one's own."""
+
+    def __new__(cls, *_: Any, **__: Any) -> OrderedDict:
+        return OrderedDict()
+
+
+def _stand_ins(names: list[str], dicts: bool) -> list[tuple[type, str]]:
+    """Return stand-ins for the classes that a pickle names besides tensors: options and notes of a training run.
+
+    Raises:
+        ValueError: One is no class that a training run has a reason to note.
+    """
+    made = []
+    for name in names:
+        module = name.partition(".")[0]
+        known = module in sys.stdlib_module_names
+        if known and module not in NOTED and name not in BUILTINS:
+            raise ValueError(f"it would call {short(name)}")
+        made.append((_UnreadDict if dicts and not known and module != "numpy" else _Unread, name))
+    return made
+
+
+def _load_pickled(path: Path) -> dict[str, Any]:
     """Load a pickle whose tensors are no larger than the file: none is compressed, or states a larger size."""
     size, stated = path.stat().st_size, 0
     if zipfile.is_zipfile(path):
@@ -75,7 +148,21 @@ def _load_pickled(path: Path) -> Any:
             raise ValueError(f"it states tensors of {stated:,} bytes, the file has {size:,}")
         return storage
 
-    return torch.load(path, map_location=count, weights_only=True)
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+
+    def load(dicts: bool) -> Any:
+        nonlocal stated
+        stated = 0
+        with torch.serialization.safe_globals(_stand_ins(named, dicts)):
+            return torch.load(path, map_location=count, weights_only=True)
+
+    try:
+        loaded = load(dicts=True)
+    except Exception:  # torch's own, of a module that is not imported here
+        if not named:
+            raise
+        loaded = load(dicts=False)
+    return loaded if isinstance(loaded, dict) else {}
 
 
 def _lies_in_file(tensor: Tensor) -> bool:
