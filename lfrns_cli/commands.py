@@ -263,6 +263,27 @@ class Evaluate:
 
 
 @command(
+    "judge:predict",
+    "lfrns predict slim/ cat.jpg dog.jpg",
+    "lfrns predict slim/ photos/ --top 3 --json",
+    panel=JUDGE,
+)
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Show what a slim model says of some photos: its classes and their probabilities, or its numbers."""
+
+    directory: Folder
+    photos: Annotated[list[str], Argument(metavar="PHOTO...", help="image files, or folders of them")]
+    dense: Dense = None
+    top: Annotated[int, Option(min=1, help="classes shown for each photo")] = 5
+    as_json: Json = False
+
+    def __post_init__(self) -> None:
+        if missing := [photo for photo in self.photos if not Path(photo).exists()]:
+            raise ValueError(f"lfrns predict: {missing[0]}: there is no such file. Name images, or folders of them.")
+
+
+@command(
     "judge:bench",
     "lfrns bench slim/",
     "lfrns bench slim/ --batches 1,8,64 --runs 100 --json --plot speed.png",

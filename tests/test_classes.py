@@ -12,6 +12,7 @@ from PIL import Image
 from test_pictures import plain, values_of, write_parquet
 from torch import nn
 
+from lfrns_hub.pictures.class_folders import list_classes
 from lfrns_hub.pictures.stream import stream_data
 from lfrns_hub.zoo import load_data
 
@@ -346,3 +347,15 @@ def test_a_limit_draws_in_random_order_so_that_a_first_batch_shows_many_classes(
     labels = [label for _, label in values_of(load_data(tmp_path / "d", "train", transform=plain, limit=60))]
     assert sorted(labels) == [i // 20 for i in range(60)]
     assert set(labels[:10]) == {0, 1, 2}
+
+
+def test_photos_of_kinds_that_pillow_does_not_open_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "a" / "phone.HEIC").write_bytes(b"x")
+    (tmp_path / "a" / "notes.txt").write_text("x")
+    found = list_classes(tmp_path)
+    assert [[Path(file).name for file in files] for files in found.values()] == [["1.png"], ["2.png"]]
+    assert "1 images of kinds that pillow does not open are left out: phone.HEIC" in caplog.text
+    assert "notes" not in caplog.text

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from PIL import Image
 from rich.table import Table
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from lfrns_hub.cli.terminal import show
 from lfrns_hub.measure import Record
 
 RUNNER = CliRunner()
+COMMANDS = ["units", "curve", "slim", "retrain", "evaluate", "predict", "bench", "push", "export"]
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -29,11 +31,25 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def test_help_names_every_command() -> None:
     text = RUNNER.invoke(cli.app, ["--help"]).output
-    for command in ("demo", "units", "curve", "slim", "retrain", "evaluate", "bench", "push", "export", "coverage"):
+    for command in (
+        "demo",
+        "units",
+        "curve",
+        "slim",
+        "retrain",
+        "evaluate",
+        "predict",
+        "bench",
+        "push",
+        "export",
+        "coverage",
+    ):
         assert command in text
 
 
-@pytest.mark.parametrize("command", ["units", "curve", "slim", "retrain", "evaluate", "bench", "push", "export"])
+@pytest.mark.parametrize(
+    "command", ["units", "curve", "slim", "retrain", "evaluate", "predict", "bench", "push", "export"]
+)
 def test_each_command_shows_examples_and_speaks_json(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     text = RUNNER.invoke(cli.app, [command, "--help"]).output
@@ -109,6 +125,41 @@ def test_demo_as_json_prints_the_record_alone(
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"slim": {}}
     assert "a table" in printed.err
+
+
+def test_predict_names_classes_and_probabilities(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", depth=1, img_size=32, num_classes=3)
+    model.head.weight.data.zero_()
+    model.head.bias.data.copy_(torch.tensor([0.0, 2.0, 1.0]))
+    lfrns.save(model, tmp_path / "slim", label_names=["ant", "bee", "[red]cat"])
+    for name in ("b.png", "a.png"):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 50), (200, 0, 0)).save(tmp_path / "photos" / name)
+    words = ["predict", str(tmp_path / "slim"), str(tmp_path / "photos"), "--top", "2"]
+    assert run_main(monkeypatch, *words, "--json") == 0
+    said = json.loads(capsys.readouterr().out)["photos"]
+    assert [Path(row["photo"]).name for row in said] == ["a.png", "b.png"]
+    assert [one["name"] for one in said[0]["answers"]] == ["bee", "[red]cat"]
+    expected = torch.tensor([0.0, 2.0, 1.0]).softmax(0)
+    assert [one["value"] for one in said[0]["answers"]] == pytest.approx([float(expected[1]), float(expected[2])])
+    assert run_main(monkeypatch, *words) == 0
+    assert "[red]cat" in capsys.readouterr().out
+    (tmp_path / "photos" / "a.png").write_text("no picture")
+    assert run_main(monkeypatch, *words) == 1
+    assert "a.png: cannot be read as an image" in capsys.readouterr().err
+
+
+def test_a_table_in_a_pipe_cuts_no_name(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    names = ["layers.0.blocks.1.attention.projection" * 2, "b" * 60]
+    table = Table(*names)
+    table.add_row(*names)
+    show(False, None, table)
+    out = capsys.readouterr().out
+    assert [out.count(name) for name in names] == [2, 2]
+    monkeypatch.setenv("COLUMNS", "40")
+    show(False, None, table)
+    assert "…" not in capsys.readouterr().out
 
 
 def test_push_as_json_gives_the_address(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:

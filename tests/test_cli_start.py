@@ -42,6 +42,7 @@ MISTAKES = {
     "retrain slim --data DIR --epochs 0": ("--epochs", "See --help"),
     "curve resnet50 --data DIR --macs 0.9,90": ("--macs 0.9,90: each fraction", "For 90 % pass 0.9"),
     "evaluate slim": ("Missing option '--data'", "See --help"),
+    "predict slim gone.jpg": ("lfrns predict: gone.jpg: there is no such file", "Name images"),
     "bench slim --batches 1,x": ("--batches 1,x: numbers with commas", "1,32"),
     "bench slim --batches 0": ("--batches 0: each must be 1 or more", "1,32"),
     "bench slim --runs 0": ("--runs 0: it must be 1 or more", "30"),
@@ -86,7 +87,7 @@ def test_each_mistake_is_one_sentence_before_anything_slow_is_imported() -> None
 
 
 def test_help_of_each_command_imports_nothing_slow_and_fits_80_columns() -> None:
-    commands = ("", "slim", "retrain", "units", "curve", "evaluate", "bench", "push", "export")
+    commands = ("", "slim", "retrain", "units", "curve", "evaluate", "predict", "bench", "push", "export")
     for command, (code, out, err) in zip(commands, answers([f"{name} --help" for name in commands]), strict=True):
         assert (code, err) == (0, ""), command
         assert f"lfrns {command}".strip() in out

@@ -1,22 +1,31 @@
-"""Commands that measure a checkpoint: evaluate, bench."""
+"""Commands that measure a checkpoint, or ask it: evaluate, predict, bench."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+from rich.markup import escape
+from rich.table import Table
 from torch.utils.data import DataLoader
 
 import lfrns_hub as lfrns
-from lfrns_cli.commands import Bench, Evaluate
+from lfrns_cli.commands import Bench, Evaluate, Predict
 from lfrns_hub import recipe
 from lfrns_hub.cli.checkpoints import dense_beside, load_slim, refresh
 from lfrns_hub.cli.data import load_images, start_accelerator
 from lfrns_hub.cli.terminal import show
+from lfrns_hub.format.untrusted import short
 from lfrns_hub.measure import count_macs, describe_setup, format_table
+from lfrns_hub.model_io.answers import read_answer
+from lfrns_hub.model_io.meaning import Classes, Features, Meaning, Quantities
+from lfrns_hub.pictures.class_folders import list_loose
+from lfrns_hub.pictures.decoding import decode_picture
+from lfrns_hub.pictures.model_input import class_names_of
 from lfrns_hub.retrain import make_accelerator
 from lfrns_hub.runtimes.bench import bench as time_models
 from lfrns_hub.runtimes.bench import format_timings, peak_memory, size_on_disk
-from lfrns_hub.zoo import check_images, create_base, create_skeleton, example_input
+from lfrns_hub.zoo import check_images, create_base, create_skeleton, example_input, make_transform
 
 
 def evaluate(asked: Evaluate) -> None:
@@ -34,6 +43,59 @@ def evaluate(asked: Evaluate) -> None:
         record = refresh(directory, model, record, asked.images, images.class_names, missing=missing)
         left_out = filter(None, [images.describe_unreadable()])
         show(machine.as_json, json.loads(record.to_json()), format_table(record), *left_out)
+
+
+def predict(asked: Predict) -> None:
+    """Print each photo's most probable classes; of quantities, their values; of features, their length."""
+    model = load_slim(asked.directory, asked.dense).eval()
+    transform, names = make_transform(model, train=False), class_names_of(model)
+    like = next(model.parameters())
+    rows, table = [], Table("photo", "answer", title=escape(asked.directory))
+    table.add_column("", justify="right")
+    for photo in _photos(asked.photos):
+        try:
+            image = transform(decode_picture({"path": str(photo)}, str(photo.parent)))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"lfrns predict: {photo}: cannot be read as an image ({short(str(error), 120)}). Leave it out."
+            ) from error
+        with torch.no_grad():
+            answer = read_answer(model, model(image[None].to(device=like.device, dtype=like.dtype)))
+        answers = [one for head in answer.heads for one in _words(*head, names, asked.top)]
+        rows.append(
+            {"photo": str(photo), "answers": [dict(zip(("name", "value"), one, strict=True)) for one in answers]}
+        )
+        for place, (name, value) in enumerate(answers):
+            table.add_row("" if place else escape(str(photo)), escape(name), f"{value:.4g}")
+    show(asked.as_json, {"model": asked.directory, "photos": rows}, table)
+
+
+def _photos(given: list[str]) -> list[Path]:
+    """Return files as named, and those of folders that look like images, sorted."""
+    found = []
+    for path in map(Path, given):
+        inside = sorted(map(Path, list_loose(path))) if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"lfrns predict: {path}: the folder holds no image. Name one that does.")
+        found += inside
+    return found
+
+
+def _words(
+    head: str, meaning: Meaning, values: torch.Tensor, names: list[str] | None, top: int
+) -> list[tuple[str, float]]:
+    """Return what one head says of one image: names with probabilities, or numbers."""
+    values, prefix = values[0], f"{head}: " if head else ""
+    if isinstance(meaning, Features):
+        return [(f"{prefix}{values.numel()} features of length", float(values.norm()))]
+    if isinstance(meaning, Quantities):
+        return [(f"{prefix}quantity {place}", float(value)) for place, value in enumerate(values)]
+    shares = values.softmax(0) if isinstance(meaning, Classes) else values.sigmoid()
+    best = shares.topk(min(top, len(shares)))
+    named = names if names is not None and len(names) == len(shares) else [f"class {i}" for i in range(len(shares))]
+    return [
+        (prefix + named[place], share) for share, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
 
 
 def bench(asked: Bench) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lfrns_hub.format.terminal import plain_console
+from lfrns_hub.format.terminal import plain_console, print_table
 from lfrns_hub.method.report import SlimResult
 
 
@@ -19,7 +19,7 @@ def show(as_json: bool, data: Any, *parts: Any) -> None:
         if isinstance(part, str):
             console.print(part, soft_wrap=True)
         else:
-            console.print(part)
+            print_table(part, console)
 
 
 def layer_table(result: SlimResult) -> Table:

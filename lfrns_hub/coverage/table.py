@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lfrns_hub.coverage.cases import SECTIONS
 from lfrns_hub.coverage.families import NOT_IMAGES
+from lfrns_hub.format.terminal import print_table
 
 Row = dict[str, Any]
 SLOW = 180  # seconds; longer rows are listed
@@ -104,7 +105,7 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
         for row in here:
             cells = dict(zip(COLUMNS, cells_of(row), strict=True))
             table.add_row(*(cells[name] for name in ON_TERMINAL), style="red" if why_not(row) else None)
-        console.print(table)
+        print_table(table, console)
         for row in here:
             for line in _reasons(row):
                 console.print(line, highlight=False, soft_wrap=True)

@@ -1,11 +1,13 @@
 """Untrusted text on the terminal: rich always prints it unchanged, without styles, links and escape codes."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from lfrns_hub.format.untrusted import short
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
 
@@ -14,6 +16,19 @@ def plain_console(**options: Any) -> "Console":
     from rich.console import Console  # imported here: loading a model prints nothing
 
     return Console(markup=False, emoji=False, **options)
+
+
+def print_table(table: "Table", console: "Console") -> None:
+    """Print a table whose cells are never cut short: folded on a terminal, on one line each in a pipe or a log."""
+    from rich.measure import Measurement
+
+    for column in table.columns:
+        column.overflow = "fold"
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        wide = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+        console.print(table, width=max(console.width, wide), crop=False)
+    else:
+        console.print(table)
 
 
 def cell(value: Any, length: int = 200, style: str = "") -> "Text":

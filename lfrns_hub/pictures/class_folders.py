@@ -15,6 +15,8 @@ from lfrns_hub.format.untrusted import short
 logger = logging.getLogger(__name__)
 
 SHARDS = 64  # of a stream: can be divided among as many processes as machines have
+# Photos of phones and cameras: somebody who has them in a class folder means them.
+UNOPENED = {".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf"}
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # a table of labels, which datasets reads
 
 
@@ -24,12 +26,18 @@ def list_classes(folder: Path) -> dict[str, list[str]]:
     An empty folder is a class too: of a split without an image of it. A folder with files but no image is not a class,
     nor is a hidden one.
     """
-    classes = {}
+    classes, unopened = {}, []
     for path in _folders(folder):
         files = list(_files(path))
         pictures = _pictures(files)
+        unopened += [file for file in files if Path(file).suffix.lower() in UNOPENED and file not in pictures]
         if pictures or not files:
             classes[path.name] = pictures
+    if unopened:
+        logger.warning(
+            "%d images of kinds that pillow does not open are left out: %s. Convert them to JPEG or PNG.",
+            len(unopened), short(", ".join(os.path.basename(file) for file in unopened), 120),
+        )  # fmt: skip
     return classes
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from lfrns_hub.format.terminal import cell, plain_console
+from lfrns_hub.format.terminal import cell, plain_console, print_table
 from lfrns_hub.measure import Record, evaluate, format_table
 from lfrns_hub.retrain import retrain
 from lfrns_hub.surgery import cut
@@ -175,10 +175,10 @@ def draw_clusters(dense: nn.Module, result: Any, loader: Any, directory: Path) -
 def print_results(record: Record, rows: list[dict[str, Any]], where: Path) -> None:
     """Print the results of a finished run, dense against slim and the controls, and the checkpoint's folder."""
     console = plain_console()
-    console.print(format_table(record))
+    print_table(format_table(record), console)
     if rows:
         controls = Table("beside it", "top-1 %", "images", title="Controls")
         for row in rows:
             controls.add_row(cell(row["name"]), f"{row['top1_pct']:.2f}", str(row["images"]))
-        console.print(controls)
+        print_table(controls, console)
     console.print(f"Checkpoint: {where}", soft_wrap=True, markup=False)
