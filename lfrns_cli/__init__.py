@@ -18,17 +18,19 @@ def main() -> NoReturn:
     arguments = sys.argv[1:]
     try:
         work = app(arguments or ["--help"], prog_name="lfrns", standalone_mode=False)
-    except (command_error(), ValueError) as error:
+    except (command_error(), ValueError, OSError) as error:
         if os.environ.get("LFRNS_TRACEBACK"):
             raise
         if isinstance(error, command_error()):
             reason = error.format_message().rstrip(".")
             error = ValueError(f"lfrns {' '.join(arguments)}: {reason}. See --help.")
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"ValueError: {error}", file=sys.stderr)
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
     if not callable(work):  # help was shown
         sys.exit(work or 0)
-    from lfrns_hub import recipe  # here: seconds to import
-
+    try:
+        from lfrns_hub import recipe  # here: seconds to import
+    except KeyboardInterrupt:
+        sys.exit(130)
     recipe.run(lambda: sys.exit(work() or 0))

@@ -32,6 +32,7 @@ from lfrns_cli.options import (
     Seed,
     Weights,
     WithImages,
+    check_rate,
     check_repository,
     check_share,
     check_weights,
@@ -121,6 +122,15 @@ class Slim:
             )
         check_repository("--push-to-hub", self.push_to_hub, owner_alone=self.several)
         check_weights(self.weights)
+        check_rate(self.learning_rate)
+        timed = {"--latency-batch": self.latency_batch != 1, "--latency-threads": self.latency_threads is not None}
+        timed["--latency-compile"] = self.latency_compile
+        if self.latency is None and (idle := [option for option, given in timed.items() if given]):
+            raise ValueError(
+                f"{idle[0]}: says how --latency is timed, which is not asked for. Add it, or leave this out."
+            )
+        if self.with_images and not self.push_to_hub:
+            raise ValueError("--with-images: says what --push-to-hub sends, and nothing is pushed. Leave it out.")
         if self.calibration_images < 1:
             raise ValueError(
                 f"--calibration-images {self.calibration_images}: at least one image is needed to rank units by. "
@@ -169,6 +179,7 @@ class Retrain:
 
     def __post_init__(self) -> None:
         check_weights(self.weights)
+        check_rate(self.learning_rate)
         if self.weights is not None and self.teacher is None:
             raise ValueError(
                 f"--weights {self.weights}: are those of the teacher, which is not named. Add --teacher MODEL, or "
@@ -260,6 +271,11 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         check_weights(self.weights)
+        if self.weights is not None and self.dense is None:
+            raise ValueError(
+                f"--weights {self.weights}: are those of the dense model, which is not named. Add --dense MODEL, or "
+                "leave them out."
+            )
 
 
 @command(

@@ -44,7 +44,9 @@ WithImages = Annotated[
         "--with-images", help="push clusters.png too, which shows some of your training images", rich_help_panel=HUB
     ),
 ]
-Seed = Annotated[int, Option(help="of the images drawn, their order, and training", rich_help_panel=MACHINE)]
+Seed = Annotated[
+    int, Option(min=0, max=2**32 - 1, help="of the images drawn, their order, and training", rich_help_panel=MACHINE)
+]
 Json = Annotated[
     bool,
     Option("--json", help="one JSON document on stdout, and nothing else there", rich_help_panel=MACHINE),
@@ -133,6 +135,16 @@ class Machine:
     def progress(self) -> bool:
         """Whether bars are shown."""
         return not (self.quiet or self.as_json)
+
+
+def check_rate(rate: float | None) -> None:
+    """Refuse a learning rate of 0 or less.
+
+    Raises:
+        ValueError: It is.
+    """
+    if rate is not None and not rate > 0:
+        raise ValueError(f"--learning-rate {rate:g}: it must be above 0. Leave it out for the default.")
 
 
 def check_share(option: str, value: float | None, what: str) -> None:

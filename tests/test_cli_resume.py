@@ -81,11 +81,7 @@ def test_stopped_at_any_moment_it_goes_on_to_equal_weights(command: str, stop: s
         if old is not None:
             assert (out / "model.safetensors").read_bytes() in (old, expected)
             lfrns.load(out)
-        left = list((out / "work").rglob("run.json")) if out.is_dir() else []
-        ended = (out / "record.json").is_file() and not left
-        if not (command == "retrain" and ended):
-            resume = " --resume" if left or command == "slim" else ""
-            assert end(start(run_lfrns, place, again + resume, log)) == [0], log.read_text()
+        assert end(start(run_lfrns, place, f"{again} --resume", log)) == [0], log.read_text()
         assert (out / "model.safetensors").read_bytes() == expected
         lfrns.load(out)
     assert not list(out.rglob("run.json"))
@@ -101,8 +97,49 @@ def test_a_run_that_ended_is_shown_again_and_one_of_other_options_is_refused(pla
     assert (place / "out" / "model.safetensors").stat().st_mtime_ns == before
     assert end(start(run_lfrns, place, f"{first} --resume --seed 3", log)) == [1]
     assert "has ended, and had other options" in log.read_text()
-    assert end(start(run_lfrns, place, f"{RETRAIN} {COMMON} --resume".replace("slim", "out"), log)) == [1]
-    assert "there is no interrupted retraining to go on with" in log.read_text()
+    (place / "out" / "config.json").unlink()
+    assert end(start(run_lfrns, place, f"{first} --resume", log)) == [1]
+    assert "out holds no whole checkpoint any more. Pass --overwrite" in log.read_text()
+
+
+def test_what_resume_does_not_know_is_not_replaced(place: Path) -> None:
+    log, words = place / "log", f"{SLIM} {COMMON} --out out --resume"
+    lfrns.save(timm.create_model("cifar_resnet20", num_classes=3), place / "out")
+    (place / "out" / "work").mkdir()
+    (place / "out" / "work" / "thesis.md").write_text("mine")
+    before = (place / "out" / "model.safetensors").read_bytes()
+    assert end(start(run_lfrns, place, words, log)) == [1]
+    assert "--out out: is not empty. Pass --resume to go on with an interrupted run, --overwrite" in log.read_text()
+    # An option that does not fit leaves what --overwrite would have replaced, an interrupted run too.
+    (place / "out" / "work" / "retrain").mkdir()
+    (place / "out" / "work" / "run.json").write_text('{"options": {}, "noted": {}}')
+    refused = f"{words} --overwrite --exclude nothing*".replace(" --resume", "")
+    assert end(start(run_lfrns, place, refused, log)) == [1]
+    assert "nothing*" in log.read_text()
+    assert sorted(path.name for path in (place / "out" / "work").iterdir()) == ["retrain", "run.json", "thesis.md"]
+    assert end(start(run_lfrns, place, f"{RETRAIN} {COMMON}".replace("slim", "out"), log)) == [1]
+    assert "a run of lfrns slim was interrupted" in log.read_text()
+    assert end(start(run_lfrns, place, f"{words} --overwrite --epochs 0", log)) == [1]
+    assert "Repeat the options of then, or start again: Pass --overwrite" in log.read_text()
+    assert (place / "out" / "model.safetensors").read_bytes() == before
+    short = words.replace(" --resume", " --overwrite").replace("--epochs 4", "--epochs 0")
+    assert end(start(run_lfrns, place, short, log)) == [0], log.read_text()
+    assert sorted(path.name for path in (place / "out" / "work").iterdir()) == ["finished", "thesis.md"]
+    assert (place / "out" / "model.safetensors").read_bytes() != before
+
+
+def test_other_images_under_the_same_path_are_refused(place: Path) -> None:
+    log, words = place / "log", f"{SLIM} {COMMON} --out out"
+    (child,) = start(run_lfrns, place, words, log)
+    while not list((place / "out" / "work").glob("retrain/step_*")) and child.is_alive():
+        time.sleep(0.02)
+    child.kill()
+    end([child])
+    if (place / "out" / "work" / "finished").is_file():
+        pytest.skip("it ended before it could be stopped")
+    (place / "images" / "a" / "0.png").rename(place / "images" / "a" / "new.png")
+    assert end(start(run_lfrns, place, f"{words} --resume", log)) == [1]
+    assert "images are not those that the run in" in log.read_text()
 
 
 def test_a_retraining_that_was_stopped_is_neither_dropped_nor_gone_on_with_unasked(place: Path) -> None:

@@ -42,6 +42,12 @@ MISTAKES = {
     "retrain slim --data DIR --epochs 0": ("--epochs", "See --help"),
     "curve resnet50 --data DIR --macs 0.9,90": ("--macs 0.9,90: each fraction", "For 90 % pass 0.9"),
     "evaluate slim": ("Missing option '--data'", "See --help"),
+    f"{SLIM} --macs 0.5 --learning-rate 0": ("--learning-rate 0: it must be above 0", "Leave it out"),
+    f"{SLIM} --macs 0.5 --seed -1": ("--seed", "See --help"),
+    f"{SLIM} --macs 0.5 --latency-threads 2": ("--latency-threads: says how --latency is timed", "leave this out"),
+    f"{SLIM} --macs 0.5 --with-images": ("--with-images: says what --push-to-hub sends", "Leave it out"),
+    "evaluate slim --data DIR --weights pyproject.toml": ("are those of the dense model", "Add --dense MODEL"),
+    f"{SLIM} --macs 0.5 --weights {'x' * 300}": ("x" * 300,),
     "predict slim gone.jpg": ("lfrns predict: gone.jpg: there is no such file", "Name images"),
     "bench slim --batches 1,x": ("--batches 1,x: numbers with commas", "1,32"),
     "bench slim --batches 0": ("--batches 0: each must be 1 or more", "1,32"),
@@ -81,7 +87,7 @@ def test_each_mistake_is_one_sentence_before_anything_slow_is_imported() -> None
     assert len(said) == len(MISTAKES) >= 25
     for (line, parts), (code, out, err) in zip(MISTAKES.items(), said, strict=True):
         assert (code, out, len(err.splitlines())) == (1, "", 1), (line, code, out, err)
-        assert err.startswith("ValueError: "), (line, err)
+        assert err.startswith(("ValueError: ", "OSError: ")), (line, err)
         for part in parts:
             assert part in err, (line, part, err)
 

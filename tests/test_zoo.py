@@ -103,6 +103,43 @@ def test_what_training_programs_write_opens(form: str, tmp_path: Path) -> None:
     assert same_weights(create_dense("cifar_resnet20", weights=path), base)
 
 
+def test_a_network_whose_own_names_begin_with_model_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wrapped_net.py").write_text(
+        "from torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))\n"
+        "    def forward(self, x):\n        return self.model(x)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    state = {"model.1.weight": torch.ones(3, 12), "model.1.bias": torch.ones(3)}
+    torch.save({"model": state, "model_ema": Notes(decay=0.9)}, tmp_path / "w.pth")
+    assert float(create_dense("wrapped_net:Net", weights=tmp_path / "w.pth").model[1].weight.sum()) == 36
+
+
+class Bomb:
+    def __reduce__(self):
+        return bytearray, (1 << 40,)
+
+
+class BombOfTorch:
+    def __reduce__(self):
+        return torch.UntypedStorage, (1 << 40,)
+
+
+@pytest.mark.parametrize("bomb", [Bomb, BombOfTorch])
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_what_allocates_by_a_number_is_not_called(bomb: type, as_zip: bool, tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(2), "y": bomb()}, tmp_path / "bomb.pth", _use_new_zipfile_serialization=as_zip)
+    with pytest.raises(ValueError, match=r"it would call (bytearray|UntypedStorage)"):
+        read_weights(tmp_path / "bomb.pth")
+
+
+def test_names_in_weights_are_one_line_without_codes(tmp_path: Path) -> None:
+    save_file({"w\x1b[2J\nValueError: fake": torch.zeros(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="1 unexpected") as refused:
+        create_dense("cifar_resnet20", weights=tmp_path / "w.safetensors")
+    assert "\n" not in str(refused.value) and "\x1b" not in str(refused.value)
+
+
 def test_a_whole_model_and_an_index_of_elsewhere_are_refused(tmp_path: Path) -> None:
     torch.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "whole.pth")
     with pytest.raises(ValueError, match=r"whole\.pth.*no (state_dict|plain tensors).*Save model\.state_dict"):

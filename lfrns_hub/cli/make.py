@@ -17,7 +17,7 @@ from lfrns_hub import recipe
 from lfrns_hub.cli.checkpoints import dense_beside, earlier_record, load_slim, refresh
 from lfrns_hub.cli.data import analyse_images, load_images, start_accelerator
 from lfrns_hub.cli.dense_again import remember_dense
-from lfrns_hub.cli.resume import LeftOver, kept_run
+from lfrns_hub.cli.resume import LeftOver, is_unfinished, kept_run
 from lfrns_hub.cli.saving import described_later, train_each
 from lfrns_hub.cli.terminal import layer_table, show
 from lfrns_hub.hub.index import checkpoint_name, write_index
@@ -51,26 +51,31 @@ def demo(arguments: list[str]) -> None:
 def slim(asked: Slim) -> int:
     """Slim a model to each budget, retrain, measure, save and push; returns 1 where a budget failed."""
     machine, several = asked.machine, asked.several
+    run = LeftOver(Path(asked.out).resolve() / "work", vars(asked), afresh="Pass --overwrite")
+    resume = asked.resume and (run.unfinished or run.finished)
     directory = recipe.check_output_dir(
-        asked.out, resume=asked.resume, overwrite=asked.overwrite, option="--out", several=several
+        asked.out, resume=resume, overwrite=asked.overwrite, option="--out", several=several
     )
     accelerator = start_accelerator(machine, asked.seed)
     names = [checkpoint_name(asked.model, asked.images.data, budget) if several else "" for budget in asked.budgets]
     folders = [directory / name for name in names]
     for folder in dict.fromkeys([directory, *folders]):
         recipe.hold(folder, f"--out {asked.out}", accelerator)
-    run = LeftOver(directory / "work", "--out", vars(asked))
-    run.check(resume=asked.resume)
-    if asked.resume and run.finished:
-        return _show_again(asked, folders, accelerator)
+    if resume:
+        run.check()
+        if run.finished:
+            return _show_again(asked, folders, accelerator)
     dense = create_dense(asked.model, weights=asked.weights)
     set_preprocessing(dense, **vars(asked.preprocessing))
     train = load_images(asked.images, dense, "train", augment=True, flip=asked.flip)
     test = load_images(asked.images, dense, "validation")
     test_loader = DataLoader(test, asked.batch_size, num_workers=machine.workers)
 
-    with kept_run(run, accelerator, resume=asked.resume) as work:
+    run.refuse_other_data("training images", train)
+    run.refuse_other_data("test images", test)
+    with kept_run(run, accelerator, resume=resume) as work:
         results, calibrated = _cut(asked, dense, accelerator, work / "slim")
+        run.drop_before(accelerator)
         saving = {"processor": load_processor(dense), "label_names": test.class_names or None, "overwrite": True}
         if accelerator.is_main_process:
             remember_dense(dense, asked.model, asked.weights)
@@ -177,6 +182,12 @@ def _budget_row(record: Record) -> dict[str, Any]:
 def _show_again(asked: Slim, folders: list[Path], accelerator: Any) -> int:
     """Print the records of a run that has ended, and push what it made once more if asked to."""
     if accelerator.is_main_process:
+        for folder in folders:
+            if not (recipe.is_finished(folder) and (folder / "model.safetensors").is_file()):
+                raise ValueError(
+                    f"--resume: the run in {asked.out} has ended, but {folder} holds no whole checkpoint any more. "
+                    "Pass --overwrite to make it again."
+                )
         records = [Record.load(folder / "record.json") for folder in folders]
         if not asked.machine.as_json:
             for record, folder in zip(records, folders, strict=True):
@@ -208,17 +219,15 @@ def retrain(asked: Retrain) -> None:
     directory, machine = Path(asked.directory), asked.machine
     accelerator = start_accelerator(machine, asked.seed)
     recipe.hold(directory, f"lfrns retrain {directory}", accelerator)
-    run = LeftOver(directory / "work" / "further", f"lfrns retrain {directory}:", vars(asked))
-    if run.unfinished and asked.resume is None:
-        raise ValueError(
-            f"lfrns retrain {directory}: an interrupted retraining lies in {run.directory}. Pass --resume to go on "
-            "with it, or --no-resume to drop it."
-        )
-    if asked.resume and not run.unfinished:
-        raise ValueError(
-            f"lfrns retrain {directory}: there is no interrupted retraining to go on with. Leave --resume out."
-        )
-    run.check(resume=bool(asked.resume))
+    run = _left_over_of(directory, asked)
+    if asked.resume and run.ended_so:
+        record = earlier_record(str(directory))
+        if accelerator.is_main_process:
+            show(machine.as_json, json.loads(record.to_json()), format_table(record))
+        return accelerator.end_training()
+    resume = bool(asked.resume and run.unfinished)
+    if resume:
+        run.check()
     model = load_slim(str(directory), asked.teacher)
     teacher = create_dense(asked.teacher, weights=asked.weights) if asked.teacher else None
     train = load_images(asked.images, model, "train", augment=True, flip=asked.flip)
@@ -236,14 +245,15 @@ def retrain(asked: Retrain) -> None:
     saving["record"] = Record(None, {}, before.setup)  # figures of the weights of before are not those of these
     training = {"teacher": teacher, "epochs": asked.epochs, "learning_rate": asked.learning_rate, "seed": asked.seed}
     loader = _shuffled(train, asked.batch_size, machine.workers, accelerator)
-    with kept_run(run, accelerator, resume=bool(asked.resume)) as work:
+    run.refuse_other_data("training images", train)
+    run.refuse_other_data("test images", test)
+    with kept_run(run, accelerator, resume=resume) as work:
         train_each(
             {directory: model},
             lambda _, slim: lfrns.retrain(slim, loader, checkpoint_dir=work / "retrain", **training, **options),
             saving,
             accelerator,
         )
-        run.remove(accelerator)
     again = asked.images.arguments()
     again += ["--dense", asked.teacher] if asked.teacher else []
     again += ["--weights", asked.weights] if asked.weights else []
@@ -255,8 +265,29 @@ def retrain(asked: Retrain) -> None:
             )
             left_out = filter(None, [train.describe_unreadable(), test.describe_unreadable()])
             show(machine.as_json, json.loads(record.to_json()), format_table(record), *left_out)
-    accelerator.wait_for_everyone()
+    run.finish(accelerator)
     accelerator.end_training()
+
+
+def _left_over_of(directory: Path, asked: Retrain) -> LeftOver:
+    """Return what an earlier retraining left in a checkpoint's folder.
+
+    Raises:
+        ValueError: It was interrupted, and neither option says what to do; or a run of `lfrns slim` is not finished.
+    """
+    run = LeftOver(directory / "work" / "further", vars(asked), afresh="Pass --no-resume")
+    for work in (directory / "work", directory.parent / "work"):
+        if is_unfinished(work):
+            raise ValueError(
+                f"lfrns retrain {directory}: a run of lfrns slim was interrupted in {work.parent}, and would write "
+                "over this. Finish it first: the same lfrns slim command with --resume."
+            )
+    if run.unfinished and asked.resume is None:
+        raise ValueError(
+            f"lfrns retrain {directory}: an interrupted retraining lies in {run.directory}. Pass --resume to go on "
+            "with it, or --no-resume to drop it."
+        )
+    return run
 
 
 def _shuffled(images: Any, batch_size: int, workers: int, accelerator: Any) -> DataLoader:

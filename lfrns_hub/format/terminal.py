@@ -26,9 +26,8 @@ def print_table(table: "Table", console: "Console") -> None:
         column.overflow = "fold"
     if not console.is_terminal and "COLUMNS" not in os.environ:
         wide = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-        console.print(table, width=max(console.width, wide), crop=False)
-    else:
-        console.print(table)
+        console.width = max(console.width, wide)
+    console.print(table)
 
 
 def cell(value: Any, length: int = 200, style: str = "") -> "Text":

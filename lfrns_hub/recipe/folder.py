@@ -49,7 +49,7 @@ def check_output_dir(
     if not directory.is_dir() or not entries(directory):
         return directory
     if not (resume or overwrite):
-        ways = "--overwrite to replace what we wrote there" if several else "--resume to go on, --overwrite to empty it"
+        ways = "--resume to go on with an interrupted run, --overwrite to replace what we wrote there"
         raise FileExistsError(f"{named}: is not empty. Pass {ways}, or a new folder.")
     members = [path for path in directory.iterdir() if path.is_dir()] if several else []
     if not resume and not any(map(holds_ours, [directory, *members])):
@@ -125,7 +125,7 @@ def begin_run(directory: Path, args: argparse.Namespace, accelerator: Any) -> Pa
 def tidy(directory: Path) -> None:
     """Remove files in `work/` that a finished run does not need: all except the dense weights and the run's options."""
     for path in (directory / "work").glob("*"):
-        if path.is_dir():
+        if path.is_dir() and path.name != "further":  # of `lfrns retrain`
             shutil.rmtree(path)
 
 

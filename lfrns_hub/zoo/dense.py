@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lfrns_hub import models  # noqa: F401  registers cifar_* with timm
 from lfrns_hub.format.memory import bounded, bytes_for
-from lfrns_hub.format.untrusted import AGAIN, read_headers, read_json, refusing, size_of
+from lfrns_hub.format.untrusted import AGAIN, read_headers, read_json, refusing, short, size_of
 from lfrns_hub.hub.lineage import base_facts
 from lfrns_hub.hub.reach import cached, hub_errors, reach_hub
 from lfrns_hub.pictures import num_classes_of
 from lfrns_hub.zoo.names import call_builder, read_config, refuse_oversized, resolve
-from lfrns_hub.zoo.weights import fit_head, load_strictly, read_weights, rows_of
+from lfrns_hub.zoo.weights import fit_head, load_strictly, read_weights, rows_of, without_wrapper
 
 # transformers ids whose shape is that of the type's default configuration: their units can be listed offline.
 DEFAULT_CONFIGS = {
@@ -75,10 +75,14 @@ def create_dense(
     state = read_weights(weights) if weights is not None else None
     fetch = state is None if pretrained is None else pretrained and state is None
     kind, source = resolve(name)
+    if state is not None and kind != "function":
+        state = without_wrapper(state)
     refuse_oversized(kind, source, f"create_dense({name!r})")
     published = fetch and kind != "function" and not starts_random(name)
     if kind == "function":
         model = call_builder(name, num_classes)
+        if state is not None and not any(key.startswith("model.") for key in model.state_dict()):
+            state = without_wrapper(state)
     elif kind == "transformers":
         model = _load_transformers(name, source, num_classes, state, fetch)
         state = None
@@ -239,7 +243,7 @@ def _load_transformers(
     wrong += [key for key in sorted(info["unexpected_keys"]) if not headless]
     if wrong:
         raise ValueError(
-            f"model {name!r}: the weights do not fit a {type(model).__name__}: {', '.join(wrong[:4])} "
+            f"model {name!r}: the weights do not fit a {type(model).__name__}: {short(', '.join(wrong[:4]), 160)} "
             f"({len(wrong)} in all) are missing, unexpected or of another shape."
         )
     return model

@@ -1,5 +1,6 @@
 """Weights from a file: read without running any code, and loaded into a model that they fit."""
 
+import mmap
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from lfrns_hub.pictures import num_classes_of
 
 # Of Python's own modules, those whose objects training programs keep next to the weights; they are not read.
 NOTED = {"argparse", "collections", "copyreg", "datetime", "enum", "functools", "pathlib", "types", "typing", "uuid"}
-BUILTINS = {f"builtins.{name}" for name in ("bytearray", "complex", "frozenset", "object", "range", "set", "slice")}
+BUILTINS = {f"builtins.{name}" for name in ("complex", "frozenset", "object", "range", "set", "slice")}
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -29,8 +30,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         path: A file, an index of shards, or the folder of either. Of a training checkpoint (timm's train.py, Lightning,
             and others) the averaged (EMA) weights are taken before the plain ones.
     Returns:
-        Tensors on the CPU, by name, without "module." and "_orig_mod." in front, and without the "model." that a
-        Lightning module puts in front of each.
+        Tensors on the CPU, by name, without "module." and "_orig_mod." in front.
     Raises:
         ValueError: No file, or one that holds no state dict.
     """
@@ -47,7 +47,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{call}: holds no plain tensors ({reason}). Save model.state_dict() as safetensors."
         ) from error
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(state.get(key), dict):
+        if isinstance(state.get(key), dict) and any(isinstance(value, Tensor) for value in state[key].values()):
             state = state[key]
             break
     state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
@@ -58,10 +58,14 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{call}: {short(larger)} has shape {short(list(state[larger].shape))}, of which the file does not hold "
             "each element. Save model.state_dict() as safetensors."
         )
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
-    if all(key.startswith("model.") for key in state):
-        state = {re.sub(r"^(model\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
-    return state
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+
+
+def without_wrapper(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights without the "model." that a Lightning module puts in front of each name."""
+    if not all(key.startswith("model.") for key in state):
+        return state
+    return {re.sub(r"^model\.(_orig_mod\.)?", "", key): value for key, value in state.items()}
 
 
 def _files_of(path: Path, call: str) -> list[Path]:
@@ -91,7 +95,7 @@ def _files_of(path: Path, call: str) -> list[Path]:
 def _plain(error: Exception) -> str:
     """Return the first line of an error, without escape codes, cut between words."""
     line = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).partition("\n")[0]
-    return textwrap.shorten(line, 150, placeholder=" ...") or type(error).__name__
+    return short(textwrap.shorten(line, 150, placeholder=" ...") or type(error).__name__)
 
 
 class _Unread:
@@ -131,7 +135,7 @@ def _stand_ins(names: list[str], dicts: bool) -> list[tuple[type, str]]:
 
 def _load_pickled(path: Path) -> dict[str, Any]:
     """Load a pickle whose tensors are no larger than the file: none is compressed, or states a larger size."""
-    size, stated = path.stat().st_size, 0
+    size, stated, named = path.stat().st_size, 0, []
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
@@ -140,6 +144,13 @@ def _load_pickled(path: Path) -> dict[str, Any]:
             raise ValueError(f"{short(packed[0])} in it is compressed, as torch.save writes none")
         if (held := sum(part.file_size for part in parts)) > size:
             raise ValueError(f"its parts have {held:,} bytes, the file {size:,}")
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    # torch itself calls these, and they allocate what a number says; weights are kept without them.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if calls := re.search(
+            rb"c(builtins|__builtin__|torch\.storage)\n(bytearray|UntypedStorage|TypedStorage)\n", content
+        ):
+            raise ValueError(f"it would call {calls[2].decode()}")
 
     def count(storage: Any, location: str) -> Any:
         nonlocal stated
@@ -147,8 +158,6 @@ def _load_pickled(path: Path) -> dict[str, Any]:
         if stated > size:
             raise ValueError(f"it states tensors of {stated:,} bytes, the file has {size:,}")
         return storage
-
-    named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
 
     def load(dicts: bool) -> Any:
         nonlocal stated
@@ -202,7 +211,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], call: str) -> None
             "unexpected": [key for key in state if key not in own],
             "misshapen": [key for key in own if key in state and own[key].shape != state[key].shape],
         }
-        found = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:2])})" for kind, keys in kinds.items() if keys)
+        found = "; ".join(f"{len(keys)} {kind} ({short(', '.join(keys[:2]))})" for kind, keys in kinds.items() if keys)
         raise ValueError(
             f"{call}: the weights do not fit {type(model).__name__}: {found}. Give those of this model."
         ) from error
