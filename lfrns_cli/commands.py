@@ -193,7 +193,13 @@ def demo(context: typer.Context) -> object:
     return partial(call, "make:demo", context.args)
 
 
-@command("look:units", "lfrns units resnet50", "lfrns units my_package.module:build --json", panel=LOOK)
+@command(
+    "look:units",
+    "lfrns units resnet50",
+    "lfrns units resnet50 --macs 0.5",
+    "lfrns units my_package.module:build --json",
+    panel=LOOK,
+)
 @dataclass(frozen=True, kw_only=True)
 class Units:
     """List what can be removed from a model, and what cannot and why. Needs no weights and no network.
@@ -203,7 +209,14 @@ class Units:
     """
 
     model: Model
+    macs: Annotated[
+        float | None,
+        Option(help="show sizes at this fraction of the MACs too, all groups narrowed alike; data decide otherwise"),
+    ] = None
     as_json: Json = False
+
+    def __post_init__(self) -> None:
+        check_share("--macs", self.macs, "MACs")
 
 
 @command(

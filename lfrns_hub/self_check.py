@@ -485,6 +485,37 @@ def survey(model: nn.Module, example_input: Tensor) -> tuple[list[UnitGroup], di
     return narrowing(model, trace.groups, example), shares
 
 
+def uniform_sizes(model: nn.Module, example_input: Tensor, macs: float) -> tuple[dict[str, int], dict[str, float]]:
+    """Return the sizes at which every exact group keeps the same share of its units and the MACs meet a budget.
+
+    Args:
+        model, example_input: As for `find_units`.
+        macs: The fraction of the MACs to keep, in (0, 1].
+    Returns:
+        Units that stay of each group that may be cut, by name, and the fractions of "macs" and "params" that are left.
+    Raises:
+        ValueError: The budget is out of reach.
+    """
+    model = unwrap(model, "find_units")
+    example = as_input(check_example(example_input, "find_units"), model)
+    cost = settled_trace(model, example).cost
+    groups = [g for g in find_units(model, example_input) if g.exact and not g.frozen_reason]
+
+    def removed(share: float) -> dict[str, int]:
+        return {g.name: g.size - max(1, round(share * g.size)) for g in groups}
+
+    shares = torch.linspace(0, 1, 1001).tolist()
+    fractions = [cost.macs(removed(share)) / cost.macs({}) for share in shares]
+    if fractions[0] > macs:
+        raise ValueError(
+            f"find_units(macs={macs:g}): the smallest that this model can be cut to is {fractions[0]:.3f}. Ask for "
+            "more."
+        )
+    best = removed(max(share for share, fraction in zip(shares, fractions, strict=True) if fraction <= macs))
+    left = {"macs": cost.macs(best) / cost.macs({}), "params": cost.params(best) / cost.params({})}
+    return {g.name: g.size - best[g.name] for g in groups}, left
+
+
 def check(model: nn.Module, example_input: Tensor) -> CheckReport:
     """Run only the self-check: cut every exact group of a randomised copy at random and compare with masking.
 

@@ -76,6 +76,20 @@ def test_units_as_json_gives_each_group_its_share_of_the_macs(monkeypatch: pytes
     assert groups["linear"]["frozen_reason"] == "it is the network's output"
 
 
+def test_units_at_a_budget_shows_what_each_group_keeps(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    assert run_main(monkeypatch, "units", "cifar_resnet20", "--macs", "0.5", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    kept = {group["name"]: group["kept"] for group in found["groups"]}
+    sizes = {group["name"]: group["size"] for group in found["groups"]}
+    # The nine inner groups and the streams keep one share; half of the MACs need about 0.7 of both sides of each layer.
+    assert 0.45 < found["left"]["macs"] <= 0.5
+    assert {name for name in kept if kept[name] < sizes[name]} >= {"layer1.0.conv1", "layer3.2.conv1"}
+    assert all(abs(kept[name] / sizes[name] - 0.7) < 0.08 for name in kept if kept[name] < sizes[name])
+    assert kept["linear"] == sizes["linear"]
+    assert run_main(monkeypatch, "units", "cifar_resnet20", "--macs", "0.0001") == 1
+    assert "the smallest that this model can be cut to is" in capsys.readouterr().err
+
+
 def test_evaluate_refuses_a_folder_without_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
 ) -> None:

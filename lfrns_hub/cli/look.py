@@ -17,7 +17,7 @@ from lfrns_hub.cli.data import analyse_images, load_images, start_accelerator
 from lfrns_hub.cli.terminal import show
 from lfrns_hub.hub.index import cells, columns
 from lfrns_hub.measure import measure_each
-from lfrns_hub.self_check import survey
+from lfrns_hub.self_check import survey, uniform_sizes
 from lfrns_hub.units import UnitGroup
 from lfrns_hub.zoo import create_dense, create_skeleton, example_input, set_preprocessing, starts_random
 
@@ -27,11 +27,15 @@ def units(asked: Units) -> None:
     model = asked.model
     network = lfrns.load(model) if is_slim(model) else create_skeleton(model)
     groups, shares = survey(network, example_input(network))
-    table = Table("group", "kind", "units", "exact", "MACs", "read by", title=escape(model))
+    sizes, left = ({}, {}) if asked.macs is None else uniform_sizes(network, example_input(network), asked.macs)
+    table = Table(
+        "group", "kind", "units", *(["kept"] if sizes else []), "exact", "MACs", "read by", title=escape(model)
+    )
     table.add_column("frozen because", overflow="fold")
     for group in groups:
-        row = [group.name, group.kind, str(group.size), "yes" if group.exact else "no", f"{shares[group.name]:.1%}"]
-        table.add_row(*row, _taps(group), group.frozen_reason or "")
+        kept = [str(sizes.get(group.name, group.size))] if sizes else []
+        row = [group.name, group.kind, str(group.size), *kept, "yes" if group.exact else "no"]
+        table.add_row(*row, f"{shares[group.name]:.1%}", _taps(group), group.frozen_reason or "")
     free = [group for group in groups if not group.frozen_reason and group.exact]
     approximate = [group for group in groups if not group.frozen_reason and not group.exact]
     rows = [
@@ -43,6 +47,7 @@ def units(asked: Units) -> None:
             "macs_share": shares[group.name],
             "taps": [tap.module for tap in group.taps],
             "frozen_reason": group.frozen_reason,
+            **({"kept": sizes.get(group.name, group.size)} if sizes else {}),
         }
         for group in groups
     ]
@@ -50,7 +55,8 @@ def units(asked: Units) -> None:
         f"{sum(group.size for group in free)} units in {len(free)} groups can go; {len(approximate)} groups are "
         f"approximate, cut only on request; {len(groups) - len(free) - len(approximate)} are frozen."
     )
-    show(asked.as_json, {"model": model, "groups": rows}, table, total)
+    at = [f"Kept: {left['macs']:.3f} of the MACs, {left['params']:.3f} of the parameters."] if sizes else []
+    show(asked.as_json, {"model": model, "groups": rows, "left": left}, table, total, *at)
 
 
 def _taps(group: UnitGroup) -> str:
