@@ -1,5 +1,6 @@
 """Every command: its options and what can be checked of them at once; lfrns_hub/cli does the work."""
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,18 @@ class Slim:
         ),
     ] = None
     with_images: WithImages = False
+    base_model: Annotated[
+        str | None,
+        Option(
+            metavar="NAME",
+            help="origin of the weights, for the card: a timm name, Hub id or folder",
+            rich_help_panel=HUB,
+        ),
+    ] = None
+    license: Annotated[
+        str | None,
+        Option(metavar="ID", help="licence of the slim model, for the card: apache-2.0", rich_help_panel=HUB),
+    ] = None
     machine: Machine
 
     def __post_init__(self) -> None:
@@ -121,6 +134,11 @@ class Slim:
                 "their folders. Give the user or the organisation alone."
             )
         check_repository("--push-to-hub", self.push_to_hub, owner_alone=self.several)
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
+            raise ValueError(
+                f"--license {self.license}: licences have the Hub's identifiers, as apache-2.0, mit or other. See "
+                "huggingface.co/docs/hub/repositories-licenses."
+            )
         check_weights(self.weights)
         check_rate(self.learning_rate)
         timed = {"--latency-batch": self.latency_batch != 1, "--latency-threads": self.latency_threads is not None}

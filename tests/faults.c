@@ -61,7 +61,9 @@ static void point(const char *call) {
     char go;
     count++;
     if (chosen) {
-        if (fork()) {
+        // Without the handlers of libraries: autograd's forbid a copy of it to go on.
+        pid_t (*bare)(void) = (pid_t (*)(void))dlsym(RTLD_DEFAULT, "_Fork");
+        if (bare ? bare() : fork()) {
             kill(getpid(), SIGKILL);
             pause();
         }

@@ -88,10 +88,12 @@ def test_stopped_at_any_moment_it_goes_on_to_equal_weights(command: str, stop: s
 
 
 def test_a_run_that_ended_is_shown_again_and_one_of_other_options_is_refused(place: Path) -> None:
-    log, first = place / "log", f"{SLIM} {COMMON} --out out".replace("--epochs 4", "--epochs 0")
+    log, first = place / "log", f"{SLIM} {COMMON} --out out --license mit".replace("--epochs 4", "--epochs 0")
     assert end(start(run_lfrns, place, first, log)) == [0], log.read_text()
     before = (place / "out" / "model.safetensors").stat().st_mtime_ns
     assert sorted(path.name for path in (place / "out" / "work").iterdir()) == ["finished"]
+    card = (place / "out" / "README.md").read_text()
+    assert "license: mit" in card and "lfrns slim cifar_resnet20 --weights dense.pth --data images" in card
     assert end(start(run_lfrns, place, f"{first} --resume", log)) == [0], log.read_text()
     assert "lfrns push out user/name" in log.read_text()
     assert (place / "out" / "model.safetensors").stat().st_mtime_ns == before

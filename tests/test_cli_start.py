@@ -48,6 +48,7 @@ MISTAKES = {
     f"{SLIM} --macs 0.5 --with-images": ("--with-images: says what --push-to-hub sends", "Leave it out"),
     "evaluate slim --data DIR --weights pyproject.toml": ("are those of the dense model", "Add --dense MODEL"),
     f"{SLIM} --macs 0.5 --weights {'x' * 300}": ("x" * 300,),
+    f"{SLIM} --macs 0.5 --license Mine!": ("--license Mine!: licences have", "apache-2.0"),
     "predict slim gone.jpg": ("lfrns predict: gone.jpg: there is no such file", "Name images"),
     "bench slim --batches 1,x": ("--batches 1,x: numbers with commas", "1,32"),
     "bench slim --batches 0": ("--batches 0: each must be 1 or more", "1,32"),

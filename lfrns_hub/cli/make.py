@@ -77,6 +77,7 @@ def slim(asked: Slim) -> int:
         results, calibrated = _cut(asked, dense, accelerator, work / "slim")
         run.drop_before(accelerator)
         saving = {"processor": load_processor(dense), "label_names": test.class_names or None, "overwrite": True}
+        saving["base_model"] = asked.base_model
         if accelerator.is_main_process:
             remember_dense(dense, asked.model, asked.weights)
         training = {"epochs": asked.epochs, "learning_rate": asked.learning_rate, "seed": asked.seed}
@@ -157,6 +158,7 @@ def _describe(
         "epochs": asked.epochs,
         "val_split": asked.images.val_split,
         "label_names": saving["label_names"],
+        **({"license": asked.license} if asked.license else {}),
     }
     if asked.several:
         setup["budgets"] = [_budget_row(record) for record in records.values()]
