@@ -179,6 +179,8 @@ def draw(root: Path) -> None:
 
 def check_checkpoints(root: Path) -> None:
     """Load every checkpoint that there is, and what lies beside it."""
+    for journal in sorted(root.rglob(".lfrns-next")):
+        lfrns.load(journal.parent)  # completes what was decided on, as the next call on the folder does first
     for config in sorted(root.rglob("config.json")):
         folder = config.parent
         if any(part.startswith(".") for part in folder.relative_to(root).parts):
