@@ -380,7 +380,8 @@ def run_case(name: str, stride: int, home: Path) -> dict[str, Any]:
             os.write(go, b".")
     _, status = os.waitpid(child, 0)
     if status:
-        broken.append(f"it failed by itself: {(home / 'said').read_text().strip()[-300:]}")
+        said = (home / "said").read_text().strip()
+        broken.append(f"it failed by itself: {said[:600]} ... {said[-300:]}")
     os.lseek(states, 0, 0)
     whole = {before, *os.read(states, 1 << 20).decode().split()}
     if case.compared:
