@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 import lfrns_cli as cli
 import lfrns_hub as lfrns
 from lfrns_hub import plots, recipe
+from lfrns_hub.checkpoint import is_own
 from lfrns_hub.hub.index import write_index
 from lfrns_hub.latency.layer_times import LayerTable
 from lfrns_hub.measure import Record
@@ -180,7 +181,8 @@ def draw(root: Path) -> None:
 def check_checkpoints(root: Path) -> None:
     """Load every checkpoint that there is, and what lies beside it."""
     for journal in sorted(root.rglob(".lfrns-next")):
-        lfrns.load(journal.parent)  # completes what was decided on, as the next call on the folder does first
+        # Completes what was decided on, as the next call on the folder does first: of an index too.
+        atomic.settle(journal.parent, lambda name: is_own(name) or name in ("README.md", "accuracy.png"))
     for config in sorted(root.rglob("config.json")):
         folder = config.parent
         if any(part.startswith(".") for part in folder.relative_to(root).parts):
