@@ -48,6 +48,6 @@ def test_slim_models_load_run_and_save_without_what_only_analysis_needs(tmp_path
         [sys.executable, "-c", program, *folders], cwd=GOLDEN.parents[2], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "without matplotlib\n"
+    assert done.stdout.splitlines()[-1] == "without matplotlib"  # of other tools in the environment some print too
     assert "no pictures: matplotlib is not installed" in done.stderr
     assert all((tmp_path / kind / "README.md").is_file() for kind in kinds)
