@@ -105,9 +105,7 @@ def slim(asked: Slim) -> int:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         left_out = filter(None, [train.describe_unreadable(), test.describe_unreadable()])
-        rows = [json.loads(record.to_json()) for record in records.values()]
-        for row, result in zip(rows, made.values(), strict=False):
-            row |= {"latency": result.report.latency} if result.report.latency else {}
+        rows = _rows(records, made)
         _push_and_show(asked, list(made), rows, {str(folder): why for folder, why in failed.items()}, left_out, index)
     accelerator.end_training()
     return 1 if failed else 0
@@ -172,6 +170,14 @@ def _describe(
                 if result.report.latency:
                     show(False, None, layer_table(result))
     return records
+
+
+def _rows(records: dict[str, Record], made: dict[Path, SlimResult]) -> list[dict[str, Any]]:
+    """Return the records as JSON has them, with what a latency budget found."""
+    rows = [json.loads(record.to_json()) for record in records.values()]
+    for row, result in zip(rows, made.values(), strict=False):
+        row |= {"latency": result.report.latency} if result.report.latency else {}
+    return rows
 
 
 def _budget_row(record: Record) -> dict[str, Any]:

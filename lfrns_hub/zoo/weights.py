@@ -95,7 +95,7 @@ def _files_of(path: Path, call: str) -> list[Path]:
 def _plain(error: Exception) -> str:
     """Return the first line of an error, without escape codes, cut between words."""
     line = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).partition("\n")[0]
-    return short(textwrap.shorten(line, 150, placeholder=" ...") or type(error).__name__)
+    return short(textwrap.shorten(line, 150, placeholder=" ...") or type(error).__name__, 160)
 
 
 class _Unread:
