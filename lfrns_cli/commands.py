@@ -196,13 +196,8 @@ class Retrain:
     machine: Machine
 
     def __post_init__(self) -> None:
-        check_weights(self.weights)
+        check_weights(self.weights, "--teacher", self.teacher)
         check_rate(self.learning_rate)
-        if self.weights is not None and self.teacher is None:
-            raise ValueError(
-                f"--weights {self.weights}: are those of the teacher, which is not named. Add --teacher MODEL, or "
-                "leave them out."
-            )
 
 
 @app.command(rich_help_panel=MAKE, context_settings=PASSED_ON)
@@ -301,12 +296,7 @@ class Evaluate:
     machine: Machine
 
     def __post_init__(self) -> None:
-        check_weights(self.weights)
-        if self.weights is not None and self.dense is None:
-            raise ValueError(
-                f"--weights {self.weights}: are those of the dense model, which is not named. Add --dense MODEL, or "
-                "leave them out."
-            )
+        check_weights(self.weights, "--dense", self.dense)
 
 
 @command(

@@ -158,12 +158,19 @@ def check_share(option: str, value: float | None, what: str) -> None:
         raise ValueError(f"{option} {value}: the fraction of the {what} to keep must be in (0, 1]. {hint}")
 
 
-def check_weights(weights: str | None) -> None:
-    """Refuse a file of weights that is not there.
+def check_weights(weights: str | None, option: str = "MODEL", model: str | None = "") -> None:
+    """Refuse a file of weights that is not there, or whose model is not named.
 
+    Args:
+        weights: What follows `--weights`.
+        option, model: What names the model that they are of, and the name; None if it is left out.
     Raises:
-        ValueError: It is not.
+        ValueError: It is not there, or not named.
     """
+    if weights is not None and model is None:
+        raise ValueError(
+            f"--weights {weights}: are those of {option}, which is not given. Add it, or leave the weights out."
+        )
     if weights is not None and not Path(weights).exists():
         raise ValueError(f"--weights {weights}: there is no such file. Give a .safetensors, .pth or .ckpt file.")
 

@@ -157,10 +157,35 @@ def test_predict_names_classes_and_probabilities(monkeypatch: pytest.MonkeyPatch
     expected = torch.tensor([0.0, 2.0, 1.0]).softmax(0)
     assert [one["value"] for one in said[0]["answers"]] == pytest.approx([float(expected[1]), float(expected[2])])
     assert run_main(monkeypatch, *words) == 0
-    assert "[red]cat" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "[red]cat" in out and "\\[" not in out
     (tmp_path / "photos" / "a.png").write_text("no picture")
     assert run_main(monkeypatch, *words) == 1
     assert "a.png: cannot be read as an image" in capsys.readouterr().err
+
+
+class Probable(torch.nn.Module):
+    """Ends with its own softmax, and drops the batch of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 8)
+        self.pretrained_cfg = {"input_size": (3, 8, 8)}
+        with torch.no_grad():
+            self.conv.weight.zero_()
+            self.conv.bias.copy_(torch.tensor([0.0, 2.0, 1.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).squeeze().softmax(-1)
+
+
+def test_predict_shows_probabilities_that_a_model_gives_itself(monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setattr("lfrns_hub.cli.judge.load_slim", lambda *_: Probable())
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert run_main(monkeypatch, "predict", "slim", str(tmp_path / "a.png"), "--top", "1", "--json") == 0
+    (best,) = json.loads(capsys.readouterr().out)["photos"][0]["answers"]
+    assert best["name"] == "class 1"
+    assert best["value"] == pytest.approx(float(torch.tensor([0.0, 2.0, 1.0]).softmax(0)[1]), abs=1e-5)
 
 
 def test_a_table_in_a_pipe_cuts_no_name(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

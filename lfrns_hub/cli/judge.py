@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader
 
@@ -15,9 +14,10 @@ from lfrns_hub import recipe
 from lfrns_hub.cli.checkpoints import dense_beside, load_slim, refresh
 from lfrns_hub.cli.data import load_images, start_accelerator
 from lfrns_hub.cli.terminal import show
+from lfrns_hub.format.terminal import cell
 from lfrns_hub.format.untrusted import short
 from lfrns_hub.measure import count_macs, describe_setup, format_table
-from lfrns_hub.model_io.answers import read_answer
+from lfrns_hub.model_io.answers import probe, read_answer, settle
 from lfrns_hub.model_io.meaning import Classes, Features, Meaning, Quantities
 from lfrns_hub.pictures.class_folders import list_loose
 from lfrns_hub.pictures.decoding import decode_picture
@@ -49,8 +49,8 @@ def predict(asked: Predict) -> None:
     """Print each photo's most probable classes; of quantities, their values; of features, their length."""
     model = load_slim(asked.directory, asked.dense).eval()
     transform, names = make_transform(model, train=False), class_names_of(model)
-    like = next(model.parameters())
-    rows, table = [], Table("photo", "answer", title=escape(asked.directory))
+    like, outputs = next(model.parameters()), None
+    rows, table = [], Table("photo", "answer", title=cell(asked.directory))
     table.add_column("", justify="right")
     for photo in _photos(asked.photos):
         try:
@@ -59,14 +59,15 @@ def predict(asked: Predict) -> None:
             raise ValueError(
                 f"lfrns predict: {photo}: cannot be read as an image ({short(str(error), 120)}). Leave it out."
             ) from error
+        pair = torch.stack([image, image]).to(device=like.device, dtype=like.dtype)  # of one, squeeze() leaves no row
+        if outputs is None:
+            outputs = settle([model], probe(model, pair), [], "lfrns predict")  # with gradients: a softmax is seen
         with torch.no_grad():
-            answer = read_answer(model, model(image[None].to(device=like.device, dtype=like.dtype)))
+            answer = read_answer(model, model(pair), outputs)
         answers = [one for head in answer.heads for one in _words(*head, names, asked.top)]
-        rows.append(
-            {"photo": str(photo), "answers": [dict(zip(("name", "value"), one, strict=True)) for one in answers]}
-        )
+        rows.append({"photo": str(photo), "answers": [{"name": name, "value": value} for name, value in answers]})
         for place, (name, value) in enumerate(answers):
-            table.add_row("" if place else escape(str(photo)), escape(name), f"{value:.4g}")
+            table.add_row("" if place else cell(photo), cell(name), f"{value:.4g}")
     show(asked.as_json, {"model": asked.directory, "photos": rows}, table)
 
 

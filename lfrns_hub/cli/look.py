@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader
 
@@ -15,6 +14,7 @@ from lfrns_hub import recipe
 from lfrns_hub.cli.checkpoints import is_slim
 from lfrns_hub.cli.data import analyse_images, load_images, start_accelerator
 from lfrns_hub.cli.terminal import show
+from lfrns_hub.format.terminal import cell
 from lfrns_hub.hub.index import cells, columns
 from lfrns_hub.measure import measure_each
 from lfrns_hub.self_check import survey, uniform_sizes
@@ -28,9 +28,7 @@ def units(asked: Units) -> None:
     network = lfrns.load(model) if is_slim(model) else create_skeleton(model)
     groups, shares = survey(network, example_input(network))
     sizes, left = ({}, {}) if asked.macs is None else uniform_sizes(network, example_input(network), asked.macs)
-    table = Table(
-        "group", "kind", "units", *(["kept"] if sizes else []), "exact", "MACs", "read by", title=escape(model)
-    )
+    table = Table("group", "kind", "units", *(["kept"] if sizes else []), "exact", "MACs", "read by", title=cell(model))
     table.add_column("frozen because", overflow="fold")
     for group in groups:
         kept = [str(sizes.get(group.name, group.size))] if sizes else []
@@ -107,7 +105,7 @@ def curve(asked: Curve) -> None:
 
 def _ladder(title: str, dense: dict[str, Any], points: list[dict[str, Any]]) -> Table:
     """Format one row for the dense model and one for each budget."""
-    table = Table(title=escape(title))
+    table = Table(title=cell(title))
     for heading in ("budget", *columns(dense)):
         table.add_column(heading, justify="right")
     table.add_row("dense", *cells(dense, dense))

@@ -228,6 +228,7 @@ def retrain(asked: Retrain) -> None:
     accelerator = start_accelerator(machine, asked.seed)
     recipe.hold(directory, f"lfrns retrain {directory}", accelerator)
     run = _left_over_of(directory, asked)
+    accelerator.wait_for_everyone()  # all have looked before one begins
     if asked.resume and run.ended_so:
         record = earlier_record(str(directory))
         if accelerator.is_main_process:

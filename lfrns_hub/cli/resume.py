@@ -125,7 +125,8 @@ class LeftOver:
         """Remove what a new run has written, put back the one before it, and leave no empty folder."""
         if not self._is_new and not (self.directory / BEFORE).is_dir():
             return
-        self._clear(*self._own())
+        for path in self._own():
+            remove(path)
         if (self.directory / BEFORE).is_dir():
             for path in (self.directory / BEFORE).iterdir():
                 path.rename(self.directory / path.name)
@@ -140,19 +141,15 @@ class LeftOver:
         if accelerator.is_main_process:
             with written_aside(self.directory / FINISHED) as partial:
                 partial.write_text(self._digest(), encoding="utf-8")
-            self._clear(*(path for path in self._own() if path.name != FINISHED))
-            remove(self.directory / BEFORE)
+            for path in [*self._own(), self.directory / BEFORE]:
+                if path.name != FINISHED:
+                    remove(path)
 
     def _own(self) -> list[Path]:
         """Return the files and folders of a run, first the note that makes it one."""
         named = [self.directory / RUN, self.directory / FINISHED]
         found = [path for path in named if path.is_file()]
         return found + [path for pattern in STAGES for path in sorted(self.directory.glob(pattern))]
-
-    def _clear(self, *paths: Path) -> None:
-        """Remove paths in this order."""
-        for path in paths:
-            remove(path)
 
     def _digest(self) -> str:
         """Return a hash of the options."""
@@ -162,7 +159,12 @@ class LeftOver:
 def is_unfinished(directory: Path) -> bool:
     """Return whether a command's run was interrupted in a folder; those of recipes note other things."""
     path = directory / RUN
-    return path.is_file() and "options" in read_json(path, str(path)) and not (directory / FINISHED).is_file()
+    if not path.is_file() or (directory / FINISHED).is_file():
+        return False
+    try:
+        return "options" in read_json(path, str(path))
+    except ValueError:  # somebody's own file of that name
+        return False
 
 
 @contextlib.contextmanager
