@@ -1,6 +1,7 @@
 """What a file may make us allocate: its own size, a few times over, and half a gigabyte; the rest is refused."""
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from lfrns_hub.format import memory
 from lfrns_hub.format.memory import MemoryBudget, bounded, is_placeholder
 from lfrns_hub.pictures import ImageData, decode_picture, input_size_of, load_data, make_transform
 from lfrns_hub.pictures.preparation import OwnPreparation
+from lfrns_hub.pictures.processor import check_settings
 from lfrns_hub.pictures.stream import stream_data
 from lfrns_hub.zoo import create_base, create_dense, read_weights
 
@@ -263,6 +265,35 @@ def test_settings_of_images_are_checked_before_a_model_has_them(
     with limited(), pytest.raises(ValueError, match=rf"pretrained_cfg(\[| has ){key}\b") as caught:
         lfrns.load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_larger_than_the_memory_of_the_machine_is_refused(slim: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(slim, tmp_path / "slim"))
+    os.truncate(folder / "model.safetensors", 1 << 43)  # a hole
+    with pytest.raises(ValueError, match=r"model\.safetensors has 8,796\.1 GB, this machine has [\d.]+ GB of memory"):
+        lfrns.load(folder)
+
+
+def test_a_file_that_the_free_memory_does_not_hold_is_one_sentence(slim: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(slim, tmp_path / "slim"))
+    write_zeros({"weight": ([1 << 20, 300], torch.float32)}, folder / "model.safetensors", "F32")
+    with limited(1 << 30), pytest.raises(ValueError, match=r"has 1\.3 GB, for which the free memory does not suffice"):
+        lfrns.load(folder)
+
+
+def test_half_precision_takes_no_more_than_its_file_and_a_copy(tmp_path: Path) -> None:
+    model = timm.create_model("vit_base_patch16_224", num_classes=2).half()  # 172 MB
+    lfrns.save(model, tmp_path / "slim")
+    del model
+    with limited(2 * 172 * 10**6 + (100 << 20)):
+        assert next(lfrns.load(tmp_path / "slim").parameters()).dtype == torch.float16
+
+
+def test_a_picture_of_more_numbers_than_any_model_takes_is_refused() -> None:
+    model = timm.create_model("test_resnet")
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 4096, 4096)}
+    with pytest.raises(ValueError, match=r"input_size = .*4096.*: images of 50,331,648 numbers, at most 25,165,824"):
+        check_settings(model.pretrained_cfg, "pretrained_cfg")
 
 
 def test_a_share_that_enlarges_pictures_to_gigabytes_is_refused() -> None:

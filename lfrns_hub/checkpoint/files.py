@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lfrns_hub.checkpoint.narrow_classes import own_names
 from lfrns_hub.checkpoint.remote_code import MODELING_FILE
 from lfrns_hub.format.narrow import FORMAT_VERSION, computed_buffers, short
-from lfrns_hub.format.untrusted import AGAIN, MAX_JSON_BYTES, read_headers, read_json, without_code
+from lfrns_hub.format.untrusted import AGAIN, MAX_JSON_BYTES, read_headers, read_json, read_weights, without_code
 from lfrns_hub.hub.card import read_record, render_card
 from lfrns_hub.hub.handwritten import merge_cards
 from lfrns_hub.hub.lineage import KEYS
@@ -107,7 +107,8 @@ def read_tensors(expected: dict[str, Tensor], folder: Path) -> dict[str, Tensor]
                 f"load({str(folder)!r}): {name} is stored as {short(header.dtype)}, the model has "
                 f"{expected[name].dtype}. Save the model again."
             )
-    return {k: v for path in sorted({header.file for header in found.values()}) for k, v in load_file(path).items()}
+    files = sorted({header.file for header in found.values()})
+    return {name: tensor for path in files for name, tensor in read_weights(path, f"load({str(folder)!r})").items()}
 
 
 def check_shapes(expected: dict[str, list[int]], found: dict[str, list[int]], folder: Path) -> None:
@@ -140,8 +141,14 @@ def compare(model: nn.Module, loaded: nn.Module) -> None:
 
 def match_dtype(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """Convert the model to the floating-point dtype of the loaded tensors, if they have a single one."""
+    kind = only_dtype(tensors)
+    return model.to(kind) if kind else model
+
+
+def only_dtype(tensors: dict[str, Tensor]) -> torch.dtype | None:
+    """Return the floating-point dtype of tensors, None if there are several."""
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    return model.to(kinds.pop()) if len(kinds) == 1 else model
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def write_card(draft: Path, record: Any, directory: Path, *, name: str, base: str, library: str) -> None:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import lfrns_hub.models  # the CIFAR networks, so that timm can build them as a base
 from lfrns_hub.checkpoint.entrypoint import TIMM_NAME, lfrns_slim
-from lfrns_hub.checkpoint.files import facts_of, match_dtype, read_tensors, write_config, write_weights
+from lfrns_hub.checkpoint.files import facts_of, match_dtype, only_dtype, read_tensors, write_config, write_weights
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
 from lfrns_hub.format.memory import bounded, bytes_for, is_placeholder
 from lfrns_hub.format.narrow import describe, short
@@ -166,17 +166,18 @@ def load_timm(folder: Path, config: dict[str, Any], *, headless: bool = False) -
     with refusing(call):
         with bounded(*limits, placeholders=True):
             model = _create_slim(args, dict(cfg))
-        _give_memory(model, skeleton)
+        _give_memory(model, skeleton, only_dtype(tensors))
         model.load_state_dict(tensors, strict=True)
     model._model_args = {**args, "slim": config["slim"]}  # as set by timm's factory
     return match_dtype(model, tensors)
 
 
-def _give_memory(model: nn.Module, skeleton: nn.Module) -> None:
-    """Allocate the parameters of a model; parameters that are tied in the skeleton share their memory."""
+def _give_memory(model: nn.Module, skeleton: nn.Module, kind: torch.dtype | None) -> None:
+    """Allocate the parameters of a model, those with fractions in the given dtype; what is tied shares its memory."""
     modules, made = dict(model.named_modules(remove_duplicate=False)), {}
     for name, like in skeleton.named_parameters(remove_duplicate=False):
         module, _, leaf = name.rpartition(".")
         if id(like) not in made:
-            made[id(like)] = nn.Parameter(torch.empty(like.shape, dtype=like.dtype), like.requires_grad)
+            dtype = kind if kind and like.is_floating_point() else like.dtype
+            made[id(like)] = nn.Parameter(torch.empty(like.shape, dtype=dtype), like.requires_grad)
         modules[module]._parameters[leaf] = made[id(like)]

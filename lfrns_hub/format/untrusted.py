@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from lfrns_hub.format.narrow import short
 
@@ -21,9 +23,11 @@ __all__ = [
     "AGAIN",
     "Header",
     "is_shortage",
+    "memory_of_machine",
     "parse_json",
     "read_headers",
     "read_json",
+    "read_weights",
     "refuse_large",
     "refuse_shortage",
     "refusing",
@@ -37,7 +41,8 @@ MAX_JSON_BYTES = 16 << 20
 MAX_HEADER_BYTES = 16 << 20
 MAX_DEPTH = 64
 MAX_NUMBER = 1 << 20  # of a size in a config: the largest published vocabulary has 901,629 entries
-NO_MEMORY = re.compile(r"DefaultCPUAllocator|CUDA out of memory|std::bad_alloc")  # torch's messages, in a RuntimeError
+# Messages of torch, in a RuntimeError.
+NO_MEMORY = re.compile(r"DefaultCPUAllocator|CUDA out of memory|std::bad_alloc|Cannot allocate memory")
 # By key: sizes from which constructors build lists of all places, in python, and tables of all pairs of places.
 SIDES = {re.compile(r"(img|image|input)_?size"): 4096, re.compile(r"window|resol|grid|patch_?size"): 1024}
 LABELS = ("num_labels", "num_classes", "id2label", "label2id")
@@ -116,7 +121,8 @@ def read_headers(folder: Path, call: str) -> dict[str, Header]:
     Shards are found by their names. An index, which could name files outside the folder, is not followed.
 
     Raises:
-        ValueError: There is no such file, or it is cut short, damaged or has a header larger than 16 MiB.
+        ValueError: There is no such file, or it is cut short, damaged, larger than the memory of this machine or has a
+            header larger than 16 MiB.
     """
     whole = folder / "model.safetensors"
     shards = (path for path in folder.glob("model-*-of-*.safetensors") if path.is_file())  # a pipe would never end
@@ -126,6 +132,11 @@ def read_headers(folder: Path, call: str) -> dict[str, Header]:
     found: dict[str, Header] = {}
     for path in files:
         size = path.stat().st_size
+        if size > memory_of_machine():
+            raise ValueError(
+                f"{call}: {path.name} has {size / 1e9:,.1f} GB, this machine has {memory_of_machine() / 1e9:,.1f} GB "
+                "of memory. Open it on a larger one; if it should be smaller, it is damaged or hostile."
+            )
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
@@ -133,14 +144,40 @@ def read_headers(folder: Path, call: str) -> dict[str, Header]:
                 f"{call}: {path.name} has {size:,} bytes and announces a header of {length:,}; it is cut short or "
                 f"larger than {MAX_HEADER_BYTES:,}. {AGAIN}"
             )
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    part = file.get_slice(name)
-                    found[name] = Header(list(part.get_shape()), str(part.get_dtype()), path)
-        except (SafetensorError, OSError, ValueError, OverflowError) as error:
-            raise ValueError(f"{call}: {path.name} cannot be read ({short(str(error), 120)}). {AGAIN}") from error
+        with _reading(path, call), safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                part = file.get_slice(name)
+                found[name] = Header(list(part.get_shape()), str(part.get_dtype()), path)
     return found
+
+
+def read_weights(path: Path, call: str) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, on the CPU, by name.
+
+    Raises:
+        ValueError: It is damaged, or the system does not map as much memory.
+    """
+    with _reading(path, call):
+        return load_file(path)
+
+
+@contextmanager
+def _reading(path: Path, call: str) -> Iterator[None]:
+    """Convert any error of reading a safetensors file, which is mapped into memory, into one sentence."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, OverflowError, RuntimeError, MemoryError) as error:
+        if is_shortage(error):
+            raise ValueError(
+                f"{call}: {path.name} has {path.stat().st_size / 1e9:,.1f} GB, for which the free memory does not "
+                "suffice. End other programs, or open it on a larger machine."
+            ) from error
+        raise ValueError(f"{call}: {path.name} cannot be read ({short(str(error), 120)}). {AGAIN}") from error
+
+
+def memory_of_machine() -> float:
+    """Return the bytes of memory of this machine; infinite where the system does not say."""
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) if hasattr(os, "sysconf") else float("inf")
 
 
 def without_code(fields: Any) -> Any:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 FILE = "preprocessor_config.json"
 FILES = ("processor_config.json", FILE)  # transformers reads an image processor from either
 MAX_SIDE = 4096  # pixels, of a size in an untrusted file
+# Numbers of an image in three channels: 8 million pixels. The largest known is Donut's, of 4.9 million.
+MAX_NUMBERS = 3 << 23
 MIN_CROP_PCT = 0.01  # a smaller share would enlarge images a hundredfold
 # By the numbers of pillow and transformers.
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
@@ -169,18 +172,25 @@ def check_settings(settings: dict[str, Any], where: str) -> None:
     for key, fits in rules.items():
         if settings.get(key) is not None and not fits(settings[key]):
             raise ValueError(f"{where} has {key} = {short(settings[key])}, which prepares no picture. Mend it.")
-    largest = 0
+    most = 0.0
     for key, value in settings.items():
         if "size" in key or "edge" in key or "resize" in key:
             refuse_large(value, f"{where}: {key}", MAX_SIDE)
             sides = (
                 value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
             )
-            largest = max([largest, *filter(_is_number, sides)])
-    if largest / (settings.get("crop_pct") or 1) > 2 * MAX_SIDE:
+            sides = list(filter(_is_number, sides))
+            numbers = math.prod(sides) if len(sides) > 2 else 3 * math.prod(sides if len(sides) > 1 else 2 * sides)
+            if numbers > MAX_NUMBERS:
+                raise ValueError(
+                    f"{where} has {key} = {short(value)}: images of {numbers:,} numbers, at most {MAX_NUMBERS:,} are "
+                    "taken. Mend it."
+                )
+            most = max(most, numbers)
+    if most / (settings.get("crop_pct") or 1) ** 2 > 4 * MAX_NUMBERS:
         raise ValueError(
             f"{where} has crop_pct = {settings['crop_pct']}, for which pictures are enlarged to more than "
-            f"{2 * MAX_SIDE} pixels. Mend it."
+            f"{4 * MAX_NUMBERS // 3:,} pixels. Mend it."
         )
 
 

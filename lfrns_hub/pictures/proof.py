@@ -142,8 +142,8 @@ def fit_colours(prepare: Callable[[Image.Image], Tensor], mode: str) -> Colours 
     channels = 1 if mode == "L" else 3
 
     def answer(*levels: int) -> Tensor:
-        image = prepare(Image.new(mode, (64, 64), levels[0] if channels == 1 else levels)).double()
-        return image[:, image.shape[1] // 2, image.shape[2] // 2]
+        image = prepare(Image.new(mode, (64, 64), levels[0] if channels == 1 else levels))
+        return image[:, image.shape[1] // 2, image.shape[2] // 2].double()
 
     offset = answer(*[0] * channels)
     columns = [answer(*[255 * (other == one) for other in range(channels)]) - offset for one in range(channels)]
