@@ -33,6 +33,7 @@ import lfrns_hub as lfrns
 from lfrns_hub.checkpoint.narrow_classes import TYPE_PREFIX
 from lfrns_hub.checkpoint.transformers import narrow_classes
 from lfrns_hub.coverage.cases import Case, list_cases
+from lfrns_hub.format.memory import NoDraws
 from lfrns_hub.pictures import make_transform
 from lfrns_hub.zoo import create_base
 
@@ -98,7 +99,7 @@ def write_timm(case: Case, draw: random.Random, folder: Path, honest: bool) -> b
     base, args = (draw.choice(timm.list_models()), {}) if large else (case.model, {"num_classes": classes, **case.args})
 
     def build(**given: Any) -> torch.nn.Module:
-        with torch.device("meta"):
+        with torch.device("meta"), NoDraws():
             return timm.create_model(base, **args, **given)
 
     model, asked = build(), {}
@@ -134,7 +135,7 @@ def write_transformers(case: Case, draw: random.Random, folder: Path, honest: bo
 
     def build() -> tuple[str, dict[str, torch.Tensor], bool]:
         config = CONFIG_MAPPING[TYPE_PREFIX + case.model].from_dict(fields)
-        with torch.device("meta"):
+        with torch.device("meta"), NoDraws():
             model = AutoModelForImageClassification.from_config(config)
         own = model.state_dict(keep_vars=True)
         on_disk = revert_weight_conversion(model, own)

@@ -13,13 +13,12 @@ from timm.layers import set_layer_config
 from timm.models import get_model_args, get_pretrained_cfg, is_model, model_entrypoint
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import lfrns_hub.models  # the CIFAR networks, so that timm can build them as a base
 from lfrns_hub.checkpoint.entrypoint import TIMM_NAME, lfrns_slim
 from lfrns_hub.checkpoint.files import facts_of, match_dtype, only_dtype, read_tensors, write_config, write_weights
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
-from lfrns_hub.format.memory import bounded, bytes_for, is_placeholder
+from lfrns_hub.format.memory import NoDraws, bounded, bytes_for
 from lfrns_hub.format.narrow import describe, short
 from lfrns_hub.format.untrusted import read_headers, refuse_large, refusing, size_of
 from lfrns_hub.model_io.meaning import problem_type_of
@@ -27,12 +26,6 @@ from lfrns_hub.pictures import check_settings, data_config_of
 
 MAX_ARGUMENT = 1 << 16
 NOT_BASE_ARGS = ("base", "shapes", "attrs", "slim", "num_classes", "pretrained_cfg", "pretrained", "cache_dir")
-# torch's random initialisers, whose values are in the file; and others, with the operations that timm's consist of.
-DRAWS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_}
-FILLS = {nn.init.constant_} | {
-    getattr(torch.Tensor, name)
-    for name in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
-}
 # The model type of the wrapper of timm models, registered in transformers.py.
 WRAPPER_TYPE = "lfrns_timm_wrapper"
 WRAPPER_MAP = auto_map("TimmWrapperConfig", "TimmWrapperForImageClassification", "TimmWrapperModel")
@@ -118,21 +111,9 @@ def own_source(base: str | None) -> Path | None:
     return Path(lfrns_hub.models.__file__) if is_ours else None
 
 
-class _NoDraws(TorchFunctionMode):
-    """Skips the initialisation of tensors that have no values: for a ViT it took most of the loading time."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in DRAWS or func in FILLS:
-            tensor = args[0] if args else kwargs["tensor"]
-            if func in DRAWS or tensor.is_meta or is_placeholder(tensor):
-                return tensor
-        return func(*args, **kwargs)
-
-
 def _create_slim(args: dict[str, Any], pretrained_cfg: dict[str, Any]) -> nn.Module:
     """Build by the entrypoint without weights, on the device of the context."""
-    with set_layer_config(), _NoDraws():
+    with set_layer_config(), NoDraws():
         return lfrns_slim(pretrained=False, pretrained_cfg=pretrained_cfg, **args)
 
 

@@ -38,7 +38,7 @@ from lfrns_hub.checkpoint.narrow_classes import (
 from lfrns_hub.checkpoint.remote_code import auto_map, write_code
 from lfrns_hub.checkpoint.timm import own_source
 from lfrns_hub.format.compat import Classes
-from lfrns_hub.format.memory import bounded, bytes_for
+from lfrns_hub.format.memory import NoDraws, bounded, bytes_for
 from lfrns_hub.format.narrow import describe, short
 from lfrns_hub.format.untrusted import Header, read_headers, refuse_large, refusing, size_of
 from lfrns_hub.model_io.meaning import problem_type_of
@@ -278,7 +278,7 @@ def load_transformers(folder: Path) -> nn.Module:
         base = MODEL_MAPPING.get(type(config), None)
         is_base = getattr(base, "__name__", None) in (config.architectures or ())  # saved without a head
         auto = AutoModel if is_base else AutoModelForImageClassification
-        with bounded(*limits), torch.device("meta"):
+        with bounded(*limits), torch.device("meta"), NoDraws():
             model = auto.from_config(config, trust_remote_code=False)
         from transformers.core_model_loading import revert_weight_conversion  # imported here: slow
 

@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lfrns_hub.format.untrusted import AGAIN
@@ -27,6 +28,12 @@ DENSE_TIMES = 4  # the size of a slim file, for the dense model that it was cut 
 # Parts of a network without parameters (activations, dropouts, containers) per part with parameters.
 MODULES_PER_TENSOR = 16
 SECONDS = 15  # of one thread; a network of ten thousand layers takes one
+# torch's random initialisers, whose values are in the file; and others, with the operations that timm's consist of.
+DRAWS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_}
+FILLS = {nn.init.constant_} | {
+    getattr(torch.Tensor, name)
+    for name in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
+}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -104,6 +111,18 @@ def bytes_for(size: int, *, dense: bool = False) -> int:
 def is_placeholder(value: Any) -> bool:
     """Return whether a value is a tensor expanded from a single number, which is never written to."""
     return isinstance(value, Tensor) and value.numel() > 1 and value.layout == torch.strided and not any(value.stride())
+
+
+class NoDraws(TorchFunctionMode):
+    """Skips the initialisation of tensors that have no values: for a ViT it took most of the loading time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWS or func in FILLS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if func in DRAWS or tensor.is_meta or is_placeholder(tensor):
+                return tensor
+        return func(*args, **kwargs)
 
 
 @contextmanager
