@@ -49,9 +49,12 @@ each rotated by up to 15 degrees and recoloured, a form that no training here ha
 and are no result: expect others on `validation`. VGG-16 has memorised these images, so for it they favour low rates.
 
 So far: **the less a cut lost, the lower the peak rate that recovers it**, and a rate above that loses more than the cut
-did. ResNet-20 with a quarter or half of the MACs (34 and 19 % of its predictions changed) needs five times the default
-of `retrain`; ResNet-56 at half (14 % changed) half of it; VGG-16 (4 % changed) a twentieth or less; a ViT-S (2 %
-changed) loses three points at the default.
+did. With 34 and 19 % of its predictions changed (ResNet-20 at a quarter and at half of the MACs) a network needs a peak
+of 0.05 with SGD; with 14 % (ResNet-56 at half) 0.005; with 4 % (VGG-16) 0.0005 or less; a ViT-S with 2 % loses three
+points at 1e-4 with AdamW. So the default of `retrain` with a teacher follows the share $c$ of changed predictions on 512
+training images: $2 (c / 0.19)^3$ times 0.01 (SGD) or 1e-4 (AdamW), at least a fiftieth and at most five times that (SGD)
+or once (AdamW). The rows "rate ..x" are multiples of 0.01 and 1e-4. Five networks are few: give `learning_rate` where you
+know better.
 
 """
 
@@ -126,13 +129,14 @@ class RecoveryBench(TimedBench):
         return self.prune(contestants["ours"], self.case(0))
 
     def rate_recipes(self) -> list[Recipe]:
-        """Return what is tried first: peak rates."""
+        """Return what is tried first: the default, which follows what the cut changed, and fixed peak rates."""
         rule, rate, *_ = fill_defaults(self.dense, "auto", None, None, None)
-        return [(f"rate {times:g}x", {"learning_rate": times * rate}, Pictures) for times in RATES[rule]]
+        fixed = [(f"rate {times:g}x", {"learning_rate": times * rate}, Pictures) for times in RATES[rule]]
+        return [("default of retrain", {}, Pictures), *fixed]
 
     def other_recipes(self, epochs: int) -> list[Recipe]:
-        """Return what is tried at the rate that won, at the default where none was tried."""
-        (_, default, _), *_ = self.rate_recipes()
+        """Return what is tried at the rate that won, at the first where none was tried."""
+        _, (_, default, _), *_ = self.rate_recipes()
         return recipes(best_rate(self.store.cells(), self.name, epochs) or default["learning_rate"])
 
     def retraining(self) -> dict[str, Any]:
@@ -154,15 +158,22 @@ class RecoveryBench(TimedBench):
         loader = DataLoader(data, self.options.batch_size, shuffle=True, collate_fn=lambda batch: batch)
         teacher = None if options.get("distill_weight") == 0 else self.teacher
         options = {k: v for k, v in options.items() if teacher or k != "distill_weight"}
-        trained = lfrns.retrain(model, loader, teacher=teacher, epochs=epochs, seed=0, progress=False, **options)
+        trained = lfrns.retrain(
+            model, loader, teacher=teacher, epochs=epochs, seed=0, progress=False, tracker=self.note_rate, **options
+        )
         return average if isinstance(data, Averaged) else trained
+
+    def note_rate(self, values: dict[str, float], step: int) -> None:
+        """Note the largest learning rate of a run."""
+        self.peak_rate = max(self.peak_rate, values.get("learning_rate", 0.0))
 
     def fill(self, name: str, options: dict[str, Any], pictures: type[Pictures], epochs: int) -> None:
         """Fill a recipe's cell, if it fits into the time."""
         self.clock.check(1.2 * self.seconds.get(epochs, 5.0))
-        began = time.perf_counter()
+        began, self.peak_rate = time.perf_counter(), 0.0
         model = self.train_by(options, pictures, epochs)
         cell = {**self.judge(model), "epochs": epochs, "options": options, "seconds": time.perf_counter() - began}
+        cell["peak_rate"] = self.peak_rate
         cell |= {"dense_top1_pct": self.dense_tuned, "after_cut": self.after_cut, "batch_size": self.options.batch_size}
         self.seconds[epochs] = cell["seconds"]
         self.store.put(cell | self.how(), name, 0, epochs)
@@ -258,7 +269,7 @@ def table(cells: dict[str, Any]) -> list[str]:
         )
         lines += ["", "| recipe | peak rate | top-1 | agreement with dense | s |", "|---|---|---|---|---|"]
         for recipe, cell in sorted(found, key=lambda pair: -pair[1]["top1_pct"]):
-            rate, agreed = cell["options"]["learning_rate"], cell["agreement_pct"]
+            rate, agreed = cell["options"].get("learning_rate") or cell["peak_rate"], cell["agreement_pct"]
             lines.append(f"| {recipe} | {rate:g} | {cell['top1_pct']:.2f} | {agreed:.2f} | {cell['seconds']:.0f} |")
         lines.append("")
     return lines

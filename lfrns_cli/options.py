@@ -28,7 +28,7 @@ Flip = Annotated[
 ]
 Rate = Annotated[
     float | None,
-    Option(help="peak learning rate (default: 0.01 with SGD, 1e-4 with AdamW)", rich_help_panel=TRAINING),
+    Option(help="peak learning rate (default: by what the cut changed)", rich_help_panel=TRAINING),
 ]
 Preset = Annotated[
     Literal["ours", "paper"],

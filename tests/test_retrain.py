@@ -16,6 +16,7 @@ from lfrns_hub.measure import evaluate
 from lfrns_hub.model_io.answers import read_answer
 from lfrns_hub.retrain import make_accelerator, retrain
 from lfrns_hub.retrain.choices import choose_optimizer, make_optimizer, rate_at
+from lfrns_hub.retrain.damage import rate_for, share_changed
 from lfrns_hub.retrain.loss import mixed_loss
 
 
@@ -93,6 +94,41 @@ def test_the_rate_rises_as_a_line_and_falls_as_a_cosine():
     assert rates[:3] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
     assert rates[6] == pytest.approx(0.5 * (1 + math.cos(math.pi * 4 / 8)))
     assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] > 0
+
+
+def peak_rate(model: nn.Module, **options) -> float:
+    rates = []
+    options = {"epochs": 2, "warmup_fraction": 0.5, "progress": False} | options
+    retrain(model, make_loader(), tracker=lambda values, _: rates.append(values.get("learning_rate", 0)), **options)
+    return max(rates)
+
+
+def test_the_default_rate_is_the_lower_the_less_differs_from_the_teacher():
+    shares = [rate_for(share / 100, "sgd") for share in range(101)]
+    assert shares == sorted(shares) and shares[0] == 0.02 and shares[-1] == 5.0
+    teacher = retrain(make_model(), make_loader(), epochs=8, learning_rate=0.05, progress=False).eval()
+    assert peak_rate(copy.deepcopy(teacher), teacher=teacher) == pytest.approx(0.01 * 0.02)
+    assert peak_rate(make_model(), teacher=teacher) == pytest.approx(0.01 * 5)
+    assert peak_rate(make_model(), teacher=teacher, optimizer="adamw") == pytest.approx(1e-4)
+    assert peak_rate(make_model()) == pytest.approx(0.01)  # nothing to differ from
+    assert peak_rate(make_model(), teacher=teacher, learning_rate=0.003) == pytest.approx(0.003)
+
+
+def test_what_differs_from_the_teacher_is_counted_on_images_from_all_over_and_leaves_no_trace():
+    model, teacher = make_model(), retrain(make_model(), make_loader(), epochs=8, learning_rate=0.05, progress=False)
+    images, labels = make_images(2000)
+    images = images[labels.argsort()]  # sorted by class, as class folders are
+    accelerator, before = make_accelerator(), torch.get_rng_state()
+    loader = DataLoader(TensorDataset(images), batch_size=20)
+    found = share_changed(model, teacher, loader, accelerator, 0)
+    with torch.no_grad():
+        everywhere = (model.eval()(images).argmax(1) != teacher.eval()(images).argmax(1)).double().mean()
+    assert found == pytest.approx(float(everywhere), abs=0.06) and 0.2 < found < 0.95
+    assert torch.equal(torch.get_rng_state(), before)
+    assert share_changed(model.train(), teacher, loader, accelerator, 0) == found and model.training
+    heads = nn.Sequential(nn.Flatten(), nn.Linear(108, 1))
+    quantities = DataLoader(TensorDataset(images[:40], torch.randn(40, 1)), batch_size=20)
+    assert share_changed(heads, copy.deepcopy(heads), quantities, accelerator, 0) is None
 
 
 def test_the_tracker_sees_every_step_and_every_epoch():
