@@ -51,10 +51,10 @@ and are no result: expect others on `validation`. VGG-16 has memorised these ima
 So far: **the less a cut lost, the lower the peak rate that recovers it**, and a rate above that loses more than the cut
 did. With 34 and 19 % of its predictions changed (ResNet-20 at a quarter and at half of the MACs) a network needs a peak
 of 0.05 with SGD; with 14 % (ResNet-56 at half) 0.005; with 4 % (VGG-16) 0.0005 or less; a ViT-S with 2 % loses three
-points at 1e-4 with AdamW. So the default of `retrain` with a teacher follows the share $c$ of changed predictions on 512
-training images: $2 (c / 0.19)^3$ times 0.01 (SGD) or 1e-4 (AdamW), at least a fiftieth and at most five times that (SGD)
-or once (AdamW). The rows "rate ..x" are multiples of 0.01 and 1e-4. Five networks are few: give `learning_rate` where you
-know better.
+points at 1e-4 with AdamW. So the default of `retrain` with a teacher follows the share $c$ of changed predictions on
+512 training images: $2 (c / 0.19)^3$ times 0.01 (SGD) or 1e-4 (AdamW), at least a fiftieth of that, and at most five
+times (SGD) or once (AdamW). The rows "rate ..x" are multiples of 0.01 and 1e-4. Five networks are few: give
+`learning_rate` where you know better.
 
 """
 
