@@ -52,7 +52,7 @@ def plot_widths(source: Any, path: str | Path) -> Path:
     step = -(-len(names) // MAX_ROWS)
     rows = range(len(names))
     label_size = 8 if len(names) <= MAX_ROWS else 6
-    size = (7.2, max(1.9, 1.1 + 0.2 * min(len(names), MAX_ROWS)))
+    size = (7.2, max(1.9, 1.1 + 0.19 * min(len(names), MAX_ROWS)))
     with sheet(path, size, title="Units kept in each group") as figure:
         axes = figure.add_subplot()
         axes.barh(rows, [1.0] * len(names), color=DENSE, height=0.84)
