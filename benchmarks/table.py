@@ -9,14 +9,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from lfrns_hub.plots.style import BLUE, GREY, INK, PURPLE, VERMILLION, axis_range, sheet
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- accuracy: written by benchmarks/table.py -->", "<!-- end of accuracy -->"
 FAMILIES = ("reference", "ours", "ablation", "control", "peer")
 TITLES = {"reference": "dense", "ours": "ours", "ablation": "one step off", "control": "controls", "peer": "peers"}
-COLOURS = {"ours": "#0072B2", "ablation": "#56B4E9", "control": "#999999", "peer": "#D55E00"}
+LIBRARIES = {"torch-kirigami": (VERMILLION, "-"), "Torch-Pruning": (PURPLE, "--")}  # colour and line
+MARKERS = {"L1": "v", "L2": "^", "magnitude": "^", "Taylor": "p", "FPGM": "P", "random": "X", "isomorphic": "<",
+           "BatchNorm scale": ">", "OSSCAR": "*"}  # fmt: skip
 
 Cells = dict[str, dict[int, dict[int, dict[str, Any]]]]  # contestant -> epochs -> seed -> cell
 
@@ -132,44 +133,60 @@ def summary(files: list[tuple[dict[str, Any], Cells, dict[str, str]]]) -> list[s
 
 
 def plot_curve(files: list[tuple[dict[str, Any], Cells, dict[str, str]]], task: str, path: Path) -> bool:
-    """Draw accuracy right after the cut against MACs of every contestant that ran at two budgets and more."""
-    lines: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    """Draw accuracy right after the cut against MACs, means over the seeds.
+
+    A line for each contestant of ours and each peer that ran at two budgets or more, by library and criterion; controls
+    are single marks.
+    """
+    found: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     dense = None
     for setup, cells, _ in files:
         if setup["task"] == task and not setup["params"]:
             dense = setup["dense_top1_pct"]
             for family, name in rows_of(setup, cells):
-                point = cells[name][0].get(0)
-                if point and family != "reference":
-                    lines[family, name].append((point["macs_fraction"], point["top1_pct"]))
-    lines = {key: [*sorted(points), (1.0, dense)] for key, points in lines.items() if len(points) > 1}
+                seeds = cells[name][0].values()
+                macs, top1 = (statistics.fmean(cell[key] for cell in seeds) for key in ("macs_fraction", "top1_pct"))
+                found[family, name].append((100 * macs, top1))
+    lines = {
+        key: sorted(points)
+        for key, points in found.items()
+        if key[0] == "peer" or key == ("ours", "ours")
+        if len(points) > 1
+    }
     if len(lines) < 2:  # one alone compares nothing
         return False
-    figure = Figure(figsize=(8.4, 5.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.axhline(dense, color="#333333", linewidth=0.8, linestyle=":")
-    axes.annotate("dense", (1, dense), (0, 3), textcoords="offset points", ha="right", fontsize=8, color="#333333")
-    axes.set_xlim(0.2, 1)
-    best = {max((points[0][1], name) for (group, name), points in lines.items() if group == kind)[1]
-            for kind in {family for family, _ in lines} & {"ours", "peer"}}  # fmt: skip
-    known = set()
-    for (family, name), points in sorted(lines.items(), key=lambda item: item[0][1] == "ours"):
-        label = "ours" if name == "ours" else TITLES[family] if family not in known and family != "ours" else None
-        known.add(family)
-        width, alpha = (2.6, 1.0) if name == "ours" else (1.0, 0.75)
-        axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[family], linewidth=width, alpha=alpha,
-                  markersize=2 + width, label=label)  # fmt: skip
-        if name in best:
-            axes.annotate(name, points[0], (2, -12), textcoords="offset points", fontsize=8, color=COLOURS[family])
-    axes.set_xlabel("MACs kept, share of dense", fontsize=9)
-    axes.set_ylabel("top-1 right after the cut, %", fontsize=9)
-    axes.set_title(f"{task}: accuracy against MACs, before any retraining", fontsize=10)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
-    figure.savefig(path, format="png")
+    controls = [point for (family, _), points in found.items() if family == "control" for point in points]
+    title = f"{task} on CIFAR-10: accuracy right after the cut, before any retraining"
+    low, high = axis_range([dense, *(y for points in lines.values() for _, y in points)], 10)
+    notes = ["Means over the seeds; the legend is in the order of the mean accuracy of a line."]
+    notes += [f"The vertical axis starts at {low:g} %, not at 0."] if low else []
+    with sheet(path, (7.6, 4.3), title=title, notes=notes) as figure:
+        axes = figure.add_subplot()
+        axes.set_xlim(20, 103)
+        axes.set_ylim(low, min(high, 100))
+        axes.grid()
+        axes.axhline(dense, color=INK, linewidth=0.9, linestyle=":")
+        best_first = sorted(lines, key=lambda key: (key[0] != "ours", -statistics.fmean(y for _, y in lines[key])))
+        for family, name in best_first:
+            axes.plot(*zip(*lines[family, name], (100, dense), strict=True), label=name, **look_of(family, name))
+        if controls:
+            style = {"color": "none", "markeredgecolor": INK, "markeredgewidth": 1.1, "markersize": 5, "zorder": 6}
+            axes.plot(*zip(*controls, strict=True), "D", label="controls: other units\nor widths", **style)
+        axes.plot(100, dense, "s", color=INK, markersize=7, label=f"dense, {dense:.2f} %", zorder=5)
+        axes.set_xlabel("MACs kept, % of dense")
+        axes.set_ylabel("top-1 accuracy, %")
+        figure.legend(loc="outside right center", labelspacing=0.7, handlelength=3)
     return True
+
+
+def look_of(family: str, name: str) -> dict[str, Any]:
+    """Return colour, line and marker of a contestant: the line tells the library, the marker the criterion."""
+    if family == "ours":
+        return {"color": BLUE, "linewidth": 3, "marker": "o", "markersize": 7, "zorder": 5}
+    library, _, criterion = name.partition(", ")
+    colour, line = LIBRARIES.get(library, (GREY, ":"))
+    marker = MARKERS.get(criterion, "x")
+    return {"color": colour, "linestyle": line, "linewidth": 1.1, "marker": marker, "markersize": 5.5, "alpha": 0.9}
 
 
 def main() -> None:

@@ -84,6 +84,21 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "plot_widths", plots.plot_widths)
 
 
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every matplotlib figure that is saved from here on, so that its axes and texts can be looked at."""
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+
+    def keep(figure: Any, *args: Any, **options: Any) -> None:
+        saved.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _frozen() -> None:
     """What modules have imported is no garbage: it is not looked through again, here or in forked children."""

@@ -4,14 +4,11 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from lfrns_hub.plots import plot_bench
 from lfrns_hub.runtimes import export as module
 from lfrns_hub.runtimes.bench import bench, format_timings, peak_memory, size_on_disk
 from lfrns_hub.runtimes.export import export, open_runner
@@ -161,17 +158,6 @@ def test_a_bench_stops_when_its_seconds_are_over_and_compiles_only_if_asked(monk
     assert [one.runtime for one in found.timings] == ["eager"]
     assert list(found.left_out) == ["onnxruntime"]
     assert len(passes) == 1 + 5  # one to warm up, five timed
-
-
-def test_the_picture_of_a_bench_needs_timings_and_shows_them(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"plot_bench\(timings=\[\]\).* nothing to draw"):
-        plot_bench([], 0.5, tmp_path / "bench.png")
-    low, high = (
-        plot_bench([{"runtime": "eager", "batch": 1, "ratio": [r, r, r]}], 0.5, tmp_path / f"{r}.png")
-        for r in (0.2, 0.9)
-    )
-    blue = [(np.abs(imread(path)[..., :3] - [0, 114 / 255, 178 / 255]) < 0.02).all(-1).sum() for path in (low, high)]
-    assert blue[1] > 3 * blue[0] > 0
 
 
 def test_bench_refuses_what_it_cannot_time() -> None:

@@ -182,7 +182,7 @@ def write_card(draft: Path, record: Any, directory: Path, *, name: str, base: st
     has_curve = can_draw and len(budgets) > 1 and all(one.get(key) is not None for one in [*budgets, dense])
     if has_curve:
         points = [{**one, "macs_g": one["macs_fraction"] * dense["macs_g"]} for one in budgets]
-        plot_ladder(points, dense, draft / "curve.png")
+        plot_ladder(points, dense, draft / "curve.png", title=f"{base}: slimmed to several budgets", setup=setup)
     try:
         card = render_card(
             record,

@@ -123,7 +123,8 @@ def bench(asked: Bench) -> None:
     setup = describe_setup(model, images, device)
     where = {"device": str(device), "dtype": setup["dtype"]}
     peaks = {name: peak_memory(*build, images.shape[1:], sizes, **where) for name, build in builders.items()}
-    picture = plot_bench([asdict(one) for one in found.timings], ratio, drawn)
+    name = f"{Path(directory).resolve().name}: time of a forward pass"
+    picture = plot_bench([asdict(one) for one in found.timings], ratio, drawn, title=name, setup=setup)
     machine = setup["machine"]
     told = f"{machine['cpu']}, {machine['device']}, {machine['threads']} threads, {setup['dtype']}"
     facts = {

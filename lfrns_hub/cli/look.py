@@ -92,7 +92,8 @@ def curve(asked: Curve) -> None:
     from lfrns_hub.plots import plot_ladder  # imported here: matplotlib is slow
 
     first = next(iter(records.values()))
-    plot_ladder([record.slim for record in records.values()], first.dense, picture)
+    name = f"{model}: cut to several budgets, not retrained"
+    plot_ladder([record.slim for record in records.values()], first.dense, picture, title=name, setup=first.setup)
     points = [{"macs": float(name), **record.slim} for name, record in records.items()]
     left_out = [budget for budget in budgets if budget < least]
     found: dict[str, Any] = {"model": model, "dense": first.dense, "points": points, "out_of_reach": left_out}

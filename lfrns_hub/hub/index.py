@@ -149,7 +149,9 @@ def _table(records: dict[str, Record], picture: Path) -> list[str]:
     elif first and all(side.get(key) is not None for side in [first, *(r.slim for r in records.values())]):
         from lfrns_hub.plots import plot_ladder  # imported here: matplotlib is slow
 
-        plot_ladder([record.slim for record in records.values()], first, picture)
+        archs, slim = {name.partition(".lfrns")[0] for name in records}, [record.slim for record in records.values()]
+        title = f"{archs.pop()}: slimmed to several budgets" if len(archs) == 1 else ""
+        plot_ladder(slim, first, picture, title=title, setup=next(iter(records.values())).setup)
         lines += ["", f"![Accuracy against MACs and latency, dense and slim]({PICTURE})"]
     return lines
 

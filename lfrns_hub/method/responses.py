@@ -158,6 +158,7 @@ def collect(
     macs: float,
     seed: int,
     processes: Processes = ALONE,
+    weigh: bool = True,
 ) -> dict[str, Moments]:
     """Run the images once and keep the moments at each tap.
 
@@ -171,6 +172,7 @@ def collect(
         macs: MACs of the forward pass of one image.
         seed: Seed of the rows drawn and of the labels drawn from the model's own predictions.
         processes: Each runs its share of the batches; the sums are reduced.
+        weigh: Whether to run backward passes for the loss weights, which are zero otherwise.
     Returns:
         Moments per consumer; those that read the same tensor share them.
     Source: Moments of the features as DESIGN.md section 4; the loss weights are the diagonal of the Fisher
@@ -187,7 +189,7 @@ def collect(
         for name, m in moments.items()
     }
     loss_weights = {name: torch.zeros(len(m.weight), dtype=torch.float64) for name, m in modules.items()}
-    weighed, to_weigh = torch.zeros(1, dtype=torch.float64), max(LEAST_WEIGHED, count // WEIGHED_EVERY)
+    weighed, to_weigh = torch.zeros(1, dtype=torch.float64), max(LEAST_WEIGHED, count // WEIGHED_EVERY) * weigh
     ours = range(len(images_of))[processes.share]
     for number, images in enumerate(images_of):
         weighing = min(len(images), to_weigh)

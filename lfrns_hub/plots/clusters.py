@@ -1,105 +1,130 @@
-"""The cluster figure: unit maps of one layer on real images, each removed unit below the kept one it follows.
+"""The cluster figure: on real images, kept units, removed units like them, and what all kept ones make of the removed.
 
-N images, U units, M values of a unit's maps (images x positions).
+N images, H x W positions, D channels of a consumer's input.
 """
 
 import math
-import textwrap
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from lfrns_hub.method.redundancy import MIN_R2
-from lfrns_hub.method.report import GroupReport, SlimResult
+from lfrns_hub.measure import count_macs
+from lfrns_hub.method.responses import HELD_OUT_EVERY, collect, held_out
 from lfrns_hub.method.taps import channels_last, watched
-from lfrns_hub.model_io.batches import UNREADABLE, iterate
+from lfrns_hub.model_io.batches import UNREADABLE, iterate, shuffle_images
 from lfrns_hub.model_io.model import as_input, evaluating, unwrap
-from lfrns_hub.plots import COLOURS, OTHER, mark_of
-from lfrns_hub.runs import written_aside
+from lfrns_hub.plots.charts import COLOURS, mark_of
+from lfrns_hub.plots.pairs import Estimate, Pair
+from lfrns_hub.plots.style import INK, sheet
 from lfrns_hub.self_check import find_units
-from lfrns_hub.units import UnitGroup
+from lfrns_hub.units import SlimPlan, UnitGroup
 
-MAX_CLUSTERS = 4
-MAX_REMOVED = 3  # per cluster, below the kept one
-MAX_IMAGES = 6
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_PAIRS = 6
+MAX_IMAGES = 24  # of which each pair takes those on which its removed unit varies most
+IMAGES_PER_PAIR = 2
 MIN_SIDE = 3  # of a map, in positions: smaller maps show nothing
 MAX_EXTRA_TOKENS = 5  # class, distillation and register tokens before the patches
-KINDS = ("channel", "head", "neuron")  # the order of preference: the finer the grid, the more a map shows
-# Lengths are in pixels at the width of a card, 120 per inch; the file has a higher resolution, for sharp letters.
-WIDTH, INCH, DPI = 900, 120, 160
-MARGIN, LABEL, GAP, BLOCK_GAP, FRAME = 16, 122, 4, 20, 3
-TITLE_LINE, LINE = 24, 17
-TITLE_LETTERS, LETTERS = 76, 120  # per line, at their font sizes
-GREY, COLOUR_MAP = "#444444", "viridis"
+HEADINGS = ("image", "nearest kept", "removed", "from all kept")
+# Inches.
+TILE, GAP, PANEL_GAP, BLOCK_GAP = 0.84, 0.05, 0.4, 0.14
+HEAD, LABEL = 0.24, 0.17  # heights of the columns' headings and of the line above a pair
+COLOUR_MAP, BRIGHTEST = "viridis", 0.99  # quantile of a unit's values from which on tiles are as bright as can be
 
 
-@dataclass
-class Cluster:
-    """One block of the figure.
+@dataclass(frozen=True)
+class Gallery:
+    """What the figure shows of one group.
 
     Attributes:
-        kept: The kept unit.
-        removed: Rows of the report for the removed units shown: {"unit", "stand_ins", "r2"}.
-        more: Number of removed units of the cluster that are not shown.
+        group: The group.
+        pairs: All its pairs, those of the largest correlation first.
+        estimate: The fold of its first consumer.
+        positions: Positions of a map.
+        centred: Whether the fold has an offset.
     """
 
-    kept: int
-    removed: list[dict[str, Any]]
-    more: int
+    group: UnitGroup
+    pairs: list[Pair]
+    estimate: Estimate
+    positions: int
+    centred: bool
+
+    @property
+    def score(self) -> float:
+        """How much a figure of this group would show."""
+        return sum(pair.r**2 for pair in self.pairs[:MAX_PAIRS]) * math.log2(self.positions)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a pair.
+
+    Attributes:
+        image: [H, W, 3], from 0 to 1.
+        kept, removed, estimate: Maps [H, W].
+    """
+
+    image: Tensor
+    kept: Tensor
+    removed: Tensor
+    estimate: Tensor
 
 
 def plot_clusters(
-    dense: nn.Module, result: SlimResult, images: Tensor, path: str | Path, *, group: str | None = None
+    dense: nn.Module, plan: SlimPlan, loader: Any, path: str | Path, *, group: str | None = None, seed: int = 0
 ) -> Path:
-    """Draw the clusters of one group: feature maps on real images, the kept unit of each framed, removed ones below.
+    """Draw what a cut removed from one group: feature maps on real images, and what the kept units make of them.
 
-    A cluster is a kept unit and the redundant removed units whose strongest stand-in it is. R^2 is the report's: the
-    share of a removed unit that all kept ones together explain on the calibration images. r is the correlation of its
-    map with the framed one's over the given images. A stand-in relation holds up to scale and sign, so each row has
-    its own range of colour, and a map of negative r is shown with its sign flipped; the printed r keeps its sign. A
-    unit of several channels, such as a head, is shown by the norm over them, which has no sign to flip.
+    A row shows an image, the kept unit whose values correlate most with a removed one's, the removed unit, and its
+    least-squares estimate from all kept units, which the fold writes into the weights of their consumer. The pairs of
+    the largest correlation r come first. A map of negative r is shown with its sign flipped; the printed r keeps its
+    sign. A unit of several channels, such as a head, is shown along the first principal component of its channels.
+
+    Images are dealt as in `slim`, one in five held out: the others fit, and r, R^2 (see `Pair`) and the images shown
+    are those of the held-out ones.
 
     Args:
         dense: The model that was slimmed; untouched.
-        result: The result of `slim`.
-        images: A few images as model input, [N, C, H, W]; the first six are run, four or six are shown.
+        plan: What stays of it.
+        loader: The calibration images, with or without labels; they are run once.
         path: The PNG to write.
-        group: Name of the group to show. Default: the group that shows most: channels before heads before neurons,
-            then the largest sum of r^2 over the units to be shown, times the logarithm of the map's positions.
+        group: Name of the group to show. Default: the group that shows most: the largest sum of r^2 over the pairs
+            to be shown, times the logarithm of the map's positions.
+        seed: Seed of `slim`, which deals the images.
     Returns:
         The path.
     Raises:
-        ValueError: Nothing was removed, or the removed units are not read on a grid of positions; no such group.
+        ValueError: Nothing was removed, or the removed units are not read on a grid of positions; no such group; the
+            loader is empty.
     """
     dense = unwrap(dense, "plot_clusters")
-    images = images[:MAX_IMAGES]
-    rows = candidates(result.report.groups, group)
-    found = {one.name: one for one in find_units(dense, images[:1])}
-    clusters = {row.name: find_clusters(row.redundant or row.weak) for row in rows}
-    maps = observe(dense, [found[row.name] for row in rows if row.name in found], clusters, images)
-    shown = [row for row in rows if row.name in maps]
-    if not shown:
-        names = ", ".join(row.name for row in rows[:3])
-        raise ValueError(
-            f"plot_clusters(group={group!r}): the units of {names} are not read on a grid of at least {MIN_SIDE} x "
-            f"{MIN_SIDE} positions, and only maps can be shown. Name a group that a convolution or all tokens read."
-        )
-    # Redundant units come first: weak units show what was lost.
-    best = min(
-        shown,
-        key=lambda row: (not row.redundant, KINDS.index(row.kind), -telling(clusters[row.name], maps[row.name])),
-    )
-    figure = draw(best, found[best.name], clusters[best.name], maps[best.name], images, model_name(dense))
-    with written_aside(Path(path)) as partial:
-        figure.savefig(partial, format="png", metadata={"Comment": mark_of(result.plan.keep)})
+    batches = shuffle_images(list(iterate(loader)), held_out_every=HELD_OUT_EVERY, seed=seed)
+    if not batches:
+        raise ValueError("plot_clusters(loader): the loader is empty. Give the images that slim was given.")
+    every = find_units(dense, batches[0][0][:1])
+    lost = candidates(every, plan, group)
+    with evaluating(dense):
+        galleries = survey(dense, every, lost, plan, [images for images, _ in batches], seed)
+        if not galleries:
+            names = ", ".join(one.name for one in lost[:3])
+            raise ValueError(
+                f"plot_clusters(group={group!r}): the units of {names} do not vary, or are not read on a grid of at "
+                f"least {MIN_SIDE} x {MIN_SIDE} positions, and only maps can be shown. Name a group that a convolution "
+                "or all tokens read."
+            )
+        best = max(galleries, key=lambda gallery: gallery.score)
+        rows = read_rows(dense, best, choose_images(held_out(batches)))
+    images = sum(len(images) for images, _ in held_out(batches))
+    draw(best, plan, rows, path, model_name(dense), images)
     return Path(path)
 
 
@@ -128,18 +153,18 @@ def choose_images(loader: Any) -> Tensor:
     return torch.stack([image for turn in turns for image in turn if image is not None][:MAX_IMAGES])
 
 
-def candidates(rows: Sequence[GroupReport], group: str | None) -> list[GroupReport]:
+def candidates(groups: Sequence[UnitGroup], plan: SlimPlan, group: str | None) -> list[UnitGroup]:
     """Return the groups that lost units, or only the named one.
 
     Raises:
         ValueError: Nothing was removed, or no such group was slimmed.
     """
-    names = [row.name for row in rows]
-    if group is not None and group not in names:
+    if group is not None and group not in plan.keep:
         raise ValueError(
-            f"plot_clusters(group={group!r}): slim cut no group of that name. Name one of {', '.join(names[:8])}."
+            f"plot_clusters(group={group!r}): slim cut no group of that name. Name one of "
+            f"{', '.join(list(plan.keep)[:8])}."
         )
-    lost = [row for row in rows if (row.redundant or row.weak) and group in (None, row.name)]
+    lost = [one for one in groups if group in (None, one.name) and plan.removed(one)]
     if not lost:
         raise ValueError(
             f"plot_clusters(group={group!r}): no unit was removed, and a cluster needs a removed one. "
@@ -148,49 +173,63 @@ def candidates(rows: Sequence[GroupReport], group: str | None) -> list[GroupRepo
     return lost
 
 
-def find_clusters(removed: Sequence[dict[str, Any]]) -> list[Cluster]:
-    """Group removed units by their strongest stand-in.
-
-    Args:
-        removed: Rows of a GroupReport.
-    Returns:
-        The clusters with most members, with their members of highest R^2.
-
-    Example:
-        >>> rows = [{"unit": u, "stand_ins": [k, 9], "r2": r2} for u, k, r2 in ((1, 0, 0.6), (2, 4, 0.7), (3, 0, 0.9))]
-        >>> [(cluster.kept, [row["unit"] for row in cluster.removed]) for cluster in find_clusters(rows)]
-        [(0, [3, 1]), (4, [2])]
-    """
-    members: dict[int, list[dict[str, Any]]] = {}
-    for row in sorted(removed, key=lambda row: -row["r2"]):
-        members.setdefault(row["stand_ins"][0], []).append(row)
-    largest = sorted(members.items(), key=lambda item: -len(item[1]))[:MAX_CLUSTERS]
-    return [Cluster(kept, rows[:MAX_REMOVED], max(0, len(rows) - MAX_REMOVED)) for kept, rows in largest]
-
-
-def correlations(kept_M: Tensor, removed_UM: Tensor) -> Tensor:
-    """Return the correlation of each removed unit's map with the kept one's, [U], 0 where either is constant.
-
-    Example:
-        >>> correlations(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([[5.0, 3.0, 1.0], [1.0, 1.0, 1.0]])).tolist()
-        [-1.0, 0.0]
-    """
-    kept_M = kept_M.double() - kept_M.double().mean()
-    removed_UM = removed_UM.double() - removed_UM.double().mean(1, keepdim=True)
-    return (removed_UM @ kept_M) / (removed_UM.norm(dim=1) * kept_M.norm()).clamp(min=1e-30)
+def survey(
+    dense: nn.Module,
+    every: Sequence[UnitGroup],
+    lost: Sequence[UnitGroup],
+    plan: SlimPlan,
+    batches: Sequence[Tensor],
+    seed: int,
+) -> list[Gallery]:
+    """Run all images once, and find the pairs of each group that lost units and is read on a grid."""
+    example, positions = batches[0][:1], {}
+    for name, grid in observe(dense, [one.taps[0].module for one in lost if one.taps], example).items():
+        positions[name] = grid.shape[1] * grid.shape[2]
+    read = [one for one in lost if one.taps and one.taps[0].module in positions]
+    if not read:
+        return []
+    gone = defaultdict(list)
+    for one in every:
+        for tap in one.taps if plan.removed(one) else ():
+            gone[tap.module].append(tap.index[plan.removed(one)])
+    moments = collect(dense, list(positions), batches, macs=count_macs(dense, example), seed=seed, weigh=False)
+    found = []
+    for one in read:
+        name = one.taps[0].module
+        estimate = Estimate.of(dense, one, gone[name], moments[name])
+        pairs = estimate.find_pairs(one, plan, moments[name])
+        if pairs:
+            found.append(Gallery(one, pairs, estimate, positions[name], moments[name].centred))
+    return found
 
 
-def read_maps(module: nn.Module, value: Tensor, index: Tensor, images: Tensor) -> Tensor | None:
-    """Return units' maps from a consumer's input.
+def observe(dense: nn.Module, taps: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+    """Run a few images; return the inputs [N, H, W, D] of those consumers that read a grid of positions."""
+    grids: dict[str, Tensor] = {}
+
+    def hook_of(name: str) -> Any:
+        def look(module: nn.Module, value: Tensor) -> None:
+            grid = read_grid(module, value, images)
+            if grid is not None:
+                grids[name] = grid
+
+        return look
+
+    with torch.no_grad(), watched(dense, {name: hook_of(name) for name in dict.fromkeys(taps)}):
+        dense(as_input(images, dense))
+    return grids
+
+
+def read_grid(module: nn.Module, value: Tensor, images: Tensor) -> Tensor | None:
+    """Return a consumer's input on a grid of positions.
 
     Args:
         module: The consumer.
         value: Its input: [N, D, H, W] of a convolution; [N, H, W, D] or tokens [N, T, D] of a linear layer; tokens
             before a square of patches are dropped.
-        index: Channels of each unit, [U, width], int64.
         images: [N, C, H, W].
     Returns:
-        Maps [N, U, H, W], the norm over a unit's channels if it has several; None if there is no such grid.
+        [N, H, W, D], float32 on the CPU; None if there is no such grid, or only a coarse one.
     """
     value = channels_last(module, value.detach())
     if value.ndim == 3:
@@ -202,126 +241,28 @@ def read_maps(module: nn.Module, value: Tensor, index: Tensor, images: Tensor) -
         value = value[:, extra:].unflatten(1, (side, side))
     if value.ndim != 4 or len(value) != len(images) or min(value.shape[1:3]) < MIN_SIDE:
         return None
-    maps = value[..., index.to(value.device)].float()  # [N, H, W, U, width]
-    return (maps.squeeze(-1) if index.shape[1] == 1 else maps.norm(dim=-1)).movedim(-1, 1).cpu()
+    return value.float().cpu()
 
 
-def observe(
-    dense: nn.Module, groups: Sequence[UnitGroup], clusters: dict[str, list[Cluster]], images: Tensor
-) -> dict[str, dict[int, Tensor]]:
-    """Run the images once; return {group: {unit: map [N, H, W]}} for all units of the clusters that a grid reads."""
-    maps: dict[str, dict[int, Tensor]] = {}
-    readers: dict[str, list[UnitGroup]] = {}
-    for group in groups:
-        readers.setdefault(group.taps[0].module, []).append(group)
-
-    def hook_of(name: str) -> Any:
-        def look(module: nn.Module, value: Tensor) -> None:
-            for group in readers[name]:
-                units = [u for c in clusters[group.name] for u in (c.kept, *(row["unit"] for row in c.removed))]
-                read = read_maps(module, value, group.taps[0].index[units], images)
-                if read is not None:
-                    maps[group.name] = dict(zip(units, read.unbind(1), strict=True))
-
-        return look
-
-    with torch.no_grad(), evaluating(dense), watched(dense, {name: hook_of(name) for name in readers}):
-        dense(as_input(images, dense))
-    return maps
-
-
-def alike(cluster: Cluster, maps: dict[int, Tensor]) -> list[float]:
-    """Return the correlation of each removed unit shown with its cluster's kept one."""
-    removed = torch.stack([maps[row["unit"]].flatten() for row in cluster.removed])
-    return correlations(maps[cluster.kept].flatten(), removed).tolist()
-
-
-def telling(clusters: Sequence[Cluster], maps: dict[int, Tensor]) -> float:
-    """Return a score of how much a figure of a group would show."""
-    positions = next(iter(maps.values()))[0].numel()
-    return sum(r * r for cluster in clusters for r in alike(cluster, maps)) * math.log2(positions)
-
-
-def is_signed(group: UnitGroup) -> bool:
-    """Return whether a unit is one channel, whose map has a sign; the norm over several has none."""
-    return group.taps[0].index.shape[1] == 1
+def read_rows(dense: nn.Module, gallery: Gallery, images: Tensor) -> list[list[Row]]:
+    """Return the rows of each pair shown: the images on which its removed unit varies most, of those still unused."""
+    estimate = gallery.estimate
+    (grid,) = observe(dense, [gallery.group.taps[0].module], images).values()
+    found, used = [], set()
+    for pair in gallery.pairs[:MAX_PAIRS]:
+        removed = estimate.unit(grid, pair.removed)
+        kept = estimate.unit(grid, pair.kept) * (-1 if pair.r < 0 else 1)
+        from_all = estimate.estimated(grid, pair.removed)
+        most = removed.flatten(1).std(1).argsort(descending=True, stable=True).tolist()
+        most = sorted(most, key=used.__contains__)[:IMAGES_PER_PAIR]
+        used.update(most)
+        found.append([Row(picture(images[i]), kept[i], removed[i], from_all[i]) for i in most])
+    return found
 
 
 def model_name(dense: nn.Module) -> str:
     """Return timm's name of an architecture, or the class."""
     return (getattr(dense, "pretrained_cfg", None) or {}).get("architecture") or type(dense).__name__
-
-
-def draw(
-    row: GroupReport, group: UnitGroup, clusters: Sequence[Cluster], maps: dict[int, Tensor], images: Tensor, model: str
-) -> Figure:
-    """Draw one or two panels of blocks, each below the images."""
-    panels = min(2, len(clusters))
-    columns = min(len(images), MAX_IMAGES if panels == 1 else 4)
-    panel = (WIDTH - 2 * MARGIN - (panels - 1) * 2 * BLOCK_GAP) / panels
-    tile = (panel - LABEL) / max(4, columns) - GAP
-    lefts = [MARGIN + number * (panel + 2 * BLOCK_GAP) for number in range(panels)]
-    title = textwrap.wrap(f"{model}, {row.name}: {row.kept_units} of {row.dense_units} {row.kind}s kept", TITLE_LETTERS)
-    lines = [line for said in explain(row, group, len(images)) for line in textwrap.wrap(said, LETTERS)]
-    top = MARGIN + TITLE_LINE * len(title) + LINE * len(lines) + BLOCK_GAP / 2
-
-    bottoms, places = [top + tile + BLOCK_GAP] * panels, []
-    for cluster in clusters:  # the next block goes to the shorter panel
-        at = bottoms.index(min(bottoms))
-        places.append((cluster, lefts[at], bottoms[at]))
-        rows = (1 + len(cluster.removed)) * (tile + GAP) + FRAME
-        bottoms[at] += rows + BLOCK_GAP + (LINE if cluster.more else 0)
-    sheet = Sheet(max(bottoms) - BLOCK_GAP + MARGIN)
-    for number, text in enumerate(title):
-        sheet.text(MARGIN, MARGIN + TITLE_LINE * number, text, size=11.5, weight="bold")
-    for number, text in enumerate(lines):
-        sheet.text(MARGIN, MARGIN + TITLE_LINE * len(title) + LINE * number, text, size=8, color=GREY)
-    for left in lefts:
-        sheet.strip(left + LABEL, top, tile, [picture(image) for image in images[:columns]])
-    colour, signed = COLOURS.get(row.kind, OTHER), is_signed(group)
-    for cluster, left, y in places:
-        sheet.frame(left + LABEL, y, columns * (tile + GAP) - GAP, tile, colour)
-        for name, said, shown in strips(cluster, maps, weak=not row.redundant, signed=signed):
-            style = {"color": colour, "weight": "bold"} if said == "kept" else {"color": GREY}
-            sheet.text(left, y + tile / 2 - 16, name, size=9, **style)
-            sheet.text(left, y + tile / 2 + 1, said, size=8, **style)
-            seen = shown[:columns]
-            sheet.strip(left + LABEL, y, tile, seen, cmap=COLOUR_MAP, vmin=float(seen.min()), vmax=float(seen.max()))
-            y += tile + GAP + (FRAME if said == "kept" else 0)
-        if cluster.more:
-            sheet.text(left + LABEL, y, f"and {cluster.more} more removed", size=8, color=GREY)
-    return sheet.figure
-
-
-def strips(cluster: Cluster, maps: dict[int, Tensor], *, weak: bool, signed: bool) -> list[tuple[str, str, Tensor]]:
-    """Return the two labels of each row of a block and its maps [N, H, W], the kept unit first.
-
-    Args:
-        cluster: The block.
-        maps: Map of each unit, [N, H, W].
-        weak: Whether the removed units are weak, which each label then states.
-        signed: Whether to flip maps of negative correlation.
-    """
-    rows = [(f"unit {cluster.kept}", "kept", maps[cluster.kept])]
-    for removed, r in zip(cluster.removed, alike(cluster, maps), strict=True):
-        name = f"unit {removed['unit']}, weak" if weak else f"unit {removed['unit']}"
-        said = f"R² {removed['r2']:.2f}, r {r:.2f}".replace("-", "\N{MINUS SIGN}")
-        rows.append((name, said, maps[removed["unit"]] * (-1 if signed and r < 0 else 1)))
-    return rows
-
-
-def explain(row: GroupReport, group: UnitGroup, images: int) -> list[str]:
-    """Return the explanation below the title, one or two sentences per line."""
-    framed = f"Framed: a kept {row.kind}; below it, removed ones whose strongest stand-in it is. "
-    if not row.redundant:
-        framed = f"Framed: a kept {row.kind}; below it, weak ones, R² under {MIN_R2}, nearest to it. "
-    flipped = ", sign flipped if negative" if is_signed(group) else ""
-    return [
-        framed + f"Removed in all: {len(row.redundant)} redundant, {len(row.weak)} weak.",
-        f"R²: share the kept {row.kind}s explain together. "
-        f"r: correlation with the framed map on {images} images{flipped}.",
-        f"Maps are the input of {group.taps[0].module}, each row in its own range.",
-    ]
 
 
 def picture(image: Tensor) -> Tensor:
@@ -331,31 +272,68 @@ def picture(image: Tensor) -> Tensor:
     return (image - image.min()) / (image.max() - image.min()).clamp(min=1e-30)
 
 
-class Sheet:
-    """A figure with pixel coordinates at the width of a card, from the upper left corner."""
+def draw(
+    gallery: Gallery, plan: SlimPlan, rows: Sequence[Sequence[Row]], path: str | Path, model: str, images: int
+) -> None:
+    """Draw a block of rows for each pair, in one or two panels; the first pairs are the uppermost."""
+    group, pairs = gallery.group, gallery.pairs[: len(rows)]
+    panels = min(2, len(pairs))
+    panel = 4 * TILE + 3 * GAP
+    block = LABEL + max(map(len, rows)) * (TILE + GAP) + BLOCK_GAP
+    size = (2 * panel + PANEL_GAP, HEAD + -(-len(pairs) // panels) * block - BLOCK_GAP)
+    title = f"{model}, {group.name}: {len(plan.kept(group))} of {group.size} {group.kind}s kept"
+    notes = explain(gallery, f"{len(pairs)} of {len(plan.removed(group))}", images)
+    with sheet(path, size, title=title, notes=notes, comment=mark_of(plan.keep)) as figure:
+        figure.set_layout_engine("none")
+        for number in range(panels):
+            write_columns(figure, number * (panel + PANEL_GAP), 0.0, HEADINGS, group, weight="bold")
+        for number, (pair, shown) in enumerate(zip(pairs, rows, strict=True)):
+            left, top = (number % panels) * (panel + PANEL_GAP), HEAD + number // panels * block
+            r, r2 = (f"{value:.2f}".replace("-", "\N{MINUS SIGN}") for value in (pair.r, pair.r2))
+            said = ("", f"unit {pair.kept}, r {r}", f"unit {pair.removed}", f"R² {r2}")
+            write_columns(figure, left, top, said, group, size=7.5)
+            draw_rows(figure, left, top + LABEL, shown)
 
-    def __init__(self, height: float) -> None:
-        self.height = height
-        self.figure = Figure(figsize=(WIDTH / INCH, height / INCH), dpi=DPI, facecolor="white")
-        FigureCanvasAgg(self.figure)
 
-    def box(self, x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
-        """Return matplotlib's left, bottom, width and height."""
-        return x / WIDTH, 1 - (y + height) / self.height, width / WIDTH, height / self.height
+def write_columns(
+    figure: "Figure", left: float, top: float, texts: Sequence[str], group: UnitGroup, **style: Any
+) -> None:
+    """Write a text above each column of a panel; kept units and their estimate have the colour of the kind."""
+    width, height = figure.get_size_inches()
+    for number, text in enumerate(texts):
+        x = (left + number * (TILE + GAP) + TILE / 2) / width
+        colour = COLOURS.get(group.kind, INK) if number in (1, 3) else INK
+        figure.text(x, 1 - top / height, text, ha="center", va="top", color=colour, **style)
 
-    def text(self, x: float, y: float, text: str, *, size: float, **style: Any) -> None:
-        """Draw text with its upper left corner at (x, y)."""
-        self.figure.text(x / WIDTH, 1 - y / self.height, text, va="top", fontsize=size, **style)
 
-    def strip(self, x: float, y: float, tile: float, pixels: Sequence[Tensor], **style: Any) -> None:
-        """Draw square tiles in a row."""
-        for number, values in enumerate(pixels):
-            axes = self.figure.add_axes(self.box(x + number * (tile + GAP), y, tile, tile))
-            axes.imshow(values.numpy(), interpolation="nearest", aspect="auto", **style)
+def draw_rows(figure: "Figure", left: float, top: float, rows: Sequence[Row]) -> None:
+    """Draw the tiles of a pair; the removed unit and its estimate share one range of colour."""
+    width, height = figure.get_size_inches()
+    ranges = {}
+    for column, values in enumerate(([row.kept for row in rows], [row.removed for row in rows]), start=1):
+        low, high = torch.stack(values).quantile(torch.tensor([1 - BRIGHTEST, BRIGHTEST])).tolist()
+        ranges[column] = {"vmin": low, "vmax": high, "cmap": COLOUR_MAP}
+    ranges[3] = ranges[2]
+    for number, row in enumerate(rows):
+        y = top + number * (TILE + GAP) + TILE
+        for column, values in enumerate((row.image, row.kept, row.removed, row.estimate)):
+            x = left + column * (TILE + GAP)
+            axes = figure.add_axes((x / width, 1 - y / height, TILE / width, TILE / height))
+            axes.imshow(values.numpy(), interpolation="nearest", aspect="auto", **ranges.get(column, {}))
             axes.set_axis_off()
 
-    def frame(self, x: float, y: float, width: float, height: float, colour: str) -> None:
-        """Draw a frame around a strip."""
-        left, bottom, *size = self.box(x - FRAME, y - FRAME, width + 2 * FRAME, height + 2 * FRAME)
-        style = {"fill": False, "edgecolor": colour, "linewidth": 2.6, "transform": self.figure.transFigure}
-        self.figure.add_artist(Rectangle((left, bottom), *size, **style))
+
+def explain(gallery: Gallery, shown: str, images: int) -> list[str]:
+    """Return the explanation below the title."""
+    kind, tap, width = gallery.group.kind, gallery.group.taps[0].module, gallery.estimate.index.shape[1]
+    share = "variance" if gallery.centred else "squared values"
+    lines = [
+        f"A removed {kind}; the kept one that correlates most with it (r; its map is flipped where r is negative); and "
+        "the removed one's estimate by least squares from all kept ones, which the fold uses (R²: explained share of "
+        f"its {share}).",
+        f"Maps are inputs of {tap}; a removed {kind} and its estimate have one scale. r and R² are those of {images:,} "
+        f"images held out from the fit. Largest r first: {shown} removed {kind}s.",
+    ]
+    if width > 1:
+        lines.append(f"A {kind} of {width} channels is shown along its first principal component.")
+    return lines

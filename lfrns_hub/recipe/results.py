@@ -15,6 +15,8 @@ from torch import nn
 
 from lfrns_hub.format.terminal import cell, plain_console, print_table
 from lfrns_hub.measure import Record, evaluate, format_table
+from lfrns_hub.method.provenance import provenance_of
+from lfrns_hub.plots.clusters import plot_clusters
 from lfrns_hub.retrain import retrain
 from lfrns_hub.surgery import cut
 from lfrns_hub.units import SlimPlan, UnitGroup
@@ -158,15 +160,13 @@ def draw_clusters(dense: nn.Module, result: Any, loader: Any, directory: Path) -
     Args:
         dense: The dense model.
         result: The result of `slim`.
-        loader: One image of each class is shown.
+        loader: The calibration images, which are run once; some of them are shown.
         directory: The output folder, which may not exist.
     """
-    from lfrns_hub.plots.clusters import choose_images, plot_clusters  # imported here: matplotlib is slow
-
     directory.mkdir(parents=True, exist_ok=True)
-    images = choose_images(loader)
+    seed = provenance_of(result.model).get("seed", 0)
     try:
-        plot_clusters(dense, result, images, directory / "clusters.png")
+        plot_clusters(dense, result.plan, loader, directory / "clusters.png", seed=seed)
         print("clusters.png shows some of your images; a push leaves it out, but for --with-images.", file=sys.stderr)
     except ValueError as error:  # a missing figure is no reason to lose a trained model
         print(f"No clusters.png. {error}", file=sys.stderr)
