@@ -86,7 +86,8 @@ def tracking(name: str, folder: Path) -> dict[str, Any]:
             f"--log-with {name}: accelerate {accelerate.__version__} does not know it. pip install --upgrade "
             "accelerate, or pass --log-with csv."
         )
-    os.environ.setdefault("TRACKIO_DIR", str(folder.resolve()))
+    if name == "trackio":
+        os.environ.setdefault("TRACKIO_DIR", str(folder.resolve()))
     return {"log_with": name, "project_config": ProjectConfiguration(str(folder.parent), logging_dir=str(folder))}
 
 

@@ -167,27 +167,21 @@ def _make_bars() -> "Progress | None":
     if not console.is_jupyter and (console.is_dumb_terminal or not sys.stderr.isatty()):
         return None
 
-    class Remaining(ProgressColumn):
-        """The time that is left, or has passed where the end is not known."""
+    class Told(ProgressColumn):
+        """How many steps are done, the time that is left or, where the end is not known, has passed, and the note."""
 
         def render(self, task: "Task") -> Text:
+            steps = "" if task.total is None else f"{int(task.completed)}/{int(task.total)}"
             seconds = task.elapsed if task.total is None else task.time_remaining
-            word = "" if task.total is None else " left"
-            return Text("" if seconds is None else f"{int(seconds // 60)}:{int(seconds % 60):02}{word}")
-
-    class Steps(ProgressColumn):
-        """The number of steps done, and of all."""
-
-        def render(self, task: "Task") -> Text:
-            return Text("" if task.total is None else f"{int(task.completed)}/{int(task.total)}")
+            left = "" if seconds is None else f"{int(seconds // 60)}:{int(seconds % 60):02}"
+            left += " left" if left and steps else ""
+            return Text(", ".join(filter(None, [steps, left, task.fields["note"]])))
 
     name = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     return Progress(
         TextColumn("{task.description}", markup=False, table_column=name),
         BarColumn(bar_width=12),
-        Steps(),
-        Remaining(),
-        TextColumn("{task.fields[note]}", markup=False),
+        Told(table_column=Column(no_wrap=True)),
         console=console,
         transient=True,
         expand=True,

@@ -53,12 +53,17 @@ def _resized_timm(model: nn.Module, side: int) -> nn.Module:
     channels, cfg = input_size_of(model)[0], getattr(model, "pretrained_cfg", None) or {}
     if hasattr(model, "set_input_size"):
         model.set_input_size(img_size=(side, side))
-    elif timm.is_model(cfg.get("architecture") or "") and "img_size" in inspect.signature(type(model)).parameters:
+    elif timm.is_model(cfg.get("architecture") or "") and _takes_size(type(model)):
         twin = timm.create_model(cfg["architecture"], **{**get_model_args(model), "img_size": side})
         model = _filled(twin, model.state_dict())
     kept = {key: value for key, value in cfg.items() if key not in ("pool_size", "test_input_size", "test_crop_pct")}
     model.pretrained_cfg = model.default_cfg = {**kept, "input_size": (channels, side, side)}
     return model
+
+
+def _takes_size(model_class: type) -> bool:
+    """Return whether a class of timm, or one that it extends, is built for a size of images."""
+    return any("img_size" in inspect.signature(one.__init__).parameters for one in model_class.__mro__)
 
 
 def _filled(twin: nn.Module, state: dict[str, Tensor]) -> nn.Module:
