@@ -69,9 +69,9 @@ def write_stock_card(
         model: The model; its `lfrns_base` states the origin of its weights.
         name, base, library: As for `files.write_card`.
     """
+    record, origin = read_record(record), getattr(model, "lfrns_base", {})
     if record is not None:
-        (draft / "record.json").write_text(record.to_json(), encoding="utf-8")
-    origin = getattr(model, "lfrns_base", {})
-    card = render_dense_card(read_record(record) or {}, origin, model_name=name, base=base, library=library)
+        (draft / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    card = render_dense_card(record or {}, origin, model_name=name, base=base, library=library)
     card = merge_cards(card, earlier_card(directory), local=True)
     (draft / "README.md").write_text(card, encoding="utf-8", errors="surrogateescape")

@@ -18,7 +18,8 @@ def render_dense_card(
     """Return the card of a dense model.
 
     Args:
-        record: The dict of a Record whose dense side is the model's; empty if nothing was measured.
+        record: The dict of a Record: its dense side is the model's, or the other if there is none. Empty if nothing
+            was measured.
         origin: As `lineage.base_facts` returns it.
         model_name: Heading, and the name in the usage lines.
         base: Architecture.
@@ -26,7 +27,7 @@ def render_dense_card(
     Returns:
         Markdown with the Hub's YAML header, all text in it shown as one line of plain text.
     """
-    setup, dense = record.get("setup") or {}, record.get("dense") or {}
+    setup, dense = record.get("setup") or {}, record.get("dense") or record.get("slim") or {}
     known = {key: plain(value, MAX_NAME) for key, value in origin.items() if value}
     dataset, dataset_id = setup.get("dataset"), setup.get("dataset_id") or ""
     tasks = {KINDS[word_of(of_head)].task for of_head in heads_of(dense).values()}
