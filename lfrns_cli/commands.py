@@ -24,18 +24,24 @@ from lfrns_cli.options import (
     Flip,
     Folder,
     Images,
+    ImgSize,
     Json,
+    LogWith,
     Machine,
     Model,
+    Out,
+    Overwrite,
     Preprocessing,
     Preset,
     Rate,
+    Resume,
     Seed,
     Weights,
     WithImages,
     check_rate,
     check_repository,
     check_share,
+    check_tracker,
     check_weights,
     read_budgets,
     read_list,
@@ -43,6 +49,42 @@ from lfrns_cli.options import (
 
 MAKE, LOOK, JUDGE, SHIP = "Make a slim checkpoint", "Look at a model first", "Measure a checkpoint", "Take it elsewhere"
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@command(
+    "train:train",
+    "lfrns train resnet50.a1_in1k --data DIR --val-split 0.1 --epochs 10 --out dense/",
+    "lfrns train google/vit-base-patch16-224-in21k --data DIR --img-size 384 --out dense/",
+    panel=MAKE,
+)
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a dense model on your images, as lfrns slim needs it: with a new head where its classes are others.
+
+    The folder is of timm's or transformers' own layout, which both open, and lfrns slim too. The weights are saved as
+    soon as they are trained. What was interrupted goes on with the same command and --resume.
+    """
+
+    model: Model
+    weights: Weights = None
+    out: Out
+    overwrite: Overwrite = False
+    resume: Resume = False
+    epochs: Annotated[int, Option(min=1, help="passes over the training images", rich_help_panel=TRAINING)] = 3
+    learning_rate: Rate = None
+    log_with: LogWith = None
+    batch_size: Batch = 64
+    images: Images
+    flip: Flip = True
+    img_size: ImgSize = None
+    preprocessing: Preprocessing
+    seed: Seed = 0
+    machine: Machine
+
+    def __post_init__(self) -> None:
+        check_weights(self.weights)
+        check_rate(self.learning_rate)
+        check_tracker(self.log_with)
 
 
 @command(
@@ -70,16 +112,15 @@ class Slim:
     latency: Annotated[
         float | None, Option(help="fraction of the time of a forward pass to keep, in (0, 1], measured here")
     ] = None
-    out: Annotated[str, Option(metavar="DIR", help="output folder")]
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="replace the checkpoint in the folder, once there is a new one")
-    ] = False
-    resume: Annotated[bool, Option("--resume", help="go on with what an interrupted run left in the folder")] = False
+    out: Out
+    overwrite: Overwrite = False
+    resume: Resume = False
     epochs: Annotated[
         int,
         Option(min=0, help="epochs of retraining with the dense model as teacher", rich_help_panel=TRAINING),
     ] = 3
     learning_rate: Rate = None
+    log_with: LogWith = None
     batch_size: Batch = 64
     preset: Preset = "ours"
     calibration_images: Calibration = 2000
@@ -96,6 +137,7 @@ class Slim:
     ] = False
     images: Images
     flip: Flip = True
+    img_size: ImgSize = None
     preprocessing: Preprocessing
     seed: Seed = 0
     push_to_hub: Annotated[
@@ -141,6 +183,7 @@ class Slim:
             )
         check_weights(self.weights)
         check_rate(self.learning_rate)
+        check_tracker(self.log_with)
         timed = {"--latency-batch": self.latency_batch != 1, "--latency-threads": self.latency_threads is not None}
         timed["--latency-compile"] = self.latency_compile
         if self.latency is None and (idle := [option for option, given in timed.items() if given]):
@@ -189,6 +232,7 @@ class Retrain:
     ] = None
     epochs: Annotated[int, Option(min=1, help="passes over the training images", rich_help_panel=TRAINING)] = 3
     learning_rate: Rate = None
+    log_with: LogWith = None
     batch_size: Batch = 64
     images: Images
     flip: Flip = True
@@ -198,6 +242,7 @@ class Retrain:
     def __post_init__(self) -> None:
         check_weights(self.weights, "--teacher", self.teacher)
         check_rate(self.learning_rate)
+        check_tracker(self.log_with)
 
 
 @app.command(rich_help_panel=MAKE, context_settings=PASSED_ON)
@@ -226,6 +271,7 @@ class Units:
         float | None,
         Option(help="show sizes at this fraction of the MACs too, all groups narrowed alike; data decide otherwise"),
     ] = None
+    img_size: ImgSize = None
     as_json: Json = False
 
     def __post_init__(self) -> None:
@@ -260,6 +306,7 @@ class Curve:
     picture: Annotated[str, Option(metavar="FILE", help="the PNG to write", rich_help_panel=MACHINE)] = "curve.png"
     batch_size: Batch = 64
     images: Images
+    img_size: ImgSize = None
     preprocessing: Preprocessing
     seed: Seed = 0
     machine: Machine

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,8 @@ from typer import Argument, Option
 DATA, PRUNING, TRAINING, LATENCY = "Data", "Choice of units", "Training", "Latency budgets"
 MACHINE, HUB = "Machine and output", "Hub"
 PREPROCESSING = "Preprocessing, in place of the model's own"
+# The packages of which each tracker needs one.
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "csv": ()}
 
 Model = Annotated[str, Argument(help="timm name, hf-hub:..., transformers repo id, folder, or package.module:fn")]
 Folder = Annotated[str, Argument(metavar="DIR", help="folder that lfrns slim wrote")]
@@ -17,6 +20,9 @@ Dense = Annotated[str | None, Option(metavar="MODEL", help="its dense model, whe
 Weights = Annotated[
     str | None, Option(metavar="FILE", help="weights of the dense model: safetensors, .pth or .ckpt; or their folder")
 ]
+Out = Annotated[str, Option(metavar="DIR", help="output folder")]
+Overwrite = Annotated[bool, Option("--overwrite", help="replace the checkpoint in the folder, once there is a new one")]
+Resume = Annotated[bool, Option("--resume", help="go on with what an interrupted run left in the folder")]
 Batch = Annotated[int, Option(min=1, help="images per step over all processes")]
 Flip = Annotated[
     bool,
@@ -29,6 +35,21 @@ Flip = Annotated[
 Rate = Annotated[
     float | None,
     Option(help="peak learning rate (default: by what the cut changed)", rich_help_panel=TRAINING),
+]
+ImgSize = Annotated[
+    int | None,
+    Option(
+        "--img-size",
+        min=1,
+        help="height and width in pixels that the model is used at (default: its own)",
+        rich_help_panel=PREPROCESSING,
+    ),
+]
+LogWith = Annotated[
+    Literal["tensorboard", "trackio", "csv"] | None,
+    Option(
+        help="log loss, learning rate and accuracy of the training, in logs/ of the folder", rich_help_panel=TRAINING
+    ),
 ]
 Preset = Annotated[
     Literal["ours", "paper"],
@@ -65,6 +86,14 @@ class Preprocessing:
         Option(help="share of the shorter side in the central crop, in (0, 1]", rich_help_panel=PREPROCESSING),
     ] = None
     interpolation: Annotated[str | None, Option(help="bilinear, bicubic, ...", rich_help_panel=PREPROCESSING)] = None
+
+    def arguments(self) -> list[str]:
+        """Return the options that prepare images in the same way in another command."""
+        words = []
+        for name, value in vars(self).items():
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name.replace('_', '-')}", *map(str, values)] if value is not None else []
+        return words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +174,20 @@ def check_rate(rate: float | None) -> None:
     """
     if rate is not None and not rate > 0:
         raise ValueError(f"--learning-rate {rate:g}: it must be above 0. Leave it out for the default.")
+
+
+def check_tracker(name: str | None) -> None:
+    """Refuse a tracker that is not installed.
+
+    Raises:
+        ValueError: It is not.
+    """
+    packages = TRACKERS[name] if name else ()
+    if packages and not any(map(find_spec, packages)):
+        raise ValueError(
+            f"--log-with {name}: {name} is not installed. Run pip install {name}, or pass --log-with csv, which needs "
+            "nothing more."
+        )
 
 
 def check_share(option: str, value: float | None, what: str) -> None:

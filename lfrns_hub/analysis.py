@@ -177,7 +177,7 @@ class Analysis:
             keep, pruning_set, ledger = clustered(at, checked.frozen)
 
             if contributions is None:
-                clock.step("FCR gates", how.steps if how.steps and how.contribution == "fcr" else 1)
+                clock.step("FCR gates", how.steps if how.steps and how.contribution == "fcr" else None)
                 contributions = contribute(
                     how.contribution, self.dense, chosen, keep, self.batches, self.moments, self.merges, how.steps,
                     how.fold, self.run.processes, clock.advance, self.cache,

@@ -151,6 +151,7 @@ def _analyse(model: nn.Module, loader: Any, find: FindOptions, run: RunOptions) 
     model = unwrap(model, call())
     refuse_meta(model, call())
     with clocked(run.shows_progress) as clock:
+        clock.step("images")
         dense = analysis_copy(model, run.processes.device or run.device or device_of(model))
         batches = read_loader(loader, dense, run.seed)
         example = batches[0][0][:1]

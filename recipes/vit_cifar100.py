@@ -17,12 +17,11 @@ from lfrns_hub import recipe
 from lfrns_hub.pictures import load_processor
 from lfrns_hub.zoo import (
     check_images,
-    create_dense,
+    create_for_data,
     example_input,
     guard_against_chance,
     load_data,
     make_transform,
-    num_classes_of,
 )
 
 CALIBRATION_IMAGES = 2000
@@ -50,20 +49,16 @@ def main() -> None:
     epochs, fcr_steps, limit = (min(args.epochs, 1), 5, 128) if args.smoke else (args.epochs, FCR_STEPS, None)
 
     # Load; a head that does not fit the data is replaced, and has to be trained before units can be ranked.
-    dense = create_dense(args.model)
     data = args.data_dir or "uoft-cs/cifar100"
     options = {"label_column": args.label_column, "seed": args.seed}
-    train_transform, test_transform = make_transform(dense, train=True), make_transform(dense, train=False)
-    label_names = load_data(data, "train", transform=test_transform, **options).class_names
-    head_fits = num_classes_of(dense) == len(label_names)
-    if not head_fits:
-        dense = create_dense(args.model, num_classes=len(label_names))
-    dense_epochs = args.dense_epochs if args.dense_epochs is not None else 0 if head_fits else FINE_TUNE_EPOCHS
-    if not head_fits and not dense_epochs:
+    dense, new_classes = create_for_data(args.model, data, **options)
+    dense_epochs = args.dense_epochs if args.dense_epochs is not None else FINE_TUNE_EPOCHS if new_classes else 0
+    if new_classes and not dense_epochs:
         raise ValueError(
-            f"--dense-epochs 0: the head of {args.model} does not fit {len(label_names)} classes and stays random. "
+            f"--dense-epochs 0: the head of {args.model} does not fit {len(new_classes)} classes and stays random. "
             f"Fine-tune it: --dense-epochs {FINE_TUNE_EPOCHS}."
         )
+    train_transform, test_transform = make_transform(dense, train=True), make_transform(dense, train=False)
     options["model"] = dense
     train_set = load_data(data, "train", transform=train_transform, limit=limit, **options)
     calibration_images = min(limit or CALIBRATION_IMAGES, CALIBRATION_IMAGES)

@@ -38,6 +38,16 @@ MISTAKES = {
     f"{SLIM} --macs 0.5 --mean 0.5": ("--mean", "See --help"),
     f"{SLIM} --macs 0.5 --push-to-hub not/a/repo": ("--push-to-hub not/a/repo: is no repository", "user/name"),
     f"{SLIM} --macs 0.5,0.3 --push-to-hub me/net": ("2 budgets make as many repositories", "user or the organisation"),
+    "train resnet50 --data DIR": ("Missing option '--out'", "See --help"),
+    "train resnet50 --data DIR --out new --epochs 0": ("--epochs", "See --help"),
+    "train resnet50 --data DIR --out new --weights gone.pth": ("--weights gone.pth: there is no such file",),
+    "train resnet50 --data DIR --out new --learning-rate -1": ("--learning-rate -1: it must be above 0",),
+    "train resnet50 --data DIR --out new --img-size 0": ("--img-size", "See --help"),
+    "train resnet50 --data DIR --out new --log-with wandb": ("--log-with", "'wandb'"),
+    "train resnet50 --data DIR --out new --log-with trackio": ("trackio is not installed", "pip install trackio"),
+    f"{SLIM} --macs 0.5 --log-with tensorboard": ("tensorboard is not installed. Run pip install tensorboard", "csv"),
+    f"{SLIM} --macs 0.5 --img-size big": ("--img-size", "See --help"),
+    "retrain slim --data DIR --log-with trackio": ("trackio is not installed", "--log-with csv"),
     "retrain slim --data DIR --weights gone.pth --teacher x": ("--weights gone.pth", "no such file"),
     "retrain slim --data DIR --epochs 0": ("--epochs", "See --help"),
     "curve resnet50 --data DIR --macs 0.9,90": ("--macs 0.9,90: each fraction", "For 90 % pass 0.9"),
@@ -60,7 +70,7 @@ MISTAKES = {
 # Answers what is typed, a line of JSON after the other, in a process where what takes seconds cannot be imported.
 DRIVER = """
 import contextlib, io, json, sys
-for name in ("torch", "timm", "transformers", "lfrns_hub", "numpy"):
+for name in ("torch", "timm", "transformers", "lfrns_hub", "numpy", "tensorboard", "tensorboardX", "trackio"):
     sys.modules[name] = None
 import lfrns_cli
 for line in sys.stdin:
@@ -94,7 +104,7 @@ def test_each_mistake_is_one_sentence_before_anything_slow_is_imported() -> None
 
 
 def test_help_of_each_command_imports_nothing_slow_and_fits_80_columns() -> None:
-    commands = ("", "slim", "retrain", "units", "curve", "evaluate", "predict", "bench", "push", "export")
+    commands = ("", "train", "slim", "retrain", "units", "curve", "evaluate", "predict", "bench", "push", "export")
     for command, (code, out, err) in zip(commands, answers([f"{name} --help" for name in commands]), strict=True):
         assert (code, err) == (0, ""), command
         assert f"lfrns {command}".strip() in out

@@ -201,11 +201,11 @@ def write_card(draft: Path, record: Any, directory: Path, *, name: str, base: st
             f"save({str(directory)!r}, record): no card can be written of it ({type(error).__name__}: "
             f"{short(str(error), 200)}). Measure the model again by lfrns_hub.measure, and remove an old record.json."
         ) from error
-    card = merge_cards(card, _earlier_card(directory), local=True)
+    card = merge_cards(card, earlier_card(directory), local=True)
     (draft / "README.md").write_text(card, encoding="utf-8", errors="surrogateescape")
 
 
-def _earlier_card(directory: Path) -> str | None:
+def earlier_card(directory: Path) -> str | None:
     """Return the card of one of our checkpoints in a folder; None where there is none."""
     readme = directory / "README.md"
     if readme.is_symlink() or not readme.is_file() or not holds_ours(directory):  # a link could point to any secret
@@ -240,11 +240,11 @@ def refuse_foreign(directory: Path, call: str) -> None:
 
 def holds_ours(directory: Path) -> bool:
     """Return whether a folder has a checkpoint that `save` wrote, perhaps damaged, or the run of a recipe."""
-    config = directory / "config.json"
-    if config.is_file():
-        with config.open("rb") as file:
-            if b"lfrns" in file.read(MAX_JSON_BYTES):  # every layout contains this word
-                return True
+    for path in (directory / "config.json", directory / "record.json"):
+        if path.is_file():
+            with path.open("rb") as file:
+                if b"lfrns" in file.read(MAX_JSON_BYTES):  # every config or, of a dense model, the record has this word
+                    return True
     return (directory / MODELING_FILE).is_file() or (directory / "work" / "run.json").is_file()
 
 

@@ -24,6 +24,7 @@ from lfrns_hub.checkpoint.files import (
 )
 from lfrns_hub.checkpoint.kinds import kind_of
 from lfrns_hub.checkpoint.own import fill_own, narrow_as_stored, own_skeleton, prepare_as_stored, write_own
+from lfrns_hub.checkpoint.stock import write_stock, write_stock_card
 from lfrns_hub.checkpoint.timm import TIMM_NAME, carry_timm, load_timm, timm_base, write_timm
 from lfrns_hub.checkpoint.timm_wrapper import (
     base_of,
@@ -65,6 +66,7 @@ def save(
     processor: Any = None,
     label_names: Sequence[str] | None = None,
     overwrite: bool = False,
+    stock: bool = False,
 ) -> Path:
     """Write a model as a folder that loads again: config.json, model.safetensors, README.md, a plot.
 
@@ -89,6 +91,8 @@ def save(
         label_names: Name of each class, in the order of the logits.
         overwrite: Replace an existing checkpoint. Files of the same names that no checkpoint or run of lfrns_hub wrote
             are not replaced.
+        stock: Write a dense model in the layout of its own library, which opens it without this package, and `slim`'s
+            commands as a dense model; of a custom class the weights alone. base, base_args and base_model are not read.
     Returns:
         The folder.
     Raises:
@@ -99,7 +103,7 @@ def save(
         ValueError: The model does not match its base, or does not load equal; base_model is not such a name.
     """
     options = {"base": base, "base_args": base_args, "base_model": base_model, "processor": processor}
-    options |= {"label_names": label_names, "overwrite": overwrite}
+    options |= {"label_names": label_names, "overwrite": overwrite, "stock": stock}
     with prepared(model, directory, record=record, **options) as draft:
         with _told(f"save({str(directory)!r})"):
             put_in_place(draft, Path(os.path.realpath(directory)), is_own)
@@ -118,6 +122,7 @@ def prepared(
     processor: Any = None,
     label_names: Sequence[str] | None = None,
     overwrite: bool = False,
+    stock: bool = False,
 ) -> Iterator[Path]:
     """Do all steps of `save` except the last, and remove the draft at the end.
 
@@ -125,7 +130,8 @@ def prepared(
     the folder against other processes.
 
     Args:
-        model, directory, record, base, base_args, base_model, processor, label_names, overwrite: As for `save`.
+        model, directory, record, base, base_args, base_model, processor, label_names, overwrite,
+            stock: As for `save`.
     Yields:
         The folder, next to `directory`, that holds the checkpoint.
     Raises:
@@ -145,16 +151,24 @@ def prepared(
             raise ValueError(
                 f"save(label_names of {len(label_names)}): the model has {classes} classes. Name each one."
             )
-        stated = None if base_model is None else base_facts(base_model)
+        stated = None if base_model is None or stock else base_facts(base_model)
         with draft_of(directory) as draft:
             with _told(call):
-                source = _write(model, draft, base, base_args, label_names)
+                source = (
+                    write_stock(model, draft, label_names)
+                    if stock
+                    else _write(model, draft, base, base_args, label_names)
+                )
                 processor = _own_processor(model) if processor is None else processor
                 if processor is not None:
                     write_processor(processor, draft)
                 if stated is not None:
                     state_base(draft, stated)
-                write_card(draft, record, directory, name=named.name or directory.name, **source)
+                source["name"] = named.name or directory.name
+                if stock:
+                    write_stock_card(draft, record, directory, model, **source)
+                else:
+                    write_card(draft, record, directory, **source)
             yield draft
 
 

@@ -161,7 +161,7 @@ def write_transformers(model: "transformers.PreTrainedModel", draft: Path, label
     """Write transformers' config.json and weights, by its own save_pretrained."""
     if is_narrow_base(model):
         carry_base(model)
-        with _no_progress_bar():
+        with without_progress_bar():
             model.save_pretrained(draft)
         return write_config(draft, read_config(draft), model)
     config = _narrow_config_of(model)
@@ -171,7 +171,7 @@ def write_transformers(model: "transformers.PreTrainedModel", draft: Path, label
     with torch.device("meta"):
         twin = _narrow_class_of(model)(config)
     twin.load_state_dict({k: v.contiguous().clone() for k, v in model.state_dict().items()}, assign=True, strict=True)
-    with _no_progress_bar():
+    with without_progress_bar():
         twin.save_pretrained(draft)
     write_config(draft, read_config(draft), model)
 
@@ -285,7 +285,7 @@ def load_transformers(folder: Path) -> nn.Module:
         # names on disk are transformers' own, older ones
         expected = revert_weight_conversion(model, model.state_dict(keep_vars=True))
     tensors = read_tensors(expected, folder)
-    with refusing(call), bounded(*limits), _no_progress_bar():
+    with refusing(call), bounded(*limits), without_progress_bar():
         info: dict[str, Any] = {}
         if not _assign(model, expected, tensors):
             model, info = type(model).from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
@@ -351,7 +351,7 @@ def fill_transformers(model: nn.Module, folder: Path) -> nn.Module:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def without_progress_bar() -> Iterator[None]:
     """Disable transformers' progress bars, for operations that take an instant."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

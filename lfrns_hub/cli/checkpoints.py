@@ -9,7 +9,7 @@ import lfrns_hub as lfrns
 from lfrns_cli.options import Images
 from lfrns_hub import recipe
 from lfrns_hub.checkpoint import kind_of
-from lfrns_hub.cli.dense_again import find_dense, remember_dense
+from lfrns_hub.cli.dense_again import find_dense, remember_dense, size_beside
 from lfrns_hub.format.untrusted import read_json, short
 from lfrns_hub.hub.index import refresh_index
 from lfrns_hub.measure import COUNTED, Record, comparable_controls, comparable_dense, weights_id
@@ -42,12 +42,20 @@ def load_slim(directory: str, dense: str | None) -> nn.Module:
     return lfrns.load(directory, model=create_skeleton(dense))
 
 
-def dense_beside(directory: str, dense: str | None, weights: str | None) -> tuple[nn.Module | None, str]:
-    """Return the dense model of a checkpoint, the one named or the one of its record; or None and why."""
+def dense_beside(
+    directory: str, slim: nn.Module, dense: str | None, weights: str | None
+) -> tuple[nn.Module | None, str]:
+    """Return the dense model of a checkpoint, the one named or the one of its record; or None and why.
+
+    Args:
+        directory: The checkpoint.
+        slim: It, loaded: the dense model is built for images of the same size.
+        dense, weights: Arguments of the command.
+    """
     setup = earlier_record(directory).setup
     if not dense:
-        return find_dense(directory, setup)
-    model = create_dense(dense, weights=weights)
+        return find_dense(directory, setup, slim)
+    model = create_dense(dense, weights=weights, img_size=size_beside(slim, dense))
     remember_dense(model, dense, weights)
     if setup.get("dense_id") not in (None, weights_id(model)):
         print(

@@ -37,7 +37,7 @@ def evaluate(asked: Evaluate) -> None:
     images = load_images(asked.images, model, "validation")
     loader = DataLoader(images, asked.batch_size, num_workers=machine.workers)
     check_images(model, loader)
-    dense, missing = dense_beside(directory, asked.dense, asked.weights)
+    dense, missing = dense_beside(directory, model, asked.dense, asked.weights)
     record = lfrns.measure(model, loader, dense=dense, accelerator=accelerator, progress=machine.progress)
     if accelerator.is_main_process:
         record = refresh(directory, model, record, asked.images, images.class_names, missing=missing)

@@ -17,6 +17,7 @@ from lfrns_hub.cli.terminal import show
 from lfrns_hub.format.terminal import cell
 from lfrns_hub.hub.index import cells, columns
 from lfrns_hub.measure import measure_each
+from lfrns_hub.runs.progress import about
 from lfrns_hub.self_check import survey, uniform_sizes
 from lfrns_hub.units import UnitGroup
 from lfrns_hub.zoo import create_dense, create_skeleton, example_input, set_preprocessing, starts_random
@@ -25,7 +26,9 @@ from lfrns_hub.zoo import create_dense, create_skeleton, example_input, set_prep
 def units(asked: Units) -> None:
     """List the groups of a model, their share of its MACs, and why some are frozen."""
     model = asked.model
-    network = lfrns.load(model) if is_slim(model) else create_skeleton(model)
+    if asked.img_size is not None and is_slim(model):
+        raise ValueError(f"--img-size {asked.img_size}: {model} is slim, and of the size that it states. Leave it out.")
+    network = lfrns.load(model) if is_slim(model) else create_skeleton(model, img_size=asked.img_size)
     groups, shares = survey(network, example_input(network))
     sizes, left = ({}, {}) if asked.macs is None else uniform_sizes(network, example_input(network), asked.macs)
     table = Table("group", "kind", "units", *(["kept"] if sizes else []), "exact", "MACs", "read by", title=cell(model))
@@ -69,7 +72,7 @@ def curve(asked: Curve) -> None:
     model, picture, seed, machine = asked.model, asked.picture, asked.seed, asked.machine
     accelerator = start_accelerator(machine, seed)
     recipe.hold(Path(picture), f"--picture {picture}", accelerator)
-    dense = create_dense(model, weights=asked.weights)
+    dense = create_dense(model, weights=asked.weights, img_size=asked.img_size)
     set_preprocessing(dense, **vars(asked.preprocessing))
     test_set = load_images(asked.images, dense, "validation", limit=asked.test_images, seed=seed)
     test = DataLoader(test_set, asked.batch_size, num_workers=machine.workers)
@@ -85,7 +88,10 @@ def curve(asked: Curve) -> None:
         raise ValueError(
             f"--macs {asked.macs}: the smallest that this model can be cut to is {least:.3f}. Ask for more."
         )
-    slim = {f"{budget:g}": analysis.cut(macs=budget, fcr_steps=asked.fcr_steps).model for budget in reached}
+    slim = {}
+    for budget in reached:
+        with about(f"{budget:g} of the MACs"):
+            slim[f"{budget:g}"] = analysis.cut(macs=budget, fcr_steps=asked.fcr_steps).model
     records = measure_each(slim, test, dense=dense, **options)
     if not accelerator.is_main_process:
         return

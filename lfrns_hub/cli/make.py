@@ -15,8 +15,9 @@ import lfrns_hub as lfrns
 from lfrns_cli.commands import Retrain, Slim
 from lfrns_hub import recipe
 from lfrns_hub.cli.checkpoints import dense_beside, earlier_record, load_slim, refresh
-from lfrns_hub.cli.data import analyse_images, load_images, start_accelerator
-from lfrns_hub.cli.dense_again import remember_dense
+from lfrns_hub.cli.data import analyse_images, load_images, shuffled, start_accelerator
+from lfrns_hub.cli.dense_again import remember_dense, size_beside
+from lfrns_hub.cli.logs import Logs
 from lfrns_hub.cli.resume import LeftOver, is_unfinished, kept_run
 from lfrns_hub.cli.saving import described_later, train_each
 from lfrns_hub.cli.terminal import layer_table, show
@@ -24,6 +25,7 @@ from lfrns_hub.hub.index import checkpoint_name, write_index
 from lfrns_hub.measure import Record, format_table, main_figure, measure_each
 from lfrns_hub.method.report import SlimResult
 from lfrns_hub.pictures import load_processor
+from lfrns_hub.runs.progress import about
 from lfrns_hub.zoo import check_images, create_dense, set_preprocessing, starts_random
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -56,7 +58,7 @@ def slim(asked: Slim) -> int:
     directory = recipe.check_output_dir(
         asked.out, resume=resume, overwrite=asked.overwrite, option="--out", several=several
     )
-    accelerator = start_accelerator(machine, asked.seed)
+    accelerator = start_accelerator(machine, asked.seed, log_with=asked.log_with, directory=directory)
     names = [checkpoint_name(asked.model, asked.images.data, budget) if several else "" for budget in asked.budgets]
     folders = [directory / name for name in names]
     for folder in dict.fromkeys([directory, *folders]):
@@ -65,7 +67,7 @@ def slim(asked: Slim) -> int:
         run.check()
         if run.finished:
             return _show_again(asked, folders, accelerator)
-    dense = create_dense(asked.model, weights=asked.weights)
+    dense = create_dense(asked.model, weights=asked.weights, img_size=asked.img_size)
     set_preprocessing(dense, **vars(asked.preprocessing))
     train = load_images(asked.images, dense, "train", augment=True, flip=asked.flip)
     test = load_images(asked.images, dense, "validation")
@@ -73,8 +75,10 @@ def slim(asked: Slim) -> int:
 
     run.refuse_other_data("training images", train)
     run.refuse_other_data("test images", test)
+    stages = {folder: _stage(directory, folder) for folder in folders}
+    logs = Logs(asked.log_with, directory, run, list(stages.values()), resume=resume)
     with kept_run(run, accelerator, resume=resume) as work:
-        results, calibrated = _cut(asked, dense, accelerator, work / "slim")
+        results, calibrated = _cut(asked, dense, names, accelerator, work / "slim")
         run.drop_before(accelerator)
         saving = {"processor": load_processor(dense), "label_names": test.class_names or None, "overwrite": True}
         saving["base_model"] = asked.base_model
@@ -82,21 +86,20 @@ def slim(asked: Slim) -> int:
             remember_dense(dense, asked.model, asked.weights)
         training = {"epochs": asked.epochs, "learning_rate": asked.learning_rate, "seed": asked.seed}
         training |= {"teacher": dense, "accelerator": accelerator, "progress": machine.progress}
-        train_loader = _shuffled(train, asked.batch_size, machine.workers, accelerator)
-        failed = train_each(
-            {folder: result.model for folder, result in zip(folders, results, strict=True)},
-            lambda folder, model: lfrns.retrain(
-                model, train_loader, checkpoint_dir=work / _stage(directory, folder), **training
-            ),
-            saving,
-            accelerator,
-        )
+        train_loader = shuffled(train, asked.batch_size, machine.workers, accelerator)
+
+        def train_one(folder: Path, model: nn.Module) -> None:
+            with logs.of(stages[folder], model, test_loader, accelerator) as logging:
+                lfrns.retrain(model, train_loader, checkpoint_dir=work / stages[folder], **training, **logging)
+
+        models = {folder: result.model for folder, result in zip(folders, results, strict=True)}
+        failed = train_each(models, train_one, saving, accelerator)
         made = {folder: result for folder, result in zip(folders, results, strict=True) if folder not in failed}
         again = [*asked.images.arguments(), "--dense", asked.model]
         again += ["--weights", asked.weights] if asked.weights else []
         records: dict[str, Record] = {}
         index: list[str] = []
-        with described_later(accelerator, list(made), again):
+        with described_later(accelerator, list(made), [["evaluate", str(folder), *again] for folder in made]):
             records = _describe(asked, dense, made, test_loader, calibrated, saving, accelerator)
             if several and accelerator.is_main_process:
                 index = [f"Compared in {write_index(directory, f'{Path(asked.model).name}, at several budgets')}"]
@@ -111,7 +114,9 @@ def slim(asked: Slim) -> int:
     return 1 if failed else 0
 
 
-def _cut(asked: Slim, dense: nn.Module, accelerator: Any, keep_in: Path) -> tuple[list[SlimResult], DataLoader]:
+def _cut(
+    asked: Slim, dense: nn.Module, names: list[str], accelerator: Any, keep_in: Path
+) -> tuple[list[SlimResult], DataLoader]:
     """Analyse a model once and cut it at each budget, before any training: one out of reach is known within minutes."""
     machine = asked.machine
     calibrated, analysis = analyse_images(
@@ -133,7 +138,11 @@ def _cut(asked: Slim, dense: nn.Module, accelerator: Any, keep_in: Path) -> tupl
         options["latency_setup"] = lfrns.LatencySetup(
             batch=asked.latency_batch, threads=asked.latency_threads, compile=asked.latency_compile
         )
-    return [analysis.cut(macs=budget, **options) for budget in asked.budgets], calibrated
+    results = []
+    for budget, name in zip(asked.budgets, names, strict=True):
+        with about(name):
+            results.append(analysis.cut(macs=budget, **options))
+    return results, calibrated
 
 
 def _describe(
@@ -225,7 +234,7 @@ def _push_and_show(
 def retrain(asked: Retrain) -> None:
     """Train a checkpoint further, from its labels and perhaps a teacher, and save it with its new record."""
     directory, machine = Path(asked.directory), asked.machine
-    accelerator = start_accelerator(machine, asked.seed)
+    accelerator = start_accelerator(machine, asked.seed, log_with=asked.log_with, directory=directory)
     recipe.hold(directory, f"lfrns retrain {directory}", accelerator)
     run = _left_over_of(directory, asked)
     accelerator.wait_for_everyone()  # all have looked before one begins
@@ -238,13 +247,15 @@ def retrain(asked: Retrain) -> None:
     if resume:
         run.check()
     model = load_slim(str(directory), asked.teacher)
-    teacher = create_dense(asked.teacher, weights=asked.weights) if asked.teacher else None
+    teacher = None
+    if asked.teacher:
+        teacher = create_dense(asked.teacher, weights=asked.weights, img_size=size_beside(model, asked.teacher))
     train = load_images(asked.images, model, "train", augment=True, flip=asked.flip)
     test = load_images(asked.images, model, "validation")
     test_loader = DataLoader(test, asked.batch_size, num_workers=machine.workers)
     check_images(model, test_loader)
     options = {"accelerator": accelerator, "progress": machine.progress}
-    dense, missing = (teacher, "") if teacher else dense_beside(str(directory), None, None)
+    dense, missing = (teacher, "") if teacher else dense_beside(str(directory), model, None, None)
     before = earlier_record(str(directory))
     trained_before = run.note("epochs", before.setup.get("epochs") or 0)
     before.setup["epochs"] = trained_before + asked.epochs
@@ -253,20 +264,21 @@ def retrain(asked: Retrain) -> None:
     saving = {"processor": load_processor(model), "label_names": test.class_names or None, "overwrite": True}
     saving["record"] = Record(None, {}, before.setup)  # figures of the weights of before are not those of these
     training = {"teacher": teacher, "epochs": asked.epochs, "learning_rate": asked.learning_rate, "seed": asked.seed}
-    loader = _shuffled(train, asked.batch_size, machine.workers, accelerator)
+    loader = shuffled(train, asked.batch_size, machine.workers, accelerator)
     run.refuse_other_data("training images", train)
     run.refuse_other_data("test images", test)
+    logs = Logs(asked.log_with, directory, run, ["retrain"], resume=resume)
     with kept_run(run, accelerator, resume=resume) as work:
-        train_each(
-            {directory: model},
-            lambda _, slim: lfrns.retrain(slim, loader, checkpoint_dir=work / "retrain", **training, **options),
-            saving,
-            accelerator,
-        )
-    again = asked.images.arguments()
+
+        def train_it(_: Path, slim: nn.Module) -> None:
+            with logs.of("retrain", slim, test_loader, accelerator) as logging:
+                lfrns.retrain(slim, loader, checkpoint_dir=work / "retrain", **training, **options, **logging)
+
+        train_each({directory: model}, train_it, saving, accelerator)
+    again = ["evaluate", str(directory), *asked.images.arguments()]
     again += ["--dense", asked.teacher] if asked.teacher else []
     again += ["--weights", asked.weights] if asked.weights else []
-    with described_later(accelerator, [directory], again):
+    with described_later(accelerator, [directory], [again]):
         record = lfrns.measure(model, test_loader, dense=dense, **options)
         if accelerator.is_main_process:
             record = refresh(
@@ -297,12 +309,6 @@ def _left_over_of(directory: Path, asked: Retrain) -> LeftOver:
             "with it, or --no-resume to drop it."
         )
     return run
-
-
-def _shuffled(images: Any, batch_size: int, workers: int, accelerator: Any) -> DataLoader:
-    """Return the training batches of one process: `batch_size` is that of all processes together."""
-    share = max(1, batch_size // accelerator.num_processes)
-    return DataLoader(images, share, shuffle=True, num_workers=workers)
 
 
 def _stage(directory: Path, folder: Path) -> str:

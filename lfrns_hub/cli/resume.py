@@ -14,11 +14,11 @@ from lfrns_hub.runs import remove, written_aside
 # Options that may differ from those of the interrupted run: where and how it runs, and what comes after it.
 NOT_THE_RUN = {
     "out", "overwrite", "resume", "push_to_hub", "with_images", "device", "workers", "quiet", "as_json",
-    "max_unreadable",
+    "max_unreadable", "log_with",
 }  # fmt: skip
 PATHS = {"data", "weights", "class_map"}
 RUN, FINISHED, BEFORE = "run.json", "finished", "before"
-STAGES = ("slim", "retrain", "retrain-*")  # folders of a run, next to its files
+STAGES = ("slim", "train", "retrain", "retrain-*")  # folders of a run, next to its files
 
 
 class LeftOver:
@@ -179,7 +179,7 @@ def kept_run(run: LeftOver, accelerator: Any, *, resume: bool) -> Iterator[Path]
         yield run.directory
     except ValueError:
         # No process waits here: others may be elsewhere.
-        if accelerator.is_main_process and not any(run.directory.glob("retrain*")):
+        if accelerator.is_main_process and not any(run.directory.glob("*train*")):
             run.take_back()
         raise
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from lfrns_hub import recipe
 from lfrns_hub.checkpoint import prepared
+from lfrns_hub.runs.progress import about
 
 
 def train_each(
@@ -37,7 +38,8 @@ def train_each(
             room[folder].enter_context(prepared(model, folder, **options))
         for folder, model in models.items():
             try:
-                train(folder, model)
+                with about(folder.name) if len(models) > 1 else contextlib.nullcontext():
+                    train(folder, model)
                 room[folder].close()
                 if accelerator.is_main_process:  # the weights first; what is said of them can be said later
                     recipe.save_trained(model, folder, **options)
@@ -51,7 +53,7 @@ def train_each(
 
 
 @contextlib.contextmanager
-def described_later(accelerator: Any, folders: Sequence[Path], again: list[str]) -> Iterator[None]:
+def described_later(accelerator: Any, folders: Sequence[Path], again: Sequence[list[str]]) -> Iterator[None]:
     """Turn the failure to measure or describe trained models, which are saved, into a warning that says what to call.
 
     On several processes it stays an error as well: the others wait for what this one does not do any more.
@@ -59,13 +61,13 @@ def described_later(accelerator: Any, folders: Sequence[Path], again: list[str])
     Args:
         accelerator: Of the run.
         folders: Where the models are saved.
-        again: The options of `lfrns evaluate` that measure them.
+        again: The commands that measure them.
     """
     try:
         yield
     except Exception as error:
         if accelerator.is_main_process:
-            calls = "".join(f"\n  {shlex.join(['lfrns', 'evaluate', str(folder), *again])}" for folder in folders)
+            calls = "".join(f"\n  {shlex.join(['lfrns', *words])}" for words in again)
             print(
                 f"Warning: {type(error).__name__}: {error}\nThe weights are saved in {', '.join(map(str, folders))}, "
                 f"but not measured or described. For that:{calls}",

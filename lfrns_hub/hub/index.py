@@ -77,6 +77,8 @@ def _read_records(directory: Path) -> tuple[dict[str, Record], dict[str, str]]:
             continue
         try:
             record = Record.load(path)
+            if record.dense and not record.slim:  # of a dense model, by lfrns train
+                continue
             if record.slim.get("macs_g") is None:
                 raise ValueError("its record.json has no macs_g. Measure it again by lfrns evaluate")
             cells(record.slim, comparable_dense(asdict(record)))

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lfrns_hub.measure.figures import kind_of, worst
 from lfrns_hub.measure.occasion import image_keys, images_id
@@ -15,6 +14,7 @@ from lfrns_hub.model_io.batches import LABEL_KEYS, UNREADABLE, check_finite, ite
 from lfrns_hub.model_io.meaning import Classes, Labels
 from lfrns_hub.model_io.model import as_input, device_of, evaluating, unwrap
 from lfrns_hub.runs.processes import Processes
+from lfrns_hub.runs.progress import Phase
 
 NO_LABELS = (
     "evaluate(loader) got a batch without labels: accuracy needs them. Yield (images, labels), or dicts with one of "
@@ -151,11 +151,11 @@ def answer(models: dict[str, nn.Module], loader: Any, processes: Processes, prog
     """
     device = processes.device or device_of(next(iter(models.values())))
     loader = processes.prepare_loader(loader)
-    quiet = not (progress and processes.is_main)
+    phase = Phase("evaluate", _length(loader), show=progress and processes.is_main)
     gathered: dict[tuple[str, ...], list[Tensor]] = {}
     outputs, input_size = None, []
-    with evaluating(*models.values(), device=device), torch.no_grad():
-        for images, labels in tqdm(iterate(loader), total=_length(loader), desc="evaluate", disable=quiet, leave=False):
+    with phase, evaluating(*models.values(), device=device), torch.no_grad():
+        for images, labels in iterate(loader):
             check_finite(images, "evaluate(loader)")
             given = {name: model(as_input(images, model)) for name, model in models.items()}
             if outputs is None:
@@ -167,6 +167,7 @@ def answer(models: dict[str, nn.Module], loader: Any, processes: Processes, prog
             for key, value in processes.gather_batch(batch).items():
                 gathered.setdefault(key, []).append(value.cpu())
             input_size = list(images.shape[1:])
+            phase.advance()
     whole = {key: torch.cat(parts) for key, parts in gathered.items()}
     counted = whole.pop(("counted",), torch.zeros(0, dtype=torch.bool))
     keys = whole.pop(("images",), torch.zeros(0, dtype=torch.int64))

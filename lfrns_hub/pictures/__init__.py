@@ -9,7 +9,13 @@ from lfrns_hub.pictures.load import load_data
 from lfrns_hub.pictures.model_input import example_input, input_size_of, num_classes_of
 from lfrns_hub.pictures.preparation import OwnPreparation, Preparation
 from lfrns_hub.pictures.preprocessing import data_config_of, make_transform, set_preprocessing
-from lfrns_hub.pictures.processor import check_settings, find_processor, load_processor, write_processor
+from lfrns_hub.pictures.processor import (
+    check_settings,
+    find_processor,
+    is_of_transformers,
+    load_processor,
+    write_processor,
+)
 from lfrns_hub.pictures.tables import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
@@ -42,6 +48,7 @@ __all__ = [
     "find_processor",
     "guard_against_chance",
     "input_size_of",
+    "is_of_transformers",
     "list_classes",
     "load_data",
     "load_processor",

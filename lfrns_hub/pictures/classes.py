@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 MAX_CLASSES = 1 << 20
 WORDS = ("string", "large_string")  # names of the string type in datasets
 WAYS_OUT = (
-    "Name the classes in the model's order by class_map (lfrns: --class-map), or give a model with a head that fits."
+    "Name the classes in the model's order by class_map (lfrns: --class-map), or give a model with a head that fits "
+    "(lfrns train makes one)."
 )
 
 

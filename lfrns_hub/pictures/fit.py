@@ -32,7 +32,7 @@ def check_images(model: nn.Module, loader: Any) -> None:
     if 0 < classes < len(names) and not (classes == 1 and len(names) == 2):  # one logit is a yes or no
         raise ValueError(
             f"{type(model).__name__} answers {classes} classes, the data has {len(names)} ({short(', '.join(names))}): "
-            "the head does not fit the data. Fine-tune it first (--dense-epochs)."
+            "the head does not fit the data. Fine-tune it first (lfrns train; of a recipe --dense-epochs)."
         )
     channels, height, width = input_size_of(model)
     wanted = f"{type(model).__name__} takes [N, {channels}, {height}, {width}]"
@@ -74,7 +74,7 @@ def guard_against_chance(
         if int(labels.max()) >= classes:
             raise ValueError(
                 f"{type(model).__name__} answers {classes} classes, {where} holds label {int(labels.max())}: "
-                "the head does not fit the data. Fine-tune it first (--dense-epochs)."
+                "the head does not fit the data. Fine-tune it first (lfrns train; of a recipe --dense-epochs)."
             )
         hits += int((_answer(model, images).argmax(1).cpu() == labels.cpu()).sum())
         total += int((labels != UNREADABLE).sum())
@@ -85,7 +85,8 @@ def guard_against_chance(
     top1_pct, chance_pct = 100 * hits / total, 100 / max(classes, 1)
     if classes > 1 and top1_pct <= min(1.5 * chance_pct, chance_pct + 0.1 * (100 - chance_pct)):
         cause = (
-            "class order or preprocessing differs. Mend it, or fine-tune the dense model first (--dense-epochs)."
+            "class order or preprocessing differs. Mend it, or fine-tune the dense model first (lfrns train; of a "
+            "recipe --dense-epochs)."
             if not untrained
             else "its weights are random, for none are published under this name. Give trained ones: --weights FILE."
         )

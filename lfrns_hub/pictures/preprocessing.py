@@ -69,6 +69,7 @@ def set_preprocessing(
     std: tuple[float, ...] | None = None,
     crop_pct: float | None = None,
     interpolation: str | None = None,
+    img_size: int | None = None,
 ) -> None:
     """Set a model's image preprocessing by timm's options; None leaves an option unchanged.
 
@@ -80,6 +81,7 @@ def set_preprocessing(
         mean, std: Of each channel, for pixels from 0 to 1.
         crop_pct: Share of the image's shorter side that the central crop covers, in (0, 1].
         interpolation: "nearest", "bilinear", "bicubic", "lanczos", "box" or "hamming".
+        img_size: Height and width in pixels of the model's images; `create_dense` makes the network fit them.
     Raises:
         ValueError: A value is out of range, or the model's image processor has no settings for it.
 
@@ -89,7 +91,7 @@ def set_preprocessing(
         >>> model.pretrained_cfg["crop_pct"]
         0.9
     """
-    given = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": interpolation}
+    given = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": interpolation, "img_size": img_size}
     given = {key: value for key, value in given.items() if value is not None}
     if not given:
         return
@@ -100,9 +102,12 @@ def set_preprocessing(
     if interpolation is not None and interpolation not in INTERPOLATIONS.values():
         raise ValueError(f"interpolation={interpolation!r}: it must be one of {', '.join(INTERPOLATIONS.values())}.")
     if is_of_transformers(model):
-        model.lfrns_processor = state_in_processor(model, given)
+        if given.keys() != {"img_size"} or find_processor(model) is not None:  # the guess follows the model's size
+            model.lfrns_processor = state_in_processor(model, given)
         return
     cfg = getattr(model, "pretrained_cfg", None) or {"input_size": input_size_of(model)}
+    if img_size is not None:
+        given["input_size"] = (input_size_of(model)[0], given.pop("img_size"), img_size)
     model.pretrained_cfg = model.default_cfg = {**cfg, **given}
 
 
@@ -131,7 +136,7 @@ def state_in_processor(model: nn.Module, given: dict[str, Any]) -> Any:
 
     Args:
         model: A transformers model.
-        given: Some of mean, std, crop_pct and interpolation.
+        given: Some of mean, std, crop_pct, interpolation and img_size.
     Returns:
         A changed copy of the processor.
     Raises:
@@ -151,14 +156,18 @@ def state_in_processor(model: nn.Module, given: dict[str, Any]) -> Any:
     if "interpolation" in given:
         settings["resample"] = next(number for number, name in INTERPOLATIONS.items() if name == given["interpolation"])
     ways: list[dict[str, Any]] = [{}]
-    if "crop_pct" in given:
+    if given.keys() & {"crop_pct", "img_size"}:
         height, width = _prove_processor(processor, model).size
+    if (side := given.get("img_size")) is not None:
+        settings |= _scaled_sizes(processor, (height, width), side)
+        height = width = side
+    if "crop_pct" in given:
         edge = {"shortest_edge": int(min(height, width) / given["crop_pct"])}
         crop = {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
         ways = [{"crop_pct": given["crop_pct"]}, {"size": edge, **crop}]
     for way in ways:
         try:
-            changed = changed_processor(processor, **settings, **way)
+            changed = changed_processor(processor, **{**settings, **way})
             proved = _prove_processor(changed, model)
         except (TypeError, ValueError):  # a setting that this class does not accept
             continue
@@ -170,8 +179,23 @@ def state_in_processor(model: nn.Module, given: dict[str, Any]) -> Any:
     )
 
 
+def _scaled_sizes(processor: Any, size: tuple[int, int], side: int) -> dict[str, dict[str, int]]:
+    """Return a processor's settings of sizes, for square images instead of those of a size [H, W]."""
+    shares = {"height": side / size[0], "width": side / size[1]}
+    stated = {key: dict(getattr(processor, key, None) or {}) for key in ("size", "crop_size")}
+    return {
+        key: {name: round(value * shares.get(name, side / min(size))) for name, value in sides.items() if value}
+        for key, sides in stated.items()
+        if sides
+    }
+
+
 def _does(proved: Preparation | OwnPreparation, given: dict[str, Any], crop: Any) -> bool:
     """Return whether a proved preparation follows the options."""
+    if "img_size" in given and proved.size != (given["img_size"],) * 2:
+        return False
+    if given.keys() == {"img_size"}:
+        return True
     if not isinstance(proved, Preparation):
         return False
     for key in ("mean", "std"):

@@ -18,6 +18,7 @@ from lfrns_hub.measure import Record, evaluate, format_table
 from lfrns_hub.method.provenance import provenance_of
 from lfrns_hub.plots.clusters import plot_clusters
 from lfrns_hub.retrain import retrain
+from lfrns_hub.runs.progress import about
 from lfrns_hub.surgery import cut
 from lfrns_hub.units import SlimPlan, UnitGroup
 
@@ -80,8 +81,10 @@ def run_controls(
     """
     rows = []
     for name, model in make_controls(dense, plan, groups, retraining["seed"]).items():
-        retrain(model, train_loader, checkpoint_dir=work / f"control, {name.partition(',')[0]}", **retraining)
-        rows.append(control_row(name, evaluate(model, test_loader, accelerator=retraining["accelerator"])))
+        short_name = name.partition(",")[0]
+        with about(short_name):
+            retrain(model, train_loader, checkpoint_dir=work / f"control, {short_name}", **retraining)
+            rows.append(control_row(name, evaluate(model, test_loader, accelerator=retraining["accelerator"])))
     return rows
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from lfrns_hub.measure import evaluate, evaluating, main_figures
 from lfrns_hub.model_io.answers import Answer, Outputs, read_answer, settle_by_loader
@@ -23,6 +22,7 @@ from lfrns_hub.retrain.late_losses import Losses
 from lfrns_hub.retrain.loss import ask_teacher
 from lfrns_hub.runs.checkpoints import Checkpoints, Position, caught_sigterm
 from lfrns_hub.runs.processes import Processes
+from lfrns_hub.runs.progress import Phase
 from lfrns_hub.runs.seeded import apart, random_kept, rounds, seeded_loader
 from lfrns_hub.units import SlimPlan
 
@@ -116,9 +116,9 @@ class Run:
             self._gather_weights()
         show = self.progress and self._processes.is_main
         listening = caught_sigterm() if self.checkpoints else contextlib.nullcontext()
-        bar = tqdm(total=self.steps, initial=at.step, desc="retrain", mininterval=0.5, disable=not show)
         teaching = evaluating(self.teacher, device=self.accelerator.device)
-        with teaching, bar, contextlib.closing(self), listening as told:
+        phase = Phase("retrain" if self.plan else "train", self.steps, done=at.step, show=show)
+        with phase, teaching, contextlib.closing(self), listening as told:
             for epoch in range(at.epoch, epochs):
                 self.trained.train()
                 for images, labels in self.data.open(at):
@@ -129,19 +129,19 @@ class Run:
                     at.step += 1
                     if not self.accelerator.optimizer_step_was_skipped:
                         self.scheduler.step()
-                    bar.update()
-                    self._tell(bar, epoch)
+                    phase.advance()
+                    self._tell(phase, epoch)
                     if self.checkpoints and not self.data.ended(at):
-                        self.keep(at, told, bar)
-                self._tell(bar, epoch, wait=True)
+                        self.keep(at, told, phase)
+                self._tell(phase, epoch, wait=True)
                 self._gather_weights()
                 _average_buffers(self.whole, self.accelerator)
                 self.check_weights(self.whole, at)
                 at = Position(at.step, epoch + 1)
                 if self.checkpoints:
-                    self.keep(at, told, bar, epoch_ended=True)
+                    self.keep(at, told, phase, epoch_ended=True)
                 if self.eval_loader is not None:
-                    self.score(at, bar, epochs)
+                    self.score(at, phase, epochs)
 
     def step(self, images: Tensor, labels: Any, at: Position) -> None:
         """Train on one batch, and record its loss and learning rate."""
@@ -217,25 +217,24 @@ class Run:
         if self._features:
             self._features.close()
 
-    def keep(self, at: Position, told: Any, bar: tqdm, *, epoch_ended: bool = False) -> None:
+    def keep(self, at: Position, told: Any, phase: Phase, *, epoch_ended: bool = False) -> None:
         """Write a checkpoint if one is due, and end the program after SIGTERM."""
         stopping = not epoch_ended and self._processes.any(told.is_set())
         if epoch_ended or stopping or self.checkpoints.due(at):
             if not epoch_ended:
-                self._tell(bar, at.epoch, wait=True)
+                self._tell(phase, at.epoch, wait=True)
                 self.check_weights(self.model, at)
             self.checkpoints.save(at, self.scheduler)
         if stopping or (epoch_ended and self._processes.any(told.is_set())):
             self.checkpoints.stop(at, self.steps)
 
-    def score(self, at: Position, bar: tqdm, epochs: int) -> None:
+    def score(self, at: Position, phase: Phase, epochs: int) -> None:
         """Evaluate for the log; the next epoch does not depend on whether this has run."""
         with random_kept():
             scores = evaluate(self.whole, self.eval_loader, accelerator=self.accelerator, progress=self.progress)
         figures = main_figures(scores)
-        if not bar.disable:
-            words = [f"{head} {f.label} {value:{f.form}}".strip() for head, f, value in figures]
-            bar.write(f"epoch {at.epoch} of {epochs}: {', '.join(words)}; {scores['images']} images")
+        words = [f"{head} {f.label} {value:{f.form}}".strip() for head, f, value in figures]
+        phase.say(f"epoch {at.epoch} of {epochs}: {', '.join(words)}; {scores['images']} images")
         values = {"_".join(filter(None, ["eval", head, f.key])): value for head, f, value in figures}
         values |= {"eval_loss": scores["loss"]} if "loss" in scores else {}
         self._track(values, at.step)
@@ -248,11 +247,11 @@ class Run:
             name = next(name for name, value in finite.items() if not value)
             self._stop(f"weight {name} is not finite", at.step, self._rate)
 
-    def _tell(self, bar: tqdm, epoch: int, *, wait: bool = False) -> None:
+    def _tell(self, phase: Phase, epoch: int, *, wait: bool = False) -> None:
         """Show the losses that have arrived, and pass them to the tracker; with `wait` those of all steps so far."""
         for loss in self._losses.read(wait=wait):
             self._check_loss(loss.value, loss.step, loss.rate)
-            bar.set_postfix(epoch=epoch + 1, loss=f"{loss.value:.3f}", lr=f"{loss.rate:.2e}", refresh=False)
+            phase.note(f"epoch {epoch + 1}, loss {loss.value:.3f}")
             self._track({"loss": loss.value, "learning_rate": loss.rate}, loss.step)
 
     def _track(self, values: dict[str, float], step: int) -> None:

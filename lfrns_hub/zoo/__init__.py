@@ -11,7 +11,7 @@ from lfrns_hub.pictures import (
     num_classes_of,
     set_preprocessing,
 )
-from lfrns_hub.zoo.dense import create_base, create_dense, create_skeleton, starts_random
+from lfrns_hub.zoo.dense import create_base, create_dense, create_for_data, create_skeleton, starts_random
 from lfrns_hub.zoo.weights import read_weights
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "check_images",
     "create_base",
     "create_dense",
+    "create_for_data",
     "create_skeleton",
     "example_input",
     "guard_against_chance",

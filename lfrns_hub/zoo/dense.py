@@ -11,13 +11,16 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
 
 from lfrns_hub import models  # noqa: F401  registers cifar_* with timm
 from lfrns_hub.format.memory import bounded, bytes_for
 from lfrns_hub.format.untrusted import AGAIN, read_headers, read_json, refusing, short, size_of
 from lfrns_hub.hub.lineage import base_facts
 from lfrns_hub.hub.reach import cached, hub_errors, reach_hub
-from lfrns_hub.pictures import num_classes_of
+from lfrns_hub.model_io.meaning import Classes, Features, said_meaning
+from lfrns_hub.pictures import load_data, num_classes_of, set_preprocessing
+from lfrns_hub.zoo.img_size import resized
 from lfrns_hub.zoo.names import call_builder, read_config, refuse_oversized, resolve
 from lfrns_hub.zoo.weights import fit_head, load_strictly, read_weights, rows_of, without_wrapper
 
@@ -48,6 +51,7 @@ def create_dense(
     *,
     num_classes: int | None = None,
     weights: str | os.PathLike[str] | None = None,
+    img_size: int | None = None,
     device: str | torch.device = "cpu",
     pretrained: bool | None = None,
 ) -> nn.Module:
@@ -59,19 +63,22 @@ def create_dense(
         num_classes: Classes of the head; a head that does not fit is replaced by a new, random one. None: as in the
             weights, 0 if they are of a backbone without a head.
         weights: Safetensors or .pth file that replaces the published weights; its keys must fit strictly.
+        img_size: Height and width in pixels of the images that the model is used on, see `img_size.resized`. None: as
+            it states. The weights may be of the size that it states, or of this one.
         device: Device of the model.
         pretrained: Whether to fetch published weights; None: if there are some and `weights` gives no others.
     Returns:
         The model, in eval mode. Its `lfrns_base` states the origin of published weights, for the card (see
         `lineage.base_facts`); it is empty for other weights.
     Raises:
-        ValueError: The name is unknown, or the weights do not fit.
+        ValueError: The name is unknown, the weights do not fit, or the model cannot be used at `img_size`.
         ConnectionError: The Hub is needed and cannot be reached.
 
     Example:
         >>> create_dense("cifar_resnet20", num_classes=7).linear.out_features
         7
     """
+    call = f"create_dense({name!r}, img_size={img_size})"
     state = read_weights(weights) if weights is not None else None
     fetch = state is None if pretrained is None else pretrained and state is None
     kind, source = resolve(name)
@@ -84,13 +91,15 @@ def create_dense(
         if state is not None and not any(key.startswith("model.") for key in model.state_dict()):
             state = without_wrapper(state)
     elif kind == "transformers":
-        model = _load_transformers(name, source, num_classes, state, fetch)
+        model = _load_transformers(name, source, num_classes, state, fetch, img_size)
         state = None
     else:
         model = _load_timm(name, source, None if state is not None else num_classes, fetch, required=bool(pretrained))
     if state is not None:
         rebuild = call_builder if kind == "function" else lambda name, n: _load_timm(name, source, n, False)
         model = fit_head(model, lambda n: rebuild(name, n), state)
+        if img_size is not None and not _has_shapes(model, state):  # the weights may be of that size
+            model = resized(model, img_size, call)
         load_strictly(model, state, f"create_dense({name!r}, weights={str(weights)!r})")
     if num_classes is not None and num_classes != num_classes_of(model):
         if not hasattr(model, "reset_classifier"):
@@ -99,16 +108,49 @@ def create_dense(
                 "Let the function take num_classes."
             )
         model.reset_classifier(num_classes)
+    if img_size is not None:
+        model = resized(model, img_size, call)
+        set_preprocessing(model, img_size=img_size)
     model.lfrns_base = base_facts(name) if published else {}
     return model.to(device).eval()
 
 
-def create_skeleton(name: str, *, device: str | torch.device = "cpu") -> nn.Module:
+def create_for_data(
+    name: str,
+    data: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    img_size: int | None = None,
+    **reading: Any,
+) -> tuple[nn.Module, list[str]]:
+    """Build a dense model to be trained on some data: with a new, random head where its number of classes is another.
+
+    Args:
+        name, weights, img_size: As for `create_dense`.
+        data: As for `load_data`.
+        reading: Options of `load_data`.
+    Returns:
+        The model, and the names of the classes that its new head has; none where it keeps its own. A model whose
+        problem_type is not that of one class per image keeps it.
+    Raises:
+        ValueError, ConnectionError: As for `create_dense` and `load_data`.
+    """
+    dense = create_dense(name, weights=weights, img_size=img_size)
+    if not isinstance(said_meaning(dense), Classes | Features | None):
+        return dense, []
+    names = load_data(data, "train", transform=pil_to_tensor, **reading).class_names
+    if len(names) in (0, num_classes_of(dense)):
+        return dense, []
+    return create_dense(name, num_classes=len(names), weights=weights, img_size=img_size), names
+
+
+def create_skeleton(name: str, *, img_size: int | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """Build a model with random weights, offline, to list its units.
 
     Args:
         name: As for `create_dense`; Hub repo ids only if they are in the local cache or in DEFAULT_CONFIGS. Also a
             transformers model type ("vit", "dinov2") for its default configuration.
+        img_size: As for `create_dense`.
         device: "meta" builds it without memory.
     Returns:
         The model, in eval mode.
@@ -127,13 +169,18 @@ def create_skeleton(name: str, *, device: str | torch.device = "cpu") -> nn.Modu
     with torch.device(device):
         if model_type in TYPES and not Path(name).is_dir() and not cached(name):
             config = AutoConfig.for_model(model_type)
-            return AutoModelForImageClassification.from_config(config).eval()
-        kind, source = resolve(name)
-        if kind == "function":
-            return call_builder(name, None).eval()
-        if kind == "transformers":
-            return AutoModelForImageClassification.from_config(read_config(source)).eval()
-        return _load_timm(name, source, None, False).eval()
+            model = AutoModelForImageClassification.from_config(config)
+        else:
+            kind, source = resolve(name)
+            if kind == "function":
+                model = call_builder(name, None)
+            elif kind == "transformers":
+                model = AutoModelForImageClassification.from_config(read_config(source))
+            else:
+                model = _load_timm(name, source, None, False)
+        if img_size is not None:
+            model = resized(model, img_size, f"create_skeleton({name!r}, img_size={img_size})")
+    return model.eval()
 
 
 def create_base(directory: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
@@ -200,10 +247,23 @@ def _load_timm(name: str, source: str, num_classes: int | None, fetch: bool, *, 
         return timm.create_model(source, pretrained=True, **options)
 
 
+def _has_shapes(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    """Return whether a model's tensors have the shapes of those of the same name in some weights."""
+    return all(own.shape == state[name].shape for name, own in model.state_dict().items() if name in state)
+
+
 def _load_transformers(
-    name: str, source: str, num_classes: int | None, state: dict[str, Tensor] | None, fetch: bool
+    name: str,
+    source: str,
+    num_classes: int | None,
+    state: dict[str, Tensor] | None,
+    fetch: bool,
+    img_size: int | None = None,
 ) -> nn.Module:
-    """Build an image classifier with transformers; only the head may be missing from its weights."""
+    """Build an image classifier with transformers; only the head may be missing from its weights.
+
+    Weights from a file may be of the size of images that the configuration states, or of `img_size`.
+    """
     from transformers import AutoModelForImageClassification
 
     config = read_config(source)
@@ -212,7 +272,7 @@ def _load_transformers(
             config.num_labels = num_classes
         return AutoModelForImageClassification.from_config(config)
 
-    def load(num_labels: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    def load(num_labels: int | None, side: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
         options: dict[str, Any] = {
             "output_loading_info": True,
             "ignore_mismatched_sizes": True,
@@ -221,6 +281,8 @@ def _load_transformers(
         built = read_config(source)
         if num_labels is not None and num_labels != built.num_labels:
             built.num_labels = num_labels
+        if side is not None:
+            built.image_size = side
         if state is None:
             return AutoModelForImageClassification.from_pretrained(source, config=built, **options)
         # from_pretrained, not load_state_dict: transformers converts names on disk to the modules' names.
@@ -233,12 +295,13 @@ def _load_transformers(
         num_classes = rows_of(state, own, "classifier.weight") or rows_of(state, own, "head.weight")
     with _quiet_transformers(), hub_errors(f"the weights of {name}"):
         model, info = load(num_classes)
+        if state is not None and img_size is not None and not all(map(_is_head, _mismatched(info))):
+            model, info = load(num_classes, img_size)
         missing = sorted(info["missing_keys"])
         headless = bool(missing) and all(_is_head(key) for key in missing)
         if headless and num_classes is None:
             model, _ = load(0)
-    mismatched = sorted(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])
-    wrong = [key for key in missing + mismatched if not _is_head(key)]
+    wrong = [key for key in missing + _mismatched(info) if not _is_head(key)]
     # A backbone has its own pooler, which a classifier does not use.
     wrong += [key for key in sorted(info["unexpected_keys"]) if not headless]
     if wrong:
@@ -247,6 +310,11 @@ def _load_transformers(
             f"({len(wrong)} in all) are missing, unexpected or of another shape."
         )
     return model
+
+
+def _mismatched(info: dict[str, Any]) -> list[str]:
+    """Return the tensors of another shape, by transformers' report of what it loaded."""
+    return sorted(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])
 
 
 def _is_head(key: str) -> bool:
