@@ -115,9 +115,9 @@ def render_card(
                 latency=_latency(setup, dense),
                 controls=[[row["name"], _percent(row.get("top1_pct")), _count(row.get("images"))]
                           for row in comparable_controls(record)],
-                budgets=[[link(row.get("name") or "", address_of(row.get("pushed"))),
-                          _number(row["macs_fraction"], "", 3), _figure(row.get(shown.key), shown),
-                          _ms(row.get("latency_ms"))] for row in comparable_budgets(record)],
+                budgets=[[link(_number(row["macs_fraction"], "", 3), address_of(row.get("pushed"))),
+                          _figure(row.get(shown.key), shown), _ms(row.get("latency_ms"))]
+                         for row in comparable_budgets(record)],
                 shown=shown.title.lower() if shown.title[1:2].islower() else shown.title,
                 removed=_removed(provenance),
                 plot=plot,

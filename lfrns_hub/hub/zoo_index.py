@@ -95,7 +95,7 @@ def read_rows(directory: str | Path) -> list[Row]:
     content = read_json(directory / TABLE, call)
     try:
         rows = [Row(**row) for row in content["rows"]]
-        _lines(rows)
+        markdown_of(rows)
     except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{call}: {TABLE} is damaged ({short(str(error), 120)}). Run lfrns zoo again.") from error
     for row in rows:
@@ -124,9 +124,33 @@ def write_zoo_index(directory: str | Path, rows: Sequence[Row], *, title: str = 
         above, below = around(readme, START) or (f"# {escape(title)}\n\n", "\n")
         text = json.dumps({"rows": [asdict(row) for row in rows]}, indent=2, allow_nan=False) + "\n"
         (draft / TABLE).write_text(text, encoding="utf-8")
-        (draft / readme.name).write_text(above + "\n".join([START, "", *_lines(rows), "", END]) + below, "utf-8")
+        (draft / readme.name).write_text(above + "\n".join([START, "", *markdown_of(rows), "", END]) + below, "utf-8")
         put_in_place(draft, whole, _is_own, exchanged=False)  # others may write to the checkpoints
     return readme
+
+
+def markdown_of(rows: Sequence[Row], *, folders: bool = True) -> list[str]:
+    """Return the table and its notes as lines of Markdown.
+
+    Args:
+        rows: The rows.
+        folders: Link to the checkpoints' folders where there is no repository.
+    """
+    runtimes, label = runtimes_of(rows), accuracy_label(rows)
+    head = ["checkpoint", "budget", "MACs kept", "params kept", f"{label}, dense", "slim"]
+    head += [cell for runtime in runtimes for cell in (f"{runtime}, dense, ms", "slim, ms")]
+    head += ["seconds", "peak, MiB", "status"]
+    lines = [f"| {' | '.join(map(escape, head))} |", f"|---|---|{'---:|' * (len(head) - 3)}---|"]
+    earlier: set[str] = set()
+    for row in rows:
+        there = bool(row.slim) and (folders or row.pushed)
+        name = linked(row.checkpoint, {"pushed": row.pushed}, f"{row.model}/{row.checkpoint}") if there else None
+        cells = [budget_of(row), number(row.kept("macs_g"), ".3f"), number(row.kept("params_m"), ".3f")]
+        cells += [accuracy(row, side) for side in (row.dense, row.slim)]
+        cells += [number(ms, ".2f") for runtime in runtimes for ms in row.ms.get(runtime, (None, None))]
+        cells += [*costs(row, earlier), f"{row.status}: {row.reason}" if row.reason else row.status]
+        lines.append(f"| {' | '.join([name or escape(row.checkpoint), *map(escape, cells)])} |")
+    return [*lines, "", *(f"- {escape(note)}" for note in notes(rows))]
 
 
 def is_zoo(directory: str | Path) -> bool:
@@ -213,24 +237,6 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "analysis, cuts, retraining and measurement, without the times above."
         )
     return lines
-
-
-def _lines(rows: Sequence[Row]) -> list[str]:
-    """Return the table and its notes as lines of Markdown."""
-    runtimes, label = runtimes_of(rows), accuracy_label(rows)
-    head = ["checkpoint", "budget", "MACs kept", "params kept", f"{label}, dense", "slim"]
-    head += [cell for runtime in runtimes for cell in (f"{runtime}, dense, ms", "slim, ms")]
-    head += ["seconds", "peak, MiB", "status"]
-    lines = [f"| {' | '.join(map(escape, head))} |", f"|---|---|{'---:|' * (len(head) - 3)}---|"]
-    earlier: set[str] = set()
-    for row in rows:
-        name = linked(row.checkpoint, {"pushed": row.pushed}, f"{row.model}/{row.checkpoint}") if row.slim else None
-        cells = [budget_of(row), number(row.kept("macs_g"), ".3f"), number(row.kept("params_m"), ".3f")]
-        cells += [accuracy(row, side) for side in (row.dense, row.slim)]
-        cells += [number(ms, ".2f") for runtime in runtimes for ms in row.ms.get(runtime, (None, None))]
-        cells += [*costs(row, earlier), f"{row.status}: {row.reason}" if row.reason else row.status]
-        lines.append(f"| {' | '.join([name or escape(row.checkpoint), *map(escape, cells)])} |")
-    return [*lines, "", *(f"- {escape(note)}" for note in notes(rows))]
 
 
 def _is_own(name: str) -> bool:
