@@ -19,8 +19,8 @@ BEGIN, END = "<!-- accuracy: written by benchmarks/table.py -->", "<!-- end of a
 ZOO = [
     "## A zoo: models by budgets, without retraining",
     "",
-    "What `lfrns zoo` makes of [benchmarks/zoo.yaml](../benchmarks/zoo.yaml), by `python benchmarks/zoo.py`; written from",
-    "its record, benchmarks/results/zoo.json.",
+    "What `lfrns zoo` makes of [benchmarks/zoo.yaml](../benchmarks/zoo.yaml), by `python benchmarks/zoo.py`; written",
+    "from its record, benchmarks/results/zoo.json.",
 ]
 FAMILIES = ("reference", "ours", "ablation", "control", "peer")
 TITLES = {"reference": "dense", "ours": "ours", "ablation": "one step off", "control": "controls", "peer": "peers"}

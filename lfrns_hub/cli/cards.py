@@ -72,7 +72,10 @@ def push_each(
             failed[folder] = error
     changed = note_pushed(urls)
     for folder in [folder for folder in urls if folder.resolve() in changed]:
-        urls[folder] = str(lfrns.push(folder, repositories[folder], commit_message="Link the card", **options))
+        try:
+            urls[folder] = str(lfrns.push(folder, repositories[folder], commit_message="Link the card", **options))
+        except (ValueError, OSError) as error:
+            failed[folder] = error
     return urls, failed
 
 

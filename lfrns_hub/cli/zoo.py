@@ -60,10 +60,11 @@ def zoo(asked: Zoo) -> int:
     with locked(plan.out, call):
         _check_folder(plan, places, call)
         _refuse_unlicensed(plan, call)
-        rows: list[Row] = []
+        failures, rows = dict.fromkeys((place.run.name for place in places), "not begun yet"), []
         for number_of, place in enumerate(places, start=1):
             told = f"[{number_of}/{len(places)}] {place.run.name}"
-            rows += _rows_of(place, _make(place, asked, runtimes, told), runtimes)
+            failures[place.run.name] = _make(place, asked, runtimes, told)
+            rows = [row for one in places for row in _rows_of(one, failures[one.run.name], runtimes)]
             write_zoo_index(plan.out, rows, title=plan.zoo.collection or "Zoo")
         _state_licences(places, rows)
         lines, found = _publish(plan, rows)
@@ -160,6 +161,8 @@ def _make(place: Place, asked: Zoo, runtimes: list[str], told: str) -> str:
             process.terminate()
             try:
                 process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                pass
             finally:
                 process.kill()
             print("The same command goes on with what is missing.", file=sys.stderr)
