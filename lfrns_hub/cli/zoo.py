@@ -138,7 +138,8 @@ def _make(place: Place, asked: Zoo, runtimes: list[str], told: str) -> str:
         print(f"{told}: there already", file=sys.stderr)
         return ""
     log = place.work / LOG
-    print(f"{told}: {len(place.run.budgets)} budgets; log: {log}", file=sys.stderr, flush=True)
+    several = "s" if len(place.run.budgets) > 1 else ""
+    print(f"{told}: {len(place.run.budgets)} budget{several}; log: {log}", file=sys.stderr, flush=True)
     command = ["zoo", asked.file]
     content = {"command": command, "out": str(place.out), "run": asdict(place.run), "runtimes": runtimes}
     place.write(JOB, content)
