@@ -20,7 +20,7 @@ def push(asked: Push) -> None:
     if asked.license:
         render_card_again(folder, license=asked.license)
     url = lfrns.push(
-        folder,
+        asked.directory,
         asked.repo,
         revision=asked.revision,
         commit_message=asked.message,
