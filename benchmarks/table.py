@@ -9,10 +9,17 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from lfrns_hub.hub.zoo_index import Row, markdown_of
 from lfrns_hub.plots.style import BLUE, GREY, INK, PURPLE, VERMILLION, axis_range, sheet
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- accuracy: written by benchmarks/table.py -->", "<!-- end of accuracy -->"
+ZOO = [
+    "## A zoo: models by budgets, without retraining",
+    "",
+    "What `lfrns zoo` makes of [benchmarks/zoo.yaml](../benchmarks/zoo.yaml), by `python benchmarks/zoo.py`; written",
+    "from its record, benchmarks/results/zoo.json.",
+]
 FAMILIES = ("reference", "ours", "ablation", "control", "peer")
 TITLES = {"reference": "dense", "ours": "ours", "ablation": "one step off", "control": "controls", "peer": "peers"}
 LIBRARIES = {"torch-kirigami": (VERMILLION, "-"), "Torch-Pruning": (PURPLE, "--")}  # colour and line
@@ -211,6 +218,10 @@ def main() -> None:
         picture = ROOT / "docs" / f"curve_{task}.png"
         if plot_curve(files, task, picture):
             page += ["", f"![accuracy against MACs of {task}]({picture.name})"]
+    zoo = ROOT / "benchmarks" / "results" / "zoo.json"
+    if zoo.is_file():
+        rows = [Row(**row) for row in json.loads(zoo.read_text(encoding="utf-8"))["rows"]]
+        page += ["", *ZOO, "", *markdown_of(rows, folders=False)]
     (ROOT / "docs" / "results.md").write_text("\n".join(page) + "\n", encoding="utf-8")
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")

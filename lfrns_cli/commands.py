@@ -1,6 +1,5 @@
 """Every command: its options and what can be checked of them at once; lfrns_hub/cli does the work."""
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from lfrns_cli.options import (
     PRUNING,
     TRAINING,
     Batch,
+    Budget,
     Calibration,
     Dense,
     Exclude,
@@ -26,6 +26,7 @@ from lfrns_cli.options import (
     Images,
     ImgSize,
     Json,
+    License,
     LogWith,
     Machine,
     Model,
@@ -38,6 +39,8 @@ from lfrns_cli.options import (
     Seed,
     Weights,
     WithImages,
+    check_calibration,
+    check_license,
     check_rate,
     check_repository,
     check_share,
@@ -46,6 +49,7 @@ from lfrns_cli.options import (
     read_budgets,
     read_list,
 )
+from lfrns_cli.zoo_file import read_zoo
 
 MAKE, LOOK, JUDGE, SHIP = "Make a slim checkpoint", "Look at a model first", "Measure a checkpoint", "Take it elsewhere"
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -157,10 +161,7 @@ class Slim:
             rich_help_panel=HUB,
         ),
     ] = None
-    license: Annotated[
-        str | None,
-        Option(metavar="ID", help="licence of the slim model, for the card: apache-2.0", rich_help_panel=HUB),
-    ] = None
+    license: License = None
     machine: Machine
 
     def __post_init__(self) -> None:
@@ -176,11 +177,7 @@ class Slim:
                 "their folders. Give the user or the organisation alone."
             )
         check_repository("--push-to-hub", self.push_to_hub, owner_alone=self.several)
-        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
-            raise ValueError(
-                f"--license {self.license}: licences have the Hub's identifiers, as apache-2.0, mit or other. See "
-                "huggingface.co/docs/hub/repositories-licenses."
-            )
+        check_license(self.license)
         check_weights(self.weights)
         check_rate(self.learning_rate)
         check_tracker(self.log_with)
@@ -192,21 +189,23 @@ class Slim:
             )
         if self.with_images and not self.push_to_hub:
             raise ValueError("--with-images: says what --push-to-hub sends, and nothing is pushed. Leave it out.")
-        if self.calibration_images < 1:
-            raise ValueError(
-                f"--calibration-images {self.calibration_images}: at least one image is needed to rank units by. "
-                "The default is 2000."
-            )
+        check_calibration(self.calibration_images)
 
     @property
-    def budgets(self) -> list[float | None]:
-        """The budgets of MACs, the largest first; None where another budget alone is asked for."""
-        return [None] if self.macs is None else [*read_budgets(self.macs)]
+    def budgets(self) -> list[Budget]:
+        """What is to be kept: for each fraction of the MACs, the largest first, the other fractions as well."""
+        shares = [None] if self.macs is None else read_budgets(self.macs)
+        return [Budget(macs=share, params=self.params, latency=self.latency) for share in shares]
 
     @property
     def several(self) -> bool:
         """Whether there are several budgets, and so checkpoints."""
         return len(self.budgets) > 1
+
+    @property
+    def arch(self) -> str:
+        """What the names of several checkpoints begin with."""
+        return self.model
 
 
 @command(
@@ -243,6 +242,22 @@ class Retrain:
         check_weights(self.weights, "--teacher", self.teacher)
         check_rate(self.learning_rate)
         check_tracker(self.log_with)
+
+
+@command("zoo:zoo", "lfrns zoo zoo.yaml", "lfrns zoo zoo.yaml --json > zoo.json", panel=MAKE)
+@dataclass(frozen=True, kw_only=True)
+class Zoo:
+    """Slim several models to several budgets, time them, and compare all in one table; push and collect them if asked.
+
+    Each model has a process of its own; one that fails or is killed stands in the table with its reason.
+    What was interrupted goes on with the same command. docs/zoo.md shows such a file.
+    """
+
+    file: Annotated[str, Argument(metavar="FILE", help="yaml with models, budgets, data, training and runtimes")]
+    as_json: Json = False
+
+    def __post_init__(self) -> None:
+        read_zoo(self.file)
 
 
 @app.command(rich_help_panel=MAKE, context_settings=PASSED_ON)
@@ -404,10 +419,35 @@ class Bench:
         return read_list(self.batches, "--batches", int)
 
 
+@command(
+    "cards:card",
+    "lfrns card slim/",
+    "lfrns card zoo/",
+    panel=SHIP,
+)
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """Write cards anew from their records, without loading weights; sections that people wrote stay.
+
+    Of a folder with an index, as lfrns slim at several budgets and lfrns zoo write it, the index and all below it.
+    """
+
+    directories: Annotated[list[str], Argument(metavar="DIR...", help="checkpoints, or folders of them")]
+    as_json: Json = False
+
+    def __post_init__(self) -> None:
+        if missing := [name for name in self.directories if not Path(name).is_dir()]:
+            raise ValueError(f"lfrns card {missing[0]}: there is no such folder. Name one that lfrns slim wrote.")
+
+
 @command("ship:push", "lfrns push slim/ user/resnet50.lfrns50", "lfrns push slim/ user/name --private --pr", panel=SHIP)
 @dataclass(frozen=True, kw_only=True)
 class Push:
-    """Push a folder to the Hub, as one commit: the checkpoint's own files; what else lies there stays and is named."""
+    """Push a folder to the Hub, as one commit: the checkpoint's own files; what else lies there stays and is named.
+
+    Weights that come from others' are not pushed where these state no licence, or one that forbids it, until --license
+    says under which one the slim model may be shared.
+    """
 
     directory: Folder
     repo: Annotated[str, Argument(help="repository on the Hub, user/name")]
@@ -416,10 +456,12 @@ class Push:
     message: Annotated[str | None, Option(help="commit message")] = None
     pull_request: Annotated[bool, Option("--pr", help="open a pull request instead of committing")] = False
     with_images: WithImages = False
+    license: License = None
     as_json: Json = False
 
     def __post_init__(self) -> None:
         check_repository("lfrns push: REPO", self.repo)
+        check_license(self.license)
         if not Path(self.directory).is_dir():
             raise ValueError(f"lfrns push {self.directory}: there is no such folder. Push one that lfrns slim wrote.")
 

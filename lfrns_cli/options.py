@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from typer import Argument, Option
 
@@ -65,6 +65,10 @@ WithImages = Annotated[
         "--with-images", help="push clusters.png too, which shows some of your training images", rich_help_panel=HUB
     ),
 ]
+License = Annotated[
+    str | None,
+    Option(metavar="ID", help="licence of the slim model, for the card: apache-2.0", rich_help_panel=HUB),
+]
 Seed = Annotated[
     int, Option(min=0, max=2**32 - 1, help="of the images drawn, their order, and training", rich_help_panel=MACHINE)
 ]
@@ -94,6 +98,27 @@ class Preprocessing:
             values = value if isinstance(value, tuple) else (value,)
             words += [f"--{name.replace('_', '-')}", *map(str, values)] if value is not None else []
         return words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much of a dense model is to be kept, as fractions in (0, 1]; given together, all hold."""
+
+    SHORT: ClassVar[str] = "macs"
+
+    macs: float | None = None
+    params: float | None = None
+    latency: float | None = None
+
+    def __post_init__(self) -> None:
+        check_share("--macs", self.macs, "MACs")
+        check_share("--params", self.params, "parameters")
+        check_share("--latency", self.latency, "time of a forward pass")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The fractions that are given, by what they are of."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +191,31 @@ class Machine:
         return not (self.quiet or self.as_json)
 
 
+def check_license(license: str | None) -> None:
+    """Refuse a licence that is no identifier of the Hub's.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ValueError(
+            f"--license {license}: licences have the Hub's identifiers, as apache-2.0, mit or other. See "
+            "huggingface.co/docs/hub/repositories-licenses."
+        )
+
+
+def check_calibration(images: int) -> None:
+    """Refuse to rank units by no image.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if images < 1:
+        raise ValueError(
+            f"--calibration-images {images}: at least one image is needed to rank units by. The default is 2000."
+        )
+
+
 def check_rate(rate: float | None) -> None:
     """Refuse a learning rate of 0 or less.
 
@@ -225,6 +275,8 @@ def check_repository(option: str, repo: str | None, *, owner_alone: bool = False
         ValueError: It is none.
     """
     if repo is not None and not re.fullmatch(r"[\w.-]+" if owner_alone else r"([\w.-]+/)?[\w.-]+", repo):
+        if owner_alone:
+            raise ValueError(f"{option} {repo}: is no user of the Hub. Name the user or the organisation alone.")
         raise ValueError(f"{option} {repo}: is no repository of the Hub. Name it as user/name.")
 
 

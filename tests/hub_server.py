@@ -145,6 +145,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(self.fault, b"<html>a page of the proxy</html>", "text/html", headers)
         routes = [
             ("POST", r"/api/repos/create", self._create),
+            ("POST", r"/api/collections", self._collection),
+            ("POST", r"/api/collections/([^/]+/[^/]+)/items", self._collect),
+            ("GET", r"/api/collections/([^/]+/[^/]+)", self._collected),
             ("POST", r"/api/validate-yaml", self._validate),
             ("GET", r"/api/whoami-v2", self._whoami),
             ("POST", r"/api/models/(.+?)/preupload/(.+)", self._preupload),
@@ -185,6 +188,35 @@ class Handler(BaseHTTPRequestHandler):
             return self._json({"error": "You already created this model repo", "url": f"{self._base()}/{repo}"}, 409)
         self.store.create(repo, wish.get("visibility") == "private")
         return self._json({"url": f"{self._base()}/{repo}", "name": repo, "id": repo})
+
+    def _collection(self) -> None:
+        wish = json.loads(self.body)
+        words = re.sub(r"[^a-z0-9]+", "-", wish["title"].lower()).strip("-")
+        slug = f"{wish['namespace']}/{words}-{hashlib.sha1(wish['title'].encode()).hexdigest()[:24]}"
+        if self.store.read(f"collections/{slug}") is not None:
+            return self._json({"error": "This collection already exists", "slug": slug}, 409)
+        self.store.write(
+            f"collections/{slug}",
+            {"slug": slug, "title": wish["title"], "owner": {"name": wish["namespace"]}, "items": [],
+             "lastUpdated": "2026-01-01T00:00:00.000Z", "position": 0, "private": wish["private"], "theme": "blue",
+             "upvotes": 0, "description": wish.get("description")},
+        )  # fmt: skip
+        return self._collected(slug)
+
+    def _collect(self, slug: str) -> None:
+        state, item = self.store.read(f"collections/{slug}"), json.loads(self.body)["item"]
+        if state is None or self.store.read(item["id"]) is None:
+            return self._error(404, "EntryNotFound", "no such collection, or no such model")
+        if item["id"] in [one["id"] for one in state["items"]]:
+            return self._json({"error": "This item is in the collection already"}, 409)
+        place = len(state["items"])
+        state["items"].append({"_id": str(place), "id": item["id"], "type": item["type"], "position": place})
+        self.store.write(f"collections/{slug}", state)
+        return self._json(state)
+
+    def _collected(self, slug: str) -> None:
+        state = self.store.read(f"collections/{slug}")
+        return self._error(404, "EntryNotFound", "no such collection") if state is None else self._json(state)
 
     def _validate(self) -> None:
         import yaml
@@ -429,6 +461,11 @@ class Hub:
         """Read what a repository holds."""
         state = self.store.read(repo)
         return {n: self.store.get(e["sha256"]) for n, e in state["commits"][state["refs"][revision]].items()}
+
+    def collections(self) -> dict[str, list[str]]:
+        """Read the models of every collection, by its title."""
+        states = [json.loads(path.read_text()) for path in self.store.root.glob("repos/collections--*.json")]
+        return {state["title"]: [item["id"] for item in state["items"]] for state in states}
 
     def write(self, repo: str, name: str, content: bytes, revision: str = "main") -> None:
         """Commit one file as somebody in a browser does; b"" deletes it."""

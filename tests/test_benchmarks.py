@@ -320,3 +320,20 @@ def test_parts_of_the_gpu_benchmark_are_kept_as_they_come(module, tmp_path, monk
 def test_published_figures_are_those_of_the_records(module: Any) -> None:
     published = module("published")
     assert [path.name for path, text in published.render().items() if path.read_text(encoding="utf-8") != text] == []
+
+
+def test_the_page_of_results_has_the_zoo_of_its_record(module, monkeypatch, tmp_path):
+    table = module("table")
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    write(tmp_path / "benchmarks" / "results", "zoo", {"rows": [{
+        "model": "net", "checkpoint": "net.lfrns50_x", "budget": {"macs": 0.5}, "status": "done",
+        "dense": {"accuracy": 90.0, "macs_g": 2.0, "params_m": 4.0},
+        "slim": {"accuracy": 88.5, "macs_g": 1.0, "params_m": 1.0},
+        "figure": {"label": "top-1, %", "form": ".2f"}, "ms": {"eager": [3.0, 2.0]},
+    }]})  # fmt: skip
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(f"{table.BEGIN}\n{table.END}\n")
+    table.main()
+    page = (tmp_path / "docs" / "results.md").read_text()
+    cells = ["MACs 0.5", "0.500", "0.250", "90.00", "88.50", "3.00", "2.00", "not measured", "not measured", "done"]
+    assert line_of(page, "net.lfrns50_x") == ["net.lfrns50_x", *cells]

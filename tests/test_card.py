@@ -179,6 +179,17 @@ def test_a_bar_in_a_class_name_stays_in_its_cell():
     assert r"| Class that lost most: b\|c | 98.00 % | 93.50 % |" in card
 
 
+def test_budgets_that_were_pushed_are_linked_and_nothing_else_is():
+    budgets = [
+        {"macs_fraction": 0.75, "top1_pct": 97.2, "occasion": "one", "name": "a", "pushed": "user/net.lfrns75"},
+        {"macs_fraction": 0.5, "top1_pct": 96.99, "occasion": "one", "name": "b", "pushed": "https://evil.example/x"},
+        {"macs_fraction": 0.25, "top1_pct": 90.0, "occasion": "one", "name": "c", "pushed": "../net"},
+    ]
+    card = render_card(changed(budgets=budgets), model_name="net", base="ViT")
+    assert "| [0.750](https://huggingface.co/user/net.lfrns75) | 97.20 % | not measured |" in card
+    assert table_row(card, "0.500") and table_row(card, "0.250") and "evil" not in card and "../net" not in card
+
+
 def test_several_budgets_come_with_their_picture():
     budgets = [
         {"macs_fraction": 0.75, "top1_pct": 97.2, "latency_ms": 9.0, "occasion": "one"},

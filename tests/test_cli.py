@@ -42,13 +42,15 @@ def test_help_names_every_command() -> None:
         "bench",
         "push",
         "export",
+        "card",
+        "zoo",
         "coverage",
     ):
         assert command in text
 
 
 @pytest.mark.parametrize(
-    "command", ["units", "curve", "slim", "retrain", "evaluate", "predict", "bench", "push", "export"]
+    "command", ["units", "curve", "slim", "retrain", "evaluate", "predict", "bench", "push", "export", "card", "zoo"]
 )
 def test_each_command_shows_examples_and_speaks_json(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")

@@ -65,6 +65,12 @@ MISTAKES = {
     "bench slim --runs 0": ("--runs 0: it must be 1 or more", "30"),
     "push gone me/net": ("lfrns push gone: there is no such folder", "lfrns slim wrote"),
     "push slim": ("Missing argument", "See --help"),
+    "push tests me/net --license Mine!": ("--license Mine!: licences have", "apache-2.0"),
+    "card": ("Missing argument", "See --help"),
+    "card gone": ("lfrns card gone: there is no such folder", "lfrns slim wrote"),
+    "zoo": ("Missing argument", "See --help"),
+    "zoo gone.yaml": ("lfrns zoo gone.yaml: there is no such file", "docs/zoo.md"),
+    "zoo CITATION.cff": ("CITATION.cff: cff-version", "there is no such key"),
     "export slim --format tflite": ("--format", "'tflite'"),
 }  # fmt: skip
 # Answers what is typed, a line of JSON after the other, in a process where what takes seconds cannot be imported.
@@ -104,7 +110,21 @@ def test_each_mistake_is_one_sentence_before_anything_slow_is_imported() -> None
 
 
 def test_help_of_each_command_imports_nothing_slow_and_fits_80_columns() -> None:
-    commands = ("", "train", "slim", "retrain", "units", "curve", "evaluate", "predict", "bench", "push", "export")
+    commands = [
+        "",
+        "train",
+        "slim",
+        "retrain",
+        "zoo",
+        "units",
+        "curve",
+        "evaluate",
+        "predict",
+        "bench",
+        "push",
+        "export",
+    ]
+    commands += ["card"]
     for command, (code, out, err) in zip(commands, answers([f"{name} --help" for name in commands]), strict=True):
         assert (code, err) == (0, ""), command
         assert f"lfrns {command}".strip() in out

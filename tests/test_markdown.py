@@ -110,7 +110,9 @@ def record_of(shape: int, word: Callable[[], Any], address: Any) -> tuple[dict[s
         input_size=[word()], machine={"cpu": word(), "device": word(), "threads": word()},
         versions={f"{word()}{n}": word() for n in range(3)},
         controls=[{"name": word(), "top1_pct": 1.0}], seed=word(),
-        budgets=[{"macs_fraction": 0.5, "top1_pct": 9.0, "occasion": "one", "name": word()} for _ in range(2)],
+        budgets=[
+            {"macs_fraction": 0.5, "top1_pct": 9.0, "occasion": "one", "name": word(), "pushed": address} for _ in "ab"
+        ],
     )  # fmt: skip
     names = [f"{word()}{n}" for n in range(3)]
     made.update(

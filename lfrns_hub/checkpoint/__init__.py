@@ -1,5 +1,6 @@
 """Saving and loading of slim models: safetensors and config.json, in timm's or transformers' layout."""
 
+from lfrns_hub.checkpoint.cards import render_card_again
 from lfrns_hub.checkpoint.entrypoint import lfrns_slim
 from lfrns_hub.checkpoint.files import FORMAT_VERSION, holds_ours, is_own, refuse_foreign
 from lfrns_hub.checkpoint.kinds import kind_of
@@ -15,5 +16,6 @@ __all__ = [
     "load",
     "prepared",
     "refuse_foreign",
+    "render_card_again",
     "save",
 ]

@@ -47,7 +47,7 @@ from lfrns_hub.checkpoint.transformers import (
 from lfrns_hub.format.narrow import carry_facts, short
 from lfrns_hub.format.untrusted import refusing
 from lfrns_hub.hub import fetch
-from lfrns_hub.hub.lineage import base_facts
+from lfrns_hub.hub.lineage import facts_of_base
 from lfrns_hub.model_io.model import unwrap
 from lfrns_hub.pictures import find_processor, write_processor
 from lfrns_hub.runs import draft_of, entries, locked, put_in_place, settle
@@ -151,7 +151,7 @@ def prepared(
             raise ValueError(
                 f"save(label_names of {len(label_names)}): the model has {classes} classes. Name each one."
             )
-        stated = None if base_model is None or stock else base_facts(base_model)
+        stated = None if base_model is None or stock else facts_of_base(base_model)
         with draft_of(directory) as draft:
             with _told(call):
                 source = (

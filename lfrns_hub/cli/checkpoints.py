@@ -12,15 +12,16 @@ from lfrns_hub.checkpoint import kind_of
 from lfrns_hub.cli.dense_again import find_dense, remember_dense, size_beside
 from lfrns_hub.format.untrusted import read_json, short
 from lfrns_hub.hub.index import refresh_index
+from lfrns_hub.hub.zoo_index import is_zoo, read_rows, write_zoo_index
 from lfrns_hub.measure import COUNTED, Record, comparable_controls, comparable_dense, weights_id
 from lfrns_hub.pictures import load_processor
 from lfrns_hub.zoo import create_dense, create_skeleton
 
 
-def is_slim(model: str) -> bool:
+def is_slim(model: str | Path) -> bool:
     """Tell a folder that `lfrns_hub.save` wrote."""
     config = Path(model) / "config.json"
-    return config.is_file() and "slim" in read_json(config, model)
+    return config.is_file() and "slim" in read_json(config, str(model))
 
 
 def load_slim(directory: str, dense: str | None) -> nn.Module:
@@ -120,7 +121,18 @@ def refresh(
     lfrns.save(model, directory, record=record, processor=processor, label_names=label_names or None, overwrite=True)
     above = Path(directory).resolve().parent
     try:
-        refresh_index(above)
+        refresh_indexes(above)
     except (OSError, ValueError) as error:
-        print(f"Warning: the table in {above} is as it was: {error}", file=sys.stderr)
+        print(f"Warning: the table over {above} is as it was: {error}", file=sys.stderr)
     return record
+
+
+def refresh_indexes(above: Path) -> None:
+    """Bring the index of a folder of checkpoints up to date, and that of the zoo it is in, where there are any.
+
+    Raises:
+        ValueError, OSError: As for `refresh_index` and `write_zoo_index`.
+    """
+    refresh_index(above)
+    if is_zoo(above.parent):
+        write_zoo_index(above.parent, read_rows(above.parent))

@@ -23,8 +23,8 @@ from lfrns_hub.pictures.class_folders import list_loose
 from lfrns_hub.pictures.decoding import decode_picture
 from lfrns_hub.pictures.model_input import class_names_of
 from lfrns_hub.retrain import make_accelerator
+from lfrns_hub.runtimes.bench import RUNTIMES, format_timings, peak_memory, size_on_disk
 from lfrns_hub.runtimes.bench import bench as time_models
-from lfrns_hub.runtimes.bench import format_timings, peak_memory, size_on_disk
 from lfrns_hub.zoo import check_images, create_base, create_skeleton, example_input, make_transform
 
 
@@ -111,9 +111,8 @@ def bench(asked: Bench) -> None:
     model = load_slim(directory, dense).to(device)
     images = example_input(model)
     base = (create_skeleton(dense) if dense else create_base(directory)).to(device, images.dtype)
-    found = time_models(
-        model, base, images, batches=sizes, runs=asked.runs, seconds=asked.seconds, compile=asked.compile
-    )
+    runtimes = [name for name in RUNTIMES if asked.compile or name != "compiled"]
+    found = time_models(model, base, images, batches=sizes, runs=asked.runs, seconds=asked.seconds, runtimes=runtimes)
     ratio = count_macs(model, images) / count_macs(base, images)
     on_disk = {"dense": size_on_disk(base), "slim": size_on_disk(model)}
     builders: dict[str, tuple[str, list[str | None]]] = {

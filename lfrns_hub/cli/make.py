@@ -5,6 +5,7 @@ import contextlib
 import json
 import runpy
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 import lfrns_hub as lfrns
 from lfrns_cli.commands import Retrain, Slim
 from lfrns_hub import recipe
+from lfrns_hub.cli.cards import push_each
 from lfrns_hub.cli.checkpoints import dense_beside, earlier_record, load_slim, refresh
 from lfrns_hub.cli.data import analyse_images, load_images, shuffled, start_accelerator
 from lfrns_hub.cli.dense_again import remember_dense, size_beside
@@ -22,11 +24,12 @@ from lfrns_hub.cli.resume import LeftOver, is_unfinished, kept_run
 from lfrns_hub.cli.saving import described_later, train_each
 from lfrns_hub.cli.terminal import layer_table, show
 from lfrns_hub.hub.index import checkpoint_name, write_index
+from lfrns_hub.hub.lineage import refuse_unlicensed
 from lfrns_hub.measure import Record, format_table, main_figure, measure_each
 from lfrns_hub.method.report import SlimResult
 from lfrns_hub.pictures import load_processor
 from lfrns_hub.runs.progress import about
-from lfrns_hub.zoo import check_images, create_dense, set_preprocessing, starts_random
+from lfrns_hub.zoo import check_images, create_dense, origin_of, set_preprocessing, starts_random
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -50,35 +53,85 @@ def demo(arguments: list[str]) -> None:
         print(record.read_text(encoding="utf-8"), end="")
 
 
+@dataclass
+class Made:
+    """What a run of `lfrns slim` made.
+
+    Attributes:
+        results: By the checkpoints' folders.
+        rows: Their records, as JSON has them; fewer where they could not be measured.
+        failed: Why a budget has no checkpoint, by folder.
+        out_of_reach: Those of them that no further try would change.
+        lines: What else is to be said: unreadable images, where the index is.
+    """
+
+    results: dict[Path, SlimResult]
+    rows: list[dict[str, Any]]
+    failed: dict[Path, str]
+    out_of_reach: dict[Path, str]
+    lines: list[str]
+
+
 def slim(asked: Slim) -> int:
     """Slim a model to each budget, retrain, measure, save and push; returns 1 where a budget failed."""
-    machine, several = asked.machine, asked.several
+    if asked.push_to_hub and asked.license is None:  # known before anything is made
+        facts = origin_of(asked.model, weights=asked.weights, base_model=asked.base_model)
+        refuse_unlicensed(facts, f"lfrns slim: --push-to-hub {asked.push_to_hub}")
     run = LeftOver(Path(asked.out).resolve() / "work", vars(asked), afresh="Pass --overwrite")
     resume = asked.resume and (run.unfinished or run.finished)
     directory = recipe.check_output_dir(
-        asked.out, resume=resume, overwrite=asked.overwrite, option="--out", several=several
+        asked.out, resume=resume, overwrite=asked.overwrite, option="--out", several=asked.several
     )
-    accelerator = start_accelerator(machine, asked.seed, log_with=asked.log_with, directory=directory)
-    names = [checkpoint_name(asked.model, asked.images.data, budget) if several else "" for budget in asked.budgets]
-    folders = [directory / name for name in names]
+    accelerator = start_accelerator(asked.machine, asked.seed, log_with=asked.log_with, directory=directory)
+    folders = folders_of(asked, directory)
     for folder in dict.fromkeys([directory, *folders]):
         recipe.hold(folder, f"--out {asked.out}", accelerator)
     if resume:
         run.check()
         if run.finished:
             return _show_again(asked, folders, accelerator)
+    made = make(asked, directory, run, accelerator, resume=resume)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        failed = {str(folder): why for folder, why in made.failed.items()}
+        _push_and_show(asked, list(made.results), made.rows, failed, made.lines)
+    accelerator.end_training()
+    return 1 if made.failed else 0
+
+
+def folders_of(asked: Slim, directory: Path) -> list[Path]:
+    """Return the folder of each budget's checkpoint: of one alone the output folder, of several one each in it."""
+    if not asked.several:
+        return [directory]
+    data = asked.images.data
+    return [directory / checkpoint_name(asked.arch, data, **asdict(budget)) for budget in asked.budgets]
+
+
+def make(
+    asked: Slim, directory: Path, run: LeftOver, accelerator: Any, *, resume: bool, tolerant: bool = False
+) -> Made:
+    """Make the checkpoints of all budgets, from the model to the index over them.
+
+    Args:
+        asked: The options.
+        directory: The output folder, which the process holds, and the folders in it.
+        run: The run in it.
+        accelerator: Of the run.
+        resume: Go on with what was interrupted there.
+        tolerant: A budget out of reach leaves the others.
+    """
+    machine, folders = asked.machine, folders_of(asked, directory)
     dense = create_dense(asked.model, weights=asked.weights, img_size=asked.img_size)
     set_preprocessing(dense, **vars(asked.preprocessing))
     train = load_images(asked.images, dense, "train", augment=True, flip=asked.flip)
     test = load_images(asked.images, dense, "validation")
     test_loader = DataLoader(test, asked.batch_size, num_workers=machine.workers)
-
     run.refuse_other_data("training images", train)
     run.refuse_other_data("test images", test)
     stages = {folder: _stage(directory, folder) for folder in folders}
     logs = Logs(asked.log_with, directory, run, list(stages.values()), resume=resume)
     with kept_run(run, accelerator, resume=resume) as work:
-        results, calibrated = _cut(asked, dense, names, accelerator, work / "slim")
+        results, out_of_reach, calibrated = _cut(asked, folders, dense, accelerator, work / "slim", tolerant=tolerant)
         run.drop_before(accelerator)
         saving = {"processor": load_processor(dense), "label_names": test.class_names or None, "overwrite": True}
         saving["base_model"] = asked.base_model
@@ -92,31 +145,25 @@ def slim(asked: Slim) -> int:
             with logs.of(stages[folder], model, test_loader, accelerator) as logging:
                 lfrns.retrain(model, train_loader, checkpoint_dir=work / stages[folder], **training, **logging)
 
-        models = {folder: result.model for folder, result in zip(folders, results, strict=True)}
-        failed = train_each(models, train_one, saving, accelerator)
-        made = {folder: result for folder, result in zip(folders, results, strict=True) if folder not in failed}
+        models = {folder: result.model for folder, result in results.items()}
+        failed = out_of_reach | train_each(models, train_one, saving, accelerator)
+        made = {folder: result for folder, result in results.items() if folder not in failed}
         again = [*asked.images.arguments(), "--dense", asked.model]
         again += ["--weights", asked.weights] if asked.weights else []
         records: dict[str, Record] = {}
-        index: list[str] = []
+        lines = [train.describe_unreadable(), test.describe_unreadable()]
         with described_later(accelerator, list(made), [["evaluate", str(folder), *again] for folder in made]):
             records = _describe(asked, dense, made, test_loader, calibrated, saving, accelerator)
-            if several and accelerator.is_main_process:
-                index = [f"Compared in {write_index(directory, f'{Path(asked.model).name}, at several budgets')}"]
-        if records and not failed:
+            if asked.several and accelerator.is_main_process:
+                lines.append(f"Compared in {write_index(directory, f'{Path(asked.arch).name}, at several budgets')}")
+        if records and failed == out_of_reach:
             run.finish(accelerator)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        left_out = filter(None, [train.describe_unreadable(), test.describe_unreadable()])
-        rows = _rows(records, made)
-        _push_and_show(asked, list(made), rows, {str(folder): why for folder, why in failed.items()}, left_out, index)
-    accelerator.end_training()
-    return 1 if failed else 0
+    return Made(made, _rows(records, made), failed, out_of_reach, list(filter(None, lines)))
 
 
 def _cut(
-    asked: Slim, dense: nn.Module, names: list[str], accelerator: Any, keep_in: Path
-) -> tuple[list[SlimResult], DataLoader]:
+    asked: Slim, folders: list[Path], dense: nn.Module, accelerator: Any, keep_in: Path, *, tolerant: bool
+) -> tuple[dict[Path, SlimResult], dict[Path, str], DataLoader]:
     """Analyse a model once and cut it at each budget, before any training: one out of reach is known within minutes."""
     machine = asked.machine
     calibrated, analysis = analyse_images(
@@ -133,16 +180,18 @@ def _cut(
         progress=machine.progress,
         checkpoint_dir=keep_in,
     )
-    options: dict[str, Any] = {"params": asked.params, "latency": asked.latency, "fcr_steps": asked.fcr_steps}
-    if asked.latency is not None:
-        options["latency_setup"] = lfrns.LatencySetup(
-            batch=asked.latency_batch, threads=asked.latency_threads, compile=asked.latency_compile
-        )
-    results = []
-    for budget, name in zip(asked.budgets, names, strict=True):
-        with about(name):
-            results.append(analysis.cut(macs=budget, **options))
-    return results, calibrated
+    timed = lfrns.LatencySetup(batch=asked.latency_batch, threads=asked.latency_threads, compile=asked.latency_compile)
+    results, failed = {}, {}
+    for folder, budget in zip(folders, asked.budgets, strict=True):
+        setup = {} if budget.latency is None else {"latency_setup": timed}
+        try:
+            with about(folder.name if asked.several else ""):
+                results[folder] = analysis.cut(**asdict(budget), fcr_steps=asked.fcr_steps, **setup)
+        except ValueError as error:
+            failed[folder] = f"{type(error).__name__}: {error}"
+            if not tolerant or len(failed) == len(folders):
+                raise
+    return results, failed, calibrated
 
 
 def _describe(
@@ -168,7 +217,7 @@ def _describe(
         **({"license": asked.license} if asked.license else {}),
     }
     if asked.several:
-        setup["budgets"] = [_budget_row(record) for record in records.values()]
+        setup["budgets"] = [{"name": name, **_budget_row(record)} for name, record in records.items()]
     for (folder, result), record in zip(made.items(), records.values(), strict=True):
         record.setup.update(setup)
         if accelerator.is_main_process:
@@ -209,26 +258,26 @@ def _show_again(asked: Slim, folders: list[Path], accelerator: Any) -> int:
         if not asked.machine.as_json:
             for record, folder in zip(records, folders, strict=True):
                 recipe.print_results(record, [], folder)
-        _push_and_show(asked, folders, [json.loads(record.to_json()) for record in records], {}, (), ())
+        _push_and_show(asked, folders, [json.loads(record.to_json()) for record in records], {}, [])
     accelerator.end_training()
     return 0
 
 
 def _push_and_show(
-    asked: Slim, folders: list[Path], rows: list[dict[str, Any]], failed: dict[str, str], left_out: Any, index: Any
+    asked: Slim, folders: list[Path], rows: list[dict[str, Any]], failed: dict[str, str], lines: list[str]
 ) -> None:
     """Push the finished checkpoints, and print where everything is and what to do next."""
     repo = asked.push_to_hub
-    urls = [
-        lfrns.push(folder, f"{repo}/{folder.name}" if asked.several else repo, with_images=asked.with_images)
-        for folder in (folders if repo and rows else ())
-    ]
+    repos = {folder: f"{repo}/{folder.name}" if asked.several else repo for folder in folders if repo and rows}
+    urls, unsent = push_each(repos, with_images=asked.with_images)
+    for error in unsent.values():
+        raise error
     checkpoints = [{"directory": str(folder)} for folder in folders]
     for checkpoint, row in zip(checkpoints, rows, strict=False):
         checkpoint |= row
     following = [] if repo or not rows else [f"Next: lfrns bench {folders[0]}, or lfrns push {folders[0]} user/name"]
-    found = {"checkpoints": checkpoints, "pushed": urls, "failed": failed}
-    show(asked.machine.as_json, found, *left_out, *index, *(f"Pushed: {url}" for url in urls), *following)
+    found = {"checkpoints": checkpoints, "pushed": list(urls.values()), "failed": failed}
+    show(asked.machine.as_json, found, *lines, *(f"Pushed: {url}" for url in urls.values()), *following)
 
 
 def retrain(asked: Retrain) -> None:

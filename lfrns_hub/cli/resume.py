@@ -14,7 +14,7 @@ from lfrns_hub.runs import remove, written_aside
 # Options that may differ from those of the interrupted run: where and how it runs, and what comes after it.
 NOT_THE_RUN = {
     "out", "overwrite", "resume", "push_to_hub", "with_images", "device", "workers", "quiet", "as_json",
-    "max_unreadable", "log_with",
+    "max_unreadable", "ladder", "log_with",
 }  # fmt: skip
 PATHS = {"data", "weights", "class_map"}
 RUN, FINISHED, BEFORE = "run.json", "finished", "before"

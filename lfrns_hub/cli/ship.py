@@ -5,6 +5,8 @@ from pathlib import Path
 
 import lfrns_hub as lfrns
 from lfrns_cli.commands import Export, Push
+from lfrns_hub.checkpoint import render_card_again
+from lfrns_hub.cli.cards import note_pushed
 from lfrns_hub.cli.checkpoints import load_slim
 from lfrns_hub.cli.terminal import show
 from lfrns_hub.runtimes.export import EXAMPLE_IMAGES
@@ -13,17 +15,26 @@ from lfrns_hub.zoo import example_input
 
 
 def push(asked: Push) -> None:
-    """Push a folder and print where the commit is."""
+    """Push a folder, link to it from its siblings, and print where the commit is."""
+    folder, options = Path(asked.directory), {"private": asked.private, "with_images": asked.with_images}
+    if asked.license:
+        render_card_again(folder, license=asked.license)
     url = lfrns.push(
         asked.directory,
         asked.repo,
-        private=asked.private,
         revision=asked.revision,
         commit_message=asked.message,
         create_pr=asked.pull_request,
-        with_images=asked.with_images,
+        **options,
     )
-    show(asked.as_json, {"url": url}, url)
+    lines = []
+    if not (asked.pull_request or asked.revision):
+        changed = note_pushed({folder: url})
+        if folder.resolve() in changed:
+            url = lfrns.push(folder, asked.repo, commit_message=asked.message or "Link the card", **options)
+        if others := [path.name for path in changed if path != folder.resolve()]:
+            lines = [f"The cards of {', '.join(others)} link there now: push them again where they were pushed."]
+    show(asked.as_json, {"url": url}, url, *lines)
 
 
 def export(asked: Export) -> None:

@@ -9,7 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment
 
 from lfrns_hub.format.markdown import Markdown, code, finish, link, plain, web_link
-from lfrns_hub.hub.lineage import KEYS
+from lfrns_hub.hub.lineage import KEYS, UNKNOWN
+from lfrns_hub.hub.reach import address_of
 from lfrns_hub.measure import KINDS as OUTPUTS
 from lfrns_hub.measure import (
     comparable_budgets,
@@ -23,7 +24,6 @@ from lfrns_hub.measure import (
 )
 
 NOT_MEASURED = "not measured"
-UNKNOWN = "unknown"
 TAGS = ["pruned", "structured-pruning", "lfrns"]
 KINDS = {"channel": "channels", "head": "attention heads", "neuron": "MLP neurons"}
 BUDGETS = {"macs": "MACs", "params": "parameters", "latency": "latency"}
@@ -61,7 +61,8 @@ def render_card(
     Returns:
         Markdown with the Hub's YAML header. It states base model, licence and data only if the record's setup or
         the provenance names them (`base_model`, `license`, `dataset`; see `lineage.base_facts`). All text of the record
-        and the names is shown as one line of plain text: no markup, and no link except the licence's to the web.
+        and the names is shown as one line of plain text: no markup, and no link except the licence's to the web and
+        those to the models at other budgets on the Hub.
     """
     record = read_record(record) or {}
     setup = record.get("setup") or {}
@@ -114,8 +115,9 @@ def render_card(
                 latency=_latency(setup, dense),
                 controls=[[row["name"], _percent(row.get("top1_pct")), _count(row.get("images"))]
                           for row in comparable_controls(record)],
-                budgets=[[_number(row["macs_fraction"], "", 3), _figure(row.get(shown.key), shown),
-                          _ms(row.get("latency_ms"))] for row in comparable_budgets(record)],
+                budgets=[[link(_number(row["macs_fraction"], "", 3), address_of(row.get("pushed"))),
+                          _figure(row.get(shown.key), shown), _ms(row.get("latency_ms"))]
+                         for row in comparable_budgets(record)],
                 shown=shown.title.lower() if shown.title[1:2].islower() else shown.title,
                 removed=_removed(provenance),
                 plot=plot,

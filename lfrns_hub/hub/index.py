@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lfrns_hub.format.markdown import escape
+from lfrns_hub.format.markdown import Markdown, escape
 from lfrns_hub.format.untrusted import short
+from lfrns_hub.hub.reach import address_of
 from lfrns_hub.measure import Record, comparable_dense, main_figure, nearness, why_no_dense
 from lfrns_hub.runs import draft_of, locked, put_in_place, settle
 
@@ -18,22 +19,30 @@ START = "<!-- lfrns_hub writes this table; what stands above and below it stays 
 END = "<!-- end of the table -->"
 
 
-def checkpoint_name(model: str, data: str, macs: float) -> str:
+def checkpoint_name(
+    model: str, data: str, macs: float | None = None, *, params: float | None = None, latency: float | None = None
+) -> str:
     """Return the name of a checkpoint in the Hub's style: the architecture, the MACs kept, and the data.
 
     Args:
         model: A timm name, repo id, folder, or "package.module:function".
         data: A folder or a Hub id.
-        macs: Fraction of the MACs kept.
+        macs, params, latency: Fractions that are kept, of those that are bounded.
 
     Example:
         >>> checkpoint_name("resnet50.a1_in1k", "uoft-cs/cifar100", 0.5)
         'resnet50.lfrns50_cifar100'
         >>> checkpoint_name("google/vit-base-patch16-224", "data/My Flowers/", 0.125)
         'vit-base-patch16-224.lfrns12p5_my_flowers'
+        >>> checkpoint_name("resnet50", "flowers", 0.5, params=0.4), checkpoint_name("resnet50", "flowers", latency=0.7)
+        ('resnet50.lfrns50_params40_flowers', 'resnet50.lfrns_latency70_flowers')
     """
     arch = Path(model.rpartition(":")[2]).name.partition(".")[0]
-    return f"{_plain(arch)}.lfrns{f'{100 * macs:.4g}'.replace('.', 'p')}_{_plain(Path(data).resolve().name.lower())}"
+    kept = "" if macs is None else _percent(macs)
+    kept += "".join(
+        f"_{kind}{_percent(share)}" for kind, share in (("params", params), ("latency", latency)) if share is not None
+    )
+    return f"{_plain(arch)}.lfrns{kept}_{_plain(Path(data).resolve().name.lower())}"
 
 
 def write_index(directory: str | Path, title: str) -> Path:
@@ -59,7 +68,7 @@ def write_index(directory: str | Path, title: str) -> Path:
     readme, whole = directory / "README.md", directory.resolve()
     with locked(whole, f"write_index({str(directory)!r})"), draft_of(whole) as draft:
         settle(whole, _is_own)
-        above, below = _around(readme) or (f"# {escape(title)}\n\n", "\n")
+        above, below = around(readme) or (f"# {escape(title)}\n\n", "\n")
         names = sorted(records, key=lambda name: (-records[name].slim["macs_g"], name))
         rows = _table({name: records[name] for name in names}, draft / PICTURE)
         rows += [f"\n- {escape(name)}: not listed, {escape(why)}" for name, why in unread.items()]
@@ -103,13 +112,13 @@ def refresh_index(directory: str | Path) -> Path | None:
         Path of its README; None if there is none, or if `write_index` did not write it: then it is unchanged.
     """
     readme = Path(directory) / "README.md"
-    return write_index(directory, "") if _around(readme) else None
+    return write_index(directory, "") if around(readme) else None
 
 
-def _around(readme: Path) -> tuple[str, str] | None:
-    """Return the text above and below the table of an index; None for any other file."""
+def around(readme: Path, begin: str = START) -> tuple[str, str] | None:
+    """Return the text above and below the table of an index, which begins with a mark; None for any other file."""
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    above, start, rest = text.partition(START)
+    above, start, rest = text.partition(begin)
     _, end, below = rest.partition(END)
     return (above, below) if start and end else None
 
@@ -133,7 +142,7 @@ def _table(records: dict[str, Record], picture: Path) -> list[str]:
             label = "dense" if len(together) == 1 else f"dense, beside {', '.join(names)}"
             lines.append(f"| {escape(label)} | " + " | ".join(cells(first, first)) + " |")
         lines += [
-            f"| [{escape(name)}]({quote(os.fsencode(name))}) | "
+            f"| {linked(name, records[name].setup, name)} | "
             + " | ".join(cells(records[name].slim, dense[name]))
             + " |"
             for name in names
@@ -156,6 +165,17 @@ def _table(records: dict[str, Record], picture: Path) -> list[str]:
         plot_ladder(slim, first, picture, title=title, setup=next(iter(records.values())).setup)
         lines += ["", f"![Accuracy against MACs and latency, dense and slim]({PICTURE})"]
     return lines
+
+
+def linked(name: str, setup: dict[str, Any], path: str) -> Markdown:
+    """Return a checkpoint's name with a link to its repository if it was pushed, else to its folder.
+
+    Args:
+        name: Name to show.
+        setup: That of its record.
+        path: The folder, relative to the page.
+    """
+    return Markdown(f"[{escape(name)}]({address_of(setup.get('pushed')) or quote(os.fsencode(path))})")
 
 
 def columns(side: dict[str, Any]) -> Sequence[str]:
@@ -197,6 +217,11 @@ def _footnote(record: Record, dense: dict[str, Any], why: str | None) -> str:
         f"{setup.get('dtype')}, {machine.get('device')} ({machine.get('cpu')}), {machine.get('threads')} threads, "
         f"{beside}{f' ({why})' if why else ''}. One MAC is two FLOPs."
     )
+
+
+def _percent(share: float) -> str:
+    """Return a share in percent as a part of a name."""
+    return f"{100 * share:.4g}".replace(".", "p")
 
 
 def _plain(name: str) -> str:

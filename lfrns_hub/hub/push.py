@@ -7,8 +7,16 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    metadata_load,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -20,6 +28,7 @@ from torch import distributed
 
 from lfrns_hub.format.untrusted import read_json, short
 from lfrns_hub.hub.handwritten import merge_cards
+from lfrns_hub.hub.lineage import KEYS, UNKNOWN, refuse_unlicensed
 from lfrns_hub.runs import settle
 
 # Base class of the client's HTTP errors, through one of them: the library below huggingface_hub changes with versions.
@@ -80,8 +89,8 @@ def push(
     Raises:
         FileNotFoundError: The folder is not a saved checkpoint, or lacks a shard that its index names.
         ValueError: A file of the folder is a link to outside, the id is not valid, both a revision and a pull request
-            are requested, the repository is public but private is requested, or the front matter of a card cannot be
-            read.
+            are requested, the repository is public but private is requested, the front matter of a card cannot be
+            read, or the base's licence is unknown or forbids it and neither the record nor the card states another.
         ConnectionError: The Hub could not be reached, refused, or had another commit in the meantime.
     Example:
         >>> push("out", "user/resnet50.lfrns50", private=True)  # doctest: +SKIP
@@ -99,6 +108,7 @@ def push(
     files: dict[str, Path | bytes] = {path.name: path for path in own}
     if not _is_main_process():
         return None
+    _refuse_unlicensed(folder, call)
     _name_others(folder, files.keys(), call)
 
     api = HfApi(token=token, library_name="lfrns_hub")
@@ -138,6 +148,48 @@ def push(
             parent_commit=head.sha,  # the Hub refuses if there has been another commit since
         )
     return commit.pr_url or commit.commit_url
+
+
+def collect(title: str, owner: str, repositories: Iterable[str], *, private: bool = False) -> str:
+    """Put models into a collection of the Hub, which is created if there is none of this title; they stay there.
+
+    Args:
+        title: Title of the collection.
+        owner: User or organisation that has it.
+        repositories: Models, "user/name".
+        private: A new collection is private.
+    Returns:
+        Address of the collection.
+    Raises:
+        ConnectionError: The Hub could not be reached, or refused.
+    """
+    api = HfApi(library_name="lfrns_hub")
+    with _one_message(f"collect({title!r})", api, "Collect them again: what is there is not put in twice."):
+        collection = api.create_collection(title, namespace=owner, private=private, exists_ok=True)
+        for repo_id in repositories:
+            api.add_collection_item(collection.slug, repo_id, "model", exists_ok=True)
+    return collection.url
+
+
+def _refuse_unlicensed(folder: Path, call: str) -> None:
+    """Refuse a checkpoint whose base lets nobody share it, unless a person states a licence on record or card."""
+    config = read_json(folder / "config.json", call)
+    args = config.get("model_args")
+    slim = config.get("slim") or (
+        args.get("slim") if isinstance(args, dict) else None
+    )  # timm's save_for_hf keeps it there
+    facts = {key: slim[key] for key in KEYS if slim.get(key)} if isinstance(slim, dict) else {}
+    record, card = folder / "record.json", folder / "README.md"
+    setup = read_json(record, call).get("setup") if record.is_file() else None
+    stated = [setup.get("license")] if isinstance(setup, dict) else []
+    try:
+        front: Any = metadata_load(card) if card.is_file() else {}
+    except Exception:  # YAML's many errors, which `merge_cards` tells below
+        front = {}
+    written = front.get("license") if isinstance(front, dict) else None
+    stated += [written] if written != facts.get("license") else []
+    if not any(isinstance(licence, str) and licence != UNKNOWN for licence in stated):
+        refuse_unlicensed(facts, call, "lfrns push --license ID, as --license mit")
 
 
 def _own_files(folder: Path, call: str, *, with_images: bool = False) -> list[Path]:

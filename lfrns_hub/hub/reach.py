@@ -23,6 +23,22 @@ def cached(repo_id: str, filename: str = "config.json") -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
+def address_of(repo_id: object) -> str | None:
+    """Return the address of a repository's page; None for what is no id of the form user/name."""
+    from huggingface_hub import constants
+
+    is_id = isinstance(repo_id, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id, re.ASCII)
+    return f"{constants.ENDPOINT}/{repo_id}" if is_id else None
+
+
+def repository_of(url: str) -> str | None:
+    """Return the repository, user/name, of a commit's address; None for any other."""
+    from huggingface_hub import constants
+
+    found = re.fullmatch(r"/(\w[\w.-]*/\w[\w.-]*)/commit/\w+", url.removeprefix(constants.ENDPOINT), re.ASCII)
+    return found[1] if found else None
+
+
 def reach_hub(what: str) -> None:
     """Raise an error within seconds if the Hub is out of reach; its own client would retry for a minute."""
     import huggingface_hub

@@ -28,7 +28,7 @@ FIGURES = (
 MAX_FIGURE = 1e15  # no figure is as large; excludes NaN and infinity
 # Fields of a setup that are read, with their types.
 SETUP = {
-    **dict.fromkeys(("dense_id", "dense_missing"), str),
+    **dict.fromkeys(("dense_id", "dense_missing", "pushed"), str),
     "machine": dict,
     "provenance": dict,
     "label_names": list,
@@ -52,7 +52,7 @@ class Record:
             Each side states in `occasion` the call that measured it and in `images_id` the images: only figures
             measured together are ever compared.
         setup: Machine, dtype, batch and input size of the latency, versions, the slim model's provenance; `dense_id`
-            of the dense model's weights, or `dense_missing`, why it was not measured.
+            of the dense model's weights, or `dense_missing`, why it was not measured; `pushed`, its repository.
     """
 
     dense: dict[str, Any] | None

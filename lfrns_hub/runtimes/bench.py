@@ -25,6 +25,7 @@ from lfrns_hub.format.untrusted import short
 from lfrns_hub.measure import evaluating, forward_passes, take_turns, wait_for
 from lfrns_hub.runtimes.export import export, installed, open_runner
 
+RUNTIMES = ("eager", "compiled", "onnxruntime")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -71,7 +72,7 @@ def bench(
     runs: int = 30,
     warmup: int = 5,
     seconds: float = 5.0,
-    compile: bool = True,
+    runtimes: Sequence[str] = RUNTIMES,
 ) -> Bench:
     """Time a slim model against its dense one, in turns: eager, compiled, and in ONNX Runtime where it is installed.
 
@@ -84,7 +85,7 @@ def bench(
         runs: Largest number of timed turns, from 1.
         warmup: Largest number of turns before them that are not timed.
         seconds: Time limit for the turns of a runtime and batch, once five are timed.
-        compile: Whether to compile: this takes long, for each model and batch.
+        runtimes: Those of RUNTIMES to time. Compilation takes long, for each model and batch.
     Returns:
         The timings.
     Raises:
@@ -96,13 +97,15 @@ def bench(
     turns = {"runs": runs, "warmup": warmup, "seconds": seconds}
     sized = {batch: example_input[:1].repeat(batch, *[1] * (example_input.ndim - 1)) for batch in batches}
     with evaluating(*models.values()), torch.no_grad():
-        for batch, images in sized.items():
+        for batch, images in sized.items() if "eager" in runtimes else ():
             found.timings.append(_time("eager", batch, forward_passes(models, images), turns))
-        for batch, images in sized.items() if compile else ():
+        for batch, images in sized.items() if "compiled" in runtimes else ():
             try:
                 found.timings.append(_time_compiled(models, batch, images, turns))
             except Exception as error:  # no compiler, or a forward that it refuses: the error types vary
                 found.left_out[f"compiled, batch {batch}"] = _line(error)
+        if "onnxruntime" not in runtimes:
+            return found
         if missing := [package for package in ONNX_PACKAGES if not installed(package)]:
             found.left_out["onnxruntime"] = f"{', '.join(missing)} not installed: pip install 'lfrns_hub[export]'"
         else:
@@ -229,16 +232,16 @@ def print_peaks(asked: str) -> None:
             torch.cuda.reset_peak_memory_stats()
         else:
             _forget_peak()
-        before = _peak_resident()
+        before = peak_resident()
         with torch.no_grad():
             model(images)
         wait_for(images.device)
-        rise = _peak_resident() - before
+        rise = peak_resident() - before
         peaks.append((torch.cuda.max_memory_allocated() if images.is_cuda else weights + rise) / 1e6)
     print(json.dumps(peaks))
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
     """Return the peak of this process's resident memory, in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():  # Linux, where ru_maxrss starts at the peak of the parent process

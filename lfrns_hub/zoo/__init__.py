@@ -11,7 +11,7 @@ from lfrns_hub.pictures import (
     num_classes_of,
     set_preprocessing,
 )
-from lfrns_hub.zoo.dense import create_base, create_dense, create_for_data, create_skeleton, starts_random
+from lfrns_hub.zoo.dense import create_base, create_dense, create_for_data, create_skeleton, origin_of, starts_random
 from lfrns_hub.zoo.weights import read_weights
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "load_data",
     "make_transform",
     "num_classes_of",
+    "origin_of",
     "read_weights",
     "set_preprocessing",
     "starts_random",

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from lfrns_hub import models  # noqa: F401  registers cifar_* with timm
 from lfrns_hub.format.memory import bounded, bytes_for
 from lfrns_hub.format.untrusted import AGAIN, read_headers, read_json, refusing, short, size_of
-from lfrns_hub.hub.lineage import base_facts
+from lfrns_hub.hub.lineage import facts_of_base
 from lfrns_hub.hub.reach import cached, hub_errors, reach_hub
 from lfrns_hub.model_io.meaning import Classes, Features, said_meaning
 from lfrns_hub.pictures import load_data, num_classes_of, set_preprocessing
@@ -44,6 +44,30 @@ def starts_random(name: str) -> bool:
     """
     kind, source = resolve(name)
     return kind == "timm" and ":" not in source and not timm.is_model_pretrained(source)
+
+
+def has_published(name: str) -> bool:
+    """Return whether weights come with a name: a folder's, or published ones.
+
+    Example:
+        >>> has_published("resnet50.a1_in1k"), has_published("lfrns_hub.models:cifar_resnet20")
+        (True, False)
+    """
+    return resolve(name)[0] != "function" and not starts_random(name)
+
+
+def origin_of(name: str, *, weights: str | None = None, base_model: str | None = None) -> dict[str, str]:
+    """Return the facts of the weights that `create_dense` would load, before any are; see `lineage.facts_of_base`.
+
+    Args:
+        name, weights: As for `create_dense`.
+        base_model: Origin that is stated instead, as for `lfrns_hub.save`.
+    Returns:
+        The facts; none where the weights are random, of a function, or a file whose origin is not stated.
+    """
+    if base_model is not None:
+        return facts_of_base(base_model)
+    return facts_of_base(name) if weights is None and has_published(name) else {}
 
 
 def create_dense(
@@ -85,7 +109,7 @@ def create_dense(
     if state is not None and kind != "function":
         state = without_wrapper(state)
     refuse_oversized(kind, source, f"create_dense({name!r})")
-    published = fetch and kind != "function" and not starts_random(name)
+    published = fetch and has_published(name)
     if kind == "function":
         model = call_builder(name, num_classes)
         if state is not None and not any(key.startswith("model.") for key in model.state_dict()):
@@ -111,7 +135,7 @@ def create_dense(
     if img_size is not None:
         model = resized(model, img_size, call)
         set_preprocessing(model, img_size=img_size)
-    model.lfrns_base = base_facts(name) if published else {}
+    model.lfrns_base = facts_of_base(name) if published else {}
     return model.to(device).eval()
 
 
