@@ -42,6 +42,7 @@ def test_help_names_every_command() -> None:
         "bench",
         "push",
         "export",
+        "run",
         "coverage",
     ):
         assert command in text

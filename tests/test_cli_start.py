@@ -55,6 +55,11 @@ MISTAKES = {
     "bench slim --runs 0": ("--runs 0: it must be 1 or more", "30"),
     "push gone me/net": ("lfrns push gone: there is no such folder", "lfrns slim wrote"),
     "push slim": ("Missing argument", "See --help"),
+    "run": ("Missing argument", "See --help"),
+    "run gone.py --help": ("lfrns run gone.py: there is no such file", "clone it"),
+    "run -m gone.module": ("lfrns run -m gone.module: there is no module of this name", "leave -m out"),
+    "run -m gone.py": ("lfrns run -m gone.py: there is no module of this name", "leave -m out"),
+    "run -m ./lfrns": ("lfrns run -m ./lfrns: there is no module of this name", "leave -m out"),
     "export slim --format tflite": ("--format", "'tflite'"),
 }  # fmt: skip
 # Answers what is typed, a line of JSON after the other, in a process where what takes seconds cannot be imported.
@@ -94,7 +99,7 @@ def test_each_mistake_is_one_sentence_before_anything_slow_is_imported() -> None
 
 
 def test_help_of_each_command_imports_nothing_slow_and_fits_80_columns() -> None:
-    commands = ("", "slim", "retrain", "units", "curve", "evaluate", "predict", "bench", "push", "export")
+    commands = ("", "slim", "retrain", "units", "curve", "evaluate", "predict", "bench", "push", "export", "run")
     for command, (code, out, err) in zip(commands, answers([f"{name} --help" for name in commands]), strict=True):
         assert (code, err) == (0, ""), command
         assert f"lfrns {command}".strip() in out
