@@ -31,7 +31,7 @@ def command_error() -> type[Exception]:
     return ClickException
 
 
-def command(body: str, *examples: str, panel: str) -> Callable[[Options], Options]:
+def command(body: str, *examples: str, panel: str, passes_on: bool = False) -> Callable[[Options], Options]:
     """Make a dataclass a command: its name in lower case, its docstring the help, its fields the options.
 
     A field that is itself a dataclass is a bundle: each of its fields is an option. What is required comes first in the
@@ -42,6 +42,7 @@ def command(body: str, *examples: str, panel: str) -> Callable[[Options], Option
             exit code. It is imported then.
         examples: Command lines to copy, at the end of the help.
         panel: The command's panel in `lfrns --help`.
+        passes_on: Whether what follows the first argument belongs to something else, options included.
     """
 
     def add(options: Options) -> Options:
@@ -50,6 +51,7 @@ def command(body: str, *examples: str, panel: str) -> Callable[[Options], Option
             help=inspect.getdoc(options),
             epilog="\n\n".join(["[bold]Examples[/bold]", *examples]),
             rich_help_panel=panel,
+            context_settings={"allow_interspersed_args": not passes_on},
         )(reader(options, body))
         return options
 

@@ -41,6 +41,7 @@ from lfrns_cli.options import (
     WithImages,
     check_calibration,
     check_license,
+    check_module,
     check_rate,
     check_repository,
     check_share,
@@ -478,3 +479,34 @@ class Export:
     out: Annotated[str | None, Option(metavar="FILE", help="file to write (default: model.FORMAT in DIR)")] = None
     dense: Dense = None
     as_json: Json = False
+
+
+@command(
+    "ship:run",
+    "lfrns run validate.py --model local-dir:slim/ --data-dir DIR",
+    "lfrns run train.py --model local-dir:slim/ --pretrained --data-dir DIR --epochs 10",
+    "lfrns run -m my_package.evaluate slim/",
+    panel=SHIP,
+    passes_on=True,
+)
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Run a Python script, such as timm's validate.py, in which timm and transformers know slim checkpoints.
+
+    It uses the timm that is installed. For several processes: torchrun --nproc-per-node 2 -m lfrns_hub run train.py
+    """
+
+    script: Annotated[str, Argument(metavar="SCRIPT", help="script to run, or with -m a module")]
+    arguments: Annotated[
+        list[str] | None, Argument(metavar="ARGUMENT...", help="arguments of the script", show_default=False)
+    ] = None
+    module: Annotated[bool, Option("-m", "--module", help="SCRIPT is a module, as in python -m")] = False
+
+    def __post_init__(self) -> None:
+        if self.module:
+            check_module("lfrns run -m", self.script)
+        elif not Path(self.script).exists():
+            raise ValueError(
+                f"lfrns run {self.script}: there is no such file. timm's scripts are in its repository, not in its "
+                "package: clone it and give the path."
+            )

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -278,6 +279,17 @@ def check_repository(option: str, repo: str | None, *, owner_alone: bool = False
         if owner_alone:
             raise ValueError(f"{option} {repo}: is no user of the Hub. Name the user or the organisation alone.")
         raise ValueError(f"{option} {repo}: is no repository of the Hub. Name it as user/name.")
+
+
+def check_module(option: str, module: str) -> None:
+    """Refuse a module that can be found neither among those installed nor in the working directory.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    package = module.partition(".")[0]  # its parts are looked for when it runs: finding them imports it
+    if not package.isidentifier() or not (find_spec(package) or PathFinder.find_spec(package, [str(Path.cwd())])):
+        raise ValueError(f"{option} {module}: there is no module of this name. For a file leave -m out.")
 
 
 def read_list(text: str, option: str, kind: type) -> list[Any]:

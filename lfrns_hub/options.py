@@ -39,8 +39,10 @@ class _Options:
 
 @dataclass(frozen=True)
 class FindOptions(_Options):
-    """Which units may be cut, and how redundancy is found; the attributes are the arguments of `slim`.
+    """Which units may be cut, and how redundancy is found.
 
+    Attributes:
+        preset, kinds, groups, exclude, distance, widths, min_keep, approximate: As for `slim`.
     Raises:
         ValueError: An option does not fit.
     """
@@ -82,8 +84,10 @@ class FindOptions(_Options):
 
 @dataclass(frozen=True)
 class CutOptions(_Options):
-    """The budgets of one cut, and how it is made; the attributes are the arguments of `slim`.
+    """The budgets of one cut, and how it is made.
 
+    Attributes:
+        macs, params, latency, latency_setup, contribution, fcr_steps, restore, fold, round_to: As for `slim`.
     Raises:
         ValueError: An option does not fit, or there is no budget.
     """
@@ -149,7 +153,11 @@ class CutOptions(_Options):
 
 @dataclass(frozen=True)
 class RunOptions(_Options):
-    """Where and how a call runs; the attributes are the arguments of `slim`."""
+    """Where and how a call runs.
+
+    Attributes:
+        accelerator, seed, device, progress, checkpoint_dir: As for `slim`.
+    """
 
     accelerator: Any = None
     seed: int = 0

@@ -464,6 +464,11 @@ def find_units(model: nn.Module, example_input: Tensor) -> list[UnitGroup]:
     Raises:
         TypeError: `model` is not a module.
         ValueError: The model cannot be exported on such images.
+
+    Example:
+        >>> groups = lfrns.find_units(timm.create_model("test_vit"), torch.zeros(1, 3, 160, 160))
+        >>> [(group.name, group.kind, group.size) for group in groups[1:3]]
+        [('blocks.0.attn', 'head', 2), ('blocks.0.mlp.fc1', 'neuron', 192)]
     """
     return survey(model, example_input)[0]
 
@@ -527,6 +532,11 @@ def check(model: nn.Module, example_input: Tensor) -> CheckReport:
     Raises:
         TypeError: `model` is not a module.
         ValueError: The model is on the meta device, or as for `find_units`.
+
+    Example:
+        >>> report = lfrns.check(timm.create_model("cifar_resnet20"), torch.zeros(1, 3, 32, 32))
+        >>> report.frozen, report.largest_error < 1e-8
+        ({}, True)
     """
     model = unwrap(model, "check")
     refuse_meta(model, "check")

@@ -75,10 +75,12 @@ def slim(
             Times of layers by width are measured once and cached in LFRNS_CACHE, else in the user's cache.
         latency_setup: Batch, dtype, device, threads and compilation; default: one image, run as the model is.
         preset: "ours", or "paper": the abstract taken literally (correlation clusters, FCR, restore, no fold).
-        kinds: Kinds of units to cut.
+        kinds: Kinds of units to cut: "channel", "head" and "neuron" are all.
         groups, exclude: Names or globs of groups to cut, and of groups not to cut.
-        distance: "functional", "correlation", or a function of (tap views, units) giving distances [U, U].
-        contribution: "fcr", or a function of (model, groups, keep, batches, moments) giving {group: [U]}.
+        distance: "functional", "correlation", or a function of (tap views, units) giving distances [U, U], floating
+            point, larger for units that are less alike.
+        contribution: "fcr", "cost", or a function of (model, groups, keep, batches, moments) giving {group: [U]},
+            larger for units that are worth more.
         fcr_steps: Number of steps that the gates train; 0 skips them and ranks by the cost of merging.
         restore: Cluster below the budget and restore by contribution; False clusters only down to the budget.
         fold: Add the cut units to the consumers' weights, as far as the kept units express them.
@@ -105,6 +107,14 @@ def slim(
         ValueError: A budget, name or option does not fit, the loader is empty, labels do not fit the outputs, the
             budget is not reachable.
         OSError: checkpoint_dir cannot be written to.
+
+    Example:
+        >>> model = timm.create_model("cifar_resnet20").eval()
+        >>> images = [torch.randn(16, 3, 32, 32) for _ in range(4)]  # yours: some 2,000, with or without labels
+        >>> result = lfrns.slim(model, images, macs=0.5, fcr_steps=0, progress=False)
+        >>> result.report.macs_fraction <= 0.5, type(result.model).__name__
+        (True, 'CifarResNet')
+
     Source: Fang and Yin 2025; each step's docstring states what is ours.
     """
     given = locals()
@@ -141,6 +151,12 @@ def analyse(
     Raises:
         TypeError: `model` is not a module.
         ValueError: A name or option does not fit, or the loader is empty.
+
+    Example:
+        >>> images = [torch.randn(16, 3, 32, 32) for _ in range(4)]
+        >>> analysis = lfrns.analyse(timm.create_model("cifar_resnet20").eval(), images, progress=False)
+        >>> [round(analysis.cut(macs=macs, fcr_steps=0).report.macs_fraction, 1) for macs in (0.7, 0.5)]
+        [0.7, 0.5]
     """
     given = locals()
     return _analyse(model, loader, FindOptions.of(given), RunOptions.of(given))

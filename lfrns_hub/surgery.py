@@ -55,6 +55,16 @@ def masked(model: nn.Module, groups: Sequence[UnitGroup], plan: SlimPlan) -> Ite
         model: The dense network; unchanged when the context ends.
         groups: Its groups, from `find_units`.
         plan: What stays.
+    Raises:
+        ValueError: The plan does not fit the groups.
+
+    Example:
+        >>> model, images = timm.create_model("cifar_resnet20").eval(), torch.randn(2, 3, 32, 32)
+        >>> groups, plan = lfrns.find_units(model, images), lfrns.SlimPlan({"layer1.0.conv1": [0, 2, 3]})
+        >>> with masked(model, groups, plan):
+        ...     zeroed = model(images)
+        >>> torch.allclose(zeroed, cut(model, groups, plan)(images), atol=1e-5)
+        True
     """
     hooks = {}
     for module, removed in removed_at_taps(groups, plan).items():
@@ -83,6 +93,12 @@ def cut(
         A new model of the same classes, in the same mode.
     Raises:
         ValueError: The plan does not fit the groups.
+
+    Example:
+        >>> model = timm.create_model("cifar_resnet20").eval()
+        >>> groups = lfrns.find_units(model, torch.zeros(1, 3, 32, 32))
+        >>> cut(model, groups, lfrns.SlimPlan({"layer1.0.conv1": [0, 2, 3]})).layer1[0].conv1
+        Conv2d(16, 3, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False)
     """
     shrinking = check_plan(groups, plan)
     folding = removed_at_taps(groups, plan) if moments is not None else {}

@@ -116,7 +116,10 @@ def forget(model: nn.Module, caches: Iterable[Cache]) -> nn.Module:
 
 @dataclass
 class SlimPlan:
-    """Units that stay: group name to ascending kept indices. A group that is not named keeps all.
+    """Units that stay.
+
+    Attributes:
+        keep: Group name to the ascending indices of the units that stay. A group that is not named keeps all.
 
     Example:
         >>> SlimPlan.from_json(SlimPlan({"fc1": [0, 2]}).to_json()).keep

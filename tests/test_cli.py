@@ -44,6 +44,7 @@ def test_help_names_every_command() -> None:
         "export",
         "card",
         "zoo",
+        "run",
         "coverage",
     ):
         assert command in text

@@ -71,6 +71,11 @@ MISTAKES = {
     "zoo": ("Missing argument", "See --help"),
     "zoo gone.yaml": ("lfrns zoo gone.yaml: there is no such file", "docs/zoo.md"),
     "zoo CITATION.cff": ("CITATION.cff: cff-version", "there is no such key"),
+    "run": ("Missing argument", "See --help"),
+    "run gone.py --help": ("lfrns run gone.py: there is no such file", "clone it"),
+    "run -m gone.module": ("lfrns run -m gone.module: there is no module of this name", "leave -m out"),
+    "run -m gone.py": ("lfrns run -m gone.py: there is no module of this name", "leave -m out"),
+    "run -m ./lfrns": ("lfrns run -m ./lfrns: there is no module of this name", "leave -m out"),
     "export slim --format tflite": ("--format", "'tflite'"),
 }  # fmt: skip
 # Answers what is typed, a line of JSON after the other, in a process where what takes seconds cannot be imported.
@@ -110,21 +115,8 @@ def test_each_mistake_is_one_sentence_before_anything_slow_is_imported() -> None
 
 
 def test_help_of_each_command_imports_nothing_slow_and_fits_80_columns() -> None:
-    commands = [
-        "",
-        "train",
-        "slim",
-        "retrain",
-        "zoo",
-        "units",
-        "curve",
-        "evaluate",
-        "predict",
-        "bench",
-        "push",
-        "export",
-    ]
-    commands += ["card"]
+    commands = "slim retrain train zoo units curve evaluate predict bench card push export run".split()
+    commands.append("")
     for command, (code, out, err) in zip(commands, answers([f"{name} --help" for name in commands]), strict=True):
         assert (code, err) == (0, ""), command
         assert f"lfrns {command}".strip() in out

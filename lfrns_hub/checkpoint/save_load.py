@@ -101,6 +101,10 @@ def save(
         BlockingIOError: Another process is writing to it.
         OSError: It cannot be written; the earlier files are still there.
         ValueError: The model does not match its base, or does not load equal; base_model is not such a name.
+
+    Example:
+        >>> lfrns.save(timm.create_model("cifar_resnet20"), "saved").name
+        'saved'
     """
     options = {"base": base, "base_args": base_args, "base_model": base_model, "processor": processor}
     options |= {"label_names": label_names, "overwrite": overwrite, "stock": stock}
@@ -224,6 +228,12 @@ def load(source: str | Path, *, model: nn.Module | None = None, revision: str | 
         The model in eval mode, on the CPU, with `lfrns_provenance`: plan, budget, seed.
     Raises:
         ValueError: The folder is not one of ours, is damaged, or does not fit `model`.
+        ConnectionError: The Hub is needed and cannot be reached.
+
+    Example:
+        >>> folder = lfrns.save(timm.create_model("cifar_resnet20"), "loaded")
+        >>> lfrns.load(folder).num_classes
+        10
     """
     folder = Path(source)
     if folder.is_dir():

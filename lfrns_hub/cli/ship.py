@@ -1,10 +1,15 @@
-"""Commands that publish or export a checkpoint: push, export."""
+"""Commands that take a checkpoint elsewhere: push, export, run."""
 
+import os
+import runpy
+import signal
+import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
 import lfrns_hub as lfrns
-from lfrns_cli.commands import Export, Push
+from lfrns_cli.commands import Export, Push, Run
 from lfrns_hub.checkpoint import render_card_again
 from lfrns_hub.cli.cards import note_pushed
 from lfrns_hub.cli.checkpoints import load_slim
@@ -50,3 +55,20 @@ def export(asked: Export) -> None:
     batch = "any batch size" if done.any_batch else f"batches of {EXAMPLE_IMAGES} alone"
     line = f"{done.path}: {done.size_mb:.2f} MB, {batch}, {checked}."
     show(asked.as_json, {**asdict(done), "path": str(done.path)}, line)
+
+
+def run(asked: Run) -> int | None:
+    """Run a script or a module as python does, with its own signals and traceback; slim models are registered."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.argv = [asked.script, *(asked.arguments or [])]
+    sys.path.insert(0, os.getcwd() if asked.module else str(Path(asked.script).resolve().parent))
+    try:
+        if asked.module:
+            runpy.run_module(asked.script, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(asked.script, run_name="__main__")
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return None

@@ -44,6 +44,11 @@ def measure(
         has only explained_pct.
     Raises:
         ValueError: No input size is known, or as for `evaluate`.
+
+    Example:
+        >>> record = lfrns.measure(timm.create_model("cifar_resnet20"), progress=False)
+        >>> round(record.slim["macs_g"], 4), record.slim["top1_pct"]
+        (0.0406, None)
     """
     options = {"accelerator": accelerator, "example_input": example_input, "progress": progress}
     return measure_each({"slim": model}, loader, dense=dense, **options)["slim"]

@@ -53,6 +53,10 @@ class Record:
             measured together are ever compared.
         setup: Machine, dtype, batch and input size of the latency, versions, the slim model's provenance; `dense_id`
             of the dense model's weights, or `dense_missing`, why it was not measured; `pushed`, its repository.
+
+    Example:
+        >>> Record.from_json(Record(None, {"top1_pct": 87.3}).to_json()).slim["top1_pct"]
+        87.3
     """
 
     dense: dict[str, Any] | None

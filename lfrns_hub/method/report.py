@@ -42,9 +42,17 @@ class GroupReport:
 class SlimReport:
     """Report of `slim`: per group, in total, and the time of each step.
 
-    `folded` and `recalibrated` state whether each was used, as decided on the held-out images. `latency_fraction` is
-    measured only under a latency budget; `latency` has the setup, the milliseconds and a row for each layer: its widths
-    and its time, dense and slim, by the table.
+    Attributes:
+        groups: A report for each group that was cut.
+        macs_fraction, params_fraction: What is left of the dense model's MACs and parameters, in (0, 1].
+        budget: The budgets, by name.
+        restored: Number of units of the pruning set restored by their contribution.
+        folded, recalibrated: Whether the fold and the BatchNorm statistics were used, by the held-out images.
+        frozen: Group name to the reason, for the groups that are never cut.
+        check: Errors of the self-check; see `CheckReport`.
+        seconds: Time of each step.
+        latency_fraction: What is left of the dense model's time, in (0, 1]; measured only under a latency budget.
+        latency: Its setup, the milliseconds and a row for each layer: its widths and its time, dense and slim.
     """
 
     groups: list[GroupReport] = field(default_factory=list)
@@ -107,7 +115,13 @@ def report_group(
 
 @dataclass
 class SlimResult:
-    """The slim model, the plan that made it and the report."""
+    """The slim model, the plan that made it and the report.
+
+    Attributes:
+        model: The slim model, of the dense model's class.
+        plan: Units that stay.
+        report: What was removed and restored, and what is left.
+    """
 
     model: nn.Module
     plan: SlimPlan

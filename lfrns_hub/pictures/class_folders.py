@@ -3,6 +3,7 @@
 import glob
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,20 @@ def list_classes(folder: Path) -> dict[str, list[str]]:
             len(unopened), short(", ".join(os.path.basename(file) for file in unopened), 120),
         )  # fmt: skip
     return classes
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort the names of class folders as timm numbers them: numbers in a name by value, case ignored.
+
+    Example:
+        >>> in_order(["10", "9", "banana", "Cherry"])
+        ['9', '10', 'banana', 'Cherry']
+    """
+
+    def parts(name: str) -> list[str | int]:
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
+
+    return sorted(names, key=lambda name: (parts(name), name))
 
 
 def list_loose(folder: Path) -> list[str]:

@@ -103,6 +103,8 @@ def read_classes(
         _refuse_other_numbers(name, split, column, names)
         known = names if streaming or _covers(order, names) else _of_training(name, split, column, names, call)
         labels: Sequence[Any] = range(len(names))
+        if order is None and count is not None:
+            _tell_of_two_orders(known, name, split, call)
     elif getattr(feature, "dtype", None) in WORDS:
         if streaming and order is None:
             raise ValueError(f"{call} holds words, and a stream cannot be looked through for all of them. {WAYS_OUT}")
@@ -293,6 +295,17 @@ def _of_training(name: str, split: str, column: str, names: list[str], call: str
             f"{call} has the class {extra!r}, which the training split lacks: its number is not known. {WAYS_OUT}"
         )
     return training or names
+
+
+def _tell_of_two_orders(names: list[str], name: str, split: str, call: str) -> None:
+    """Warn of class folders that timm and torchvision number differently, for a model whose classes have no names."""
+    if names != sorted(names) and Path(name).is_dir() and not parquet_files(Path(name), split):
+        first = next(number for number, pair in enumerate(zip(names, sorted(names), strict=True)) if len({*pair}) > 1)
+        logger.warning(
+            "%s: class %d is %r, as timm numbers folders, and not %r, as torchvision does; the model names no class. "
+            "A class map (class_map; lfrns: --class-map) says otherwise.", call, first, short(names[first]),
+            short(sorted(names)[first]),
+        )  # fmt: skip
 
 
 def _refuse_other_numbers(name: str, split: str, column: str, names: list[str]) -> None:

@@ -85,8 +85,8 @@ def guard_against_chance(
     top1_pct, chance_pct = 100 * hits / total, 100 / max(classes, 1)
     if classes > 1 and top1_pct <= min(1.5 * chance_pct, chance_pct + 0.1 * (100 - chance_pct)):
         cause = (
-            "class order or preprocessing differs. Mend it, or fine-tune the dense model first (lfrns train; of a "
-            "recipe --dense-epochs)."
+            "class order or preprocessing differs. Mend it (lfrns: --class-map and --mean to --interpolation), or "
+            "fine-tune the dense model first (lfrns train; of a recipe --dense-epochs)."
             if not untrained
             else "its weights are random, for none are published under this name. Give trained ones: --weights FILE."
         )

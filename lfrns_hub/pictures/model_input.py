@@ -91,7 +91,15 @@ def _stated_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 def example_input(model: nn.Module, batch: int = 1) -> Tensor:
-    """Return random images for a model: [batch, C, H, W], its dtype and device, the same at every call.
+    """Return random images for a model, the same at every call.
+
+    Args:
+        model: Its configuration and layers state the size.
+        batch: Number of images.
+    Returns:
+        Images [batch, C, H, W], normally distributed, of the model's dtype and on its device.
+    Raises:
+        ValueError: As for `input_size_of`: the size that it states is not valid.
 
     Example:
         >>> example_input(timm.create_model("cifar_resnet20"), batch=2).shape

@@ -99,6 +99,8 @@ def find_processor(model: nn.Module) -> Any:
 def load_processor(model: nn.Module) -> Any:
     """Return the image processor of a transformers model, to be saved with its slim model.
 
+    Args:
+        model: Any model, of transformers or not.
     Returns:
         The processor: the model's own, or, if it has none, one that resizes to the size in its config and scales
         pixels to [-1, 1], like ViT's: a guess, with a warning. None for a timm model or a custom class, whose own

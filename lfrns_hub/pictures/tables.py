@@ -13,6 +13,7 @@ from lfrns_hub.hub.reach import reach_hub
 from lfrns_hub.pictures.class_folders import (
     find_split,
     has_metadata,
+    in_order,
     list_classes,
     read_class_folders,
     read_described,
@@ -57,7 +58,7 @@ def read_table(name: str, split: str, undivided: bool = False, streaming: bool =
                     return read_described(place, streaming=streaming)
             return read_class_folders(place, folder_classes(folder, split), call, streaming=streaming)
         if undivided and any((classes := list_classes(folder)).values()):
-            return read_class_folders(folder, list(classes), call)
+            return read_class_folders(folder, in_order(classes), call)
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise ValueError(
             f"{call}: found {found}. The folder must hold {SPLIT_FILES[split][0]}-*.parquet "
@@ -84,9 +85,9 @@ def split_folder(folder: Path, split: str) -> Path | None:
 
 
 def folder_classes(folder: Path, split: str) -> list[str]:
-    """Return the classes of an image folder, ascending: those of all splits, so that all use the same numbers."""
+    """Return the classes of an image folder, in timm's order: those of all splits, so that all use the same numbers."""
     places = {split_folder(folder, name) for name in ("train", "validation", split)} - {None}
-    return sorted({name for place in places for name in list_classes(place)})
+    return in_order({name for place in places for name in list_classes(place)})
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:

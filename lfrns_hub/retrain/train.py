@@ -109,6 +109,14 @@ def retrain(
             run.
         FloatingPointError: The loss or a weight is no longer finite; the message names the last good checkpoint.
         OSError: A checkpoint cannot be written or read; the earlier one is still there.
+
+    Example:
+        >>> images = torch.utils.data.TensorDataset(torch.randn(32, 3, 32, 32), torch.arange(32) % 10)
+        >>> loader = torch.utils.data.DataLoader(images, 16, shuffle=True)
+        >>> model = timm.create_model("cifar_resnet20")
+        >>> lfrns.retrain(model, loader, epochs=1, progress=False) is model
+        True
+
     Source: Fang and Yin 2025 retrain without a teacher; the teacher's share is Hinton et al. 2015, section 2, that of
         its features after Romero et al. 2015; no regressor is needed, because a slim model keeps some of the channels.
     """

@@ -26,7 +26,17 @@ ADAPTERS: dict[str, Adapter] = {}
 
 
 def widths(*attributes: str) -> tuple[str, ...]:
-    """Return the names of the integer attributes that state a width."""
+    """Return the names of the integer attributes that state a width, for `register_adapter`.
+
+    Args:
+        attributes: Names of attributes of the module that shrink in proportion to its heads.
+    Returns:
+        The names.
+
+    Example:
+        >>> widths("num_heads", "inner_dim")
+        ('num_heads', 'inner_dim')
+    """
     return attributes
 
 
@@ -51,7 +61,12 @@ def register_adapter(cls: str, *, heads: tuple[str, ...] = (), frozen_heads: str
 
 
 def list_adapters() -> list[str]:
-    """Return the classes that have an adapter."""
+    """Return the classes that have an adapter, by their full names, ascending.
+
+    Example:
+        >>> "timm.layers.attention.Attention" in list_adapters()
+        True
+    """
     return sorted(ADAPTERS)
 
 

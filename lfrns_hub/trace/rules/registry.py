@@ -14,6 +14,11 @@ def register_op(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     Returns:
         A decorator for `rule(trace, node, *args, **kwargs) -> ids`, where tensors arrive as their channel ids
         (int64, shape of the tensor, NONE where there is no unit) and the result has the output's shape.
+
+    Example:
+        >>> @lfrns.register_op("aten.sinc")
+        ... def sinc(trace, node, ids):
+        ...     return ids
     """
 
     def add(rule: Callable[..., Any]) -> Callable[..., Any]:
