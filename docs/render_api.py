@@ -66,9 +66,9 @@ FLOPs. The examples need `import timm, torch`, `import lfrns_hub as lfrns` and t
 
 
 def find(name: str) -> Any:
-    """Return what a dotted name means: of the package itself, or of one of its modules, which have priority."""
+    """Return what a dotted name means."""
     module, _, attribute = name.rpartition(".")
-    # `lfrns_hub.measure` is a function in the package and a module with functions.
+    # By import: `lfrns_hub.measure` is a function, and also the module of `lfrns_hub.measure.evaluate`.
     return getattr(importlib.import_module(module), attribute)
 
 
