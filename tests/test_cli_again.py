@@ -121,9 +121,9 @@ def test_other_weights_under_the_same_name_are_not_the_dense_model(at: Path, mad
     torch.manual_seed(1)
     (at / "work").mkdir()
     safetensors.torch.save_model(create_dense("cifar_resnet20"), str(at / "work" / "dense.safetensors"))
-    dense, why = find_dense(str(at), wanted)
+    dense, why = find_dense(str(at), wanted, lfrns.load(at))
     assert dense is None and "not found again" in why
-    dense, why = find_dense(str(at), {})
+    dense, why = find_dense(str(at), {}, lfrns.load(at))
     assert dense is None and "does not say which weights" in why
 
 
@@ -133,14 +133,14 @@ def test_a_damaged_note_of_where_the_dense_model_was_is_passed_over(damaged: str
     remember_dense(create_dense("cifar_resnet20", weights=made / "dense.safetensors"), "cifar_resnet20", None)
     (note,) = (cache_directory() / "dense").glob(f"{wanted['dense_id']}.json")
     note.write_text(damaged)
-    dense, why = find_dense(str(at), wanted)
+    dense, why = find_dense(str(at), wanted, lfrns.load(at))
     assert dense is None and "not found again" in why
 
 
 def test_a_named_dense_model_of_other_weights_is_told_of(at: Path, made: Path, capsys) -> None:
-    dense_beside(str(at), "cifar_resnet20", str(made / "dense.safetensors"))
+    dense_beside(str(at), lfrns.load(at), "cifar_resnet20", str(made / "dense.safetensors"))
     assert not capsys.readouterr().err
-    dense_beside(str(at), "cifar_resnet20", None)
+    dense_beside(str(at), lfrns.load(at), "cifar_resnet20", None)
     assert "Warning: cifar_resnet20 has other weights than the dense model" in capsys.readouterr().err
 
 
@@ -198,9 +198,9 @@ def test_one_budget_that_fails_takes_none_of_the_others(tmp_path: Path, capsys) 
 @pytest.mark.parametrize("named", ["antigravity:geohash", "os:getcwd", "tests.x:build", 3, "../elsewhere"])
 def test_a_record_names_no_function_that_would_be_run(named: object, at: Path, monkeypatch) -> None:
     monkeypatch.setattr("lfrns_hub.cli.dense_again.create_dense", lambda name: pytest.fail(f"{name} was built"))
-    dense, why = find_dense(str(at), {"dense_id": "0" * 32, "base_model": named})
+    dense, why = find_dense(str(at), {"dense_id": "0" * 32, "base_model": named}, lfrns.load(at))
     assert dense is None and "not found again" in why
-    assert find_dense(str(at), {"dense_id": "../" * 99})[0] is None
+    assert find_dense(str(at), {"dense_id": "../" * 99}, lfrns.load(at))[0] is None
 
 
 @pytest.mark.parametrize("command", ["evaluate", "retrain"])

@@ -355,4 +355,4 @@ def test_two_processes_end_with_the_same_weights_and_count_every_image_once(tmp_
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("same weights, every image once") == 2
-    assert done.stdout.count("epoch 4 of 4: top-1") == 1
+    assert done.stderr.count("epoch 4 of 4: top-1") == 1
