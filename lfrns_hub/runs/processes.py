@@ -84,8 +84,8 @@ class Processes:
 
     def prepare_loader(self, loader: Any) -> Any:
         """Return a loader of this process's images; a prepared loader is returned unchanged."""
-        if self._accelerator is None:
-            return loader
+        if self._accelerator is None or type(loader).__module__.partition(".")[0] == "accelerate":
+            return loader  # prepared twice, a loader would give each process its share of a share
         if isinstance(loader, DataLoader) or getattr(loader, "_is_accelerate_prepared", False):
             return self._accelerator.prepare_data_loader(loader)
         if self.count == 1:

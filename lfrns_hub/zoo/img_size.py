@@ -41,7 +41,7 @@ def resized(model: nn.Module, side: int, call: str) -> nn.Module:
         with torch.no_grad():
             model.eval()(example_input(model))
     except Exception as error:  # each architecture raises its own error
-        reason = short(" ".join(str(error).split()) or type(error).__name__, 160)
+        reason = short(" ".join(str(error).split()).rstrip(".") or type(error).__name__, 160)
         raise ValueError(
             f"{call}: {type(model).__name__} cannot be used at {side} x {side} pixels ({reason}). {way_out}"
         ) from error
