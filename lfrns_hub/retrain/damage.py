@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from lfrns_hub.model_io.answers import Outputs, probe, read_answer, settle_by_loader
 from lfrns_hub.model_io.batches import split_batch
 from lfrns_hub.model_io.meaning import Classes
-from lfrns_hub.model_io.model import as_input, evaluating
+from lfrns_hub.model_io.model import as_input, evaluating, laid_out, settle_layout
 from lfrns_hub.runs.processes import Processes
 from lfrns_hub.runs.seeded import random_kept, start_random
 
@@ -62,9 +62,12 @@ def share_changed(
             start_random(seed, -1)
             for images, labels in _batches(loader):
                 if outputs is None:
-                    first = probe(model, as_input(images, model))
+                    settle_layout(images, model, teacher)
+                    first = probe(model, laid_out(as_input(images, model), model))
                     outputs = settle_by_loader([model, teacher], first, labels, loader, "retrain")
-                answers = (read_answer(one, one(as_input(images, one)), outputs) for one in (model, teacher))
+                answers = (
+                    read_answer(one, one(laid_out(as_input(images, one), one)), outputs) for one in (model, teacher)
+                )
                 for (_, meaning, got), (_, _, target) in zip(*(answer.heads for answer in answers), strict=True):
                     if isinstance(meaning, Classes):
                         changed.append((got.argmax(1) != target.argmax(1)).cpu())
