@@ -6,8 +6,10 @@ timm's own validate.py and train.py are run where TIMM_REPOSITORY names a clone 
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,14 @@ if "--raise" in sys.argv:
     raise ValueError("what the script has to say")
 sys.exit(7)
 """
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Start processes as a terminal does, also where this one runs in the background, whose jobs ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
