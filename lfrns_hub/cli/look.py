@@ -32,11 +32,14 @@ def units(asked: Units) -> None:
     groups, shares = survey(network, example_input(network))
     sizes, left = ({}, {}) if asked.macs is None else uniform_sizes(network, example_input(network), asked.macs)
     table = Table("group", "kind", "units", *(["kept"] if sizes else []), "exact", "MACs", "read by", title=cell(model))
-    table.add_column("frozen because", overflow="fold")
+    frozen = any(group.frozen_reason for group in groups)
+    if frozen:
+        table.add_column("frozen because", overflow="fold")
     for group in groups:
         kept = [str(sizes.get(group.name, group.size))] if sizes else []
         row = [group.name, group.kind, str(group.size), *kept, "yes" if group.exact else "no"]
-        table.add_row(*row, f"{shares[group.name]:.1%}", _taps(group), group.frozen_reason or "")
+        reason = [group.frozen_reason or ""] if frozen else []
+        table.add_row(*row, f"{shares[group.name]:.1%}", _taps(group), *reason)
     free = [group for group in groups if not group.frozen_reason and group.exact]
     approximate = [group for group in groups if not group.frozen_reason and not group.exact]
     rows = [
