@@ -53,8 +53,8 @@ did. With 34 and 19 % of its predictions changed (ResNet-20 at a quarter and at 
 of 0.05 with SGD; with 14 % (ResNet-56 at half) 0.005; with 4 % (VGG-16) 0.0005 or less; a ViT-S with 2 % loses three
 points at 1e-4 with AdamW. So the default of `retrain` with a teacher follows the share $c$ of changed predictions on
 512 training images: $2 (c / 0.19)^3$ times 0.01 (SGD) or 1e-4 (AdamW), at least a fiftieth of that, and at most five
-times (SGD) or once (AdamW). The rows "rate ..x" are multiples of 0.01 and 1e-4. Five networks are few: give
-`learning_rate` where you know better.
+times (SGD) or once (AdamW). The shares above are of the held-out images. The rows "rate ..x" are multiples of 0.01 and
+1e-4. Five networks are few, and the rule itself has not been run yet: give `learning_rate` where you know better.
 
 """
 

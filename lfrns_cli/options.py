@@ -35,7 +35,10 @@ Flip = Annotated[
 ]
 Rate = Annotated[
     float | None,
-    Option(help="peak learning rate (default: by what the cut changed)", rich_help_panel=TRAINING),
+    Option(
+        help="peak learning rate (default: 0.01 or 1e-4; with a teacher by what the cut changed)",
+        rich_help_panel=TRAINING,
+    ),
 ]
 ImgSize = Annotated[
     int | None,

@@ -26,7 +26,7 @@ from lfrns_cli.options import (
     check_repository,
 )
 
-RUNTIMES = ("eager", "compiled", "onnxruntime")
+Runtime = Literal["eager", "compiled", "onnxruntime"]
 FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # a number to everybody but YAML 1.1, as 1e-4
 WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 MAX_SHOWN = 80  # characters of a value in an error
@@ -156,7 +156,7 @@ class Zoo:
     training: Training = field(default_factory=Training)
     pruning: Pruning = field(default_factory=Pruning)
     latency: Latency = field(default_factory=Latency)
-    runtimes: list[Literal["eager", "compiled", "onnxruntime"]] | None = None
+    runtimes: list[Runtime] | None = None
     machine: Device = field(default_factory=Device)
     seed: Seed = 0
     push_to_hub: str | None = None
@@ -328,12 +328,10 @@ def _run_of(zoo: Zoo, place: int, folder: Path) -> Run:
         path=_located(folder, data.path, f"{of_data}.path"),
         class_map=_file(folder, data.class_map, f"{of_data}.class_map"),
     )
+    of_budgets = f"{where}.budgets" if model.budgets else "budgets"
     for number, budget in enumerate(budgets):
         if not budget.shares:
-            raise ValueError(
-                f"{where if model.budgets else ''}.budgets[{number}]: names nothing to keep. Give macs, params or "
-                "latency.".lstrip(".")
-            )
+            raise ValueError(f"{of_budgets}[{number}]: names nothing to keep. Give macs, params or latency.")
     name = model.name or re.sub(r"[^\w-]+", "_", Path(model.model.rpartition(":")[2]).name.partition(".")[0])
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name, re.ASCII) or name == "work":
         raise ValueError(

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification
 
 import lfrns_hub as lfrns
-from lfrns_hub.format import memory
+from lfrns_hub.format import memory, untrusted
 from lfrns_hub.format.memory import MemoryBudget, bounded, is_placeholder
 from lfrns_hub.pictures import ImageData, decode_picture, input_size_of, load_data, make_transform
 from lfrns_hub.pictures.preparation import OwnPreparation
@@ -267,8 +267,17 @@ def test_settings_of_images_are_checked_before_a_model_has_them(
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_larger_than_the_memory_of_the_machine_is_refused(slim: Path, tmp_path: Path) -> None:
+def test_files_larger_than_the_memory_of_the_machine_are_refused(
+    slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Path(shutil.copytree(slim, tmp_path / "slim"))
+    stored = (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    shutil.copyfile(stored, folder / "model-00002-of-00002.safetensors")
+    with monkeypatch.context() as patched:
+        patched.setattr(untrusted, "memory_of_machine", lambda: 1.5 * stored.stat().st_size)
+        with pytest.raises(ValueError, match=r"00001-of-00002\.safetensors to model-00002.* GB of memory\. Open it on"):
+            lfrns.load(folder)
+    stored.rename(folder / "model.safetensors")
     os.truncate(folder / "model.safetensors", 1 << 43)  # a hole
     with pytest.raises(ValueError, match=r"model\.safetensors has 8,796\.1 GB, this machine has [\d.]+ GB of memory"):
         lfrns.load(folder)

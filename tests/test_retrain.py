@@ -127,6 +127,10 @@ def test_what_differs_from_the_teacher_is_counted_on_images_from_all_over_and_le
     assert found == pytest.approx(float(everywhere), abs=0.06) and 0.2 < found < 0.95
     assert torch.equal(torch.get_rng_state(), before)
     assert share_changed(model.train(), teacher, loader, accelerator, 0) == found and model.training
+    whole = DataLoader([(part,) for part in images.split(20)], batch_size=None)  # of batches, not of images
+    with torch.no_grad():
+        first = (model.eval()(images[:520]).argmax(1) != teacher(images[:520]).argmax(1)).double().mean()
+    assert share_changed(model, teacher, whole, accelerator, 0) == pytest.approx(float(first))
     heads = nn.Sequential(nn.Flatten(), nn.Linear(108, 1))
     quantities = DataLoader(TensorDataset(images[:40], torch.randn(40, 1)), batch_size=20)
     assert share_changed(heads, copy.deepcopy(heads), quantities, accelerator, 0) is None

@@ -20,7 +20,7 @@ from lfrns_hub.cli.checkpoints import dense_beside, earlier_record, load_slim, r
 from lfrns_hub.cli.data import analyse_images, load_images, shuffled, start_accelerator
 from lfrns_hub.cli.dense_again import remember_dense, size_beside
 from lfrns_hub.cli.logs import Logs
-from lfrns_hub.cli.resume import LeftOver, is_unfinished, kept_run
+from lfrns_hub.cli.resume import LeftOver, is_unfinished, kept_run, record_of_ended
 from lfrns_hub.cli.saving import described_later, train_each
 from lfrns_hub.cli.terminal import layer_table, show
 from lfrns_hub.hub.index import checkpoint_name, write_index
@@ -248,13 +248,7 @@ def _budget_row(record: Record) -> dict[str, Any]:
 def _show_again(asked: Slim, folders: list[Path], accelerator: Any) -> int:
     """Print the records of a run that has ended, and push what it made once more if asked to."""
     if accelerator.is_main_process:
-        for folder in folders:
-            if not (recipe.is_finished(folder) and (folder / "model.safetensors").is_file()):
-                raise ValueError(
-                    f"--resume: the run in {asked.out} has ended, but {folder} holds no whole checkpoint any more. "
-                    "Pass --overwrite to make it again."
-                )
-        records = [Record.load(folder / "record.json") for folder in folders]
+        records = [record_of_ended(folder, asked.out, "config.json") for folder in folders]
         if not asked.machine.as_json:
             for record, folder in zip(records, folders, strict=True):
                 recipe.print_results(record, [], folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lfrns_hub.format.untrusted import read_json, short
+from lfrns_hub.measure import Record
 from lfrns_hub.runs import remove, written_aside
 
 # Options that may differ from those of the interrupted run: where and how it runs, and what comes after it.
@@ -165,6 +166,24 @@ def is_unfinished(directory: Path) -> bool:
         return "options" in read_json(path, str(path))
     except ValueError:  # somebody's own file of that name
         return False
+
+
+def record_of_ended(folder: Path, out: str, *more: str) -> Record:
+    """Return the record of a checkpoint whose run has ended.
+
+    Args:
+        folder: The checkpoint.
+        out: The output folder, as it was given.
+        more: Files that it must hold next to its record and weights.
+    Raises:
+        ValueError: It is not whole any more.
+    """
+    if not all((folder / name).is_file() for name in ("record.json", "model.safetensors", *more)):
+        raise ValueError(
+            f"--resume: the run in {out} has ended, but {folder} holds no whole checkpoint any more. Pass --overwrite "
+            "to make it again."
+        )
+    return Record.load(folder / "record.json")
 
 
 @contextlib.contextmanager

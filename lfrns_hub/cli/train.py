@@ -17,7 +17,7 @@ from lfrns_hub import recipe
 from lfrns_hub.cli.checkpoints import is_slim
 from lfrns_hub.cli.data import load_images, reading_of, shuffled, start_accelerator
 from lfrns_hub.cli.logs import Logs, scored
-from lfrns_hub.cli.resume import LeftOver, kept_run
+from lfrns_hub.cli.resume import LeftOver, kept_run, record_of_ended
 from lfrns_hub.cli.saving import described_later, train_each
 from lfrns_hub.cli.terminal import show
 from lfrns_hub.format.terminal import cell
@@ -112,12 +112,7 @@ def _setup(asked: Train, label_names: list[str] | None) -> dict[str, Any]:
 def _show_again(asked: Train, directory: Path, accelerator: Any) -> None:
     """Print the record of a run that has ended."""
     if accelerator.is_main_process:
-        if not all((directory / name).is_file() for name in ("record.json", "model.safetensors")):
-            raise ValueError(
-                f"--resume: the run in {asked.out} has ended, but it holds no whole checkpoint any more. Pass "
-                "--overwrite to make it again."
-            )
-        _show(asked, directory, Record.load(directory / "record.json"))
+        _show(asked, directory, record_of_ended(directory, asked.out))
     accelerator.end_training()
 
 

@@ -129,14 +129,16 @@ def read_headers(folder: Path, call: str) -> dict[str, Header]:
     files = [whole] if whole.is_file() else sorted(shards)
     if not files:
         raise ValueError(f"{call}: it has no model.safetensors. Pickled weights are not read: save the model again.")
+    whole_size = sum(path.stat().st_size for path in files)
+    if whole_size > memory_of_machine():
+        named = files[0].name if len(files) == 1 else f"{files[0].name} to {files[-1].name}"
+        raise ValueError(
+            f"{call}: {named} has {whole_size / 1e9:,.1f} GB, this machine has {memory_of_machine() / 1e9:,.1f} GB of "
+            "memory. Open it on a larger one; if it should be smaller, it is damaged or hostile."
+        )
     found: dict[str, Header] = {}
     for path in files:
         size = path.stat().st_size
-        if size > memory_of_machine():
-            raise ValueError(
-                f"{call}: {path.name} has {size / 1e9:,.1f} GB, this machine has {memory_of_machine() / 1e9:,.1f} GB "
-                "of memory. Open it on a larger one; if it should be smaller, it is damaged or hostile."
-            )
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):

@@ -175,9 +175,8 @@ def _refuse_unlicensed(folder: Path, call: str) -> None:
     """Refuse a checkpoint whose base lets nobody share it, unless a person states a licence on record or card."""
     config = read_json(folder / "config.json", call)
     args = config.get("model_args")
-    slim = config.get("slim") or (
-        args.get("slim") if isinstance(args, dict) else None
-    )  # timm's save_for_hf keeps it there
+    kept_by_timm = args.get("slim") if isinstance(args, dict) else None  # its save_for_hf keeps no other key
+    slim = config.get("slim") or kept_by_timm
     facts = {key: slim[key] for key in KEYS if slim.get(key)} if isinstance(slim, dict) else {}
     record, card = folder / "record.json", folder / "README.md"
     setup = read_json(record, call).get("setup") if record.is_file() else None
