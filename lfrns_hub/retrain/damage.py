@@ -12,12 +12,41 @@ from lfrns_hub.model_io.batches import split_batch
 from lfrns_hub.model_io.meaning import Classes
 from lfrns_hub.model_io.model import as_input, evaluating, laid_out, settle_layout
 from lfrns_hub.runs.processes import Processes
+from lfrns_hub.runs.progress import Phase
 from lfrns_hub.runs.seeded import random_kept, start_random
 
 SEEN = 512  # images, which know a share of a tenth to 1.3 points
 # Read off five slim networks with 2 to 34 % of their predictions changed, docs/recovery.md; times the default rate.
 LEAST, STEEPNESS, SHARE_AT_TWICE = 0.02, 3, 0.19
 MOST = {"sgd": 5.0, "adamw": 1.0}
+
+
+def rate_after_cut(
+    model: nn.Module,
+    teacher: nn.Module,
+    loader: DataLoader,
+    accelerator: Any,
+    *,
+    default: float,
+    rule: str,
+    seed: int,
+    show: bool,
+) -> float | None:
+    """Return the peak learning rate that recovers what a cut changed, and tell it; None where no classes are predicted.
+
+    Args:
+        model, teacher, loader, accelerator, seed: As for `share_changed`.
+        default: Learning rate of the optimizer.
+        rule: "sgd" or "adamw".
+        show: Whether the rate is shown, on the main process.
+    """
+    with Phase("changed by the cut", show=show and accelerator.is_main_process) as phase:
+        changed = share_changed(model, teacher, loader, accelerator, seed)
+        if changed is None:
+            return None
+        rate = default * rate_for(changed, rule)
+        phase.note(f"{changed:.1%}: peak rate {rate:.2g}")
+        return rate
 
 
 def rate_for(changed: float, rule: str) -> float:

@@ -17,7 +17,7 @@ from lfrns_hub.method.provenance import provenance_of
 from lfrns_hub.model_io.model import laid_out_models
 from lfrns_hub.retrain.choices import fill_defaults, make_optimizer, rate_at, ready_accelerator
 from lfrns_hub.retrain.cuda_graph import refuse_capture
-from lfrns_hub.retrain.damage import rate_for, share_changed
+from lfrns_hub.retrain.damage import rate_after_cut
 from lfrns_hub.retrain.loss import mixed_loss
 from lfrns_hub.retrain.run import Epochs, Run
 from lfrns_hub.runs.cache import digest
@@ -157,10 +157,12 @@ def retrain(
         # FSDP2 shards a model's weights in place: a copy is trained, and the caller's model gets its weights after each
         # epoch.
         whole = model.to(accelerator.device)
-        changed = None
+        followed = None
         if given_rate is None and teacher is not None:
-            changed = share_changed(whole, teacher, loader, accelerator, seed)
-            learning_rate *= 1 if changed is None else rate_for(changed, rule)
+            followed = rate_after_cut(
+                whole, teacher, loader, accelerator, default=learning_rate, rule=rule, seed=seed, show=progress
+            )
+            learning_rate = followed or learning_rate
         model = copy.deepcopy(whole) if accelerator.distributed_type == DistributedType.FSDP else whole
         plain_optimizer = make_optimizer(model, rule, learning_rate, weight_decay)
         steps = epochs * math.ceil(data.batches / accelerator.gradient_accumulation_steps)
@@ -177,7 +179,7 @@ def retrain(
             "plan": digest(provenance_of(whole).get("plan")),
             "optimizer": rule,
             # On a GPU the share may differ in the last digit when a run goes on; the checkpoint has the rate itself.
-            "learning_rate": learning_rate if changed is None else "by what the cut changed",
+            "learning_rate": "by what the cut changed" if followed else learning_rate,
             "weight_decay": weight_decay,
             "max_grad_norm": str(max_grad_norm),
             "warmup_fraction": warmup_fraction,
