@@ -1,7 +1,10 @@
 """Checkpoints: what is saved loads again, equal, by every door; what does not fit is refused, nothing written."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -433,3 +436,22 @@ def test_a_buffer_that_the_forward_made_of_the_last_images_is_no_width(base, siz
     expected = slim(images)
     loaded = checkpoint.load(checkpoint.save(slim, tmp_path / "slim", base=base), model=Caching())
     assert torch.equal(loaded(images), expected)
+
+
+FORKED = """
+import os, signal, sys, timm, torch
+import lfrns_hub as lfrns
+torch.set_num_threads(2)
+torch.zeros(1 << 20).clone()  # now OpenMP has threads, which a fork does not copy
+if os.fork() == 0:
+    signal.alarm(60)
+    lfrns.load(lfrns.save(timm.create_model("cifar_resnet20", num_classes=3), sys.argv[1]))
+    os._exit(0 if torch.get_num_threads() == 2 else 3)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_saves_and_loads_though_torch_had_threads(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FORKED, tmp_path / "slim"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

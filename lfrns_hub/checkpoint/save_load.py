@@ -51,6 +51,7 @@ from lfrns_hub.hub.lineage import facts_of_base
 from lfrns_hub.model_io.model import unwrap
 from lfrns_hub.pictures import find_processor, write_processor
 from lfrns_hub.runs import draft_of, entries, locked, put_in_place, settle
+from lfrns_hub.runs.forked import one_thread_if_forked
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def prepared(
     model = unwrap(model, "save")
     call = f"save({str(directory)!r})"
     named, directory = Path(directory), Path(os.path.realpath(directory))
-    with locked(directory, call):
+    with one_thread_if_forked(), locked(directory, call):
         if directory.exists() and not directory.is_dir():
             raise FileExistsError(f"{call}: it exists and is a file. Name a folder, or a new name.")
         if directory.exists() and entries(directory):
@@ -216,6 +217,7 @@ def _told(call: str) -> Iterator[None]:
         ) from error
 
 
+@one_thread_if_forked()
 def load(source: str | Path, *, model: nn.Module | None = None, revision: str | None = None) -> nn.Module:
     """Load a checkpoint that `save` wrote, strictly: a missing, unexpected or misshapen tensor is an error.
 
